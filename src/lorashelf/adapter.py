@@ -1,0 +1,176 @@
+"""The values that everything else works on: Factors of one module, an Adapter of many, the BaseId they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .digest import canonical_json, digest
+from .errors import BaseMismatch, ShapeMismatch
+
+Matrix = NDArray[np.float32]
+DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
+)
+
+
+def wider(dtypes: list[str]) -> str:
+    """The narrowest storage dtype that holds every value of the given ones; f16 with bf16 gives f32.
+
+    >>> wider(["f16", "f16"]), wider(["f16", "bf16"]), wider(["bf16", "f32"])
+    ('f16', 'f32', 'f32')
+    """
+    distinct = set(dtypes)
+    return distinct.pop() if len(distinct) == 1 else "f32"
+
+
+class Shape(NamedTuple):
+    """The sizes of one adapted linear module: ΔW is (dout, din), of rank at most `rank`."""
+
+    dout: int
+    rank: int
+    din: int
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One adapted module: ΔW = scale · b @ a, with a (r, din) and b (dout, r) in float32."""
+
+    a: Matrix
+    b: Matrix
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> Shape:
+        """(dout, r, din)."""
+        return Shape(self.b.shape[0], self.a.shape[0], self.a.shape[1])
+
+    def delta(self) -> Matrix:
+        """The dense update ΔW = scale · b @ a, (dout, din) float32. For methods that need it, and for tests."""
+        return np.asarray(self.b @ self.a * np.float32(self.scale), np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseId:
+    """Which base model an adapter belongs to: PEFT's `base_model_name_or_path` and `revision`; "" is unknown."""
+
+    name: str = ""
+    revision: str | None = None
+
+    def contradicts(self, other: BaseId) -> bool:
+        """Whether both are known and differ, by name or, where both state one, by revision."""
+        if self.name and other.name and self.name != other.name:
+            return True
+        ours, theirs = self.revision or "main", other.revision or "main"
+        stated = self.revision is not None and other.revision is not None
+        return bool(self.name and other.name and stated and ours != theirs)
+
+    def __str__(self) -> str:
+        return (self.name or "(unknown base)") + (f"@{self.revision}" if self.revision else "")
+
+
+class Modules(Mapping[str, Factors]):
+    """Module path → Factors, sorted by path; `shapes` and `scales` are known without reading a tensor."""
+
+    def __init__(self, factors: Mapping[str, Factors]) -> None:
+        self._factors = dict(sorted(factors.items()))
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Module path → (dout, r, din)."""
+        return {path: factors.shape for path, factors in self._factors.items()}
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        """Module path → the factor s of ΔW = s B A."""
+        return {path: factors.scale for path, factors in self._factors.items()}
+
+    def __getitem__(self, path: str) -> Factors:
+        return self._factors[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter: its modules, the base it belongs to, the dtype it is stored in, the PEFT fields it carries.
+
+    `modules` may read lazily from a mapped file; a Factors taken out of it is float32 whatever the storage dtype.
+    `config` holds the fields of adapter_config.json that do not follow from the factors, unknown ones included.
+    Two adapters are the same when their `digest` is.
+    """
+
+    modules: Modules
+    base: BaseId = BaseId()
+    dtype: str = "f32"
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Module path → (dout, r, din), without reading a tensor."""
+        return self.modules.shapes
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among the modules."""
+        return max(shape.rank for shape in self.shapes.values())
+
+    @property
+    def parameters(self) -> int:
+        """The number of values stored, Σ r (dout + din)."""
+        return sum(shape.rank * (shape.dout + shape.din) for shape in self.shapes.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """BLAKE2b-256 over every module's path, shape, scale and float32 values: the same in any storage dtype."""
+        return digest(self._canonical_chunks())
+
+    def _canonical_chunks(self) -> Iterator[bytes | memoryview]:
+        for path, factors in self.modules.items():
+            yield canonical_json([path, *factors.shape, factors.scale])
+            yield np.ascontiguousarray(factors.a, dtype="<f4").data
+            yield np.ascontiguousarray(factors.b, dtype="<f4").data
+
+    def with_factors(self, factors: Mapping[str, Factors]) -> Adapter:
+        """The same adapter with other factors for the same modules."""
+        return replace(self, modules=Modules(factors))
+
+
+def check_fit(xs: Sequence[Adapter], *, equal: Sequence[str] = ()) -> None:
+    """Raise BaseMismatch or ShapeMismatch unless all adapters belong together.
+
+    Base names must not contradict each other (`equal` lists names declared to be one base), and a module that two
+    adapters share must have the same din and dout in both; ranks may differ, and so may the sets of modules.
+    """
+    faults = _shape_faults(xs)
+    if faults:
+        cure = "these adapters belong to bases of different sizes: keep them on separate shelves"
+        raise ShapeMismatch(faults, cure=cure)
+    known = [x.base for x in xs if x.base.name and x.base.name not in equal]
+    known += [x.base for x in xs if x.base.name in equal][:1]
+    others = sorted({str(base) for base in known if base.contradicts(known[0])})
+    if others:
+        cure = "if these are one model under two names, declare it: --assume-base, or --base-alias NAME at init"
+        raise BaseMismatch([f"trained on {other}, the others on {known[0]}" for other in others], cure=cure)
+
+
+def _shape_faults(xs: Sequence[Adapter]) -> list[str]:
+    expected: dict[str, Shape] = {}
+    faults = []
+    for x in xs:
+        for path, shape in x.shapes.items():
+            other = expected.setdefault(path, shape)
+            if (shape.dout, shape.din) != (other.dout, other.din):
+                faults.append(f"{path}: ΔW is {shape.dout}x{shape.din}, elsewhere {other.dout}x{other.din}")
+    return sorted(set(faults))

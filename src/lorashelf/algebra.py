@@ -1,0 +1,225 @@
+"""Inner products, norms, exact sums and best low-rank approximations of updates ΔW = s B A, without forming ΔW.
+
+    ⟨s B A, s' B' A'⟩ = s s' Σ (Bᵀ B') ∘ (A A'ᵀ)          an r × r' sum instead of dout × din
+    Σ w s B A         = [.. √|w s| B ..] [.. √|w s| A ..]   the ranks add, nothing is lost
+    best rank ρ       = SVD of R_B R_Aᵀ with B = Q_B R_B, Aᵀ = Q_A R_A
+
+Where ranks are so large that the dense form costs less, the dense form is taken, a block of rows at a time. Data are
+float32; `inner`, `norm`, `gram` and `compress` compute in float64 throughout. `products` also offers float32 products
+of the factors (their sums are float64 all the same): half the time, and on cosines 1e-9 away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .adapter import Adapter, Factors, Modules, wider
+from .peft_format import shared_config
+
+Vector = NDArray[np.float64]
+Square = NDArray[np.float64]
+_PANEL = 256  # rows of stacked factors multiplied at once: a panel and its product stay in the cache
+_BLOCK = 2**22  # values of dense rows held at once, 16 MB of float32
+
+
+def inner(x: Adapter, y: Adapter) -> float:
+    """The inner product Σ_m ⟨ΔW_m, ΔW'_m⟩ over the modules both have; float64. Cost r r' (dout + din) a module."""
+    return sum(
+        float(products([x.modules[path]], [y.modules[path]], np.float64)[0, 0])
+        for path in x.modules
+        if path in y.shapes
+    )
+
+
+def norm(x: Adapter) -> float:
+    """The Frobenius norm √Σ_m ‖ΔW_m‖²; float64."""
+    return math.sqrt(max(inner(x, x), 0.0))
+
+
+def gram(xs: Sequence[Adapter]) -> Square:
+    """The (n, n) float64 matrix of all inner products, one module of every adapter in memory at a time."""
+    total = np.zeros((len(xs), len(xs)))
+    for path in union(xs):
+        total += products([x.modules.get(path) for x in xs], None, np.float64)
+    return total
+
+
+def union(xs: Sequence[Adapter]) -> list[str]:
+    """All module paths of the adapters, sorted."""
+    return sorted(set().union(*(x.shapes for x in xs)))
+
+
+def products(
+    fs: Sequence[Factors | None], gs: Sequence[Factors | None] | None = None, dtype: type[np.floating[Any]] = np.float32
+) -> Square:
+    """⟨ΔW_i, ΔW'_j⟩ of one module, (n, m) float64; `None` stands for ΔW = 0. Without `gs`, of `fs` with itself.
+
+    The products of factors run in `dtype`, every sum over ranks in float64. The cheaper of the factored and the dense
+    way is taken: (Σr)(Σr')(dout + din) against (Σr + Σr' + 2 n m) dout din, the dense one counted double for the memory
+    it moves.
+    """
+    hs = fs if gs is None else gs
+    rows = [i for i, f in enumerate(fs) if f is not None]
+    columns = rows if gs is None else [j for j, g in enumerate(hs) if g is not None]
+    result = np.zeros((len(fs), len(hs)))
+    if not rows or not columns:
+        return result
+    left = [f for f in fs if f is not None]
+    right = left if gs is None else [g for g in gs if g is not None]
+    dout, _, din = left[0].shape
+    ranks, others = sum(f.shape.rank for f in left), sum(g.shape.rank for g in right)
+    factored = ranks * others * (dout + din)
+    dense = 2 * (ranks + others + 2 * len(left) * len(right)) * dout * din
+    cheaper = _factored_products if factored <= dense else _dense_products
+    block = cheaper(left, right, dtype)
+    block *= np.outer([f.scale for f in left], [g.scale for g in right])
+    result[np.ix_(rows, columns)] = block
+    return result
+
+
+def _factored_products(left: list[Factors], right: list[Factors], dtype: type[np.floating[Any]]) -> Square:
+    symmetric = left is right
+    a = np.concatenate([f.a for f in left]).astype(dtype, copy=False)
+    b = np.concatenate([f.b for f in left], axis=1).astype(dtype, copy=False)
+    c = a if symmetric else np.concatenate([g.a for g in right]).astype(dtype, copy=False)
+    d = b if symmetric else np.concatenate([g.b for g in right], axis=1).astype(dtype, copy=False)
+    row, column = _offsets(left), _offsets(right)
+    result = np.empty((len(left), len(right)))
+    for i, k in _panels(row):
+        j = i if symmetric else 0  # the rest follows from symmetry
+        rows, columns = slice(row[i], row[k]), slice(column[j], column[-1])
+        product = a[rows] @ c[columns].T
+        product *= b[:, rows].T @ d[:, columns]
+        sums = np.add.reduceat(product, column[j:-1] - column[j], axis=1, dtype=np.float64)
+        result[i:k, j:] = np.add.reduceat(sums, row[i:k] - row[i], axis=0)
+        if symmetric:
+            result[i:, i:k] = result[i:k, i:].T
+    return result
+
+
+def _offsets(fs: list[Factors]) -> NDArray[np.intp]:
+    return np.concatenate([[0], np.cumsum([f.shape.rank for f in fs])]).astype(np.intp)
+
+
+def _panels(offsets: NDArray[np.intp]) -> list[tuple[int, int]]:
+    """Runs of consecutive adapters whose ranks add up to at most a panel (one adapter at least)."""
+    runs, start = [], 0
+    for stop in range(1, len(offsets)):
+        if stop == len(offsets) - 1 or offsets[stop + 1] - offsets[start] > _PANEL:
+            runs.append((start, stop))
+            start = stop
+    return runs
+
+
+def _dense_products(left: list[Factors], right: list[Factors], dtype: type[np.floating[Any]]) -> Square:
+    dout, _, din = left[0].shape
+    step = max(1, _BLOCK // (din * (len(left) + len(right))))
+    result = np.zeros((len(left), len(right)))
+    for start in range(0, dout, step):
+        x = _dense_rows(left, slice(start, start + step), dtype)
+        y = x if left is right else _dense_rows(right, slice(start, start + step), dtype)
+        result += x @ y.T
+    return result
+
+
+def _dense_rows(fs: list[Factors], rows: slice, dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    return np.stack([(f.b[rows].astype(dtype) @ f.a.astype(dtype)).ravel() for f in fs])
+
+
+def combine(xs: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """The exact sum Σ w_i ΔW_i by concatenation: per module a (Σr, din), b (dout, Σr), scale 1. A linear combination,
+    rank Σr.
+    """
+    modules = {}
+    for path in union(xs):
+        present = [(x.modules[path], w) for x, w in zip(xs, weights, strict=True) if path in x.shapes]
+        modules[path] = concatenated([f for f, _ in present], [w for _, w in present])
+    return assemble(xs, modules)
+
+
+def assemble(xs: Sequence[Adapter], modules: Mapping[str, Factors]) -> Adapter:
+    """An adapter made from `xs`: their base, their widest dtype, their shared PEFT fields, and these modules."""
+    base = next((x.base for x in xs if x.base.name), xs[0].base)
+    return Adapter(Modules(modules), base, wider([x.dtype for x in xs]), shared_config(xs))
+
+
+def concatenated(fs: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Σ w s B A of one module as a single pair: √|w s| on both sides, the sign on B, so neither side overflows half
+    precision.
+    """
+    roots = [math.sqrt(abs(w * f.scale)) for f, w in zip(fs, weights, strict=True)]
+    signs = [math.copysign(1.0, w * f.scale) for f, w in zip(fs, weights, strict=True)]
+    a = np.concatenate([np.float32(root) * f.a for root, f in zip(roots, fs, strict=True)])
+    b = np.concatenate([np.float32(sign * root) * f.b for sign, root, f in zip(signs, roots, fs, strict=True)], axis=1)
+    return Factors(a, b)
+
+
+def compress(x: Adapter, rank: int) -> tuple[Adapter, float]:
+    """The best approximation of every ΔW_m by rank ≤ `rank`, and its relative error √Σ‖ΔW − ΔW'‖² / √Σ‖ΔW‖².
+
+    Eckart-Young by QR and a small SVD in float64; singular values are split evenly over both factors, signs are
+    canonical (the largest entry of each row of A is positive). A module within the rank is returned as it is.
+    """
+    modules, lost, total = {}, 0.0, 0.0
+    for path, factors in x.modules.items():
+        modules[path], dropped, kept = truncate(factors, rank)
+        lost += dropped
+        total += dropped + kept
+    return x.with_factors(modules), math.sqrt(lost / total) if total else 0.0
+
+
+def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
+    """One module of `compress`: the factors of rank ≤ `rank`, the energy ‖·‖² dropped, the energy kept."""
+    if f.shape.rank <= rank:
+        return f, 0.0, max(float(products([f], None, np.float64)[0, 0]), 0.0)
+    if f.shape.rank >= min(f.shape.dout, f.shape.din):
+        return truncate_dense((f.b.astype(np.float64) @ f.a.astype(np.float64)) * f.scale, rank)
+    q_b, q_a, u, s, vt = _svd(f)
+    root = np.sqrt(s[:rank])
+    a = root[:, None] * (vt[:rank] @ q_a.T)
+    b = (q_b @ u[:, :rank]) * root
+    return _canonical(a, b), float(np.sum(s[rank:] ** 2)), float(np.sum(s[:rank] ** 2))
+
+
+def truncate_dense(delta: NDArray[Any], rank: int) -> tuple[Factors, float, float]:
+    """The best rank-`rank` factors of a dense (dout, din) update, the energy dropped, the energy kept.
+
+    By the eigenvectors of the smaller Gram matrix in float64: with V the leading ones, ΔW V Vᵀ is the best
+    approximation. Energies are exact to about 1e-16 ‖ΔW‖².
+    """
+    d = delta.astype(np.float64, copy=False)
+    wide = d.shape[0] < d.shape[1]
+    d = d.T if wide else d
+    _, vectors = np.linalg.eigh(d.T @ d)
+    v = vectors[:, ::-1][:, :rank]
+    scores = d @ v
+    s = np.linalg.norm(scores, axis=0)
+    root = np.sqrt(s)
+    left = np.divide(scores, root, out=np.zeros_like(scores), where=root > 0)
+    right = v * root
+    kept = float(np.sum(s**2))
+    dropped = max(float(np.sum(d**2)) - kept, 0.0)
+    return (_canonical(left.T, right) if wide else _canonical(right.T, left)), dropped, kept
+
+
+def singular_values(f: Factors) -> Vector:
+    """The singular values of ΔW = s B A, descending, at most r of them; float64."""
+    return _svd(f)[3]
+
+
+def _svd(f: Factors) -> tuple[Any, Any, Any, Vector, Any]:
+    q_b, r_b = np.linalg.qr(f.b.astype(np.float64))
+    q_a, r_a = np.linalg.qr(f.a.T.astype(np.float64))
+    u, s, vt = np.linalg.svd(r_b @ r_a.T * f.scale, full_matrices=False)
+    return q_b, q_a, u, s, vt
+
+
+def _canonical(a: NDArray[Any], b: NDArray[Any]) -> Factors:
+    peaks = a[np.arange(len(a)), np.abs(a).argmax(axis=1)] if len(a) else np.empty(0)
+    signs = np.where(peaks < 0, -1.0, 1.0)
+    return Factors((a * signs[:, None]).astype(np.float32), np.ascontiguousarray(b * signs, dtype=np.float32))

@@ -1,0 +1,133 @@
+"""Every effect on the disk, durable and all-or-nothing; nothing else in lorashelf writes.
+
+A file is complete once `write_file` returns; it is visible under its final name only after `publish` or `replace_file`,
+which are renames inside one file system followed by an fsync of the folder. What the operating system refuses becomes a
+DiskError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from .errors import DiskError
+
+_CURES = {
+    errno.ENOSPC: "free some space; what was there before is unchanged",
+    errno.EDQUOT: "free some space; what was there before is unchanged",
+    errno.EFBIG: "raise the file size limit; what was there before is unchanged",
+    errno.EROFS: "this file system is mounted read-only; write elsewhere or remount it",
+    errno.EACCES: "give this user write permission, or write elsewhere",
+    errno.EPERM: "give this user write permission, or write elsewhere",
+}
+
+
+@contextlib.contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """Turn an OSError into a DiskError that names the path and the cure."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        cure = _CURES.get(error.errno or 0, "see the operating system's message")
+        raise DiskError(f"cannot write: {reason}", where=str(error.filename or path), cure=cure) from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder (its parent exists) and make its name durable."""
+    with refusals(path):
+        os.mkdir(path)
+        _sync(path.parent)
+
+
+def staging_folder(parent: Path) -> Path:
+    """A fresh, empty folder in `parent` under a random name."""
+    path = parent / f".{os.urandom(8).hex()}"
+    with refusals(path):
+        os.mkdir(path)
+    return path
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a new file from chunks and fsync it. Raises DiskError, also if the file exists."""
+    with refusals(path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            for chunk in chunks:
+                _write_all(handle, chunk)
+            _flush(handle)
+        finally:
+            os.close(handle)
+
+
+def append(path: Path, data: bytes, keep: int) -> None:
+    """Cut a file to its first `keep` bytes (what a crash tore off goes), append, fsync. The file may be new."""
+    with refusals(path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.ftruncate(handle, keep)
+            os.lseek(handle, keep, os.SEEK_SET)
+            _write_all(handle, data)
+            _flush(handle)
+        finally:
+            os.close(handle)
+        _sync(path.parent)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a staged file or folder, complete and synced inside, its final name, durably."""
+    with refusals(final):
+        if staged.is_dir():
+            _sync(staged)
+        os.rename(staged, final)
+        _sync(final.parent)
+
+
+def replace_file(path: Path, data: bytes, staging: Path) -> None:
+    """Replace a small file by way of `staging`, a folder of the same file system; readers see the old or the new."""
+    staged = staging / f".{os.urandom(8).hex()}"
+    write_file(staged, [data])
+    with refusals(path):
+        os.replace(staged, path)
+        _sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all it holds; what is gone already is fine. Links are unlinked, not followed."""
+    with refusals(path):
+        try:
+            if path.is_dir() and not path.is_symlink():
+                for child in sorted(path.iterdir()):
+                    remove(child)
+                os.rmdir(path)
+            else:
+                os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+
+def _write_all(handle: int, chunk: bytes | memoryview) -> None:
+    view = memoryview(chunk).cast("B")
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def _flush(handle: int) -> None:
+    if sys.platform == "darwin":  # fsync there does not reach the medium
+        import fcntl
+
+        fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(handle)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,46 @@
+"""The command line: `lorashelf COMMAND`. Each command is a few lines over the API; this module runs it and turns errors
+into exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, NoReturn
+
+from ..errors import LorashelfError
+from .app import app
+
+__all__ = ["main"]
+_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, else the error's exit code, 130 when interrupted (see errors.py)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_run(words))
+
+
+def _run(words: list[str]) -> int:
+    try:
+        code = app(words, prog_name="lorashelf", standalone_mode=False)
+    except LorashelfError as error:
+        return _fail(words, error.exit_code, error.kind, str(error), error.cure)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own: a usage error
+            raise
+        cure = "lorashelf --help, or lorashelf COMMAND --help"
+        return _fail(words, 2, "usage", f"{error.format_message()}\n  cure:  {cure}", cure)
+    if code == _INTERRUPTED:
+        return _fail(words, code, "interrupted", "interrupted; what was committed stays", "run the command again")
+    return int(code or 0)
+
+
+def _fail(words: list[str], code: int, kind: str, message: str, cure: str | None) -> int:
+    print(f"lorashelf: {message}", file=sys.stderr)
+    if "--json" in words:
+        document: dict[str, Any] = {"error": {"kind": kind, "message": message, "cure": cure}}
+        print(json.dumps(document, ensure_ascii=False))
+    return code

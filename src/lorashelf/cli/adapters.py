@@ -1,0 +1,182 @@
+"""Commands on adapters: show, compare, plan, threshold, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from ..algebra import norm
+from ..errors import UsageError
+from ..merging import merge_measured
+from ..peft_format import read_adapter, write_adapter
+from ..policy import median_similarity
+from ..recipe import new_settings
+from ..similarity import similarity
+from ..survey import describe, forecast
+from . import arguments as arg
+from .output import score, show, size, table
+
+
+def show_adapter(
+    adapter: Annotated[
+        str, typer.Argument(help="A PEFT folder, or a hub id in the cache.", metavar="ADAPTER", show_default=False)
+    ],
+    json: arg.Json = False,
+) -> None:
+    """What an adapter is: modules, ranks, scales, norms, and the energy kept at lower ranks."""
+    show(describe(read_adapter(arg.adapter_path(adapter)[1])), json, _described)
+
+
+def compare(
+    adapters: arg.Adapters,
+    metric: Annotated[str, typer.Option("--metric", help="cosine, l2 or svd_features.")] = "cosine",
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a clustered heat map (png, svg or pdf).")] = None,
+    json: arg.Json = False,
+) -> None:
+    """How alike adapters are, pair by pair."""
+    named = arg.read_named(adapters)
+    matrix = similarity(list(named.values()), metric=metric)
+    if plot is not None:
+        from ..report.heatmap import draw_heatmap
+
+        draw_heatmap(list(named), matrix, metric, plot)
+    document = {"names": list(named), "metric": metric, "matrix": matrix.tolist()}
+    show(document, json, _compared)
+
+
+def plan(
+    adapters: arg.Adapters,
+    slots: Annotated[str, typer.Option("--slots", help="A range, list or number of slots.")] = "1..8",
+    merge: arg.Merge = "linear",
+    parameter: arg.Parameters = None,
+    rank: arg.Rank = None,
+    dtype: arg.Dtype = None,
+    json: arg.Json = False,
+) -> None:
+    """What K slots would cost and keep, for several K; nothing is written."""
+    named = arg.read_named(adapters)
+    settings = new_settings(1, merge=merge, parameters=arg.parameters(parameter), rank=rank, dtype=dtype)
+    rows = forecast(named, arg.slot_range(slots), settings.recipe)
+    columns = [">slots", ">size", ">storage", ">error", ">norm ratio", ">similarity inside", ">between"]
+    show(rows, json, lambda d: table(columns, [_forecast_row(row) for row in d]))
+
+
+def threshold(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A folder of PEFT folders, held out from the shelf.", metavar="DIR", show_default=False),
+    ],
+    json: arg.Json = False,
+) -> None:
+    """The threshold of K-Merge++ from held-out adapters: their median pairwise similarity."""
+    named = arg.adapters_in(folder)
+    matrix = similarity(list(named.values()))
+    pairs = matrix[np.triu_indices(len(named), 1)]
+    quantiles = {f"{q:g}": float(np.quantile(pairs, q)) for q in (0.25, 0.5, 0.75, 0.8, 0.9)}
+    document = {"threshold": median_similarity(matrix), "adapters": len(named), "quantiles": quantiles}
+    listed = ", ".join(f"q{q} {score(v)}" for q, v in quantiles.items())
+    show(document, json, lambda d: f"{d['threshold']:.6f}   (median over {len(pairs)} pairs; {listed})")
+
+
+def merge_adapters(
+    adapters: arg.Adapters,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PEFT folder to write.", show_default=False)],
+    method: Annotated[str, typer.Option("--method", help="Merge method (docs/methods.md).", show_default=False)],
+    weights: Annotated[str | None, typer.Option("--weights", help="One weight an adapter: W,W,…")] = None,
+    rank: arg.Rank = None,
+    dtype: arg.Dtype = None,
+    parameter: arg.Parameters = None,
+    seed: arg.Seed = 0,
+    assume_base: arg.AssumeBase = False,
+    json: arg.Json = False,
+) -> None:
+    """Merge adapters into one PEFT folder."""
+    xs = [read_adapter(arg.adapter_path(text)[1]) for text in adapters]
+    if assume_base:
+        xs = [replace(x, base=xs[0].base) for x in xs]
+    checked = new_settings(1, merge=method, parameters=arg.parameters(parameter), dtype=dtype).recipe
+    merged, error = merge_measured(xs, _weights(weights), method=method, rank=rank, seed=seed, **checked.parameters)
+    merged = replace(merged, dtype=checked.dtype or merged.dtype)
+    write_adapter(merged, output)
+    ratio = norm(merged) / (float(np.mean([norm(x) for x in xs])) or 1.0)
+    document = {
+        "output": str(output),
+        "method": method,
+        "rank": merged.rank,
+        "dtype": merged.dtype,
+        "error": error,
+        "norm_ratio": ratio,
+    }
+    show(
+        document,
+        json,
+        lambda d: f"{output}: rank {d['rank']}, {d['dtype']}, compression error {error:.4f}, norm ratio {ratio:.3f}",
+    )
+
+
+def _weights(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights {text!r} is not a list of numbers like 0.7,0.3") from None
+
+
+def _described(document: dict[str, Any]) -> list[Any]:
+    head = [
+        ("base", document["base"] or "(unknown)"),
+        ("digest", document["digest"]),
+        ("stored", f"{document['dtype']}, {size(document['bytes'])}, {document['parameters']:,} parameters"),
+        ("norm", f"{document['norm']:.4g}"),
+        ("energy kept", "  ".join(f"rank {rank}: {100 * kept:.1f} %" for rank, kept in document["energy"].items())),
+    ]
+    rows = [
+        (m["module"], "x".join(map(str, m["shape"])), m["rank"], m["scale"], m["norm"]) for m in document["modules"]
+    ]
+    return [table(["", ""], head), table(["module", ">shape", ">rank", ">scale", ">norm"], rows)]
+
+
+def _compared(document: dict[str, Any]) -> Any:
+    names, matrix = document["names"], document["matrix"]
+    if len(names) <= 12:
+        rows = [(name, *(f"{value:.3f}" for value in row)) for name, row in zip(names, matrix, strict=True)]
+        return table(["", *(f">{name}" for name in names)], rows)
+    rows = []
+    for i, name in enumerate(names):
+        others = sorted(((matrix[i][j], names[j]) for j in range(len(names)) if j != i), reverse=True)
+        mean = float(np.mean([value for value, _ in others]))
+        rows.append((name, *(f"{other} {value:.3f}" for value, other in others[:3]), f"{mean:.3f}"))
+    return table(["adapter", "nearest", "second", "third", ">mean"], rows)
+
+
+def _forecast_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    ratio = "-" if row["norm_ratio"] is None else f"{row['norm_ratio']:.3f}"
+    inside, between = score(row["similarity_inside"]), score(row["similarity_between"])
+    return (
+        row["slots"],
+        size(row["bytes"]),
+        f"{100 * row['storage']:.1f} %",
+        f"{row['error']:.4f}",
+        ratio,
+        inside,
+        between,
+    )
+
+
+_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "show": (show_adapter, "lorashelf show adapters/gec-de"),
+    "compare": (compare, "lorashelf compare adapters/* --plot similarity.svg"),
+    "plan": (plan, "lorashelf plan adapters/* --slots 1..8"),
+    "threshold": (threshold, "lorashelf threshold held-out/"),
+    "merge": (merge_adapters, "lorashelf merge a b c -o merged --method ties -p density=0.3"),
+}
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the commands of this module."""
+    for name, (command, example) in _COMMANDS.items():
+        app.command(name, epilog=f"Example:  {example}", rich_help_panel="Adapters")(command)

@@ -1,0 +1,148 @@
+"""What the commands take: options shared by several, and ADAPTER arguments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..adapter import Adapter
+from ..errors import AdapterError, AdapterFormatError, MissingExtra, TaskNameError, UsageError
+from ..peft_format import CONFIG_FILE, read_adapter
+
+ShelfPath = Annotated[Path, typer.Argument(help="The shelf's folder.", metavar="SHELF", show_default=False)]
+Adapters = Annotated[
+    list[str],
+    typer.Argument(
+        help="PEFT folders, or hub ids in the local cache; NAME=ADAPTER gives the task's name.",
+        metavar="ADAPTER...",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Parameters = Annotated[
+    list[str] | None, typer.Option("-p", "--parameter", help="A parameter of the merge method.", metavar="KEY=VALUE")
+]
+Slots = Annotated[int, typer.Option("--slots", help="K, how many adapters there is room for.", show_default=False)]
+Bytes = Annotated[int | None, typer.Option("--bytes", help="Room for everything under the shelf, at rest.")]
+Merge = Annotated[str, typer.Option("--merge", help="Merge method (docs/methods.md).")]
+Rank = Annotated[int | None, typer.Option("--rank", help="Cap the rank stored; never pads.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Storage dtype: f32, f16 or bf16.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is drawn.")]
+Keep = Annotated[int, typer.Option("--keep", help="How many states back undo reaches.")]
+Aliases = Annotated[
+    list[str] | None, typer.Option("--base-alias", help="Another name of the same base model.", metavar="NAME")
+]
+AssumeBase = Annotated[
+    bool, typer.Option("--assume-base", help="Accept another base name; shapes are checked all the same.")
+]
+RestoreNorm = Annotated[
+    bool, typer.Option("--restore-norm", help="Scale merged slots to the mean norm of their members.")
+]
+
+
+def adapter_path(text: str) -> tuple[str, Path]:
+    """The task name and the folder of an ADAPTER argument: NAME=either, a folder, or a hub id in the local cache."""
+    name, separator, rest = text.partition("=")
+    if separator and not Path(text).exists():
+        return name, _folder(rest)
+    folder = _folder(text)
+    return text.rstrip("/").rsplit("/", 1)[-1] if not Path(text).exists() else folder.resolve().name, folder
+
+
+def _folder(text: str) -> Path:
+    folder = Path(text)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingExtra(f"{text!r} is no folder; as a hub id it", "huggingface_hub", "llm") from error
+    try:
+        return Path(snapshot_download(text, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError) as error:
+        cure = "give an existing folder, or download the adapter first (hf download)"
+        raise AdapterFormatError([f"{text!r} is neither a folder nor a hub id in the cache"], cure=cure) from error
+
+
+def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
+    """Task name → adapter for several ADAPTER arguments. Raises TaskNameError for a name given twice; all faulty
+    adapters are named.
+    """
+    named: dict[str, Adapter] = {}
+    faults: list[str] = []
+    repeated: list[str] = []
+    for text in texts:
+        name, path = adapter_path(text)
+        if name in named:
+            repeated.append(name)
+            continue
+        try:
+            named[name] = read_adapter(path)
+        except AdapterError as error:
+            faults += [f"{name}: {fault}" for fault in error.faults]
+    if faults:
+        raise AdapterFormatError(faults, cure="mend or leave out these adapters")
+    if repeated:
+        raise TaskNameError(f"task names given twice: {', '.join(repeated)}", cure="name them apart: NAME=ADAPTER")
+    return named
+
+
+def adapters_in(folder: Path) -> dict[str, Adapter]:
+    """All adapters in the subfolders of a folder, by their names."""
+    if not folder.is_dir():
+        raise UsageError("no such folder", where=str(folder))
+    found = sorted(child for child in folder.iterdir() if (child / CONFIG_FILE).exists())
+    if len(found) < 2:
+        raise UsageError(
+            f"{len(found)} adapters here, two are needed", where=str(folder), cure="give a folder of PEFT folders"
+        )
+    return read_named([f"{path.name}={path}" for path in found])
+
+
+def parameters(texts: Iterable[str] | None) -> dict[str, Any]:
+    """`key=value` options of a merge method; numbers become numbers."""
+    parsed: dict[str, Any] = {}
+    for text in texts or ():
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise UsageError(f"-p {text!r} is not KEY=VALUE")
+        parsed[key] = _value(value)
+    return parsed
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def slot_range(text: str) -> list[int]:
+    """`1..8`, `3` or `2,5` as numbers of slots.
+
+    >>> slot_range("1..3"), slot_range("2,5")
+    ([1, 2, 3], [2, 5])
+    """
+    match = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    try:
+        counts = list(range(int(match[1]), int(match[2]) + 1)) if match else [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise UsageError(f"--slots {text!r} is not a number, a list or a range like 1..8")
+    return counts
+
+
+def threshold(text: str) -> float | str:
+    """A similarity, or 'auto'."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise UsageError(f"--threshold {text!r} is neither a number nor 'auto'") from None

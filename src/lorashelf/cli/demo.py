@@ -1,0 +1,154 @@
+"""`lorashelf demo`: the zoo of real adapters arrives at a shelf of five slots, and everything a shelf does is shown
+once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from .. import router
+from ..adapter import Adapter
+from ..errors import UsageError
+from ..flow import plan_add, plan_cluster
+from ..recipe import new_settings
+from ..shelf import Shelf, Snapshot
+from ..similarity import similarity
+from . import arguments as arg
+from .output import size, table
+
+SLOTS = 5
+Blocks = Sequence[Sequence[str]]
+
+
+def demo(
+    seed: Annotated[int, typer.Option("--seed", help="Order of arrival.")] = 0,
+    zoo: Annotated[Path, typer.Option("--zoo", help="A folder of PEFT folders.")] = Path("examples/zoo"),
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where the shelf goes; default: a new temporary folder.")
+    ] = None,
+) -> None:
+    """Show the whole story on real adapters, in seconds and without a language model."""
+    if not zoo.is_dir():
+        cure = "run it in a checkout of lorashelf, or give --zoo a folder of PEFT folders of one base"
+        raise UsageError("the demo's adapters are not here", where=str(zoo), cure=cure)
+    console = Console(highlight=False, soft_wrap=True)
+    named = arg.adapters_in(zoo)
+    shelf = Shelf.create(output or Path(tempfile.mkdtemp(prefix="lorashelf-")) / "demo.shelf", new_settings(SLOTS))
+    matrix = similarity(list(named.values()))
+    console.rule(f"{len(named)} adapters arrive, {SLOTS} slots (K-Merge++, seed {seed})", align="left")
+    order = random.Random(seed).sample(sorted(named), len(named))
+    for task in order:
+        _arrive(console, shelf, task, named[task])
+    online = [slot.members for slot in shelf.snapshot().manifest.slots]
+    _shelf_table(console, shelf.snapshot(), named, matrix)
+    offline = _cluster(console, named, shelf.path.parent)
+    console.rule("Do problem types gather?", align="left")
+    _purities(console, {"online, K-Merge++": online, "offline, agglomerative": offline}, list(named), seed)
+    _route_and_undo(console, shelf, order[-1])
+    console.rule("Yours to try", align="left")
+    for command in ("ls", "log", "route", "verify", "undo"):
+        console.print(f"  lorashelf {command} {shelf.path}", markup=False)
+
+
+def _arrive(console: Console, shelf: Shelf, task: str, adapter: Adapter) -> None:
+    plan = plan_add(shelf.snapshot(), adapter, task)
+    shelf.commit(plan)
+    report = plan.report
+    scores = " ".join(f"{slot}:{value:.3f}" for slot, value in report["scores"].items())
+    limit = "-" if report["threshold"] is None else f"{report['threshold']:.3f}"
+    verb = "opens" if report["decision"] == "open" else "joins"
+    beside = ", ".join(member for member in report["members"] if member != task)
+    console.print(
+        f"  {task:9} {verb} slot {report['slot']}   threshold {limit:5}   scores {scores or '-':40} {beside}",
+        markup=False,
+    )
+
+
+def _shelf_table(console: Console, snapshot: Snapshot, named: Mapping[str, Adapter], matrix: np.ndarray) -> None:
+    console.rule("The shelf", align="left")
+    index = {name: i for i, name in enumerate(named)}
+    rows = []
+    for slot in snapshot.manifest.slots:
+        inside = [matrix[index[a], index[b]] for a, b in itertools.combinations(slot.members, 2)]
+        others = [name for name in named if name not in slot.members]
+        between = [matrix[index[a], index[b]] for a in slot.members for b in others]
+        rows.append((slot.slot, _mean(inside), _mean(between), size(slot.bytes), slot.members))
+    console.print(table([">slot", ">similarity inside", ">to the others", ">size", "members"], rows))
+
+
+def _cluster(console: Console, named: Mapping[str, Adapter], folder: Path) -> Blocks:
+    console.rule("The same adapters clustered offline (average linkage)", align="left")
+    path = folder / "clustered.shelf"
+    shutil.rmtree(path, ignore_errors=True)
+    made, _ = Shelf.create_with(
+        path, new_settings(SLOTS), lambda snapshot: plan_cluster(snapshot, named, method="agglomerative")
+    )
+    console.print(table([">slot", "members"], [(slot.slot, slot.members) for slot in made.manifest.slots]))
+    return [slot.members for slot in made.manifest.slots]
+
+
+def purity(blocks: Blocks) -> float:
+    """The share of tasks that are of their slot's commonest type."""
+    commonest = [Counter(task.split("-")[0] for task in block).most_common(1)[0][1] for block in blocks]
+    return sum(commonest) / sum(len(block) for block in blocks)
+
+
+def chance_purity(blocks: Blocks, tasks: Sequence[str], seed: int, draws: int = 200) -> float:
+    """The mean purity of random blocks of the same sizes."""
+    rng = random.Random(seed)
+    total = 0.0
+    for _ in range(draws):
+        shuffled = iter(rng.sample(list(tasks), len(tasks)))
+        total += purity([list(itertools.islice(shuffled, len(block))) for block in blocks])
+    return total / draws
+
+
+def _purities(console: Console, found: Mapping[str, Blocks], tasks: Sequence[str], seed: int) -> None:
+    for name, blocks in found.items():
+        expected = chance_purity(blocks, tasks, seed)
+        console.print(
+            f"  {name}: purity {purity(blocks):.2f}, by chance {expected:.2f} (blocks of the same sizes)", markup=False
+        )
+
+
+def _route_and_undo(console: Console, shelf: Shelf, task: str) -> None:
+    console.rule("Route a task, load its slot, undo an add", align="left")
+    snapshot = shelf.snapshot()
+    answer = router.route(snapshot, task)
+    loaded = snapshot.adapter(snapshot.manifest.slot(answer["slot"]))
+    console.print(
+        f"  {task} is served by slot {answer['slot']}, a PEFT folder: {len(loaded.modules)} modules, rank {loaded.rank}",
+        markup=False,
+    )
+    console.print(f"  {answer['path']}", markup=False)
+    before = len(snapshot.manifest.tasks)
+    shelf.undo()
+    console.print(
+        f"  undo: {before} tasks, now {len(shelf.snapshot().manifest.tasks)} (without {task}); undo again is redo:",
+        markup=False,
+    )
+    shelf.undo()
+    problems = shelf.verify()
+    console.print(
+        f"  {len(shelf.snapshot().manifest.tasks)} tasks; verify: {'; '.join(problems) or 'ok'}", markup=False
+    )
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{float(np.mean(values)):.4f}" if len(values) else "-"
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the command of this module."""
+    app.command(epilog="Example:  lorashelf demo --seed 3", rich_help_panel="Start here")(demo)

@@ -1,0 +1,75 @@
+"""What the commands print: one JSON document, or tables for people; progress goes to stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+T = TypeVar("T")
+MIB = 2**20
+
+
+def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
+    """Print the document: as JSON, or the lines and tables that `view` makes of it."""
+    if as_json:
+        print(json.dumps(document, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    shown = view(document)
+    for part in shown if isinstance(shown, list) else [shown]:
+        console.print(part, soft_wrap=isinstance(part, str), markup=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Table:
+    """A plain table; columns whose name starts with '>' are aligned to the right."""
+    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        drawn.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(cell if isinstance(cell, str) else _cell(cell) for cell in row))
+    return drawn
+
+
+def progress(items: Sequence[T], title: str) -> Iterable[T]:
+    """The items, with a progress bar and an ETA on stderr where that is a terminal and there are several."""
+    console = Console(stderr=True)
+    if len(items) < 2 or not console.is_terminal:
+        return items
+    from rich.progress import track
+
+    return track(items, title, console=console, transient=True)
+
+
+def note(text: str) -> None:
+    """A line for people on stderr."""
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+
+
+def size(count: float) -> str:
+    """Bytes as MB (10^6).
+
+    >>> size(2_500_000)
+    '2.50 MB'
+    """
+    return f"{count / 1e6:.2f} MB"
+
+
+def score(value: float | None) -> str:
+    """A similarity with its sign, four decimals; '-' for none."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value)

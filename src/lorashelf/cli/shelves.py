@@ -1,0 +1,373 @@
+"""Commands on a shelf: init, add, update, cluster, remove, route, ls, log, verify, undo, gc."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import router
+from ..errors import ShelfError, UsageError
+from ..flow import plan_add, plan_cluster, plan_remove, plan_update
+from ..manifest import Plan
+from ..peft_format import read_adapter
+from ..policy import median_similarity
+from ..recipe import new_settings
+from ..shelf import Shelf, Snapshot
+from ..similarity import similarity
+from ..tasks import read_task_file
+from . import arguments as arg
+from .output import note, progress, score, show, size, table
+
+Task = Annotated[str, typer.Argument(help="A task on the shelf.", metavar="TASK", show_default=False)]
+
+
+def init(
+    shelf: arg.ShelfPath,
+    slots: arg.Slots,
+    bytes: arg.Bytes = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="kmerge++, kmerge; half, random, oracle, all for experiments.")
+    ] = "kmerge++",
+    threshold: Annotated[str, typer.Option("--threshold", help="For kmerge++: a similarity, or 'auto'.")] = "auto",
+    held_out: Annotated[
+        Path | None, typer.Option("--held-out", help="Adapters whose median similarity is the threshold.")
+    ] = None,
+    merge: arg.Merge = "linear",
+    parameter: arg.Parameters = None,
+    rank: arg.Rank = None,
+    dtype: arg.Dtype = None,
+    keep: arg.Keep = 1,
+    seed: arg.Seed = 0,
+    base: Annotated[str | None, typer.Option("--base", help="Accept only adapters of this base model.")] = None,
+    base_alias: arg.Aliases = None,
+    restore_norm: arg.RestoreNorm = False,
+    json: arg.Json = False,
+) -> None:
+    """Make an empty shelf of K slots."""
+    limit = _held_out(held_out, threshold)
+    settings = new_settings(
+        slots,
+        bytes=bytes,
+        policy=policy,
+        threshold=limit,
+        merge=merge,
+        parameters=arg.parameters(parameter),
+        rank=rank,
+        dtype=dtype,
+        keep=keep,
+        seed=seed,
+        base=base,
+        base_aliases=tuple(base_alias or ()),
+        restore_norm=restore_norm,
+    )
+    made = Shelf.create(shelf, settings).snapshot()
+    document = {"shelf": str(shelf), "head": made.head, "slots": slots, "policy": policy, "threshold": limit}
+    show(document, json, lambda d: f"{shelf}: {slots} free slots, policy {policy}, threshold {limit}, merge {merge}")
+
+
+def add(
+    shelf: arg.ShelfPath,
+    adapters: arg.Adapters,
+    task: Annotated[str | None, typer.Option("--task", help="The task's name (one adapter only).")] = None,
+    type: Annotated[
+        str | None, typer.Option("--type", help="Problem type; default: the name before the first '-'.")
+    ] = None,
+    task_file: Annotated[Path | None, typer.Option("--task-file", help="A task.toml to store with the task.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")] = False,
+    assume_base: arg.AssumeBase = False,
+    json: arg.Json = False,
+) -> None:
+    """Put adapters on the shelf, in order: each opens a free slot or is folded into the nearest."""
+    if task is not None and len(adapters) > 1:
+        raise UsageError(f"--task with {len(adapters)} adapters", cure="name each: NAME=ADAPTER")
+    details = read_task_file(task_file) if task_file else {}
+    kind = type or details.pop("type", None)
+    opened, documents = Shelf(shelf), []
+    with contextlib.nullcontext() if dry_run else opened.writing():
+        snapshot = opened.snapshot()
+        for text in progress(adapters, "adding"):
+            plan = _planned(snapshot, text, task, kind, details, assume_base)
+            head = None if dry_run else opened.commit(plan)
+            snapshot = snapshot.after(plan) if dry_run else opened.snapshot()
+            documents.append({**plan.report, "head": head})
+            if plan.refused is not None:
+                break
+    show(documents[0] if len(adapters) == 1 else documents, json, lambda _: [_added(d) for d in documents])
+    if documents[-1]["decision"] == "refuse":
+        note(f"lorashelf: refused: {documents[-1]['reason']}")
+        raise typer.Exit(4)
+
+
+def update(
+    shelf: arg.ShelfPath,
+    task: Task,
+    adapter: Annotated[str, typer.Argument(help="The new PEFT folder.", metavar="ADAPTER", show_default=False)],
+    was: Annotated[
+        str | None,
+        typer.Option("--was", help="The adapter it replaces (needed in a shared slot).", metavar="OLD_ADAPTER"),
+    ] = None,
+    assume_base: arg.AssumeBase = False,
+    json: arg.Json = False,
+) -> None:
+    """Replace a task's adapter, in its slot."""
+    opened = Shelf(shelf)
+    new, old = _read(adapter), _read(was) if was else None
+    with opened.writing():
+        plan = plan_update(opened.snapshot(), task, new, old, assume_base=assume_base)
+        document = {**plan.report, "head": opened.commit(plan)}
+    show(document, json, lambda d: f"{task}: replaced in slot {d['slot']}{_precision(d)}")
+
+
+def cluster(
+    adapters: arg.Adapters,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to make.", show_default=False)],
+    slots: arg.Slots,
+    method: Annotated[
+        str, typer.Option("--method", help="agglomerative, kmeans, kmeans_svd, random or single.", show_default=False)
+    ],
+    merge: arg.Merge = "linear",
+    parameter: arg.Parameters = None,
+    seed: arg.Seed = 0,
+    bytes: arg.Bytes = None,
+    policy: Annotated[str, typer.Option("--policy", help="The policy of later adds.")] = "kmerge++",
+    threshold: Annotated[str, typer.Option("--threshold", help="The threshold of later adds.")] = "auto",
+    rank: arg.Rank = None,
+    dtype: arg.Dtype = None,
+    keep: arg.Keep = 1,
+    base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
+    base_alias: arg.Aliases = None,
+    assume_base: arg.AssumeBase = False,
+    restore_norm: arg.RestoreNorm = False,
+    json: arg.Json = False,
+) -> None:
+    """Cluster many adapters into K slots at once, and merge each cluster."""
+    if output.exists():
+        raise ShelfError(
+            "the output exists already", where=str(output), cure="choose another path; add works on a shelf"
+        )
+    settings = new_settings(
+        slots,
+        bytes=bytes,
+        policy=policy,
+        threshold=arg.threshold(threshold),
+        merge=merge,
+        seed=seed,
+        rank=rank,
+        dtype=dtype,
+        keep=keep,
+        parameters=arg.parameters(parameter),
+        base=base,
+        base_aliases=tuple(base_alias or ()),
+        restore_norm=restore_norm,
+    )
+    named = arg.read_named(adapters)
+    made, plan = Shelf.create_with(
+        output, settings, lambda snapshot: plan_cluster(snapshot, named, method=method, assume_base=assume_base)
+    )
+    document = {**plan.report, "slots": router.slot_documents(made), "head": made.head}
+    show(document, json, lambda d: table(["slot", "members"], [(s["slot"], s["members"]) for s in d["slots"]]))
+
+
+def remove(
+    shelf: arg.ShelfPath,
+    task: Task,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="The original, to take it out of a shared slot's average.")
+    ] = None,
+    json: arg.Json = False,
+) -> None:
+    """Take a task off the shelf."""
+    opened = Shelf(shelf)
+    original = _read(adapter) if adapter else None
+    with opened.writing():
+        plan = plan_remove(opened.snapshot(), task, original)
+        document = {**plan.report, "head": opened.commit(plan)}
+    done = {"slot": "its slot is free", "average": "taken out of the average", "route": "no longer routed"}
+    show(
+        document,
+        json,
+        lambda d: f"{task}: {done[d['removed']]}{_precision(d)}" + (f" ({d['reason']})" if d["reason"] else ""),
+    )
+
+
+def route(
+    shelf: arg.ShelfPath,
+    task: Annotated[
+        str | None, typer.Argument(help="A task on the shelf; none: all.", metavar="[TASK]", show_default=False)
+    ] = None,
+    json: arg.Json = False,
+) -> None:
+    """Which slot serves a task, and where its PEFT folder lies."""
+    snapshot = Shelf(shelf).snapshot()
+    if task is not None:
+        show(router.route(snapshot, task), json, lambda d: d["path"])
+        return
+    rows = router.routes(snapshot)
+    show(
+        rows,
+        json,
+        lambda d: table(["task", ">slot", "path"], [(t, r["slot"], r["path"]) for t, r in sorted(d.items())]),
+    )
+
+
+def ls(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
+    """The slots, what they hold, and what that saves."""
+    snapshot = Shelf(shelf).snapshot()
+    show(listing(snapshot), json, _listed)
+
+
+def log(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
+    """Every operation since the shelf was made."""
+    rows = Shelf(shelf).log()
+    columns = ["time", "operation", "task", "decision", "slot", "id"]
+    show(
+        rows,
+        json,
+        lambda d: table(columns, [[str(e.get(c, ""))[: 15 if c == "id" else None] for c in columns] for e in d]),
+    )
+
+
+def verify(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
+    """Check every stored byte against its hash, and every route."""
+    problems = Shelf(shelf).verify()
+    show({"ok": not problems, "problems": problems}, json, lambda d: "\n".join(d["problems"]) or "ok")
+    if problems:
+        raise typer.Exit(4)
+
+
+def undo(
+    shelf: arg.ShelfPath,
+    to: Annotated[
+        str | None, typer.Option("--to", help="A kept manifest's id, or its beginning; default: the one before.")
+    ] = None,
+    json: arg.Json = False,
+) -> None:
+    """Go back to the state before (as a new state: undo again is redo)."""
+    opened = Shelf(shelf)
+    before = opened.snapshot()
+    head = opened.undo(to)
+    after = opened.snapshot()
+    undone = sorted(set(before.manifest.tasks) ^ set(after.manifest.tasks))
+    document = {
+        "head": head,
+        "to": after.manifest.cause["to"],
+        "tasks": sorted(after.manifest.tasks),
+        "changed": undone,
+    }
+    reach = f"undo reaches {len(after.ancestors)} states back" if after.ancestors else "nothing further back is kept"
+    show(
+        document,
+        json,
+        lambda d: f"{shelf}: back at {d['to'][:15]}…, tasks changed: {', '.join(undone) or 'none'}; {reach}",
+    )
+
+
+def gc(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
+    """Delete what a killed command left behind."""
+    opened = Shelf(shelf)
+    gone = opened.gc()
+    document = {"head": opened.snapshot().head, "deleted": gone}
+    show(document, json, lambda d: "\n".join(gone) or "nothing to delete")
+
+
+def listing(snapshot: Snapshot) -> dict[str, Any]:
+    """The document of `ls`: slots, tasks, bytes, budget, head, and what the tasks' own adapters would take at equal
+    dtype.
+    """
+    slots = router.slot_documents(snapshot)
+    widths = {"f32": 4, "f16": 2, "bf16": 2}
+    apart = sum(m["parameters"] * widths[s["dtype"]] for s in slots for m in s["merged"])
+    settings = snapshot.settings.budget
+    return {
+        "slots": slots,
+        "tasks": len(snapshot.manifest.tasks),
+        "bytes": snapshot.bytes,
+        "budget": settings.document(),
+        "head": snapshot.head,
+        "adapters": sum(len(s["merged"]) for s in slots),
+        "adapter_bytes": apart,
+    }
+
+
+def _listed(document: dict[str, Any]) -> list[Any]:
+    rows = [
+        (s["slot"], s["rank"], s["dtype"], size(s["bytes"]), len(s["merged"]), s["members"]) for s in document["slots"]
+    ]
+    held = sum(slot["bytes"] for slot in document["slots"])
+    apart = document["adapter_bytes"]
+    share = f" ({100 * held / apart:.0f} %)" if apart else ""
+    room = f", budget {size(document['budget']['bytes'])}" if document["budget"]["bytes"] else ""
+    return [
+        table([">slot", ">rank", "dtype", ">size", ">merged", "members"], rows),
+        f"{document['adapters']} adapters would take {size(apart)}, the slots take {size(held)}{share}; "
+        f"with history the shelf takes {size(document['bytes'])}{room}; "
+        f"{len(rows)} of {document['budget']['slots']} slots filled",
+    ]
+
+
+def _held_out(folder: Path | None, text: str) -> float | str:
+    if folder is None:
+        return arg.threshold(text)
+    if text != "auto":
+        raise UsageError("--threshold and --held-out exclude each other")
+    return median_similarity(similarity(list(arg.adapters_in(folder).values())))
+
+
+def _planned(
+    snapshot: Snapshot, text: str, task: str | None, kind: str | None, details: dict[str, Any], assume_base: bool
+) -> Plan:
+    name, path = arg.adapter_path(text)
+    adapter = read_adapter(path)
+    if not adapter.base.name:
+        note(f"{name}: its config names no base model; only shapes can be checked")
+    plan = plan_add(snapshot, adapter, task or name, type=kind, details=details, assume_base=assume_base)
+    if plan.report["decision"] == "fold":
+        averaged = "folded" if plan.report["merged"] else "already averaged in, so only routed"
+        note(f"{plan.report['task']}: {averaged}; keep your original: `update` and an exact `remove` need it")
+    return plan
+
+
+def _added(document: dict[str, Any]) -> str:
+    if document["decision"] == "refuse":
+        return f"{document['task']}: refused"
+    best = max(document["scores"].values(), default=None)
+    limit = f", threshold {score(document['threshold'])}" if document["threshold"] is not None else ""
+    with_others = [m for m in document["members"] if m != document["task"]]
+    where = (
+        f"opens slot {document['slot']}" if document["decision"] == "open" else f"folds into slot {document['slot']}"
+    )
+    beside = f" with {', '.join(with_others)}" if with_others else ""
+    return f"{document['task']}: {where}{beside} (best score {score(best)}{limit})"
+
+
+def _precision(document: dict[str, Any]) -> str:
+    return "" if document["precision"] is None else f", to a relative precision of about {document['precision']:.1e}"
+
+
+def _read(text: str) -> Any:
+    return read_adapter(arg.adapter_path(text)[1])
+
+
+_EXAMPLES: dict[Callable[..., None], str] = {
+    init: "lorashelf init my.shelf --slots 5 --dtype f16",
+    add: "lorashelf add my.shelf adapters/gec-de adapters/qa-en  ·  lorashelf add my.shelf mail=out/run7 --dry-run",
+    update: "lorashelf update my.shelf gec-de out/gec-de-v2 --was out/gec-de",
+    cluster: "lorashelf cluster adapters/* -o my.shelf --slots 5 --method agglomerative",
+    remove: "lorashelf remove my.shelf gec-de --adapter adapters/gec-de",
+    route: "lorashelf route my.shelf gec-de",
+    ls: "lorashelf ls my.shelf",
+    log: "lorashelf log my.shelf",
+    verify: "lorashelf verify my.shelf",
+    undo: "lorashelf undo my.shelf",
+    gc: "lorashelf gc my.shelf",
+}
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the commands of this module."""
+    for command, example in _EXAMPLES.items():
+        app.command(epilog=f"Example:  {example}", rich_help_panel="The shelf")(command)

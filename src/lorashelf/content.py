@@ -1,0 +1,145 @@
+"""What one slot holds: an adapter and the history it stands for; opened, folded into, taken out of. No disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from .adapter import Adapter, BaseId, Factors, wider
+from .algebra import compress, norm
+from .errors import NotReversible
+from .manifest import PENDING, Merged, Slot
+from .merging import METHODS, merge_measured, unmerge
+from .peft_format import encode
+from .recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """An adapter that stands for `merged`; the other fields are those of `manifest.Slot`."""
+
+    adapter: Adapter
+    merged: tuple[Merged, ...]
+    error: float = 0.0
+    average: str | None = None
+    restored: float = 1.0
+
+    def slot(self, slot_id: int, members: Sequence[str]) -> Slot:
+        """The manifest's entry for it, its object pending."""
+        return Slot(
+            slot=slot_id,
+            object=PENDING,
+            rank=self.adapter.rank,
+            dtype=self.adapter.dtype,
+            bytes=encode(self.adapter).size,
+            merged=self.merged,
+            members=tuple(members),
+            error=self.error,
+            average=self.average,
+            restored=self.restored,
+        )
+
+    @property
+    def faithful(self) -> str | None:
+        """The averaging method that can go on from here exactly: its own; any ("*") for one adapter stored uncut."""
+        return "*" if len(self.merged) == 1 and not self.error else self.average
+
+
+def entry(task: str, kind: str, adapter: Adapter) -> Merged:
+    """The record of an adapter that is about to be stored."""
+    return Merged(task, kind, adapter.digest, 1.0, adapter.rank, adapter.parameters, adapter.dtype, norm(adapter))
+
+
+def single(adapter: Adapter, record: Merged, recipe: Recipe) -> Content:
+    """The adapter alone, as the recipe stores it: `dtype`, and the rank cut to `rank`."""
+    stored = replace(adapter, dtype=recipe.dtype or adapter.dtype)
+    if recipe.rank is None:
+        return Content(stored, (record,))
+    stored, error = compress(stored, recipe.rank)
+    return Content(stored, (record,), error)
+
+
+def fold(
+    sources: Sequence[Content],
+    adapter: Adapter,
+    record: Merged,
+    recipe: Recipe,
+    average: Literal["mean", "half"] = "mean",
+) -> Content:
+    """The merge of what the sources have averaged with one more adapter.
+
+    'mean': weights nᵢ/(n+1) and 1/(n+1), so everything averaged counts the same (K-Merge); 'half': ½ and ½; a method
+    whose default weight is 1 takes 1 and 1. Averages are computed in float32 and rounded once, to the widest dtype or
+    the recipe's.
+    """
+    records = [m for source in sources for m in source.merged]
+    total = len(records) + 1
+    if METHODS[recipe.merge].weights == "unary":
+        shares, weights = [1.0] * len(sources), [1.0] * total
+    elif average == "half":
+        shares, weights = [0.5] * len(sources), [0.5 * m.weight for m in records] + [0.5]
+    else:
+        shares, weights = [len(source.merged) / total for source in sources], [1.0 / total] * total
+    merged, error = _merge([*(source.adapter for source in sources), adapter], [*shares, weights[-1]], recipe)
+    continued = all(source.faithful in ("*", recipe.merge) for source in sources)
+    even = average == "mean" and METHODS[recipe.merge].average is not None and not error
+    entries = tuple(replace(m, weight=w) for m, w in zip([*records, record], weights, strict=True))
+    return _restored(Content(merged, entries, error, recipe.merge if even and continued else None), recipe)
+
+
+def block(adapters: Sequence[Adapter], records: Sequence[Merged], recipe: Recipe) -> Content:
+    """Several adapters merged at once with the method's default weights; one alone is stored as it is."""
+    if len(adapters) == 1:
+        return single(adapters[0], records[0], recipe)
+    method = METHODS[recipe.merge]
+    weight = 1.0 / len(adapters) if method.weights == "mean" else 1.0
+    merged, error = _merge(adapters, [weight] * len(adapters), recipe)
+    average = recipe.merge if method.average is not None and not error else None
+    return _restored(Content(merged, tuple(replace(m, weight=weight) for m in records), error, average), recipe)
+
+
+def without(content: Content, digest: str, adapter: Adapter, recipe: Recipe) -> tuple[Content, float]:
+    """The content with one adapter taken out of its average, and the relative precision of the rest.
+
+    Raises NotReversible where the content is not an equal average of several.
+    """
+    if content.average is None or len(content.merged) < 2:
+        how = "a merge that cannot be taken apart" if len(content.merged) > 1 else "one adapter only"
+        raise NotReversible(f"the slot holds {how}", cure="its content stays as it is")
+    rest, precision = unmerge(content.adapter, adapter, len(content.merged), method=content.average)
+    remaining = [m for m in content.merged if m.digest != digest]
+    entries = tuple(replace(m, weight=1.0 / len(remaining)) for m in remaining)
+    return _restored(Content(rest, entries, 0.0, content.average), recipe), precision
+
+
+def one_base(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters under one base name, after that was checked or declared."""
+    base = next((x.base for x in adapters if x.base.name), BaseId())
+    return [replace(x, base=base) for x in adapters]
+
+
+def _merge(adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recipe) -> tuple[Adapter, float]:
+    merged, error = merge_measured(
+        one_base(adapters), weights, method=recipe.merge, rank=recipe.rank, seed=recipe.seed, **recipe.parameters
+    )
+    return replace(merged, dtype=recipe.dtype or wider([x.dtype for x in adapters])), error
+
+
+def _restored(content: Content, recipe: Recipe) -> Content:
+    """With `restore_norm`, several adapters' merge scaled to their mean norm; the factor is divided out before the next
+    fold.
+    """
+    size = norm(content.adapter) if recipe.restore_norm and len(content.merged) > 1 else 0.0
+    if not size:
+        return content
+    factor = float(np.mean([m.norm for m in content.merged])) / size
+    return replace(content, adapter=scaled(content.adapter, factor), restored=factor)
+
+
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    """The adapter with every ΔW times `factor`, kept in the scales."""
+    modules: Mapping[str, Factors] = adapter.modules
+    return adapter.with_factors({path: Factors(f.a, f.b, f.scale * factor) for path, f in modules.items()})

@@ -1,0 +1,65 @@
+"""Canonical JSON and tagged hashes: the same content has the same name, on every machine.
+
+A digest is `b2-` and 64 hex digits of BLAKE2b-256; the tag lets a later version change the hash and still be told
+apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from typing import Any
+
+import rfc8785
+
+TAG = "b2-"
+PATTERN = re.compile(r"b2-[0-9a-f]{64}")
+
+
+class Hasher:
+    """BLAKE2b-256 fed piece by piece; `name` is the tagged digest of all that was fed."""
+
+    def __init__(self) -> None:
+        self._state = blake2b(digest_size=32)
+
+    def update(self, chunk: bytes | memoryview) -> None:
+        """Feed one piece."""
+        self._state.update(chunk)
+
+    def tap(self, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        """Pass the chunks on, hashing each on its way."""
+        for chunk in chunks:
+            self.update(chunk)
+            yield chunk
+
+    @property
+    def name(self) -> str:
+        """`b2-` and 64 hex digits."""
+        return TAG + self._state.hexdigest()
+
+
+def digest(chunks: Iterable[bytes | memoryview]) -> str:
+    """BLAKE2b-256 of the chunks one after the other, tagged.
+
+    >>> digest([b"lora", b"shelf"]) == digest([b"lorashelf"])
+    True
+    """
+    hasher = Hasher()
+    for chunk in chunks:
+        hasher.update(chunk)
+    return hasher.name
+
+
+def is_digest(text: object) -> bool:
+    """Whether `text` is a whole digest."""
+    return isinstance(text, str) and PATTERN.fullmatch(text) is not None
+
+
+def canonical_json(document: Any) -> bytes:
+    """The one encoding of a JSON document (RFC 8785: keys sorted, shortest numbers, UTF-8, no white space).
+
+    >>> canonical_json({"b": 1.0, "a": "é"}).decode()
+    '{"a":"é","b":1}'
+    """
+    return rfc8785.dumps(document)

@@ -1,0 +1,198 @@
+"""The error tree: every failure that a caller can meet, with what happened, where, and the cure.
+
+    LorashelfError
+    ├── UsageError            2  the request itself cannot be carried out
+    │   ├── UnknownName       2  no such task, method, policy …; carries the nearest names
+    │   ├── MissingExtra      2  an optional package is not installed; carries the install line
+    │   └── TaskNameError     2  a task name that is taken, or that cannot be a name
+    ├── AdapterError          3  an adapter is refused
+    │   ├── AdapterFormatError    3  its files are not a LoRA adapter that can be read exactly
+    │   ├── BaseMismatch          3  it was trained on another base model
+    │   └── ShapeMismatch         3  its factors do not fit the adapters beside it
+    ├── ShelfError            4  the shelf cannot do it
+    │   ├── ShelfNotFound         4  there is no shelf at this path
+    │   ├── ShelfConfigError      4  shelf.toml is wrong or contradicts what is stored
+    │   ├── CorruptShelf          4  stored bytes are not what the manifest says
+    │   ├── NewerFormat           4  written by a later version of lorashelf
+    │   ├── ShelfLocked           4  another writer holds the lock
+    │   ├── StaleShelf            4  the head moved since the plan was made
+    │   ├── OverBudget            4  the result does not fit into the slots or the bytes
+    │   └── NotReversible         4  the history needed to take something back is gone
+    ├── DiskError             4  the file system refused: full, read-only, no permission
+    ├── ModelError            5  the language model, or an evaluation with it, failed
+    └── ExportError           6  a slot cannot be written in the wanted format
+
+The number is the exit status of the command line. All faults of one adapter are raised at once, in `faults`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LorashelfError(Exception):
+    """Base of every error that lorashelf raises on purpose: `what` happened, `where`, and the `cure`."""
+
+    exit_code = 1
+    kind = "error"
+
+    def __init__(self, what: str, *, where: str | None = None, cure: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.cure = cure
+
+    def __str__(self) -> str:
+        where = f"\n  where: {self.where}" if self.where else ""
+        cure = f"\n  cure:  {self.cure}" if self.cure else ""
+        return f"{self.what}{where}{cure}"
+
+
+class UsageError(LorashelfError):
+    """The request itself cannot be carried out."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class UnknownName(UsageError):
+    """A name that nothing bears; `nearest` holds the closest existing ones."""
+
+    kind = "unknown_name"
+
+    def __init__(self, noun: str, name: str, known: Sequence[str], *, where: str | None = None) -> None:
+        from difflib import get_close_matches
+
+        self.name = name
+        self.nearest = get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, self.nearest))}?" if self.nearest else None
+        listing = ", ".join(known) if known else "none"
+        super().__init__(f"unknown {noun} {name!r}", where=where, cure=hint or f"known: {listing}")
+
+
+class MissingExtra(UsageError):
+    """An optional package is not installed; `extra` is the extra that brings it."""
+
+    kind = "missing_extra"
+
+    def __init__(self, purpose: str, package: str, extra: str) -> None:
+        self.package = package
+        self.extra = extra
+        super().__init__(f"{purpose} needs {package}", cure=f"pip install 'lorashelf[{extra}]'")
+
+
+class TaskNameError(UsageError):
+    """A task name that is taken, or that cannot be a name."""
+
+    kind = "task_name"
+
+
+class AdapterError(LorashelfError):
+    """An adapter is refused; `faults` names every reason at once."""
+
+    exit_code = 3
+    kind = "adapter"
+
+    def __init__(self, faults: Sequence[str], *, where: str | None = None, cure: str | None = None) -> None:
+        self.faults = tuple(faults)
+        shown = "\n".join(f"  - {fault}" for fault in self.faults)
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__(f"adapter refused ({count}):\n{shown}", where=where, cure=cure)
+
+
+class AdapterFormatError(AdapterError):
+    """The files are not a LoRA adapter that can be read exactly."""
+
+    kind = "adapter_format"
+
+
+class BaseMismatch(AdapterError):
+    """The adapter was trained on another base model than its neighbours."""
+
+    kind = "base_mismatch"
+
+
+class ShapeMismatch(AdapterError):
+    """The adapter's factors do not fit those of the adapters beside it."""
+
+    kind = "shape_mismatch"
+
+
+class ShelfError(LorashelfError):
+    """The shelf cannot do what was asked."""
+
+    exit_code = 4
+    kind = "shelf"
+
+
+class ShelfNotFound(ShelfError):
+    """There is no shelf at this path."""
+
+    kind = "shelf_not_found"
+
+
+class ShelfConfigError(ShelfError):
+    """shelf.toml cannot be read, or contradicts what is stored; `faults` names every reason at once."""
+
+    kind = "shelf_config"
+
+    def __init__(self, faults: Sequence[str], *, where: str | None = None, cure: str | None = None) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(self.faults), where=where, cure=cure)
+
+
+class CorruptShelf(ShelfError):
+    """Stored bytes are not what the manifest says."""
+
+    kind = "corrupt"
+
+
+class NewerFormat(ShelfError):
+    """The shelf was written by a later version of lorashelf."""
+
+    kind = "newer_format"
+
+
+class ShelfLocked(ShelfError):
+    """Another writer holds the lock."""
+
+    kind = "locked"
+
+
+class StaleShelf(ShelfError):
+    """The head moved since the plan was made."""
+
+    kind = "stale"
+
+
+class OverBudget(ShelfError):
+    """The result does not fit into the slots or the bytes."""
+
+    kind = "over_budget"
+
+
+class NotReversible(ShelfError):
+    """The history needed to take something back is gone."""
+
+    kind = "not_reversible"
+
+
+class DiskError(LorashelfError):
+    """The file system refused: full, read-only, no permission."""
+
+    exit_code = 4
+    kind = "disk"
+
+
+class ModelError(LorashelfError):
+    """The language model, or an evaluation with it, failed."""
+
+    exit_code = 5
+    kind = "model"
+
+
+class ExportError(LorashelfError):
+    """A slot cannot be written in the wanted format."""
+
+    exit_code = 6
+    kind = "export"

@@ -1,0 +1,325 @@
+"""The flows: from adapters and a snapshot to a Plan, without any effect. `Shelf.commit` carries a plan out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from . import content, partition, policy
+from .adapter import Adapter, BaseId, check_fit
+from .content import Content
+from .errors import BaseMismatch, NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
+from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, task_name
+from .policy import Decision, Fold, Open, Refuse
+from .recipe import Recipe
+from .shelf import Snapshot, check_budget
+from .similarity import similarity
+from .version import VERSION
+
+MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold
+
+
+def plan_add(
+    snapshot: Snapshot,
+    adapter: Adapter,
+    task: str,
+    *,
+    type: str | None = None,
+    details: Mapping[str, Any] | None = None,
+    assume_base: bool = False,
+) -> Plan:
+    """Where an arriving adapter goes, and what its slot becomes (K-Merge, K-Merge++ …, by the shelf's recipe).
+
+    `type` is the problem type (default: the name before the first "-"); `details` are stored with the task. Raises
+    TaskNameError, BaseMismatch, ShapeMismatch. A refusal of the policy or the budget is a plan with `refused` set.
+    """
+    task = task_name(task)
+    manifest, settings = snapshot.manifest, snapshot.settings
+    if task in manifest.tasks:
+        cure = "choose another name, or lorashelf update / remove the task first"
+        raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
+    kind = type or task.split("-")[0]
+    held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
+    base = _agreed_base(snapshot, [adapter], assume_base)
+    check_fit(content.one_base([adapter, *held.values()]))
+    values = similarity([adapter], list(held.values()))[0] if held else []
+    scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
+    seen = (*manifest.scores, *scores.values())
+    threshold = _threshold(settings.recipe, seen)
+    record = content.entry(task, kind, adapter)
+
+    opening = _opening(snapshot, adapter, record)
+    new: Content | None = None
+    same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
+    if same is not None:
+        decision: Decision = Fold(same)  # its average holds this very adapter: only the route is new
+    else:
+        decision = policy.POLICIES[settings.recipe.policy](
+            scores,
+            policy.View(
+                free=opening[0] if opening else None,
+                threshold=threshold,
+                type=kind,
+                types={slot.slot: frozenset(m.type for m in slot.merged) for slot in manifest.slots},
+                averaged={slot.slot: slot.digests for slot in manifest.slots},
+                rng=np.random.default_rng([settings.recipe.seed, manifest.arrived]),
+            ),
+        )
+        if isinstance(decision, Open) and opening:
+            new = opening[1]
+        elif isinstance(decision, Fold):
+            sources = [_content(snapshot, manifest.slot(i)) for i in decision.sources or (decision.slot,)]
+            new = content.fold(sources, adapter, record, settings.recipe, decision.average)
+    known = replace(
+        manifest,
+        base=base,
+        tasks=dict(
+            sorted({**manifest.tasks, task: {"type": kind, "digest": adapter.digest, **(details or {})}}.items())
+        ),
+        arrived=manifest.arrived + 1,
+        # once all slots are filled nothing depends on a threshold any more
+        scores=(seen if len(manifest.slots) < settings.budget.slots else manifest.scores)[-MAX_SCORES:],
+    )
+    report = {"task": task, "scores": {str(slot): score for slot, score in scores.items()}, "threshold": threshold}
+    return _decided(snapshot, known, decision, new, report)
+
+
+def _decided(
+    snapshot: Snapshot, known: Manifest, decision: Decision, new: Content | None, report: dict[str, Any]
+) -> Plan:
+    """The plan of an add whose decision is made; a budget that it does not meet turns it into a refusal."""
+    if isinstance(decision, Refuse):
+        return _refused(snapshot, report, decision.reason)
+    slot_id, kind = decision.slot, "open" if isinstance(decision, Open) else "fold"
+    before = () if kind == "open" else known.slot(slot_id).members
+    members = tuple(sorted([*before, report["task"]]))
+    cause = {"operation": "add", "decision": kind, "slot": slot_id, "seed": snapshot.settings.recipe.seed, **report}
+    report |= {"decision": kind, "slot": slot_id, "members": list(members), "merged": new is not None}
+    slot = new.slot(slot_id, members) if new else replace(known.slot(slot_id), members=members)
+    writes = {slot_id: new.adapter} if new else {}
+    plan = _plan(snapshot, replace(known, slots=known.with_slot(slot)), writes, cause, report)
+    try:
+        if new:
+            check_budget(snapshot, plan)
+    except OverBudget as error:
+        return _refused(snapshot, report, f"{error.what}; {error.cure}")
+    return plan
+
+
+def _refused(snapshot: Snapshot, report: Mapping[str, Any], reason: str) -> Plan:
+    report = {**report, "decision": "refuse", "slot": None, "members": [], "reason": reason}
+    return Plan(snapshot.head, snapshot.manifest, {}, report, refused=reason)
+
+
+def _opening(snapshot: Snapshot, adapter: Adapter, record: Merged) -> tuple[int, Content] | None:
+    """The lowest free slot id and what it would hold; None where a slot, or the bytes for one, are lacking."""
+    manifest, settings = snapshot.manifest, snapshot.settings
+    taken = {slot.slot for slot in manifest.slots}
+    free = next((i for i in range(settings.budget.slots) if i not in taken), None)
+    if free is None:
+        return None
+    new = content.single(adapter, record, settings.recipe)
+    try:
+        trial = replace(manifest, slots=manifest.with_slot(new.slot(free, (record.task,))))
+        check_budget(snapshot, _plan(snapshot, trial, {free: new.adapter}, {"operation": "add"}, {}))
+    except OverBudget:
+        return None
+    return free, new
+
+
+def plan_update(
+    snapshot: Snapshot, task: str, adapter: Adapter, was: Adapter | None = None, *, assume_base: bool = False
+) -> Plan:
+    """Replace a task's adapter in its slot. In a shared slot the old one, `was`, is taken out of the average first.
+
+    Raises UnknownName, NotReversible where that needs an adapter or a history that is not there, BaseMismatch,
+    ShapeMismatch.
+    """
+    slot, details = located(snapshot, task)
+    recipe = snapshot.settings.recipe
+    base = _agreed_base(snapshot, [adapter], assume_base)
+    others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
+    check_fit(content.one_base([adapter, *others]))
+    record = content.entry(task, details["type"], adapter)
+    precision = None
+    if len(slot.merged) == 1 and slot.members == (task,):
+        new = content.single(adapter, record, recipe)
+    else:
+        rest, precision = _without(snapshot, slot, task, was, "--was OLD_ADAPTER")
+        plain = replace(rest, adapter=content.scaled(rest.adapter, 1 / rest.restored), restored=1.0)
+        new = content.fold([plain], adapter, record, recipe)
+    tasks = {**snapshot.manifest.tasks, task: {**details, "digest": adapter.digest}}
+    slots = snapshot.manifest.with_slot(new.slot(slot.slot, slot.members))
+    cause = {"operation": "update", "task": task, "slot": slot.slot}
+    report = {"task": task, "slot": slot.slot, "members": list(slot.members), "precision": precision}
+    known = replace(snapshot.manifest, base=base, tasks=tasks, slots=slots)
+    return _plan(snapshot, known, {slot.slot: new.adapter}, cause, report)
+
+
+def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -> Plan:
+    """Take a task off the shelf: its slot if it is alone there, with `adapter` its share of the average, else its route
+    only.
+
+    The report's `removed` says which of "slot", "average", "route" it was, `reason` why not more, `precision` the
+    relative rounding left. Raises UnknownName, and NotReversible if `adapter` is not the one recorded.
+    """
+    slot, details = located(snapshot, task)
+    if adapter is not None and adapter.digest != details["digest"]:
+        raise _another(task, adapter, details["digest"])
+    tasks = {name: value for name, value in snapshot.manifest.tasks.items() if name != task}
+    known = replace(snapshot.manifest, tasks=tasks)
+    members = tuple(member for member in slot.members if member != task)
+    cause = {"operation": "remove", "task": task, "slot": slot.slot}
+    report: dict[str, Any] = {
+        "task": task,
+        "slot": slot.slot,
+        "members": list(members),
+        "precision": None,
+        "reason": None,
+    }
+    writes: dict[int, Adapter] = {}
+    if not members:
+        report["removed"] = "slot"
+        slots = known.without_slot(slot.slot)
+    else:
+        try:
+            rest, report["precision"] = _without(snapshot, slot, task, adapter, "--adapter ADAPTER")
+            report["removed"] = "average"
+            slots, writes = known.with_slot(rest.slot(slot.slot, members)), {slot.slot: rest.adapter}
+        except NotReversible as error:
+            report |= {"removed": "route", "reason": f"{error.what}; {error.cure}"}
+            slots = known.with_slot(replace(slot, members=members))
+    return _plan(snapshot, replace(known, slots=slots), writes, cause, report, shrinks=True)
+
+
+def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None, option: str) -> tuple[Content, float]:
+    """The slot's content with a task's adapter taken out. Raises NotReversible, saying what is missing."""
+    tasks = snapshot.manifest.tasks
+    digest = tasks[task]["digest"]
+    if any(tasks[other]["digest"] == digest for other in slot.members if other != task):
+        raise NotReversible("another task here is served by the same adapter", cure="it stays in the average")
+    if adapter is None:
+        raise NotReversible(
+            "the adapter is averaged with others", cure=f"give the original with {option} to take it out"
+        )
+    if adapter.digest != digest:
+        raise _another(task, adapter, digest)
+    return content.without(_content(snapshot, slot), digest, adapter, snapshot.settings.recipe)
+
+
+def _another(task: str, adapter: Adapter, digest: str) -> NotReversible:
+    what = f"this is not the adapter of {task!r}: its digest is {adapter.digest[:15]}…, recorded is {digest[:15]}…"
+    return NotReversible(what, cure="give the very folder that was added")
+
+
+def plan_cluster(
+    snapshot: Snapshot,
+    adapters: Mapping[str, Adapter],
+    *,
+    method: str,
+    types: Mapping[str, str] | None = None,
+    assume_base: bool = False,
+) -> Plan:
+    """Partition the adapters (task → adapter) into the shelf's K slots and merge each block; the shelf must be empty.
+
+    Blocks are numbered by their smallest task name. Raises TaskNameError, BaseMismatch, ShapeMismatch, OverBudget,
+    UsageError.
+    """
+    if snapshot.manifest.slots:
+        raise UsageError("the shelf is not empty", where=str(snapshot.path), cure="cluster writes a new shelf")
+    settings = snapshot.settings
+    named = {task_name(name): adapter for name, adapter in sorted(adapters.items())}
+    if len(named) < len(adapters):
+        raise TaskNameError("two adapters have the same task name", cure="name them: NAME=ADAPTER")
+    base = _agreed_base(snapshot, list(named.values()), assume_base)
+    tasks, xs = list(named), content.one_base(list(named.values()))
+    check_fit(xs)
+    blocks = partition.partition(xs, settings.budget.slots, method=method, seed=settings.recipe.seed)
+    kinds = {task: (types or {}).get(task) or task.split("-")[0] for task in tasks}
+    slots, writes = [], {}
+    for slot_id, indices in enumerate(blocks):
+        records = [content.entry(tasks[i], kinds[tasks[i]], xs[i]) for i in indices]
+        new = content.block([xs[i] for i in indices], records, settings.recipe)
+        slots.append(new.slot(slot_id, [tasks[i] for i in indices]))
+        writes[slot_id] = new.adapter
+    known = replace(
+        snapshot.manifest,
+        base=base,
+        slots=tuple(slots),
+        tasks={task: {"type": kinds[task], "digest": x.digest} for task, x in zip(tasks, xs, strict=True)},
+        arrived=len(xs),
+    )
+    cause = {"operation": "cluster", "method": method, "seed": settings.recipe.seed}
+    partitioned = {tasks[i]: slot_id for slot_id, indices in enumerate(blocks) for i in indices}
+    report = {
+        "partition": dict(sorted(partitioned.items())),
+        "method": method,
+        "seed": settings.recipe.seed,
+        "evaluations": None,
+    }
+    plan = _plan(snapshot, known, writes, cause, report)
+    check_budget(snapshot, plan)
+    return plan
+
+
+def located(snapshot: Snapshot, task: str) -> tuple[Slot, Mapping[str, Any]]:
+    """Θ(t): the slot of a task, and what is stored with the task. Raises UnknownName with the nearest names."""
+    slot = snapshot.manifest.slot_of(task)
+    if slot is None:
+        raise UnknownName("task", task, sorted(snapshot.manifest.tasks), where=str(snapshot.path))
+    return slot, snapshot.manifest.tasks[task]
+
+
+def _content(snapshot: Snapshot, slot: Slot) -> Content:
+    """A stored slot as what the next fold starts from: norm restoration divided out."""
+    stored = snapshot.adapter(slot)
+    plain = stored if slot.restored == 1.0 else content.scaled(stored, 1 / slot.restored)
+    return Content(plain, slot.merged, slot.error, slot.average)
+
+
+def _plan(
+    snapshot: Snapshot,
+    manifest: Manifest,
+    writes: Mapping[int, Adapter],
+    cause: Mapping[str, Any],
+    report: Mapping[str, Any],
+    shrinks: bool = False,
+) -> Plan:
+    settings = snapshot.settings
+    planned = replace(
+        manifest,
+        parent=snapshot.head,
+        sequence=snapshot.manifest.sequence + 1,
+        recipe=settings.recipe.document(),
+        budget=settings.budget.document(),
+        cause={**cause, "time": PENDING_TIME, "version": VERSION},
+    )
+    return Plan(snapshot.head, planned, writes, report, shrinks=shrinks)
+
+
+def _threshold(recipe: Recipe, seen: Sequence[float]) -> float | None:
+    if recipe.policy != "kmerge++":
+        return None
+    return policy.auto_threshold(seen) if recipe.threshold == "auto" else float(recipe.threshold)
+
+
+def _agreed_base(snapshot: Snapshot, adapters: Sequence[Adapter], assume: bool) -> BaseId | None:
+    """The shelf's base once these adapters are on it: the first known name. Raises BaseMismatch naming all others."""
+    settings, stored = snapshot.settings, snapshot.manifest.base
+    base = stored if stored is not None and stored.name else BaseId(settings.base or "")
+    equal = {settings.base, *settings.base_aliases}
+    faults = []
+    for adapter in adapters:
+        base = base if base.name else adapter.base
+        declared = adapter.base.name != base.name and adapter.base.name in equal
+        if adapter.base.contradicts(base) and not declared and not assume:
+            faults.append(f"trained on {adapter.base}, expected is {base}")
+    if faults:
+        cure = (
+            "if these are one model under two names: --assume-base, or base_aliases in shelf.toml (init --base-alias)"
+        )
+        raise BaseMismatch(sorted(set(faults)), where=str(snapshot.path), cure=cure)
+    return base if base.name else None

@@ -1,0 +1,197 @@
+"""What a shelf holds at one moment: slots, tasks, the recipe in force, the cause; an immutable, linked document."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from .adapter import Adapter, BaseId
+from .digest import canonical_json, digest
+from .errors import CorruptShelf, NewerFormat, TaskNameError
+from .recipe import FORMAT
+
+PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of a digest's length, so sizes are exact
+PENDING_TIME = "0000-00-00T00:00:00Z"
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """One adapter that a slot has averaged in, by the digest of its source."""
+
+    task: str
+    type: str
+    digest: str
+    weight: float
+    rank: int
+    parameters: int
+    dtype: str
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One stored adapter: the object it lies in, what was averaged into it, and the tasks routed to it."""
+
+    slot: int
+    object: str
+    rank: int
+    dtype: str
+    bytes: int
+    merged: tuple[Merged, ...]
+    members: tuple[str, ...]
+    error: float = 0.0
+    """Relative error of what compression (`rank`) cut off, at the latest merge."""
+    average: str | None = None
+    """The merge method of which the content is the equal average of `merged`, as far as rounding; None if it is not."""
+    restored: float = 1.0
+    """The factor of norm restoration inside the object's scales; divided out before the next fold."""
+    encoding: str = "peft"
+
+    def document(self) -> dict[str, Any]:
+        """As in a manifest and in every JSON answer."""
+        return asdict(self) | {"merged": [asdict(entry) for entry in self.merged], "members": list(self.members)}
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """The digests averaged in."""
+        return frozenset(entry.digest for entry in self.merged)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole content of a shelf. Its id is the digest of its canonical JSON; `parent` links it to the one before."""
+
+    parent: str | None
+    sequence: int
+    recipe: Mapping[str, Any]
+    budget: Mapping[str, Any]
+    cause: Mapping[str, Any]
+    base: BaseId | None = None
+    slots: tuple[Slot, ...] = ()
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Task name → {type, digest of its adapter, and what --task-file gave}."""
+    arrived: int = 0
+    """How many adapters ever arrived."""
+    scores: tuple[float, ...] = ()
+    """Scores of arrivals while a slot was free, for threshold = auto."""
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document that is stored."""
+        return {
+            "format": FORMAT,
+            "parent": self.parent,
+            "sequence": self.sequence,
+            "base": None if self.base is None else {"name": self.base.name, "revision": self.base.revision},
+            "recipe": dict(self.recipe),
+            "budget": dict(self.budget),
+            "slots": [slot.document() for slot in self.slots],
+            "tasks": {name: dict(value) for name, value in self.tasks.items()},
+            "arrived": self.arrived,
+            "scores": list(self.scores),
+            "cause": dict(self.cause),
+        }
+
+    def encode(self) -> bytes:
+        """Canonical JSON, UTF-8, no newline."""
+        return canonical_json(self.document())
+
+    @staticmethod
+    def decode(data: bytes, where: str) -> Manifest:
+        """The manifest of these bytes. Raises CorruptShelf or NewerFormat."""
+        try:
+            document = json.loads(data)
+            if document["format"] > FORMAT:
+                raise NewerFormat(f"manifest of format {document['format']}", where=where, cure="upgrade lorashelf")
+            base = document["base"]
+            return Manifest(
+                parent=document["parent"],
+                sequence=document["sequence"],
+                recipe=document["recipe"],
+                budget=document["budget"],
+                cause=document["cause"],
+                base=None if base is None else BaseId(base["name"], base["revision"]),
+                slots=tuple(_slot(item) for item in document["slots"]),
+                tasks=document["tasks"],
+                arrived=document["arrived"],
+                scores=tuple(document["scores"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptShelf(f"manifest cannot be read: {error!r}", where=where, cure="lorashelf verify") from error
+
+    def slot(self, slot_id: int) -> Slot:
+        """The slot of this id. Raises KeyError."""
+        for slot in self.slots:
+            if slot.slot == slot_id:
+                return slot
+        raise KeyError(slot_id)
+
+    def slot_of(self, task: str) -> Slot | None:
+        """Θ(t): the slot whose members hold the task."""
+        return next((slot for slot in self.slots if task in slot.members), None)
+
+    def with_slot(self, slot: Slot) -> tuple[Slot, ...]:
+        """The slots with this one put in or replaced, by id."""
+        rest = [other for other in self.slots if other.slot != slot.slot]
+        return tuple(sorted([*rest, slot], key=lambda each: each.slot))
+
+    def without_slot(self, slot_id: int) -> tuple[Slot, ...]:
+        """The slots but this one."""
+        return tuple(slot for slot in self.slots if slot.slot != slot_id)
+
+
+def _slot(document: dict[str, Any]) -> Slot:
+    merged = tuple(Merged(**entry) for entry in document["merged"])
+    return Slot(**{**document, "merged": merged, "members": tuple(document["members"])})
+
+
+def manifest_id(data: bytes) -> str:
+    """The id of a manifest's bytes."""
+    return digest([data])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A commit that has not happened: the manifest to be (its new objects PENDING), and the adapters to write per slot.
+
+    `report` is what the command that made it tells its caller. A refused plan has the parent's content and commits
+    nothing.
+    """
+
+    parent: str
+    manifest: Manifest
+    writes: Mapping[int, Adapter]
+    report: Mapping[str, Any]
+    refused: str | None = None
+    shrinks: bool = False
+    """Whether it may pass a budget that is exceeded already (remove)."""
+
+    def sealed(self, objects: Mapping[int, str], time: str) -> Manifest:
+        """The manifest with the written objects' ids and the time filled in."""
+        slots = tuple(replace(s, object=objects.get(s.slot, s.object)) for s in self.manifest.slots)
+        return replace(self.manifest, slots=slots, cause={**self.manifest.cause, "time": time})
+
+
+def task_name(name: str) -> str:
+    """A task name in NFC. Raises TaskNameError for an empty one, '/', '..', control characters, line breaks, over 255
+    bytes.
+    """
+    normal = unicodedata.normalize("NFC", name)
+    faults = []
+    if not normal.strip():
+        faults.append("is empty")
+    if "/" in normal or "\\" in normal:
+        faults.append("has a slash")
+    if ".." in normal or normal == ".":
+        faults.append("has '..' or is '.'")
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in normal):
+        faults.append("has a control character or a line break")
+    if len(normal.encode(errors="surrogatepass")) > 255:
+        faults.append("is longer than 255 bytes")
+    if faults:
+        raise TaskNameError(
+            f"task name {name!r} {', '.join(faults)}", cure="give a plain name: --task NAME, or NAME=ADAPTER"
+        )
+    return normal

@@ -1,0 +1,129 @@
+"""Rules on tensors: sparsify each, then agree. Registered on the factors A and B (PEFT's names) and on the dense ΔW
+(`…_svd`).
+
+A rule gets the tensors of one module (lower ranks not yet padded), their weights (n,), and `draw(i)`, the generator of
+adapter i's mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .methods import Draw, Tensor, merge_method
+
+PEFT = "PEFT 0.21.2 add_weighted_adapter"
+KMERGE = "K-Merge, arXiv 2510.13537, the equation of its fold read literally"
+TIES = "TIES, arXiv 2306.01708"
+DARE = "DARE, arXiv 2311.03099"
+
+
+@merge_method("linear", space="factors", cites=f"{PEFT}; K-Merge's released code", average=0.5)
+def linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw) -> Tensor:
+    """Σ wᵢ Xᵢ, on A with w = sgn(w s)√|w s| and on B with √|w s|: n² cross terms, and ΔW keeps about the norm of one
+    adapter.
+    """
+    return _weighted_sum(tensors, weights)
+
+
+@merge_method("factor_mean", space="factors", cites=KMERGE, weighting="plain", average=1.0, duplicate=True)
+def factor_mean(tensors: Sequence[Tensor], weights: Tensor, draw: Draw) -> Tensor:
+    """Σ wᵢ √sᵢ Xᵢ on A and on B: the mean of the factors, read literally; ΔW shrinks with n."""
+    return _weighted_sum(tensors, weights)
+
+
+@merge_method("magnitude_prune", space="factors", cites=PEFT, weights="unary")
+@merge_method("magnitude_prune_svd", space="delta", cites=PEFT, weights="unary", gauge=True)
+def magnitude_prune(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: float = 0.5) -> Tensor:
+    """Σ wᵢ top(Xᵢ), the `density` largest magnitudes of each tensor kept."""
+    return _weighted_sum([keep_largest(x, density) for x in tensors], weights)
+
+
+@merge_method("dare_linear", space="factors", cites=DARE, weights="unary", random=True)
+@merge_method("dare_linear_svd", space="delta", cites=DARE, weights="unary", random=True, gauge=True)
+def dare_linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: float = 0.5) -> Tensor:
+    """Σ wᵢ mᵢ ∘ Xᵢ / density, mᵢ a random mask that keeps `density` of the entries."""
+    return _weighted_sum([keep_random(x, density, draw(i)) for i, x in enumerate(tensors)], weights)
+
+
+@merge_method("ties", space="factors", cites=TIES, weights="unary", duplicate=False)
+@merge_method("ties_svd", space="delta", cites=TIES, weights="unary", gauge=True)
+def ties(
+    tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: float = 0.5, majority_sign_method: str = "total"
+) -> Tensor:
+    """Trim each tensor to its `density` largest magnitudes, elect a sign per entry, average the wᵢ Xᵢ that agree with
+    it.
+    """
+    return agree([keep_largest(x, density) for x in tensors], weights, majority_sign_method)
+
+
+@merge_method("dare_ties", space="factors", cites=f"{DARE}; {TIES}", weights="unary", random=True)
+@merge_method("dare_ties_svd", space="delta", cites=f"{DARE}; {TIES}", weights="unary", random=True, gauge=True)
+def dare_ties(
+    tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: float = 0.5, majority_sign_method: str = "total"
+) -> Tensor:
+    """As `ties`, with DARE's random mask and rescaling in place of the trim."""
+    return agree([keep_random(x, density, draw(i)) for i, x in enumerate(tensors)], weights, majority_sign_method)
+
+
+def keep_largest(x: Tensor, density: float) -> Tensor:
+    """All but the int(density · size) largest magnitudes of x set to zero; equal ones are kept from the front."""
+    count = int(density * x.size)
+    if count >= x.size:
+        return x
+    if count == 0:
+        return np.zeros_like(x)
+    magnitudes = np.abs(x).ravel()
+    cut = np.partition(magnitudes, x.size - count)[x.size - count]
+    keep = magnitudes > cut
+    level = np.flatnonzero(magnitudes == cut)
+    keep[level[: count - int(keep.sum())]] = True
+    return np.where(keep.reshape(x.shape), x, np.float32(0))
+
+
+def keep_random(x: Tensor, density: float, rng: np.random.Generator) -> Tensor:
+    """X ∘ m / density, m ~ Bernoulli(density) per entry; all zeros at density 0."""
+    if density >= 1.0:
+        return x
+    if density <= 0.0:
+        return np.zeros_like(x)
+    return np.where(rng.random(x.shape, dtype=np.float32) < density, x / np.float32(density), np.float32(0))
+
+
+def agree(tensors: Sequence[Tensor], weights: Tensor, majority_sign_method: str) -> Tensor:
+    """Per entry: the sign of the sum ('total') or of the count of signs ('frequency'), 0 as +; then the mean of wᵢ Xᵢ
+    over the tensors whose entry has that sign (and is not zero).
+    """
+    size = padded_shape(tensors)
+    votes = np.zeros(size, dtype=np.float32)
+    for x in tensors:
+        part = votes[: x.shape[0], : x.shape[1]]
+        part += np.sign(x) if majority_sign_method == "frequency" else x
+    positive = votes >= 0
+    total, count = np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.float32)
+    for x, weight in zip(tensors, weights, strict=True):
+        corner = (slice(x.shape[0]), slice(x.shape[1]))
+        elected = np.where(positive[corner], x > 0, x < 0)
+        total[corner] += np.where(elected, np.float32(weight) * x, np.float32(0))
+        count[corner] += elected
+    return np.divide(total, np.maximum(count, np.float32(1)), dtype=np.float32)
+
+
+def padded_shape(tensors: Sequence[Tensor]) -> tuple[int, int]:
+    """The shape that holds every tensor, lower ranks zero-padded."""
+    return max(x.shape[0] for x in tensors), max(x.shape[1] for x in tensors)
+
+
+def _weighted_sum(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    total = np.zeros(padded_shape(tensors), dtype=np.float32)
+    for x, weight in zip(tensors, weights, strict=True):
+        part = total[: x.shape[0], : x.shape[1]]
+        part += np.float32(weight) * x
+    return total
+
+
+def roots(products: Sequence[float]) -> Tensor:
+    """sgn(p)√|p| of weight × scale, the factor PEFT puts on A (its magnitude on B)."""
+    return np.array([math.copysign(math.sqrt(abs(p)), p) for p in products], dtype=np.float32)

@@ -1,0 +1,173 @@
+"""The driver of all merge methods, module by module, and the inverse of those that average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from ..adapter import Adapter, Factors, check_fit
+from ..algebra import assemble, norm, truncate, truncate_dense, union
+from ..digest import canonical_json
+from ..errors import NotReversible, UsageError
+from . import exact, factor  # the methods register themselves
+from .methods import METHODS, Draw, MergeMethod, Tensor
+
+__all__ = ["exact", "merge", "merge_measured", "unmerge"]
+_UNIT_ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+
+
+def merge(
+    xs: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    method: str,
+    rank: int | None = None,
+    seed: int = 0,
+    **params: Any,
+) -> Adapter:
+    """Merge adapters of one base into one, by a registered method.
+
+    `weights` (n,) default to 1/n or 1 as the method declares; `rank` caps the rank stored (never pads). A single
+    adapter comes back with w ΔW from every method. The result has the widest input dtype. Raises UsageError,
+    BaseMismatch, ShapeMismatch, UnknownName.
+    """
+    return merge_measured(xs, weights, method=method, rank=rank, seed=seed, **params)[0]
+
+
+def merge_measured(
+    xs: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    method: str,
+    rank: int | None = None,
+    seed: int = 0,
+    **params: Any,
+) -> tuple[Adapter, float]:
+    """`merge`, and the relative Frobenius error of cutting its result to the rank (0 where nothing was cut)."""
+    chosen = METHODS[method]
+    params = chosen.checked(params)
+    ws = _weights(xs, weights, chosen)
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank is {rank}; it must be at least 1")
+    check_fit(xs)
+    modules: dict[str, Factors] = {}
+    dropped = kept = 0.0
+    for path in union(xs):
+        present = [i for i, x in enumerate(xs) if path in x.shapes]
+        fs, share = [xs[i].modules[path] for i in present], [ws[i] for i in present]
+        if len(xs) == 1:
+            merged = (replace(fs[0], scale=fs[0].scale * ws[0]), 0.0, 0.0)
+            cap = rank
+        else:
+            cap = rank if rank is not None else _default_rank(chosen, fs)
+            merged = _merge_module(chosen, fs, share, _masks(xs, present, path, seed), cap, params)
+        if cap is not None and merged[0].shape.rank > cap:
+            merged = truncate(merged[0], cap)
+        modules[path] = merged[0]
+        dropped += merged[1]
+        kept += merged[2]
+    result = assemble(xs, modules)
+    if dropped:
+        kept = norm(result) ** 2
+    return result, math.sqrt(dropped / (dropped + kept)) if dropped else 0.0
+
+
+def _merge_module(
+    method: MergeMethod,
+    fs: list[Factors],
+    weights: list[float],
+    masks: dict[str, Draw],
+    cap: int | None,
+    params: dict[str, Any],
+) -> tuple[Factors, float, float]:
+    """One module: its factors, and the energy dropped and kept where the rank was cut on the way."""
+    if method.space == "exact":
+        return method.rule(fs, weights), 0.0, 0.0
+    if method.space == "delta":
+        deltas = [f.delta() for f in fs]
+        dense = method.rule(deltas, np.array(weights, np.float32), masks["W"], **params)
+        return truncate_dense(dense, cap or max(f.shape.rank for f in fs))
+    if method.weighting == "root":
+        signed = factor.roots([w * f.scale for w, f in zip(weights, fs, strict=True)])
+        a: Tensor = method.rule([f.a for f in fs], signed, masks["A"], **params)
+        b: Tensor = method.rule([f.b for f in fs], np.abs(signed), masks["B"], **params)
+    else:
+        root_a = factor.roots([f.scale for f in fs])
+        a = method.rule([r * f.a for r, f in zip(root_a, fs, strict=True)], weights, masks["A"], **params)
+        b = method.rule([abs(r) * f.b for r, f in zip(root_a, fs, strict=True)], weights, masks["B"], **params)
+    return Factors(a, b), 0.0, 0.0
+
+
+def _weights(xs: Sequence[Adapter], weights: Sequence[float] | None, method: MergeMethod) -> list[float]:
+    if not xs:
+        raise UsageError("nothing to merge", cure="give at least one adapter")
+    if weights is None:
+        return [1.0 / len(xs) if method.weights == "mean" else 1.0] * len(xs)
+    if len(weights) != len(xs):
+        raise UsageError(f"{len(weights)} weights for {len(xs)} adapters", cure="give one weight an adapter")
+    bad = [w for w in weights if not math.isfinite(w)]
+    if bad:
+        raise UsageError(f"weights {bad} are not finite numbers")
+    return [float(w) for w in weights]
+
+
+def _default_rank(method: MergeMethod, fs: list[Factors]) -> int | None:
+    if method.space == "factors" or method.rank == "sum":
+        return None
+    return max(f.shape.rank for f in fs)
+
+
+def _masks(xs: Sequence[Adapter], present: list[int], path: str, seed: int) -> dict[str, Draw]:
+    """The generator of adapter i's mask on each side, from (seed, digest, module, side): no matter in which order
+    adapters come.
+    """
+
+    def side(name: str) -> Draw:
+        def draw(i: int) -> np.random.Generator:
+            key = canonical_json([seed, xs[present[i]].digest, path, name])
+            return np.random.default_rng(list(blake2b(key, digest_size=16).digest()))
+
+        return draw
+
+    return {name: side(name) for name in "ABW"}
+
+
+def unmerge(merged: Adapter, removed: Adapter, count: int, *, method: str) -> tuple[Adapter, float]:
+    """Take one adapter out of the equal average of `count` ≥ 2, and the relative precision that the stored dtype
+    leaves.
+
+    With p the method's `average` and X the √|s|-scaled factors of each side, merged = n^-p Σ X, so the rest is
+    (n - 1)^-p (n^p merged - X). The precision is the rounding of `count - 1` folds, u √(n/2), magnified by the
+    subtraction. Raises NotReversible for a method that does not average.
+    """
+    power = METHODS[method].average
+    if power is None:
+        raise NotReversible(f"a merge by {method} cannot be taken apart", cure="use linear or factor_mean")
+    modules: dict[str, Factors] = {}
+    grown, left = np.zeros(2), np.zeros(2)
+    for path, held in merged.modules.items():
+        sides = _rooted(held)
+        taken = _rooted(removed.modules[path]) if path in removed.shapes else []
+        rest = []
+        for k, side in enumerate(sides):
+            total = side * count**power
+            grown[k] += float(np.sum(total**2))
+            if taken:
+                total[: taken[k].shape[0], : taken[k].shape[1]] -= taken[k]
+            left[k] += float(np.sum(total**2))
+            rest.append((total * (count - 1) ** -power).astype(np.float32))
+        modules[path] = Factors(*rest)
+    rounding = _UNIT_ROUNDOFF[merged.dtype] * math.sqrt(count / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        magnified = np.sqrt(np.nan_to_num(grown / left, nan=0.0))
+    return merged.with_factors(modules), float(rounding * np.linalg.norm(magnified))
+
+
+def _rooted(f: Factors) -> list[Any]:
+    signed = factor.roots([f.scale])[0]
+    return [f.a.astype(np.float64) * signed, f.b.astype(np.float64) * abs(signed)]

@@ -1,0 +1,106 @@
+"""Offline rules: N adapters into at most K blocks. Pure functions of the adapters and their similarities, seeded.
+
+single         one block
+random         balanced blocks, drawn
+agglomerative  average linkage on 1 − cosine
+kmeans         K-Means on the flattened factors A, B as stored (from their Gram matrix: the same distances)
+kmeans_svd     K-Means on the rows of the cosine matrix of SVD features (MBC, arXiv 2405.11157)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .adapter import Adapter
+from .algebra import Square
+from .errors import MissingExtra, UsageError
+from .registry import Registry
+from .similarity import principal_coordinates, raw_gram, similarity
+
+Partition = list[list[int]]
+Partitioner = Callable[[Sequence[Adapter], int, int], Sequence[int]]
+PARTITIONERS: Registry[Partitioner] = Registry("partition method")
+STARTS = 10
+
+
+def partition(xs: Sequence[Adapter], k: int, *, method: str, seed: int = 0) -> Partition:
+    """Indices of the adapters in at most k non-empty blocks, each sorted, blocks by their smallest index.
+
+    With n ≤ k every adapter is its own block. Raises UsageError for k < 1 or no adapters, UnknownName, MissingExtra
+    (`cluster`).
+    """
+    partitioner = PARTITIONERS[method]
+    if k < 1 or not xs:
+        raise UsageError(f"{len(xs)} adapters into {k} slots", cure="give at least one adapter and one slot")
+    labels = range(len(xs)) if len(xs) <= k and method != "single" else partitioner(xs, k, seed)
+    blocks: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        blocks.setdefault(int(label), []).append(index)
+    return sorted(blocks.values())
+
+
+def partitioner(name: str) -> Callable[[Partitioner], Partitioner]:
+    """Register a function of (adapters, k, seed) → label per adapter as partition method `name`."""
+
+    def register(function: Partitioner) -> Partitioner:
+        PARTITIONERS.add(name, function)
+        return function
+
+    return register
+
+
+@partitioner("single")
+def single(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
+    """All in one block."""
+    return [0] * len(xs)
+
+
+@partitioner("random")
+def random(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
+    """A random balanced partition: block sizes differ by at most one."""
+    labels = np.arange(len(xs)) % k
+    return [int(label) for label in np.random.default_rng(seed).permutation(labels)]
+
+
+@partitioner("agglomerative")
+def agglomerative(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
+    """Average linkage on 1 − cosine similarity of ΔW; deterministic."""
+    return average_linkage(1.0 - similarity(xs), k)
+
+
+@partitioner("kmeans")
+def kmeans(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
+    """K-Means on the flattened raw factors; coordinates from their Gram matrix have the same distances."""
+    return _kmeans(principal_coordinates(raw_gram(xs)), k, seed)
+
+
+@partitioner("kmeans_svd")
+def kmeans_svd(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
+    """K-Means on the rows of the cosine matrix of SVD features (MBC)."""
+    return _kmeans(similarity(xs, metric="svd_features"), k, seed)
+
+
+def average_linkage(distances: Square, k: int) -> list[int]:
+    """Labels of k clusters by average linkage on an (n, n) matrix of distances."""
+    cluster = _sklearn()
+    model = cluster.AgglomerativeClustering(n_clusters=k, metric="precomputed", linkage="average")
+    return [int(label) for label in model.fit_predict(np.maximum(distances, 0.0))]
+
+
+def _kmeans(points: Square, k: int, seed: int) -> list[int]:
+    cluster = _sklearn()
+    scale = float(np.abs(points).max()) or 1.0
+    distinct = len(np.unique((points / scale).round(9), axis=0))
+    model = cluster.KMeans(n_clusters=min(k, distinct), n_init=STARTS, random_state=seed)
+    return [int(label) for label in model.fit_predict(points)]
+
+
+def _sklearn() -> Any:
+    try:
+        import sklearn.cluster
+    except ImportError as error:
+        raise MissingExtra("this partition method", "scikit-learn", "cluster") from error
+    return sklearn.cluster

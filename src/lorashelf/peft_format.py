@@ -1,0 +1,445 @@
+"""PEFT adapter folders in and out: `adapter_config.json` and `adapter_model.safetensors`, exactly or not at all.
+
+What PEFT computes from a folder is ΔW = s · B A per module, with s = alpha / r, or alpha / √r under `use_rslora`, r and
+alpha taken from `rank_pattern` and `alpha_pattern` where a key matches (peft.utils.other.get_pattern_key). That s is
+resolved here, once; a folder whose ΔW is anything else (DoRA, biases, PiSSA …) is refused with the name of each reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import atomic
+from .adapter import DTYPES, Adapter, BaseId, Factors, Modules, Shape
+from .digest import Hasher, digest
+from .errors import AdapterFormatError, UsageError
+from .tensorfile import STORED, TensorFile, encode_header
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_RESOLVED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision")
+_DEFAULT_RANK = _DEFAULT_ALPHA = 8  # PEFT's, for fields that a config leaves out
+_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight")
+_TORCH = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+
+_REFUSED_FIELDS: Mapping[str, str] = {
+    "use_dora": "DoRA magnitudes are not additive",
+    "lora_bias": "biases of the factors are not part of ΔW = s B A",
+    "modules_to_save": "whole modules are stored beside the factors",
+    "target_parameters": "factors of bare parameters are not linear modules",
+    "trainable_token_indices": "trained token embeddings are stored beside the factors",
+    "layer_replication": "the base's layers are replicated",
+    "alora_invocation_tokens": "an activated LoRA applies to a part of the input only",
+    "use_qalora": "QALoRA pools the input before A",
+    "use_bdlora": "block-diagonal factors are stored otherwise",
+    "arrow_config": "Arrow routes between adapters at run time",
+    "kasa_config": "KaSA changes the base's weights",
+}
+_REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
+_FOREIGN_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"lora_magnitude_vector"), "a DoRA magnitude"),
+    (re.compile(r"lora_embedding_[AB]"), "a factor of an embedding (v1 reads linear modules)"),
+    (re.compile(r"lora_[AB]\.bias$"), "a bias of a factor"),
+    (re.compile(r"modules_to_save"), "a module saved whole"),
+    (re.compile(r"lora_(up|down)\.|^lora_(unet|te)"), "a key of kohya's style; convert it to PEFT's first"),
+    (re.compile(r"lora_[ab]$"), "a key of MLX's or GGUF's style; convert it to PEFT's first"),
+    (
+        re.compile(r"lora_[AB]\.[^.]+\.weight$"),
+        "a key with an adapter's name in it; save it with PEFT's save_pretrained",
+    ),
+    (re.compile(r"lora_[AB]\.weight$"), "lacks PEFT's prefix 'base_model.model.'"),
+)
+
+
+def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
+    """Read a PEFT adapter folder; tensors stay in the mapped file until they are used.
+
+    Each module's Factors are a (r, din), b (dout, r) float32 and the resolved scale. With `check_values` every tensor
+    is read once and refused if it holds NaN or infinity. Raises AdapterFormatError with all faults of config, header
+    and values at once.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise AdapterFormatError(["no such folder"], where=str(folder), cure="give the folder with adapter_config.json")
+    faults: list[str] = []
+    config = _read_config(folder, faults)
+    tensors = _read_tensors(folder, faults)
+    halves = _pair(tensors, faults) if tensors is not None else {}
+    shapes = _shapes(tensors, halves, faults) if tensors is not None else {}
+    scales = _scales(config, shapes, faults) if config is not None else {}
+    if config is not None and tensors is not None:
+        faults += _unmatched(config, shapes)
+    if tensors is not None and check_values:
+        faults += _bad_values(tensors, halves)
+    if faults or config is None or tensors is None:
+        raise AdapterFormatError(faults, where=str(folder), cure=_cure(faults))
+    stored = sorted({STORED[tensors[name].dtype] for pair in halves.values() for name in pair.values()})
+    return Adapter(
+        modules=_FileModules(tensors, halves, shapes, scales),
+        base=BaseId(config.get("base_model_name_or_path") or "", config.get("revision")),
+        dtype=stored[0] if len(stored) == 1 else "f32",
+        config={key: value for key, value in config.items() if key not in _RESOLVED},
+    )
+
+
+def write_adapter(adapter: Adapter, path: str | Path) -> str:
+    """Write an adapter as a PEFT folder that appears whole or not at all; returns its object digest.
+
+    The factors are rounded once, to `adapter.dtype`; scales go to `lora_alpha` and `alpha_pattern`, ranks to `r` and
+    `rank_pattern`. Raises UsageError if the path exists, AdapterFormatError if a value overflows the dtype, DiskError.
+    """
+    folder = Path(path)
+    if folder.exists():
+        raise UsageError("the output exists already", where=str(folder), cure="choose another folder or delete it")
+    staged = folder.parent / f".{folder.name}.{os.urandom(4).hex()}"
+    with atomic.refusals(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staged.mkdir()
+    try:
+        identity = write_files(adapter, staged)
+        atomic.publish(staged, folder)
+    except BaseException:
+        atomic.remove(staged)
+        raise
+    return identity
+
+
+def write_files(adapter: Adapter, folder: Path) -> str:
+    """Write both files into an existing folder, synced; returns their object digest (see `object_digest`)."""
+    encoded = encode(adapter)
+    hasher = Hasher()
+    for name, size, chunks in (
+        (CONFIG_FILE, len(encoded.config), [encoded.config]),
+        (TENSOR_FILE, encoded.size - len(encoded.config), encoded.tensor_chunks()),
+    ):
+        hasher.update(_length(size))
+        atomic.write_file(folder / name, hasher.tap(chunks))
+    return hasher.name
+
+
+def object_digest(folder: Path) -> str:
+    """The identity of a stored folder: BLAKE2b over the length and bytes of the config, then of the tensors. Raises
+    OSError.
+    """
+    return digest(_file_chunks(folder))
+
+
+def _length(size: int) -> bytes:
+    return size.to_bytes(8, "little")
+
+
+def _file_chunks(folder: Path) -> Iterator[bytes | memoryview]:
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        with (folder / name).open("rb") as handle:
+            yield _length(handle.seek(0, 2))
+            handle.seek(0)
+            while block := handle.read(1 << 20):
+                yield block
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An adapter as it would stand on disk: the config's bytes, the tensor file's header, the size of both files."""
+
+    adapter: Adapter
+    config: bytes
+    header: bytes
+    size: int
+
+    def tensor_chunks(self) -> Iterator[bytes | memoryview]:
+        """The tensor file's bytes, one module in memory at a time."""
+        yield self.header
+        dtype = DTYPES[self.adapter.dtype]
+        for path, factors in self.adapter.modules.items():
+            for half, values in (("A", factors.a), ("B", factors.b)):
+                with np.errstate(over="ignore"):
+                    stored = np.ascontiguousarray(values, dtype=dtype)
+                if self.adapter.dtype == "f16" and not np.isfinite(stored).all():
+                    largest = float(np.abs(values).max())
+                    fault = f"{path}.lora_{half}: {largest:.3g} is beyond what f16 can hold (65504)"
+                    raise AdapterFormatError([fault], cure="store in bf16 or f32 (--dtype)")
+                yield stored.reshape(-1).view(np.uint8).data
+
+
+def encode(adapter: Adapter) -> Encoded:
+    """What `write_files` would write, without writing: deterministic, so sizes are known before anything is stored."""
+    dtype = _TORCH[adapter.dtype]
+    described = []
+    for path, (dout, rank, din) in adapter.shapes.items():
+        described.append((f"base_model.model.{path}.lora_A.weight", dtype, (rank, din)))
+        described.append((f"base_model.model.{path}.lora_B.weight", dtype, (dout, rank)))
+    header = encode_header(described)
+    config = (json.dumps(_written_config(adapter), indent=2, ensure_ascii=False) + "\n").encode()
+    values = adapter.parameters * DTYPES[adapter.dtype].itemsize
+    return Encoded(adapter, config, header, len(config) + len(header) + values)
+
+
+def shared_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The PEFT fields of an adapter made from several: the first one's, with targets that match exactly the union of
+    modules.
+    """
+    first = adapters[0]
+    config = dict(first.config)
+    alike = all(
+        set(other.shapes) == set(first.shapes)
+        and all(other.config.get(name) == config.get(name) for name in TARGET_FIELDS)
+        for other in adapters[1:]
+    )
+    if not alike:
+        config.update(dict.fromkeys(TARGET_FIELDS))
+        config["target_modules"] = sorted(set().union(*(other.shapes for other in adapters)))
+    return config
+
+
+class _FileModules(Modules):
+    """Modules of a mapped file: float32 tensors are views of it, half precision is widened as a module is taken out."""
+
+    def __init__(
+        self,
+        tensors: TensorFile,
+        halves: Mapping[str, Mapping[str, str]],
+        shapes: Mapping[str, Shape],
+        scales: Mapping[str, float],
+    ) -> None:
+        self._tensors, self._halves, self._scales = tensors, halves, scales
+        self._shapes = dict(sorted(shapes.items()))
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return self._shapes
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._scales
+
+    def __getitem__(self, path: str) -> Factors:
+        a, b = (self._tensors.array(self._halves[path][half]) for half in "AB")
+        return Factors(a.astype("<f4", copy=False), b.astype("<f4", copy=False), self._scales[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+# reading ------------------------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path, faults: list[str]) -> dict[str, Any] | None:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+    except FileNotFoundError:
+        faults.append(f"{CONFIG_FILE} is missing")
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        faults.append(f"{CONFIG_FILE} cannot be read: {error}")
+        return None
+    if not isinstance(config, dict):
+        faults.append(f"{CONFIG_FILE} is not a JSON object")
+        return None
+    faults += _config_faults(config)
+    return config
+
+
+def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        yield f"peft_type is {kind!r}, not 'LORA'"
+    for name, reason in _REFUSED_FIELDS.items():
+        if config.get(name):
+            yield f"{name} is set: {reason}"
+    if config.get("bias", "none") != "none":
+        yield f"bias is {config['bias']!r}: the base's biases were trained too"
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_REFUSED_INITS):
+        yield f"init_lora_weights is {init!r}: ΔW is not s B A against the stock base; convert it with PEFT first"
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(name), str | None):
+            yield f"{name} is not a string"
+
+
+def _read_tensors(folder: Path, faults: list[str]) -> TensorFile | None:
+    path = folder / TENSOR_FILE
+    if not path.exists():
+        pickles = sorted(item.name for item in folder.glob("*.bin"))
+        if pickles:
+            faults.append(f"{pickles[0]} is a pickle, which can run code when loaded: refused, never opened")
+        else:
+            faults.append(f"{TENSOR_FILE} is missing")
+        return None
+    try:
+        return TensorFile(path)
+    except AdapterFormatError as error:
+        faults += [f"{TENSOR_FILE}: {fault}" for fault in error.faults]
+        return None
+
+
+def _pair(tensors: TensorFile, faults: list[str]) -> dict[str, dict[str, str]]:
+    halves: dict[str, dict[str, str]] = {}
+    for name in tensors:
+        match = _KEY.fullmatch(name)
+        if match:
+            halves.setdefault(match["path"], {})[match["half"]] = name
+        else:
+            faults.append(f"{name}: {_foreign(name)}")
+    for path, pair in halves.items():
+        for half in "AB":
+            if half not in pair:
+                faults.append(f"{path}: lora_{half} is missing")
+    if not halves and not faults:
+        faults.append("no LoRA factors in the file")
+    return {path: pair for path, pair in halves.items() if len(pair) == 2}
+
+
+def _foreign(name: str) -> str:
+    for pattern, meaning in _FOREIGN_KEYS:
+        if pattern.search(name):
+            return meaning
+    return "unknown tensor"
+
+
+def _shapes(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]], faults: list[str]) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for path, pair in halves.items():
+        entries = [tensors[pair[half]] for half in "AB"]
+        odd = [
+            f"{path}.lora_{half}: dtype {entry.dtype} (supported: {', '.join(STORED)})"
+            for half, entry in zip("AB", entries, strict=True)
+            if entry.dtype not in STORED
+        ]
+        odd += [
+            f"{path}.lora_{half}: shape {entry.shape} is not that of a linear module's factor"
+            for half, entry in zip("AB", entries, strict=True)
+            if len(entry.shape) != 2 or 0 in entry.shape
+        ]
+        if not odd and entries[0].shape[0] != entries[1].shape[1]:
+            odd = [f"{path}: lora_A has rank {entries[0].shape[0]}, lora_B has rank {entries[1].shape[1]}"]
+        faults += odd
+        if not odd:
+            shapes[path] = Shape(entries[1].shape[0], entries[0].shape[0], entries[0].shape[1])
+    return shapes
+
+
+def _scales(config: Mapping[str, Any], shapes: Mapping[str, Shape], faults: list[str]) -> dict[str, float]:
+    before = len(faults)
+    ranks = _per_module(config, "r", "rank_pattern", _DEFAULT_RANK, shapes, faults)
+    alphas = _per_module(config, "lora_alpha", "alpha_pattern", _DEFAULT_ALPHA, shapes, faults)
+    rslora = config.get("use_rslora", False)
+    if not isinstance(rslora, bool):
+        faults.append(f"use_rslora is {rslora!r}, not true or false")
+    if len(faults) > before:
+        return {}
+    for path, shape in shapes.items():
+        if ranks[path] != shape.rank:
+            faults.append(f"{path}: the config says rank {ranks[path]:g}, the tensors have {shape.rank}")
+    return {path: alphas[path] / (math.sqrt(shape.rank) if rslora else shape.rank) for path, shape in shapes.items()}
+
+
+def _per_module(
+    config: Mapping[str, Any], field: str, pattern_field: str, default: float, paths: Iterable[str], faults: list[str]
+) -> dict[str, float]:
+    """PEFT's value of r or alpha for every module: the first pattern that matches, else the field."""
+    value = config.get(field, default)
+    patterns = config.get(pattern_field) or {}
+    if not isinstance(patterns, dict):
+        faults.append(f"{pattern_field} is not a map")
+        patterns = {}
+    for name, given in [(field, value), *((f"{pattern_field}[{key!r}]", item) for key, item in patterns.items())]:
+        if type(given) not in (int, float) or not math.isfinite(given) or (field == "r" and given <= 0):
+            faults.append(f"{name} is {given!r}, not a usable number")
+    compiled = []
+    for key, item in patterns.items():
+        try:
+            compiled.append((re.compile(rf"(.*\.)?({key})$"), item))
+        except re.error as error:
+            faults.append(f"{pattern_field}[{key!r}] is not a regular expression: {error}")
+    return {path: next((item for rule, item in compiled if rule.match(path)), value) for path in paths}
+
+
+def _unmatched(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
+    """Faults for factors that PEFT would drop on loading because `target_modules` does not name their module."""
+    targets = config.get("target_modules")
+    if targets is None or targets == "all-linear":
+        return []
+    if isinstance(targets, str):
+        try:
+            rule = re.compile(targets)
+        except re.error as error:
+            return [f"target_modules {targets!r} is not a regular expression: {error}"]
+        left_out = [path for path in paths if not rule.fullmatch(path)]
+    elif isinstance(targets, list) and all(isinstance(item, str) for item in targets):
+        left_out = [path for path in paths if not any(path == item or path.endswith(f".{item}") for item in targets)]
+    else:
+        return [f"target_modules is {targets!r}, neither a list of names nor a pattern"]
+    if left_out and len(left_out) == len(list(paths)):
+        return [f"target_modules {targets!r} matches no module of the file: PEFT would load nothing"]
+    return [f"{path}: not matched by target_modules, PEFT would drop it" for path in left_out]
+
+
+def _bad_values(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    for pair in halves.values():
+        for name in pair.values():
+            if tensors[name].dtype in STORED:
+                values = tensors.array(name)
+                finite = np.isfinite(values)
+                if not finite.all():
+                    kind = "NaN" if np.isnan(values).any() else "infinity"
+                    yield f"{name}: {values.size - int(finite.sum())} of {values.size} values are {kind}"
+
+
+def _cure(faults: Sequence[str]) -> str:
+    if any("pickle" in fault for fault in faults):
+        return "load it where you trust it and save it again with safe_serialization=True"
+    if any("is set:" in fault or "init_lora_weights" in fault for fault in faults):
+        return "train or convert it to a plain LoRA (PEFT documents the conversion), then add that"
+    return "save the adapter again with PEFT's save_pretrained"
+
+
+# writing ------------------------------------------------------------------------------------------------------------
+
+
+def _written_config(adapter: Adapter) -> dict[str, Any]:
+    ranks: dict[str, float] = {path: shape.rank for path, shape in adapter.shapes.items()}
+    alphas = {path: _whole(scale * ranks[path]) for path, scale in adapter.modules.scales.items()}
+    rank, rank_pattern = _as_pattern(ranks)
+    alpha, alpha_pattern = _as_pattern(alphas)
+    config = {"peft_type": "LORA", "task_type": None, "target_modules": sorted(ranks)} | dict(adapter.config)
+    config |= {
+        "base_model_name_or_path": adapter.base.name or None,
+        "revision": adapter.base.revision,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+    return dict(sorted(config.items()))
+
+
+def _whole(value: float) -> float:
+    nearest = round(value)
+    return nearest if math.isclose(value, nearest, rel_tol=1e-15) else value
+
+
+def _as_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The commonest value, and full paths for the others such that PEFT's matching (a suffix is enough) gives every
+    module its own.
+    """
+    common = Counter(values.values()).most_common(1)[0][0]
+    named = {path for path, value in values.items() if value != common}
+    shadowed = {path for path in values if any(path.endswith(f".{other}") for other in named)}
+    ordered = sorted(named | shadowed, key=lambda path: (-len(path), path))
+    return common, {path: values[path] for path in ordered}

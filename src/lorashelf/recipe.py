@@ -1,0 +1,215 @@
+"""shelf.toml: what a shelf may hold and how it decides. Written once by `init`, edited by people, checked on every
+open.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .adapter import DTYPES
+from .errors import LorashelfError, NewerFormat, ShelfConfigError, UsageError
+from .merging import METHODS
+from .policy import POLICIES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FORMAT = 1
+FILE = "shelf.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The room there is: `slots` adapters, and optionally `bytes` for everything under the shelf, at rest."""
+
+    slots: int
+    bytes: int | None = None
+    keep: int = 1
+    """How many predecessors of the head keep their objects, for undo."""
+
+    def document(self) -> dict[str, Any]:
+        """As in a manifest."""
+        return {"slots": self.slots, "bytes": self.bytes, "keep": self.keep}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How an arriving adapter is placed and merged."""
+
+    policy: str = "kmerge++"
+    threshold: float | str = "auto"
+    """A similarity, or 'auto': the rule of `policy.auto_threshold` on the scores seen."""
+    merge: str = "linear"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    rank: int | None = None
+    dtype: str | None = None
+    seed: int = 0
+    restore_norm: bool = False
+    """Scale every merged slot to the mean norm of what it averages."""
+
+    def document(self) -> dict[str, Any]:
+        """As in a manifest."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"parameters": dict(self.parameters)}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All of shelf.toml."""
+
+    budget: Budget
+    recipe: Recipe = Recipe()
+    base: str | None = None
+    """A constraint: only adapters of this base (or of an alias) are accepted."""
+    base_aliases: tuple[str, ...] = ()
+
+    def checked(self) -> Settings:
+        """Itself, or UsageError naming every value that cannot be."""
+        faults = [fault for _, fault in _faults(self)]
+        if faults:
+            raise UsageError("; ".join(faults))
+        return self
+
+
+def new_settings(slots: int, **options: Any) -> Settings:
+    """Settings from flat options, as `init` and `cluster` take them; None means the default. Raises UsageError."""
+    given = {name: value for name, value in options.items() if value is not None}
+    budget = {name: given.pop(name) for name in ("bytes", "keep") if name in given}
+    outer = {name: given.pop(name) for name in ("base", "base_aliases") if name in given}
+    return Settings(Budget(slots, **budget), Recipe(**given), **outer).checked()
+
+
+def write_toml(settings: Settings) -> bytes:
+    """The text of a new shelf.toml; what is left at its default stands there as a comment."""
+    budget, recipe = settings.budget, settings.recipe
+    lines = [
+        "# What this shelf may hold, and how it decides. Edit it freely: changes hold for later adds.",
+        f"format = {FORMAT}",
+        _line("base", settings.base, "only adapters of this base"),
+        _line("base_aliases", list(settings.base_aliases) or None, "other names of the same base"),
+        "",
+        "[budget]",
+        f"slots = {budget.slots}",
+        _line("bytes", budget.bytes, "everything under the shelf, at rest"),
+        f"keep = {budget.keep}",
+        "",
+        "[recipe]",
+        f'policy = "{recipe.policy}"',
+        _line("threshold", recipe.threshold, ""),
+        f'merge = "{recipe.merge}"',
+        _line("rank", recipe.rank, "cap the rank stored"),
+        _line("dtype", recipe.dtype, "f32, f16 or bf16; none: as the adapter"),
+        f"seed = {recipe.seed}",
+        f"restore_norm = {str(recipe.restore_norm).lower()}",
+    ]
+    if recipe.parameters:
+        lines += ["", "[recipe.parameters]"]
+        lines += [f"{name} = {_toml(value)}" for name, value in sorted(recipe.parameters.items())]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def read_toml(path: Path) -> Settings:
+    """Read and check shelf.toml. Raises ShelfConfigError with every fault and its line, NewerFormat."""
+    try:
+        text = path.read_bytes().decode()
+        document = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ShelfConfigError([f"cannot be read: {error}"], where=str(path), cure="mend the file") from error
+    version = document.pop("format", None)
+    if isinstance(version, int) and version > FORMAT:
+        raise NewerFormat(
+            f"format {version}; this lorashelf reads up to {FORMAT}", where=str(path), cure="upgrade lorashelf"
+        )
+    faults = [] if version == FORMAT else [("format", f"format is {version!r}, not {FORMAT}")]
+    budget = _section(document, "budget", Budget, faults)
+    recipe = _section(document, "recipe", Recipe, faults)
+    base, aliases = document.pop("base", None), document.pop("base_aliases", [])
+    faults += [(name, f"unknown key {name!r}") for name in document]
+    if not isinstance(base, str | None):
+        faults.append(("base", f"base is {base!r}, not a string"))
+    if not isinstance(aliases, list) or not all(isinstance(item, str) for item in aliases):
+        faults.append(("base_aliases", f"base_aliases is {aliases!r}, not a list of strings"))
+    if "slots" not in budget:
+        faults.append(("budget", "budget.slots is missing"))
+    if not faults:
+        settings = Settings(Budget(**budget), Recipe(**recipe), base, tuple(aliases))
+        faults = _faults(settings)
+        if not faults:
+            return settings
+    raise config_error(path, text, faults)
+
+
+def config_error(path: Path, text: str, faults: list[tuple[str, str]]) -> ShelfConfigError:
+    """The error for faults given as (key, sentence), each with the line of its key."""
+    described = []
+    for key, fault in faults:
+        line = next(
+            (i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[?{re.escape(key)}\b", row)), None
+        )
+        described.append(f"line {line}: {fault}" if line else fault)
+    return ShelfConfigError(described, where=str(path), cure="edit these lines; docs/format.md lists every key")
+
+
+def _section(document: dict[str, Any], name: str, noun: type, faults: list[tuple[str, str]]) -> dict[str, Any]:
+    section = document.pop(name, {})
+    if not isinstance(section, dict):
+        faults.append((name, f"{name} is not a table"))
+        return {}
+    known = {f.name for f in fields(noun)}
+    faults += [(key, f"unknown key {name}.{key}") for key in section if key not in known]
+    return {key: value for key, value in section.items() if key in known}
+
+
+def _faults(settings: Settings) -> list[tuple[str, str]]:
+    budget, recipe = settings.budget, settings.recipe
+    faults = [
+        (name, f"{name} is {value!r}; it must be a whole number of at least {least}")
+        for name, value, least, optional in [
+            ("slots", budget.slots, 1, False),
+            ("bytes", budget.bytes, 1, True),
+            ("keep", budget.keep, 0, False),
+            ("rank", recipe.rank, 1, True),
+            ("seed", recipe.seed, 0, False),
+        ]
+        if not (optional and value is None) and not (type(value) is int and value >= least)
+    ]
+    if recipe.dtype is not None and recipe.dtype not in DTYPES:
+        faults.append(("dtype", f"dtype is {recipe.dtype!r}; choose from {', '.join(DTYPES)}"))
+    number = type(recipe.threshold) in (int, float) and math.isfinite(recipe.threshold)  # type: ignore[arg-type]
+    if recipe.threshold != "auto" and not number:
+        faults.append(("threshold", f"threshold is {recipe.threshold!r}; a number or 'auto'"))
+    if not isinstance(recipe.restore_norm, bool):
+        faults.append(("restore_norm", f"restore_norm is {recipe.restore_norm!r}; true or false"))
+    for name, check in (
+        ("policy", lambda: POLICIES[recipe.policy]),
+        ("merge", lambda: METHODS[recipe.merge].checked(recipe.parameters)),
+    ):
+        try:
+            check()
+        except LorashelfError as error:
+            faults.append((name, f"{error.what} ({error.cure})"))
+    if recipe.policy == "all" and recipe.merge != "linear":
+        faults.append(("merge", "policy 'all' needs merge = \"linear\""))
+    return faults
+
+
+def _line(name: str, value: Any, comment: str) -> str:
+    return f"# {name} =  {comment}" if value is None else f"{name} = {_toml(value)}"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str):
+        escaped = "".join(f"\\u{ord(c):04x}" if c < " " or c in '"\\\x7f' else c for c in value)
+        return f'"{escaped}"'
+    return repr(value)

@@ -1,0 +1,45 @@
+"""A registry: names to values, filled by decorators, read by everything that offers a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar
+
+from .errors import UnknownName
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """A mapping from names to values of one noun; an unknown name raises with the nearest ones.
+
+    >>> colours = Registry[int]("colour")
+    >>> colours.add("red", 1)
+    >>> colours["red"], list(colours)
+    (1, ['red'])
+    """
+
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, value: T) -> None:
+        """Enter `value` under `name`. Raises ValueError if the name is taken: two meanings would hide one."""
+        if name in self._entries:
+            raise ValueError(f"{self.noun} {name!r} is already registered")
+        self._entries[name] = value
+
+    def __getitem__(self, name: str) -> T:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UnknownName(self.noun, name, sorted(self._entries)) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,0 +1,30 @@
+"""Task → slot: the answers that other programs read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .flow import located
+from .manifest import Slot
+from .shelf import Snapshot
+
+
+def route(snapshot: Snapshot, task: str) -> dict[str, Any]:
+    """`{task, slot, path, members}`: the PEFT folder that serves the task. Raises UnknownName with the nearest."""
+    slot, _ = located(snapshot, task)
+    return _answer(snapshot, task, slot)
+
+
+def routes(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    """The whole map, task → `{task, slot, path, members}`."""
+    return {task: _answer(snapshot, task, slot) for slot in snapshot.manifest.slots for task in slot.members}
+
+
+def slot_documents(snapshot: Snapshot) -> list[Mapping[str, Any]]:
+    """Every slot as in the manifest, with its absolute `path`."""
+    return [{**slot.document(), "path": str(snapshot.slot_path(slot))} for slot in snapshot.manifest.slots]
+
+
+def _answer(snapshot: Snapshot, task: str, slot: Slot) -> dict[str, Any]:
+    return {"task": task, "slot": slot.slot, "path": str(snapshot.slot_path(slot)), "members": list(slot.members)}

@@ -1,0 +1,493 @@
+"""The shelf on disk: immutable objects and manifests, one HEAD whose replacement is the commit. docs/format.md is
+normative.
+
+Readers need no lock. A writer holds `lock`; killed at any point, the shelf opens at the old head or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import atomic, recipe
+from .adapter import Adapter
+from .digest import canonical_json, is_digest
+from .errors import (
+    AdapterFormatError,
+    CorruptShelf,
+    DiskError,
+    NotReversible,
+    OverBudget,
+    ShelfError,
+    ShelfLocked,
+    ShelfNotFound,
+    StaleShelf,
+    UnknownName,
+)
+from .manifest import PENDING, PENDING_TIME, Manifest, Plan, Slot, manifest_id
+from .peft_format import CONFIG_FILE, TENSOR_FILE, encode, object_digest, read_adapter, write_files
+from .recipe import Settings
+from .version import VERSION
+
+LOCK_SECONDS = 10.0
+HEAD_BYTES = 68
+_FOLDERS = ("manifests", "objects", "tmp")
+Clock = Callable[[], datetime]
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A shelf as it was when read: nothing in it changes, though its files go once `keep` further commits were made."""
+
+    path: Path
+    head: str
+    manifest: Manifest
+    settings: Settings
+    ancestors: Mapping[str, Manifest]
+    """The kept predecessors of the head, nearest first."""
+    pending: Mapping[int, Adapter] = field(default_factory=dict)
+    """Contents of slots that are planned, not written: what a dry run of several adds goes on from."""
+
+    def slot_path(self, slot: Slot) -> Path:
+        """The PEFT folder of a slot, absolute."""
+        return self.path.absolute() / "objects" / slot.object
+
+    def adapter(self, slot: Slot) -> Adapter:
+        """A slot's content as it is stored, read lazily. Raises CorruptShelf."""
+        if slot.slot in self.pending:
+            return self.pending[slot.slot]
+        path = self.slot_path(slot)
+        _no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
+        try:
+            return read_adapter(path, check_values=False)
+        except AdapterFormatError as error:
+            raise CorruptShelf(
+                f"slot {slot.slot}: {error.what}", where=str(path), cure="lorashelf verify, then undo"
+            ) from error
+
+    def after(self, plan: Plan) -> Snapshot:
+        """The shelf as it would be once this plan is committed, with nothing written."""
+        if plan.refused is not None:
+            return self
+        pending = {**self.pending, **plan.writes}
+        return replace(
+            self, manifest=plan.manifest, ancestors={self.head: self.manifest, **self.ancestors}, pending=pending
+        )
+
+    @cached_property
+    def bytes(self) -> int:
+        """Every byte under the shelf."""
+        return sum(file.lstat().st_size for file in self.path.rglob("*") if not file.is_dir())
+
+    def at_rest(self, plan: Plan) -> int:
+        """Every byte under the shelf once this plan is committed and what it makes unreachable is deleted."""
+        history = [(self.head, self.manifest), *self.ancestors.items()]
+        window, leaving = history[: self.settings.budget.keep], history[self.settings.budget.keep :]
+        unchanged = [slot for slot in plan.manifest.slots if slot.slot not in plan.writes]
+        held = {(s.object, s.slot, s.merged): s.bytes for _, m in window for s in m.slots}
+        held |= {(s.object, s.slot, s.merged): s.bytes for s in unchanged}
+        return (
+            _size(self.path / recipe.FILE)
+            + HEAD_BYTES
+            + _size(self.path / "lock")
+            + _size(self.path / "log.jsonl")
+            + sum(len(_log_line(identity, manifest)) for identity, manifest in leaving)
+            + len(plan.manifest.encode())
+            + sum(len(manifest.encode()) for _, manifest in window)
+            + sum({key[0] if key[0] != PENDING else key: size for key, size in held.items()}.values())
+            + sum(slot.bytes for slot in plan.manifest.slots if slot.slot in plan.writes)
+        )
+
+
+class Shelf:
+    """A folder of at most K slots with its history; every change is one `commit`."""
+
+    def __init__(self, path: str | Path, clock: Clock = _now) -> None:
+        """Open an existing shelf. Raises ShelfNotFound, and on `snapshot` whatever is wrong with its content."""
+        self.path = Path(path)
+        self._clock = clock
+        self._lock: Any = None
+        if not (self.path / "HEAD").exists():
+            cure = "lorashelf init SHELF --slots K makes one"
+            raise ShelfNotFound("there is no shelf here", where=str(self.path), cure=cure)
+
+    @classmethod
+    def create(cls, path: str | Path, settings: Settings, clock: Clock = _now) -> Shelf:
+        """Make an empty shelf; the folder appears whole or not at all. Raises UsageError, ShelfError if it exists,
+        DiskError.
+        """
+        path = Path(path)
+        settings.checked()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ShelfError("this path exists already", where=str(path), cure="choose another, or delete it")
+        cause = {"operation": "init", "time": _stamp(clock), "version": VERSION}
+        first = Manifest(None, 0, settings.recipe.document(), settings.budget.document(), cause).encode()
+        with atomic.refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        staged = atomic.staging_folder(path.parent)
+        try:
+            for folder in _FOLDERS:
+                atomic.make_folder(staged / folder)
+            atomic.write_file(staged / recipe.FILE, [recipe.write_toml(settings)])
+            atomic.write_file(staged / "manifests" / f"{manifest_id(first)}.json", [first])
+            atomic.write_file(staged / "HEAD", [f"{manifest_id(first)}\n".encode()])
+            atomic.publish(staged, path)
+        except BaseException:
+            atomic.remove(staged)
+            raise
+        return cls(path, clock)
+
+    @classmethod
+    def create_with(
+        cls, path: str | Path, settings: Settings, planner: Callable[[Snapshot], Plan]
+    ) -> tuple[Snapshot, Plan]:
+        """Make a shelf with the content that `planner` plans for it; it appears whole or not at all. Raises as `create`
+        and `commit`.
+        """
+        path = Path(path)
+        if path.exists():
+            raise ShelfError("this path exists already", where=str(path), cure="choose another, or delete it")
+        with atomic.refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        staged = atomic.staging_folder(path.parent)
+        try:
+            shelf = cls.create(staged, settings)
+            plan = planner(shelf.snapshot())
+            shelf.commit(plan)
+            atomic.publish(staged, path)
+        except BaseException:
+            atomic.remove(staged)
+            raise
+        return cls(path).snapshot(), plan
+
+    # reading ----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """The head, its manifest, the settings in force and the kept predecessors.
+
+        Raises ShelfConfigError where shelf.toml contradicts the content, CorruptShelf, NewerFormat.
+        """
+        head, manifest = self._head()
+        settings = recipe.read_toml(self.path / recipe.FILE)
+        self._check_settings(settings, manifest)
+        ancestors: dict[str, Manifest] = {}
+        parent = manifest.parent
+        while parent is not None and (found := self._manifest(parent)) is not None:
+            ancestors[parent] = found
+            parent = found.parent
+        return Snapshot(self.path, head, manifest, settings, ancestors)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Every operation since the shelf was made, oldest first: {id, sequence, parent, …cause}."""
+        snapshot = self.snapshot()
+        entries = {entry["id"]: entry for entry in self._logged()}
+        for identity, manifest in [*snapshot.ancestors.items(), (snapshot.head, snapshot.manifest)]:
+            entries[identity] = _log_entry(identity, manifest)
+        return sorted(entries.values(), key=lambda entry: int(entry["sequence"]))
+
+    def verify(self) -> list[str]:
+        """Re-derive every hash from what is on disk; the problems found, in sentences. Changes nothing."""
+        problems: list[str] = []
+        try:
+            snapshot = self.snapshot()
+        except ShelfError as error:
+            return [str(error)]
+        checked: set[str] = set()
+        for manifest in (snapshot.manifest, *snapshot.ancestors.values()):
+            for slot in manifest.slots:
+                if slot.object not in checked:
+                    checked.add(slot.object)
+                    problems += self._object_problems(snapshot, slot)
+            routed = [task for slot in manifest.slots for task in slot.members]
+            problems += [f"task {task!r} is routed to no slot" for task in manifest.tasks if task not in routed]
+            problems += [
+                f"task {task!r} is routed twice" for task in sorted({t for t in routed if routed.count(t) > 1})
+            ]
+        problems += self._log_problems()
+        return problems
+
+    # writing ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the writer's lock; may be nested. Raises ShelfLocked after 10 seconds."""
+        import filelock  # here: readers never need it, and it costs a third of the start
+
+        self._lock = self._lock or filelock.FileLock(self.path / "lock", timeout=LOCK_SECONDS)
+        try:
+            with atomic.refusals(self.path / "lock"):
+                self._lock.acquire()
+        except filelock.Timeout as error:
+            cure = "wait until the other writer is done, then try again"
+            raise ShelfLocked("another writer holds this shelf", where=str(self.path / "lock"), cure=cure) from error
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def commit(self, plan: Plan) -> str:
+        """Carry a plan out; returns the new head. A refused plan changes nothing and returns the old one.
+
+        Raises StaleShelf if the head moved since the plan was made, OverBudget, DiskError; then nothing is changed.
+        """
+        with self.writing():
+            snapshot = self.snapshot()
+            if snapshot.head != plan.parent:
+                cure = "make the plan again from a new snapshot"
+                raise StaleShelf("the shelf changed since the plan was made", where=str(self.path), cure=cure)
+            if plan.refused is not None:
+                return snapshot.head
+            if plan.writes and not plan.shrinks:
+                check_budget(snapshot, plan)
+            self._sweep_staging()
+            objects = {slot: self._store(adapter) for slot, adapter in sorted(plan.writes.items())}
+            return self._advance(plan.sealed(objects, _stamp(self._clock)))
+
+    def undo(self, to: str | None = None) -> str:
+        """Commit the content of the head's parent (or of any kept manifest, by a prefix of its id) anew; returns the
+        new head.
+
+        Undoing an undo is redo. Raises NotReversible where the objects are gone, UnknownName.
+        """
+        with self.writing():
+            snapshot = self.snapshot()
+            target = _find(snapshot, to) if to else snapshot.manifest.parent
+            if target is None or target not in snapshot.ancestors:
+                cure = "raise budget.keep in shelf.toml to reach further back in future"
+                raise NotReversible("the state before is not kept any more", where=str(self.path), cure=cure)
+            content = snapshot.ancestors[target]
+            cause = {"operation": "undo", "to": target, "time": _stamp(self._clock), "version": VERSION}
+            restored = replace(content, parent=snapshot.head, sequence=snapshot.manifest.sequence + 1, cause=cause)
+            self._check_settings(snapshot.settings, restored)
+            for slot in restored.slots:
+                if not snapshot.slot_path(slot).is_dir():
+                    raise NotReversible(f"the object of slot {slot.slot} is gone", where=str(snapshot.slot_path(slot)))
+            return self._advance(restored)
+
+    def gc(self) -> list[str]:
+        """Delete what neither the head nor its kept predecessors reach; the relative paths deleted."""
+        with self.writing():
+            return [*self._sweep_staging(), *self._sweep(self.snapshot())]
+
+    # inside -----------------------------------------------------------------------------------------------------
+
+    def _head(self) -> tuple[str, Manifest]:
+        """Read HEAD and its manifest; a writer may retire them in between, so look again."""
+        for _ in range(5):
+            _no_links(self.path / "HEAD", *(self.path / folder for folder in _FOLDERS))
+            try:
+                head = (self.path / "HEAD").read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise CorruptShelf(f"HEAD cannot be read: {error}", where=str(self.path / "HEAD")) from error
+            if is_digest(head) and (manifest := self._manifest(head)) is not None:
+                return head, manifest
+        where, cure = str(self.path / "HEAD"), "write the id of a file under manifests/ into HEAD"
+        raise CorruptShelf(f"HEAD says {head[:80]!r}, which is no manifest here", where=where, cure=cure)
+
+    def _manifest_path(self, identity: str) -> Path:
+        return self.path / "manifests" / f"{identity}.json"
+
+    def _manifest(self, identity: str) -> Manifest | None:
+        """The manifest of this id, None if it is not kept."""
+        path = self._manifest_path(identity)
+        _no_links(path)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CorruptShelf(f"manifest cannot be read: {error.strerror}", where=str(path)) from error
+        if manifest_id(data) != identity:
+            cure = "restore the file; if HEAD names another one, it is history only and may be deleted"
+            raise CorruptShelf("the manifest was changed after it was written", where=str(path), cure=cure)
+        return Manifest.decode(data, str(path))
+
+    def _check_settings(self, settings: Settings, manifest: Manifest) -> None:
+        """Raise ShelfConfigError where shelf.toml contradicts the content."""
+        faults = []
+        need = max((slot.slot + 1 for slot in manifest.slots), default=0)
+        if settings.budget.slots < need:
+            faults.append(
+                ("slots", f"slots is {settings.budget.slots}, but slot {need - 1} is filled: at least {need}")
+            )
+        stored = manifest.base.name if manifest.base else ""
+        if settings.base and stored and stored not in (settings.base, *settings.base_aliases):
+            faults.append(("base", f"base is {settings.base!r}, but the adapters here are of {stored!r}"))
+        if faults:
+            path = self.path / recipe.FILE
+            raise recipe.config_error(path, path.read_text(), faults)
+
+    def _store(self, adapter: Adapter) -> str:
+        staged = atomic.staging_folder(self.path / "tmp")
+        try:
+            identity = write_files(adapter, staged)
+        except BaseException:
+            atomic.remove(staged)
+            raise
+        final = self.path / "objects" / identity
+        if final.exists():
+            atomic.remove(staged)
+        else:
+            atomic.publish(staged, final)
+        return identity
+
+    def _advance(self, manifest: Manifest) -> str:
+        """Write the manifest, move HEAD (this is the commit), then delete what is out of reach."""
+        data = manifest.encode()
+        identity = manifest_id(data)
+        staged = self.path / "tmp" / f".{identity}.json"
+        atomic.remove(staged)
+        atomic.write_file(staged, [data])
+        atomic.publish(staged, self._manifest_path(identity))
+        atomic.replace_file(self.path / "HEAD", f"{identity}\n".encode(), self.path / "tmp")
+        with contextlib.suppress(DiskError):  # committed all the same: the next writer sweeps again
+            self._sweep(self.snapshot())
+        return identity
+
+    def _sweep_staging(self) -> list[str]:
+        """Delete what a killed writer left in tmp/; the lock is held, so nobody else is writing there."""
+        left = sorted((self.path / "tmp").iterdir())
+        for path in left:
+            atomic.remove(path)
+        return [f"tmp/{path.name}" for path in left]
+
+    def _sweep(self, snapshot: Snapshot) -> list[str]:
+        """Log and delete manifests beyond `keep`, then objects that the rest does not reach."""
+        chain = list(snapshot.ancestors.items())
+        window = [(snapshot.head, snapshot.manifest), *chain[: snapshot.settings.budget.keep]]
+        kept = {identity for identity, _ in window}
+        reached = {slot.object for _, manifest in window for slot in manifest.slots}
+        gone = []
+        leaving = chain[snapshot.settings.budget.keep :]
+        if leaving:
+            self._append_log(reversed(leaving))
+        for path in sorted((self.path / "manifests").iterdir()):
+            if path.name.removesuffix(".json") not in kept:
+                atomic.remove(path)
+                gone.append(f"manifests/{path.name}")
+        for path in sorted((self.path / "objects").iterdir()):
+            if path.name not in reached:
+                atomic.remove(path)
+                gone.append(f"objects/{path.name}")
+        return gone
+
+    def _append_log(self, manifests: Any) -> None:
+        path = self.path / "log.jsonl"
+        _no_links(path)
+        data = path.read_bytes() if path.exists() else b""
+        whole = data.rfind(b"\n") + 1  # a line that a crash tore is not history: its manifest is still there
+        atomic.append(path, b"".join(_log_line(identity, manifest) for identity, manifest in manifests), keep=whole)
+
+    def _logged(self) -> list[dict[str, Any]]:
+        path = self.path / "log.jsonl"
+        if not path.exists():
+            return []
+        _no_links(path)
+        data = path.read_bytes()
+        try:
+            return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        except ValueError as error:
+            raise CorruptShelf(f"log.jsonl cannot be read: {error}", where=str(path)) from error
+
+    def _object_problems(self, snapshot: Snapshot, slot: Slot) -> list[str]:
+        path = snapshot.slot_path(slot)
+        try:
+            _no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
+            found = object_digest(path)
+            if found != slot.object:
+                return [f"slot {slot.slot}: the bytes of objects/{slot.object} have changed"]
+            size = encode(snapshot.adapter(slot)).size
+            if size != slot.bytes:
+                return [f"slot {slot.slot}: objects/{slot.object} has {size} bytes, the manifest says {slot.bytes}"]
+        except OSError as error:
+            return [f"slot {slot.slot}: objects/{slot.object}: {error.strerror}"]
+        except ShelfError as error:
+            return [f"slot {slot.slot}: {error.what}"]
+        return []
+
+    def _log_problems(self) -> list[str]:
+        try:
+            for entry in self._logged():
+                if not isinstance(entry, dict) or not {"id", "sequence"} <= entry.keys():
+                    return ["log.jsonl has a line that is no log entry"]
+        except ShelfError as error:
+            return [error.what]
+        return []
+
+
+def check_budget(snapshot: Snapshot, plan: Plan) -> None:
+    """Raise OverBudget unless the plan's result fits into the slots and the bytes; the error says what would fit."""
+    budget = snapshot.settings.budget
+    if len(plan.manifest.slots) > budget.slots:
+        raise OverBudget(
+            f"{len(plan.manifest.slots)} slots are needed, the budget is {budget.slots}",
+            where=str(snapshot.path),
+            cure="raise budget.slots in shelf.toml, or merge into fewer slots",
+        )
+    if budget.bytes is None:
+        return
+    total = snapshot.at_rest(plan)
+    if total > budget.bytes:
+        raise OverBudget(
+            f"the shelf would take {total} bytes, the budget is {budget.bytes}",
+            where=str(snapshot.path),
+            cure=_what_fits(plan, budget.bytes - total),
+        )
+
+
+def _what_fits(plan: Plan, lacking: int) -> str:
+    """The largest rank, at the planned dtype, whose objects would fit, else the bytes to add."""
+    values = sum(adapter.parameters for adapter in plan.writes.values())
+    planned = {slot.slot: slot.bytes for slot in plan.manifest.slots}
+    size = sum(planned[slot] for slot in plan.writes)
+    rank = max(adapter.rank for adapter in plan.writes.values())
+    share = 1 + lacking / (size or 1)
+    fits = int(rank * share * 0.99) if values else 0
+    advice = f"rank {fits} in this dtype would fit (--rank {fits}); " if fits >= 1 else ""
+    return f"{advice}or raise budget.bytes by {-lacking}, lower keep, or store in a narrower dtype"
+
+
+def _find(snapshot: Snapshot, prefix: str) -> str:
+    found = [identity for identity in snapshot.ancestors if identity.startswith(prefix)]
+    if len(found) != 1:
+        raise UnknownName("kept manifest", prefix, list(snapshot.ancestors), where=str(snapshot.path))
+    return found[0]
+
+
+def _log_entry(identity: str, manifest: Manifest) -> dict[str, Any]:
+    cause = {
+        k: v
+        for k, v in manifest.cause.items()
+        if k in ("operation", "task", "decision", "slot", "to", "time", "version")
+    }
+    return {"id": identity, "sequence": manifest.sequence, **cause}
+
+
+def _log_line(identity: str, manifest: Manifest) -> bytes:
+    return canonical_json(_log_entry(identity, manifest)) + b"\n"
+
+
+def _stamp(clock: Clock) -> str:
+    stamp = clock().astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return stamp if len(stamp) == len(PENDING_TIME) else PENDING_TIME
+
+
+def _size(path: Path) -> int:
+    return path.lstat().st_size if path.exists() else 0
+
+
+def _no_links(*paths: Path) -> None:
+    for path in paths:
+        if path.is_symlink():
+            cure = "a shelf holds its own files: put the file itself there"
+            raise CorruptShelf("a link stands where a file of the shelf should be", where=str(path), cure=cure)

@@ -1,0 +1,87 @@
+"""What adapters are like, before anything is written: one described, and K slots forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import content
+from .adapter import Adapter
+from .algebra import norm, singular_values
+from .partition import average_linkage
+from .peft_format import encode
+from .recipe import Recipe
+from .similarity import similarity
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """Modules with rank, scale, norm ‖ΔW‖ and shape; the share of ‖ΔW‖² that the best rank-ρ approximation keeps."""
+    modules, spectra = [], []
+    for path, factors in adapter.modules.items():
+        values = singular_values(factors)
+        spectra.append(values)
+        size = float(np.sqrt(np.sum(values**2)))
+        modules.append(
+            {"module": path, "shape": [factors.shape.dout, factors.shape.din], "rank": factors.shape.rank}
+            | {"scale": factors.scale, "norm": size}
+        )
+    total = sum(float(np.sum(values**2)) for values in spectra)
+    ranks = [2**i for i in range(adapter.rank.bit_length()) if 2**i < adapter.rank] + [adapter.rank]
+    kept = {rank: sum(float(np.sum(values[:rank] ** 2)) for values in spectra) for rank in ranks}
+    return {
+        "base": adapter.base.name,
+        "revision": adapter.base.revision,
+        "dtype": adapter.dtype,
+        "digest": adapter.digest,
+        "parameters": adapter.parameters,
+        "bytes": encode(adapter).size,
+        "rank": adapter.rank,
+        "norm": float(np.sqrt(total)),
+        "energy": {str(rank): energy / total if total else 1.0 for rank, energy in kept.items()},
+        "modules": modules,
+    }
+
+
+def forecast(adapters: Mapping[str, Adapter], slot_counts: Sequence[int], recipe: Recipe) -> list[dict[str, Any]]:
+    """For each K: what an agglomerative partition merged by the recipe would take and keep; nothing is written.
+
+    `bytes` of the K objects and `storage` relative to all adapters; `error` of compression (mean over slots, relative);
+    `norm_ratio`, ‖merged‖ over the mean norm of the members (mean over slots of several); `similarity_inside` and
+    `similarity_between` slots, mean cosine of pairs.
+    """
+    names = sorted(adapters)
+    xs = content.one_base([adapters[name] for name in names])
+    table = similarity(xs)
+    records = [content.entry(name, name.split("-")[0], x) for name, x in zip(names, xs, strict=True)]
+    whole = sum(encode(x).size for x in xs)
+    rows = []
+    for count in slot_counts:
+        labels = average_linkage(1.0 - table, count) if count < len(xs) else list(range(len(xs)))
+        blocks = [[i for i in range(len(xs)) if labels[i] == label] for label in sorted(set(labels))]
+        held = [content.block([xs[i] for i in b], [records[i] for i in b], recipe) for b in blocks]
+        ratios = [
+            norm(c.adapter) / float(np.mean([m.norm for m in c.merged]) or 1.0) for c in held if len(c.merged) > 1
+        ]
+        same = np.equal.outer(labels, labels)[np.triu_indices(len(xs), 1)]
+        pairs = table[np.triu_indices(len(xs), 1)]
+        size = sum(encode(c.adapter).size for c in held)
+        rows.append(
+            {
+                "slots": count,
+                "filled": len(blocks),
+                "bytes": size,
+                "storage": size / whole,
+                "error": float(np.mean([c.error for c in held])),
+                "norm_ratio": _mean(ratios),
+                "similarity_inside": _mean(pairs[same]),
+                "similarity_between": _mean(pairs[~same]),
+                "blocks": [[names[i] for i in b] for b in blocks],
+            }
+        )
+    return rows
+
+
+def _mean(values: Any) -> float | None:
+    return float(np.mean(values)) if len(values) else None

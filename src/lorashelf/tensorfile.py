@@ -1,0 +1,173 @@
+"""safetensors files: a bounded header, tensors mapped without a copy (bfloat16 too), and writing as a stream.
+
+The format is safetensors' own: 8 bytes of header length, a JSON header, then the tensors without holes. Every fault of
+a header is reported at once; nothing of a faulty file is mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import AdapterFormatError
+
+MAX_HEADER = 100 * 2**20  # bytes; safetensors' own cap
+STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
+_WIDTHS = {dtype: width for width, dtypes in _SIZES.items() for dtype in dtypes.split()}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file: its dtype as safetensors writes it, its shape, its byte range after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class TensorFile(Mapping[str, Entry]):
+    """A mapped safetensors file; `array` gives a tensor as a read-only view of the file."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file. Raises AdapterFormatError with every fault of the header."""
+        self.path = path
+        try:
+            with path.open("rb") as handle:
+                size = handle.seek(0, 2)
+                handle.seek(0)
+                offset, header = _read_header(handle.read(8), size, handle.read, path)
+                self._entries = _check_entries(header, size - offset, path)
+                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path)) from error
+        self._offset = offset
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The tensor as stored (f32, f16 or bf16), a view of the mapped file."""
+        entry = self._entries[name]
+        count = math.prod(entry.shape)
+        flat = np.frombuffer(self._map, dtype=_NUMPY[entry.dtype], count=count, offset=self._offset + entry.start)
+        return flat.reshape(entry.shape)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """The length and JSON header for (name, dtype, shape) in the order their bytes will follow, padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        size = math.prod(shape) * _WIDTHS[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_header(prefix: bytes, size: int, read: Any, path: Path) -> tuple[int, dict[str, Any]]:
+    where = str(path)
+    cure = "download or copy the file again"
+    if len(prefix) < 8:
+        raise AdapterFormatError([f"truncated: {size} bytes, a header needs at least 8"], where=where, cure=cure)
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER:
+        raise AdapterFormatError(
+            [f"header of {length} bytes; at most {MAX_HEADER} are allowed"], where=where, cure=cure
+        )
+    if length > size - 8:
+        raise AdapterFormatError([f"truncated: header of {length} bytes in a file of {size}"], where=where, cure=cure)
+    repeated: list[str] = []
+    try:
+        header = json.loads(read(length), object_pairs_hook=lambda pairs: _once(pairs, repeated))
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError([f"header is not JSON: {error}"], where=where, cure=cure) from error
+    if not isinstance(header, dict):
+        raise AdapterFormatError(["header is not a JSON object"], where=where, cure=cure)
+    if repeated:
+        raise AdapterFormatError([f"duplicate key {key!r} in the header" for key in repeated], where=where, cure=cure)
+    return 8 + length, header
+
+
+def _once(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            repeated.append(key)
+        seen[key] = value
+    return seen
+
+
+def _check_entries(header: dict[str, Any], room: int, path: Path) -> dict[str, Entry]:
+    faults: list[str] = []
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        faults.append("__metadata__ is not a map of strings")
+    entries: dict[str, Entry] = {}
+    for name, described in header.items():
+        entry, fault = _entry(described, room)
+        if fault:
+            faults.append(f"{name}: {fault}")
+        if entry:
+            entries[name] = entry
+    faults += _layout_faults(entries, room) if not faults else []
+    if faults:
+        raise AdapterFormatError(faults, where=str(path), cure="download or copy the file again")
+    return dict(sorted(entries.items()))
+
+
+def _entry(described: Any, room: int) -> tuple[Entry | None, str | None]:
+    if not isinstance(described, dict) or not {"dtype", "shape", "data_offsets"} <= described.keys():
+        return None, "needs dtype, shape and data_offsets"
+    dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        return None, f"shape {shape} or data_offsets {offsets} are not lists of whole numbers"
+    start, stop = offsets
+    if start > stop or stop > room:
+        return None, f"bytes {start}:{stop} lie outside the file's {room} (truncated?)"
+    if not isinstance(dtype, str) or dtype not in _WIDTHS:
+        return None, f"unknown dtype {dtype!r}"
+    size = math.prod(shape) * _WIDTHS[dtype]
+    if size != stop - start:
+        return None, f"{dtype} of shape {shape} takes {size} bytes, data_offsets give {stop - start}"
+    return Entry(dtype, tuple(shape), start, stop), None
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _layout_faults(entries: Mapping[str, Entry], room: int) -> list[str]:
+    faults = []
+    end, last = 0, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            relation = "overlap" if entry.start < end else "leave a hole after"
+            faults.append(f"{name}: bytes {entry.start}:{entry.stop} {relation} those of {last}")
+        end, last = max(end, entry.stop), name
+    if end != room and not faults:
+        faults.append(f"{room - end} bytes after the last tensor")
+    return faults
