@@ -16,8 +16,9 @@ from .peft_format import read_adapter, write_adapter
 from .policy import POLICIES, policy
 from .recipe import Budget, Recipe, Settings, new_settings
 from .router import route, routes
-from .shelf import Shelf, Snapshot
+from .shelf import Shelf
 from .similarity import METRICS, similarity
+from .snapshot import Snapshot
 from .version import VERSION
 
 __version__ = VERSION

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adapter import Adapter, Factors, Modules, wider
-from .peft_format import shared_config
+from .peft_config import shared_config
 
 Vector = NDArray[np.float64]
 Square = NDArray[np.float64]

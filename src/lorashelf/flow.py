@@ -15,8 +15,8 @@ from .errors import BaseMismatch, NotReversible, OverBudget, TaskNameError, Unkn
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, task_name
 from .policy import Decision, Fold, Open, Refuse
 from .recipe import Recipe
-from .shelf import Snapshot, check_budget
 from .similarity import similarity
+from .snapshot import Snapshot, check_budget
 from .version import VERSION
 
 MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold

@@ -7,7 +7,7 @@ from typing import Any
 
 from .flow import located
 from .manifest import Slot
-from .shelf import Snapshot
+from .snapshot import Snapshot
 
 
 def route(snapshot: Snapshot, task: str) -> dict[str, Any]:

@@ -8,105 +8,38 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from . import atomic, recipe
 from .adapter import Adapter
-from .digest import canonical_json, is_digest
+from .digest import is_digest
 from .errors import (
-    AdapterFormatError,
     CorruptShelf,
     DiskError,
     NotReversible,
-    OverBudget,
     ShelfError,
     ShelfLocked,
     ShelfNotFound,
     StaleShelf,
     UnknownName,
 )
-from .manifest import PENDING, PENDING_TIME, Manifest, Plan, Slot, manifest_id
-from .peft_format import CONFIG_FILE, TENSOR_FILE, encode, object_digest, read_adapter, write_files
+from .manifest import PENDING_TIME, Manifest, Plan, Slot, manifest_id
+from .peft_format import CONFIG_FILE, TENSOR_FILE, encode, object_digest, write_files
 from .recipe import Settings
+from .snapshot import Snapshot, check_budget, log_entry, log_line, no_links
 from .version import VERSION
 
 LOCK_SECONDS = 10.0
-HEAD_BYTES = 68
 _FOLDERS = ("manifests", "objects", "tmp")
 Clock = Callable[[], datetime]
 
 
 def _now() -> datetime:
     return datetime.now(timezone.utc)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A shelf as it was when read: nothing in it changes, though its files go once `keep` further commits were made."""
-
-    path: Path
-    head: str
-    manifest: Manifest
-    settings: Settings
-    ancestors: Mapping[str, Manifest]
-    """The kept predecessors of the head, nearest first."""
-    pending: Mapping[int, Adapter] = field(default_factory=dict)
-    """Contents of slots that are planned, not written: what a dry run of several adds goes on from."""
-
-    def slot_path(self, slot: Slot) -> Path:
-        """The PEFT folder of a slot, absolute."""
-        return self.path.absolute() / "objects" / slot.object
-
-    def adapter(self, slot: Slot) -> Adapter:
-        """A slot's content as it is stored, read lazily. Raises CorruptShelf."""
-        if slot.slot in self.pending:
-            return self.pending[slot.slot]
-        path = self.slot_path(slot)
-        _no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
-        try:
-            return read_adapter(path, check_values=False)
-        except AdapterFormatError as error:
-            raise CorruptShelf(
-                f"slot {slot.slot}: {error.what}", where=str(path), cure="lorashelf verify, then undo"
-            ) from error
-
-    def after(self, plan: Plan) -> Snapshot:
-        """The shelf as it would be once this plan is committed, with nothing written."""
-        if plan.refused is not None:
-            return self
-        pending = {**self.pending, **plan.writes}
-        return replace(
-            self, manifest=plan.manifest, ancestors={self.head: self.manifest, **self.ancestors}, pending=pending
-        )
-
-    @cached_property
-    def bytes(self) -> int:
-        """Every byte under the shelf."""
-        return sum(file.lstat().st_size for file in self.path.rglob("*") if not file.is_dir())
-
-    def at_rest(self, plan: Plan) -> int:
-        """Every byte under the shelf once this plan is committed and what it makes unreachable is deleted."""
-        history = [(self.head, self.manifest), *self.ancestors.items()]
-        window, leaving = history[: self.settings.budget.keep], history[self.settings.budget.keep :]
-        unchanged = [slot for slot in plan.manifest.slots if slot.slot not in plan.writes]
-        held = {(s.object, s.slot, s.merged): s.bytes for _, m in window for s in m.slots}
-        held |= {(s.object, s.slot, s.merged): s.bytes for s in unchanged}
-        return (
-            _size(self.path / recipe.FILE)
-            + HEAD_BYTES
-            + _size(self.path / "lock")
-            + _size(self.path / "log.jsonl")
-            + sum(len(_log_line(identity, manifest)) for identity, manifest in leaving)
-            + len(plan.manifest.encode())
-            + sum(len(manifest.encode()) for _, manifest in window)
-            + sum({key[0] if key[0] != PENDING else key: size for key, size in held.items()}.values())
-            + sum(slot.bytes for slot in plan.manifest.slots if slot.slot in plan.writes)
-        )
 
 
 class Shelf:
@@ -192,7 +125,7 @@ class Shelf:
         snapshot = self.snapshot()
         entries = {entry["id"]: entry for entry in self._logged()}
         for identity, manifest in [*snapshot.ancestors.items(), (snapshot.head, snapshot.manifest)]:
-            entries[identity] = _log_entry(identity, manifest)
+            entries[identity] = log_entry(identity, manifest)
         return sorted(entries.values(), key=lambda entry: int(entry["sequence"]))
 
     def verify(self) -> list[str]:
@@ -284,7 +217,7 @@ class Shelf:
     def _head(self) -> tuple[str, Manifest]:
         """Read HEAD and its manifest; a writer may retire them in between, so look again."""
         for _ in range(5):
-            _no_links(self.path / "HEAD", *(self.path / folder for folder in _FOLDERS))
+            no_links(self.path / "HEAD", *(self.path / folder for folder in _FOLDERS))
             try:
                 head = (self.path / "HEAD").read_text().strip()
             except (OSError, UnicodeDecodeError) as error:
@@ -300,7 +233,7 @@ class Shelf:
     def _manifest(self, identity: str) -> Manifest | None:
         """The manifest of this id, None if it is not kept."""
         path = self._manifest_path(identity)
-        _no_links(path)
+        no_links(path)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -383,16 +316,16 @@ class Shelf:
 
     def _append_log(self, manifests: Any) -> None:
         path = self.path / "log.jsonl"
-        _no_links(path)
+        no_links(path)
         data = path.read_bytes() if path.exists() else b""
         whole = data.rfind(b"\n") + 1  # a line that a crash tore is not history: its manifest is still there
-        atomic.append(path, b"".join(_log_line(identity, manifest) for identity, manifest in manifests), keep=whole)
+        atomic.append(path, b"".join(log_line(identity, manifest) for identity, manifest in manifests), keep=whole)
 
     def _logged(self) -> list[dict[str, Any]]:
         path = self.path / "log.jsonl"
         if not path.exists():
             return []
-        _no_links(path)
+        no_links(path)
         data = path.read_bytes()
         try:
             return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
@@ -402,7 +335,7 @@ class Shelf:
     def _object_problems(self, snapshot: Snapshot, slot: Slot) -> list[str]:
         path = snapshot.slot_path(slot)
         try:
-            _no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
+            no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
             found = object_digest(path)
             if found != slot.object:
                 return [f"slot {slot.slot}: the bytes of objects/{slot.object} have changed"]
@@ -425,38 +358,6 @@ class Shelf:
         return []
 
 
-def check_budget(snapshot: Snapshot, plan: Plan) -> None:
-    """Raise OverBudget unless the plan's result fits into the slots and the bytes; the error says what would fit."""
-    budget = snapshot.settings.budget
-    if len(plan.manifest.slots) > budget.slots:
-        raise OverBudget(
-            f"{len(plan.manifest.slots)} slots are needed, the budget is {budget.slots}",
-            where=str(snapshot.path),
-            cure="raise budget.slots in shelf.toml, or merge into fewer slots",
-        )
-    if budget.bytes is None:
-        return
-    total = snapshot.at_rest(plan)
-    if total > budget.bytes:
-        raise OverBudget(
-            f"the shelf would take {total} bytes, the budget is {budget.bytes}",
-            where=str(snapshot.path),
-            cure=_what_fits(plan, budget.bytes - total),
-        )
-
-
-def _what_fits(plan: Plan, lacking: int) -> str:
-    """The largest rank, at the planned dtype, whose objects would fit, else the bytes to add."""
-    values = sum(adapter.parameters for adapter in plan.writes.values())
-    planned = {slot.slot: slot.bytes for slot in plan.manifest.slots}
-    size = sum(planned[slot] for slot in plan.writes)
-    rank = max(adapter.rank for adapter in plan.writes.values())
-    share = 1 + lacking / (size or 1)
-    fits = int(rank * share * 0.99) if values else 0
-    advice = f"rank {fits} in this dtype would fit (--rank {fits}); " if fits >= 1 else ""
-    return f"{advice}or raise budget.bytes by {-lacking}, lower keep, or store in a narrower dtype"
-
-
 def _find(snapshot: Snapshot, prefix: str) -> str:
     found = [identity for identity in snapshot.ancestors if identity.startswith(prefix)]
     if len(found) != 1:
@@ -464,30 +365,6 @@ def _find(snapshot: Snapshot, prefix: str) -> str:
     return found[0]
 
 
-def _log_entry(identity: str, manifest: Manifest) -> dict[str, Any]:
-    cause = {
-        k: v
-        for k, v in manifest.cause.items()
-        if k in ("operation", "task", "decision", "slot", "to", "time", "version")
-    }
-    return {"id": identity, "sequence": manifest.sequence, **cause}
-
-
-def _log_line(identity: str, manifest: Manifest) -> bytes:
-    return canonical_json(_log_entry(identity, manifest)) + b"\n"
-
-
 def _stamp(clock: Clock) -> str:
     stamp = clock().astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return stamp if len(stamp) == len(PENDING_TIME) else PENDING_TIME
-
-
-def _size(path: Path) -> int:
-    return path.lstat().st_size if path.exists() else 0
-
-
-def _no_links(*paths: Path) -> None:
-    for path in paths:
-        if path.is_symlink():
-            cure = "a shelf holds its own files: put the file itself there"
-            raise CorruptShelf("a link stands where a file of the shelf should be", where=str(path), cure=cure)

@@ -52,7 +52,7 @@ def l2(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
     def of_module(inner: Square, left: Vector, right: Vector) -> Square:
         squared = left[:, None] + right[None, :] - 2 * inner
         rounding = 1e-14 * (left[:, None] + right[None, :])  # what is left of a difference of equal numbers
-        return np.divide(1.0, 1.0 + np.sqrt(np.where(squared <= rounding, 0.0, squared)))
+        return np.asarray(1.0 / (1.0 + np.sqrt(np.where(squared <= rounding, 0.0, squared))))
 
     return _module_mean(xs, ys, of_module, np.float64)
 

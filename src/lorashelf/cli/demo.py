@@ -22,8 +22,9 @@ from ..adapter import Adapter
 from ..errors import UsageError
 from ..flow import plan_add, plan_cluster
 from ..recipe import new_settings
-from ..shelf import Shelf, Snapshot
+from ..shelf import Shelf
 from ..similarity import similarity
+from ..snapshot import Snapshot
 from . import arguments as arg
 from .output import size, table
 
@@ -128,7 +129,7 @@ def _route_and_undo(console: Console, shelf: Shelf, task: str) -> None:
     answer = router.route(snapshot, task)
     loaded = snapshot.adapter(snapshot.manifest.slot(answer["slot"]))
     console.print(
-        f"  {task} is served by slot {answer['slot']}, a PEFT folder: {len(loaded.modules)} modules, rank {loaded.rank}",
+        f"  {task} is served by slot {answer['slot']}: a PEFT folder, {len(loaded.modules)} modules, rank {loaded.rank}",
         markup=False,
     )
     console.print(f"  {answer['path']}", markup=False)

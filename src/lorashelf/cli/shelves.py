@@ -16,8 +16,9 @@ from ..manifest import Plan
 from ..peft_format import read_adapter
 from ..policy import median_similarity
 from ..recipe import new_settings
-from ..shelf import Shelf, Snapshot
+from ..shelf import Shelf
 from ..similarity import similarity
+from ..snapshot import Snapshot
 from ..tasks import read_task_file
 from . import arguments as arg
 from .output import note, progress, score, show, size, table
