@@ -1,8 +1,8 @@
 """adapter_config.json: which fields change what ΔW is, what they resolve to, and what is written back.
 
-PEFT's scale of a module is alpha / r, or alpha / √r under `use_rslora`, with r and alpha from `rank_pattern` and `alpha_pattern` where a
-key matches the module's path (peft.utils.other.get_pattern_key). It is resolved here, once; fields under which ΔW is anything but s B A
-are refused by name.
+PEFT's scale of a module is alpha / r, or alpha / √r under `use_rslora`, with r and alpha from `rank_pattern` and
+`alpha_pattern` where a key matches the module's path (peft.utils.other.get_pattern_key). It is resolved here, once;
+fields under which ΔW is anything but s B A are refused by name.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def shared_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 
 def config_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every field under which ΔW is not s B A of the factors alone, with the reason."""
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         yield f"peft_type is {kind!r}, not 'LORA'"
@@ -70,6 +71,7 @@ def config_faults(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def resolved_scales(config: Mapping[str, Any], shapes: Mapping[str, Shape], faults: list[str]) -> dict[str, float]:
+    """Module path → s of ΔW = s B A; what is wrong with ranks and alphas goes to `faults`."""
     before = len(faults)
     ranks = _per_module(config, "r", "rank_pattern", _DEFAULT_RANK, shapes, faults)
     alphas = _per_module(config, "lora_alpha", "alpha_pattern", _DEFAULT_ALPHA, shapes, faults)
@@ -126,6 +128,7 @@ def unmatched(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
 
 
 def written_config(adapter: Adapter) -> dict[str, Any]:
+    """The config to store: the fields the adapter carries, and ranks and scales such that PEFT resolves the same s."""
     ranks: dict[str, float] = {path: shape.rank for path, shape in adapter.shapes.items()}
     alphas = {path: _whole(scale * ranks[path]) for path, scale in adapter.modules.scales.items()}
     rank, rank_pattern = _as_pattern(ranks)

@@ -52,7 +52,8 @@ def l2(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
     def of_module(inner: Square, left: Vector, right: Vector) -> Square:
         squared = left[:, None] + right[None, :] - 2 * inner
         rounding = 1e-14 * (left[:, None] + right[None, :])  # what is left of a difference of equal numbers
-        return np.asarray(1.0 / (1.0 + np.sqrt(np.where(squared <= rounding, 0.0, squared))))
+        distance: Square = np.sqrt(np.where(squared <= rounding, 0.0, squared))
+        return 1.0 / (1.0 + distance)
 
     return _module_mean(xs, ys, of_module, np.float64)
 

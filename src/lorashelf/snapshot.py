@@ -116,6 +116,7 @@ def _what_fits(plan: Plan, lacking: int) -> str:
 
 
 def log_entry(identity: str, manifest: Manifest) -> dict[str, Any]:
+    """What the log keeps of a manifest: its id and its cause, without scores."""
     cause = {
         k: v
         for k, v in manifest.cause.items()
@@ -125,6 +126,7 @@ def log_entry(identity: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def log_line(identity: str, manifest: Manifest) -> bytes:
+    """One line of log.jsonl."""
     return canonical_json(log_entry(identity, manifest)) + b"\n"
 
 
@@ -133,6 +135,7 @@ def _size(path: Path) -> int:
 
 
 def no_links(*paths: Path) -> None:
+    """Raise CorruptShelf if one of the paths is a symbolic link: it could lead out of the shelf."""
     for path in paths:
         if path.is_symlink():
             cure = "a shelf holds its own files: put the file itself there"

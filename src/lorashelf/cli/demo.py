@@ -129,7 +129,7 @@ def _route_and_undo(console: Console, shelf: Shelf, task: str) -> None:
     answer = router.route(snapshot, task)
     loaded = snapshot.adapter(snapshot.manifest.slot(answer["slot"]))
     console.print(
-        f"  {task} is served by slot {answer['slot']}: a PEFT folder, {len(loaded.modules)} modules, rank {loaded.rank}",
+        f"  {task} is served by slot {answer['slot']}: a PEFT folder of {len(loaded.modules)} modules",
         markup=False,
     )
     console.print(f"  {answer['path']}", markup=False)
