@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,17 @@ from hypothesis import HealthCheck, settings
 
 from lorashelf import Shelf, new_settings
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 settings.register_profile(
-    "default", deadline=None, max_examples=40, derandomize=bool(os.environ.get("CI")), suppress_health_check=[HealthCheck.too_slow]
+    "default",
+    deadline=None,
+    max_examples=40,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("default")
 
@@ -26,3 +36,34 @@ def new_shelf(tmp_path: Path) -> Callable[..., Shelf]:
         return Shelf.create(tmp_path / name, new_settings(slots, **options))
 
     return make
+
+
+ALLOWED_SKIPS = Path(__file__).parent / "skips.toml"
+_skipped: dict[str, str] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember every skip and its reason."""
+    if report.skipped:
+        _skipped[report.nodeid] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+
+
+def unlisted_skips(skipped: dict[str, str], allowed: dict[str, str]) -> list[str]:
+    """The skips that the list does not name, as sentences."""
+    return [f"{test}: {reason}" for test, reason in sorted(skipped.items()) if test.split("[")[0] not in allowed]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A skip that tests/skips.toml does not name with its reason fails the run."""
+    allowed = tomllib.loads(ALLOWED_SKIPS.read_text()).get("skips", {})
+    unlisted = unlisted_skips(_skipped, allowed)
+    if unlisted and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    for sentence in unlisted:
+        print(f"\nskipped without being named in tests/skips.toml: {sentence}")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """A whole file that skips itself on collection counts as well."""
+    if report.skipped:
+        _skipped[report.nodeid] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)

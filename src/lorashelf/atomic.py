@@ -44,6 +44,12 @@ def make_folder(path: Path) -> None:
         _sync(path.parent)
 
 
+def make_parents(path: Path) -> None:
+    """Create the folders above a path that are not there yet."""
+    with refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def staging_folder(parent: Path) -> Path:
     """A fresh, empty folder in `parent` under a random name."""
     path = parent / f".{os.urandom(8).hex()}"

@@ -8,7 +8,6 @@ resolved here, once; a folder whose Î”W is anything else (DoRA, biases, PiSSA â€
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,10 +83,8 @@ def write_adapter(adapter: Adapter, path: str | Path) -> str:
     folder = Path(path)
     if folder.exists():
         raise UsageError("the output exists already", where=str(folder), cure="choose another folder or delete it")
-    staged = folder.parent / f".{folder.name}.{os.urandom(4).hex()}"
-    with atomic.refusals(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staged.mkdir()
+    atomic.make_parents(folder)
+    staged = atomic.staging_folder(folder.parent)
     try:
         identity = write_files(adapter, staged)
         atomic.publish(staged, folder)

@@ -92,20 +92,20 @@ def write_toml(settings: Settings) -> bytes:
     lines = [
         "# What this shelf may hold, and how it decides. Edit it freely: changes hold for later adds.",
         f"format = {FORMAT}",
-        _line("base", settings.base, "only adapters of this base"),
-        _line("base_aliases", list(settings.base_aliases) or None, "other names of the same base"),
+        _line("base", settings.base, "accept only adapters of this base model"),
+        _line("base_aliases", list(settings.base_aliases) or None, "a list of other names of the same base"),
         "",
         "[budget]",
         f"slots = {budget.slots}",
-        _line("bytes", budget.bytes, "everything under the shelf, at rest"),
+        _line("bytes", budget.bytes, "room for everything under the shelf, at rest"),
         f"keep = {budget.keep}",
         "",
         "[recipe]",
         f'policy = "{recipe.policy}"',
         _line("threshold", recipe.threshold, ""),
         f'merge = "{recipe.merge}"',
-        _line("rank", recipe.rank, "cap the rank stored"),
-        _line("dtype", recipe.dtype, "f32, f16 or bf16; none: as the adapter"),
+        _line("rank", recipe.rank, "cap the rank stored; never pads"),
+        _line("dtype", recipe.dtype, "f32, f16 or bf16; without it, as the adapter"),
         f"seed = {recipe.seed}",
         f"restore_norm = {str(recipe.restore_norm).lower()}",
     ]
@@ -201,7 +201,7 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
 
 
 def _line(name: str, value: Any, comment: str) -> str:
-    return f"# {name} =  {comment}" if value is None else f"{name} = {_toml(value)}"
+    return f"# {name}: {comment}" if value is None else f"{name} = {_toml(value)}"
 
 
 def _toml(value: Any) -> str:

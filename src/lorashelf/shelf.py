@@ -65,8 +65,7 @@ class Shelf:
             raise ShelfError("this path exists already", where=str(path), cure="choose another, or delete it")
         cause = {"operation": "init", "time": _stamp(clock), "version": VERSION}
         first = Manifest(None, 0, settings.recipe.document(), settings.budget.document(), cause).encode()
-        with atomic.refusals(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.make_parents(path)
         staged = atomic.staging_folder(path.parent)
         try:
             for folder in _FOLDERS:
@@ -90,8 +89,7 @@ class Shelf:
         path = Path(path)
         if path.exists():
             raise ShelfError("this path exists already", where=str(path), cure="choose another, or delete it")
-        with atomic.refusals(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.make_parents(path)
         staged = atomic.staging_folder(path.parent)
         try:
             shelf = cls.create(staged, settings)

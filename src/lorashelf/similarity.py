@@ -70,7 +70,7 @@ def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, 
     features = principal_coordinates(raw_gram(everyone, quantile))[:, : max(1, min(64, len(everyone) - 1))]
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     unit = np.divide(features, lengths, out=np.zeros_like(features), where=lengths > 0)
-    table = np.clip(unit @ unit.T, -1.0, 1.0)
+    table: Square = np.clip(unit @ unit.T, -1.0, 1.0)
     return table if ys is None else table[: len(xs), len(xs) :]
 
 

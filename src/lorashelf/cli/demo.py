@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -91,7 +90,6 @@ def _shelf_table(console: Console, snapshot: Snapshot, named: Mapping[str, Adapt
 def _cluster(console: Console, named: Mapping[str, Adapter], folder: Path) -> Blocks:
     console.rule("The same adapters clustered offline (average linkage)", align="left")
     path = folder / "clustered.shelf"
-    shutil.rmtree(path, ignore_errors=True)
     made, _ = Shelf.create_with(
         path, new_settings(SLOTS), lambda snapshot: plan_cluster(snapshot, named, method="agglomerative")
     )

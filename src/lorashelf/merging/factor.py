@@ -42,7 +42,7 @@ def magnitude_prune(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, d
 
 
 @merge_method("dare_linear", space="factors", cites=DARE, weights="unary", random=True)
-@merge_method("dare_linear_svd", space="delta", cites=DARE, weights="unary", random=True, gauge=True)
+@merge_method("dare_linear_svd", space="delta", cites=DARE, weights="unary", random=True)
 def dare_linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: float = 0.5) -> Tensor:
     """Σ wᵢ mᵢ ∘ Xᵢ / density, mᵢ a random mask that keeps `density` of the entries."""
     return _weighted_sum([keep_random(x, density, draw(i)) for i, x in enumerate(tensors)], weights)
@@ -60,7 +60,7 @@ def ties(
 
 
 @merge_method("dare_ties", space="factors", cites=f"{DARE}; {TIES}", weights="unary", random=True)
-@merge_method("dare_ties_svd", space="delta", cites=f"{DARE}; {TIES}", weights="unary", random=True, gauge=True)
+@merge_method("dare_ties_svd", space="delta", cites=f"{DARE}; {TIES}", weights="unary", random=True)
 def dare_ties(
     tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: float = 0.5, majority_sign_method: str = "total"
 ) -> Tensor:

@@ -1,0 +1,68 @@
+"""Writes what can be generated in docs/: cli.md from the commands' own help, the method table from the registry. `--check` only compares."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from lorashelf import METHODS
+
+HERE = Path(__file__).parent
+COMMANDS = "demo init add update cluster remove route ls log verify undo gc show compare plan threshold merge".split()
+CLI_HEAD = """# Command line
+
+Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache, or NAME=either; a task's name is
+NAME, else `--task`, else the folder's name. `--json` prints one JSON document on stdout; progress and notices go to stderr.
+
+Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or bad task name · 3 adapter refused · 4 shelf (refused, stale, locked, corrupt, over
+budget, newer format), disk · 5 model · 6 export · 130 interrupted. Under `--json` an error prints `{"error": {"kind", "message", "cure"}}`.
+"""
+
+
+def help_of(command: str) -> str:
+    """The help text, 100 columns wide and without colours."""
+    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    run = [sys.executable, "-m", "lorashelf", command, "--help"]
+    text = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout  # noqa: S603
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+def cli() -> str:
+    """docs/cli.md."""
+    parts = [f"\n## {command}\n\n```text\n{help_of(command)}\n```\n" for command in COMMANDS]
+    return CLI_HEAD + "".join(parts)
+
+
+def methods(text: str) -> str:
+    """docs/methods.md with its table of methods."""
+    rows = [
+        "| method | space | default weights | gauge | copies | inverse | parameters | source |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, method in sorted(METHODS.items(), key=lambda item: (item[1].space, item[0])):
+        parameters = ", ".join(f"`{key}={value}`" for key, value in method.parameters.items()) or "–"
+        weights = "1/n" if method.weights == "mean" else "1"
+        laws = ["yes" if law else "–" for law in (method.gauge, method.duplicate, method.average is not None)]
+        rows.append(f"| `{name}` | {method.space} | {weights} | {' | '.join(laws)} | {parameters} | {method.cites} |")
+    table = "<!-- generated: methods -->\n" + "\n".join(rows) + "\n<!-- end -->"
+    return re.sub(r"<!-- generated: methods -->.*?<!-- end -->", lambda _: table, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Write, or with --check compare and say what is stale."""
+    wanted = {HERE / "cli.md": cli(), HERE / "methods.md": methods((HERE / "methods.md").read_text())}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.name} is stale: run docs/generate.py (make fix)", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(wanted[path])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

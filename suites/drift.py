@@ -1,0 +1,66 @@
+"""How far do running averages drift by rounding, per storage dtype?  python suites/drift.py --zoo DIR
+
+Folds every adapter of the zoo (repeated until 40) one by one into one slot, stored in the dtype after each fold, with `linear`; compares ΔW
+with the merge of all at once in float64. Then takes one member out again and compares with the merge of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from lorashelf import Adapter, Recipe, combine, merge, norm, read_adapter, write_adapter
+from lorashelf.content import Content, entry, fold, single, without
+
+FOLDS = 40
+
+
+def stored(content: Content) -> Content:
+    """The content as it comes back from a disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(content.adapter, Path(folder) / "x")
+        held = read_adapter(Path(folder) / "x")
+        modules = {path: replace(f, a=f.a.copy(), b=f.b.copy()) for path, f in held.modules.items()}
+        return replace(content, adapter=held.with_factors(modules))
+
+
+def distance(x: Adapter, y: Adapter) -> float:
+    """‖ΔW − ΔW'‖ / ‖ΔW'‖."""
+    return norm(combine([x, y], [1.0, -1.0])) / norm(y)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path, required=True)
+    zoo = parser.parse_args().zoo
+    paths = [path for path in sorted(zoo.iterdir()) if (path / "adapter_config.json").exists()]
+    xs = [read_adapter(paths[i % len(paths)]) for i in range(FOLDS)]
+    records = [entry(f"t{i}", "t", x) for i, x in enumerate(xs)]
+    print(
+        "| dtype | drift after 40 folds | after 10 | one of 40 taken out | the precision said | one of 2 taken out |\n|---|---|---|---|---|---|"
+    )
+    for dtype in ("f32", "f16", "bf16"):
+        recipe = Recipe(dtype=dtype)
+        content = stored(single(xs[0], records[0], recipe))
+        drifts = {}
+        for n in range(1, FOLDS):
+            content = stored(fold([content], xs[n], records[n], recipe))
+            if n + 1 in (2, 10, FOLDS):
+                drifts[n + 1] = distance(content.adapter, merge(xs[: n + 1], method="linear"))
+            if n + 1 == 2:
+                alone, _ = without(content, records[1].digest, xs[1], recipe)
+                pair = distance(alone.adapter, xs[0])
+        rest, said = without(content, records[-1].digest, xs[-1], recipe)
+        taken = distance(rest.adapter, merge(xs[:-1], method="linear"))
+        assert not math.isnan(taken)
+        print(
+            f"| {dtype} | {drifts[FOLDS]:.1e} | {drifts[10]:.1e} | {taken:.1e} | {said:.1e} | {pair:.1e} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

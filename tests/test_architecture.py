@@ -1,0 +1,173 @@
+"""The shape of the house: floors, public names, import weight, late imports, the error tree."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorashelf
+from lorashelf import errors
+
+SOURCE = Path(lorashelf.__file__).parent
+FLOORS = [  # a module may import from lower floors, and from those before it on its own
+    ["version", "errors", "registry", "digest"],
+    ["adapter", "atomic", "tensorfile", "peft_config", "peft_format"],
+    ["algebra"],
+    ["similarity"],
+    ["merging.methods", "merging.factor", "merging.exact", "merging.merge", "merging"],
+    ["policy", "partition"],
+    ["recipe", "manifest", "snapshot", "shelf"],
+    ["tasks"],
+    ["content", "flow", "router", "survey"],
+    [
+        "report",
+        "report.heatmap",
+        "cli.arguments",
+        "cli.output",
+        "cli.shelves",
+        "cli.adapters",
+        "cli.demo",
+        "cli.app",
+        "cli",
+    ],
+]
+FACES = {"", "__main__"}  # the package itself and its runner see everything
+LATE = {  # import inside a function → why
+    ("atomic", "fcntl"): "macOS only",
+    ("errors", "difflib"): "only when an error is raised",
+    ("partition", "sklearn.cluster"): "extra `cluster`",
+    ("report.heatmap", "matplotlib.backend_bases"): "extra `report`",
+    ("report.heatmap", "matplotlib.figure"): "extra `report`",
+    ("shelf", "filelock"): "only writers need it, and it costs a third of the start",
+    ("cli.adapters", "report.heatmap"): "extra `report`",
+    ("cli.arguments", "huggingface_hub"): "extra `llm`",
+    ("cli.arguments", "huggingface_hub.errors"): "extra `llm`",
+    ("cli.output", "rich.progress"): "only for long work on a terminal",
+}
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    return name.removesuffix("__init__").removesuffix(".")
+
+
+def imports(path: Path) -> list[tuple[str, bool, bool]]:
+    """(module, is ours, is late) for every import of a file; `from . import x` counts as x where x is a module."""
+    name = module_name(path)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    late = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, False, id(node) in late) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append((node.module or "", False, id(node) in late))
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".") if package else []
+            origin = ".".join([*parts[: len(parts) - node.level + 1], *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                child = f"{origin}.{alias.name}".strip(".")
+                is_module = (SOURCE / Path(*child.split("."))).with_suffix(".py").exists() or (
+                    SOURCE / Path(*child.split("."))
+                ).is_dir()
+                found.append((child if is_module else origin, True, id(node) in late))
+    return found
+
+
+def misplaced(floors: list[list[str]]) -> list[str]:
+    order = {name: (floor, place) for floor, names in enumerate(floors) for place, name in enumerate(names)}
+    wrong = []
+    for path in SOURCE.rglob("*.py"):
+        name = module_name(path)
+        if name in FACES:
+            continue
+        if name not in order:
+            wrong.append(f"{name} stands on no floor")
+            continue
+        wrong += [f"{name} imports {other}" for other, ours, _ in imports(path) if ours and order[other] >= order[name]]
+    return wrong
+
+
+def test_imports_go_downwards_only() -> None:
+    assert misplaced(FLOORS) == []
+
+
+def test_the_floor_check_sees_an_import_that_goes_up() -> None:
+    swapped = [FLOORS[1], FLOORS[0], *FLOORS[2:]]
+    assert any("imports errors" in sentence for sentence in misplaced(swapped))
+
+
+def test_late_imports_are_those_with_a_reason() -> None:
+    late = {(module_name(p), other) for p in SOURCE.rglob("*.py") for other, _, is_late in imports(p) if is_late}
+    assert late == set(LATE)
+
+
+def test_all_lists_exactly_the_public_names() -> None:
+    public = {n for n, v in vars(lorashelf).items() if not n.startswith("_") and not inspect.ismodule(v)} - {"VERSION"}
+    shadowed = {"partition", "policy", "similarity"}  # functions that bear the name of their module
+    assert set(lorashelf.__all__) - {"__version__"} == public
+    assert shadowed <= set(lorashelf.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(lorashelf.__all__))
+def test_public_things_are_documented(name: str) -> None:
+    value = getattr(lorashelf, name)
+    if callable(value):
+        assert value.__doc__, name
+
+
+def loaded_after(code: str) -> set[str]:
+    run = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
+    return set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
+
+
+HEAVY = {"torch", "transformers", "peft", "sklearn", "scipy", "matplotlib", "huggingface_hub", "safetensors", "pandas"}
+
+
+def test_import_is_light() -> None:
+    loaded = loaded_after("import lorashelf")
+    assert loaded & (HEAVY | {"typer", "rich", "filelock"}) == set()
+
+
+def test_the_command_line_is_light() -> None:
+    assert loaded_after("import lorashelf.cli") & HEAVY == set()
+
+
+def test_the_weight_check_sees_a_heavy_import() -> None:
+    assert loaded_after("import lorashelf, sklearn") & HEAVY
+
+
+def error_classes() -> list[type[errors.LorashelfError]]:
+    return [v for v in vars(errors).values() if inspect.isclass(v) and issubclass(v, errors.LorashelfError)]
+
+
+def test_the_drawn_tree_is_the_error_tree() -> None:
+    drawn = {(name, int(code)) for name, code in re.findall(r"[├└]── (\w+) +(\d)", errors.__doc__ or "")}
+    assert drawn == {(c.__name__, c.exit_code) for c in error_classes() if c is not errors.LorashelfError}
+
+
+def test_every_error_has_a_kind_of_its_own() -> None:
+    kinds = [c.kind for c in error_classes()]
+    assert len(kinds) == len(set(kinds))
+
+
+def test_only_atomic_writes() -> None:
+    """No other module opens a file for writing or calls what changes a disk (mkdir of a target's parents aside)."""
+    pattern = re.compile(
+        r"\.(write_text|write_bytes|unlink|rmdir|rename|replace)\((?!self|\")|open\([^)]*[\"'][wax+]|shutil\."
+    )
+    allowed = {"atomic", "cli.demo"}
+    offenders = []
+    for path in SOURCE.rglob("*.py"):
+        if module_name(path) not in allowed:
+            offenders += [
+                f"{path.name}: {line.strip()}" for line in path.read_text().splitlines() if pattern.search(line)
+            ]
+    assert offenders == []

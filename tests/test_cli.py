@@ -1,0 +1,365 @@
+"""The command line: its JSON contracts, exit codes, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factory import assert_same_delta, make_adapter, tree, write_peft
+
+from lorashelf import read_adapter
+from lorashelf.cli import main
+
+Run = Callable[..., tuple[int, Any]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("add", shelf, …) → (exit code, the JSON document on stdout)."""
+
+    def call(*words: object, as_json: bool = True) -> tuple[int, Any]:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(word) for word in words] + (["--json"] if as_json else []))
+        printed = capsys.readouterr()
+        call.stderr = printed.err  # type: ignore[attr-defined]
+        return int(exit_.value.code or 0), json.loads(printed.out) if as_json else printed.out
+
+    return call
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> dict[str, Path]:
+    return {
+        name: write_peft(tmp_path / "zoo" / name, make_adapter(i))
+        for i, name in enumerate(["a-x", "a-y", "b-x", "b-y"])
+    }
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, run: Run) -> Path:
+    path = tmp_path / "my.shelf"
+    assert run("init", path, "--slots", 2, "--policy", "kmerge")[0] == 0
+    return path
+
+
+def test_init_prints_what_was_made_and_refuses_an_existing_path(tmp_path: Path, run: Run) -> None:
+    code, document = run("init", tmp_path / "s", "--slots", 3, "--threshold", "0.02", "--dtype", "bf16")
+    assert code == 0
+    assert document["slots"] == 3
+    assert document["threshold"] == 0.02
+    before = tree(tmp_path)
+    code, document = run("init", tmp_path / "s", "--slots", 3)
+    assert code == 4
+    assert set(document["error"]) == {"kind", "message", "cure"}
+    assert tree(tmp_path) == before
+
+
+def test_add_tells_decision_slot_scores_members_and_head(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    assert run("add", shelf, zoo["a-x"])[1] | {"head": ""} == {
+        "task": "a-x", "decision": "open", "slot": 0, "scores": {}, "threshold": None, "members": ["a-x"], "head": "", "merged": True,
+    }  # fmt: skip
+    run("add", shelf, zoo["b-x"])
+    code, third = run("add", shelf, f"third={zoo['a-y']}")
+    assert code == 0
+    assert third["decision"] == "fold"
+    assert set(third["scores"]) == {"0", "1"}
+    assert third["slot"] == int(max(third["scores"], key=third["scores"].get))
+    assert third["members"] == sorted([("a-x", "b-x")[third["slot"]], "third"])
+    assert third["head"] == (shelf / "HEAD").read_text().strip()
+
+
+def test_add_takes_many_in_order_and_stops_at_the_first_refusal(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+    size = sum(f.stat().st_size for f in zoo["a-x"].iterdir())
+    assert (
+        run("init", tmp_path / "small", "--slots", 4, "--bytes", 2 * size + 9000, "--policy", "oracle", "--keep", 0)[0]
+        == 0
+    )
+    code, documents = run("add", tmp_path / "small", *zoo.values())
+    assert code == 0 or documents[-1]["decision"] == "refuse"
+    assert [d["task"] for d in documents] == list(zoo)[: len(documents)]
+    assert run("verify", tmp_path / "small") == (0, {"ok": True, "problems": []})
+
+
+def test_a_refusal_is_exit_4_with_no_slot_and_the_head_unchanged(
+    tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    run("init", tmp_path / "tiny", "--slots", 2, "--bytes", 3000)
+    before = tree(tmp_path / "tiny")
+    code, document = run("add", tmp_path / "tiny", zoo["a-x"])
+    assert code == 4
+    assert document["decision"] == "refuse"
+    assert document["slot"] is None
+    assert document["reason"]
+    assert {k: v for k, v in tree(tmp_path / "tiny").items() if k != "lock"} == before
+
+
+def test_dry_run_changes_nothing_and_goes_on_from_its_own_plans(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    before = tree(shelf)
+    code, planned = run("add", shelf, *zoo.values(), "--dry-run")
+    assert code == 0
+    assert tree(shelf) == before
+    assert [d["head"] for d in planned] == [None] * 4
+    code, done = run("add", shelf, *zoo.values())
+    for dry, real in zip(planned, done, strict=True):
+        assert dry | {"head": "", "scores": {}} == real | {"head": "", "scores": {}}
+        assert dry["scores"] == pytest.approx(real["scores"], abs=1e-6)
+
+
+def test_route_prints_the_folder_that_serves_a_task(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    run("add", shelf, zoo["a-x"])
+    code, answer = run("route", shelf, "a-x")
+    assert code == 0
+    assert set(answer) == {"task", "slot", "path", "members"}
+    assert Path(answer["path"]).is_absolute()
+    assert_same_delta(read_adapter(answer["path"]), read_adapter(zoo["a-x"]))
+    assert run("route", shelf)[1] == {"a-x": answer}
+    assert run("route", shelf, "a-x", as_json=False)[1].strip() == answer["path"]
+
+
+def test_an_unknown_task_names_the_nearest(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    run("add", shelf, zoo["a-x"])
+    code, document = run("route", shelf, "a-z")
+    assert code == 2
+    assert "a-x" in document["error"]["cure"]
+    assert document["error"]["message"] in run.stderr  # type: ignore[attr-defined]
+
+
+def test_ls_counts_slots_tasks_and_bytes(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    run("add", shelf, *zoo.values())
+    code, listing = run("ls", shelf)
+    assert code == 0
+    assert listing["tasks"] == 4
+    assert listing["bytes"] == sum(len(data) for data in tree(shelf).values())
+    assert {"slot", "members", "merged", "path", "rank", "bytes"} <= set(listing["slots"][0])
+    assert {"slots", "bytes"} <= set(listing["budget"])
+    assert listing["head"] == (shelf / "HEAD").read_text().strip()
+    assert listing["adapters"] == 4
+    text = run("ls", shelf, as_json=False)[1]
+    assert "4 adapters would take" in text
+
+
+def test_update_replaces_alone_and_in_a_shared_slot(
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    run("add", shelf, zoo["a-x"], zoo["a-y"], zoo["b-x"])
+    new = write_peft(tmp_path / "new", make_adapter(99))
+    shared = next(s for s in run("ls", shelf)[1]["slots"] if len(s["members"]) == 2)
+    task, other = shared["members"]
+    code, document = run("update", shelf, task, new)
+    assert code == 4
+    assert "--was" in document["error"]["message"]
+    code, document = run("update", shelf, task, new, "--was", zoo[other])
+    assert code == 4
+    code, document = run("update", shelf, task, new, "--was", zoo[task])
+    assert code == 0
+    assert document["slot"] == shared["slot"]
+    alone = next(s for s in run("ls", shelf)[1]["slots"] if len(s["members"]) == 1)
+    assert run("update", shelf, alone["members"][0], new)[0] == 0
+    assert_same_delta(read_adapter(run("route", shelf, alone["members"][0])[1]["path"]), make_adapter(99))
+
+
+def test_remove_says_how_far_it_went(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    run("add", shelf, *zoo.values())
+    slots = run("ls", shelf)[1]["slots"]
+    big = max(slots, key=lambda s: len(s["members"]))
+    first, second, *_ = big["members"]
+    code, document = run("remove", shelf, first)
+    assert (code, document["removed"]) == (0, "route")
+    assert "--adapter" in document["reason"]
+    assert run("ls", shelf)[1]["adapters"] == 4  # it is averaged in all the same
+    code, document = run("remove", shelf, second, "--adapter", zoo[second])
+    assert code == 0
+    for task in run("route", shelf)[1]:
+        last = run("remove", shelf, task)[1]
+    assert last["removed"] == "slot"
+    assert run("ls", shelf)[1]["slots"] == []
+    assert run("verify", shelf)[0] == 0
+
+
+def test_remove_with_another_adapter_is_refused(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    run("add", shelf, *zoo.values())
+    before = tree(shelf)
+    code, document = run("remove", shelf, "a-x", "--adapter", zoo["b-y"])
+    assert code == 4
+    assert "digest" in document["error"]["message"]
+    assert tree(shelf) == before
+
+
+def test_undo_twice_is_redo_and_the_log_tells(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    run("add", shelf, zoo["a-x"], zoo["b-x"])
+    full = run("ls", shelf)[1]["slots"]
+    code, document = run("undo", shelf)
+    assert code == 0
+    assert document["changed"] == ["b-x"]
+    assert run("undo", shelf)[0] == 0
+    assert run("ls", shelf)[1]["slots"] == full
+    operations = [entry["operation"] for entry in run("log", shelf)[1]]
+    assert operations == ["init", "add", "add", "undo", "undo"]
+
+
+def test_undo_to_a_state_that_is_not_kept_is_refused(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    first = (shelf / "HEAD").read_text().strip()
+    run("add", shelf, *zoo.values())
+    code, document = run("undo", shelf, "--to", first)
+    assert code == 2
+    assert document["error"]["kind"] == "unknown_name"
+
+
+def test_cluster_writes_a_shelf_and_numbers_blocks_by_their_first_task(
+    tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    output = tmp_path / "c.shelf"
+    code, document = run("cluster", *zoo.values(), "-o", output, "--slots", 2, "--method", "random", "--seed", 3)
+    assert code == 0
+    assert {"partition", "slots", "method", "seed", "head", "evaluations"} <= set(document)
+    assert document["partition"]["a-x"] == 0
+    assert sorted(document["partition"]) == sorted(zoo)
+    assert document["evaluations"] is None
+    assert Path(document["slots"][0]["path"]).is_dir()
+    assert run("verify", output)[0] == 0
+    before = tree(tmp_path)
+    assert run("cluster", *zoo.values(), "-o", output, "--slots", 2, "--method", "random")[0] == 4
+    assert tree(tmp_path) == before
+
+
+def test_a_failed_cluster_leaves_nothing(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+    before = tree(tmp_path)
+    code, _ = run("cluster", *zoo.values(), "-o", tmp_path / "c", "--slots", 2, "--method", "random", "--bytes", 2000)
+    assert code == 4
+    assert tree(tmp_path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["zoo"]
+
+
+def test_compare_show_plan_and_threshold(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+    code, document = run("compare", *zoo.values())
+    assert (code, document["names"], document["metric"]) == (0, list(zoo), "cosine")
+    assert [row[i] for i, row in enumerate(document["matrix"])] == pytest.approx([1.0] * 4)
+    code, document = run("show", zoo["a-x"])
+    assert list(document["energy"].values())[-1] == pytest.approx(1.0)
+    assert len(document["modules"]) == 4
+    code, rows = run("plan", *zoo.values(), "--slots", "1..5")
+    assert [row["slots"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[3]["storage"] == pytest.approx(1.0)
+    assert rows[0]["similarity_between"] is None
+    code, document = run("threshold", tmp_path / "zoo")
+    assert (code, document["adapters"]) == (0, 4)
+    assert (
+        run("init", tmp_path / "h.shelf", "--slots", 2, "--held-out", tmp_path / "zoo")[1]["threshold"]
+        == document["threshold"]
+    )
+
+
+def test_plan_forecasts_what_cluster_then_does(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+    row = run("plan", *zoo.values(), "--slots", "2")[1][0]
+    document = run("cluster", *zoo.values(), "-o", tmp_path / "c", "--slots", 2, "--method", "agglomerative")[1]
+    assert sorted(row["blocks"]) == sorted(slot["members"] for slot in document["slots"])
+    assert row["bytes"] == sum(slot["bytes"] for slot in document["slots"])
+
+
+def test_compare_draws_a_heat_map(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+    for suffix in ("png", "svg"):
+        assert run("compare", *zoo.values(), "--plot", tmp_path / f"map.{suffix}")[0] == 0
+        assert (tmp_path / f"map.{suffix}").stat().st_size > 1000
+    assert run("compare", *zoo.values(), "--plot", tmp_path / "map.xyz")[0] == 2
+
+
+def test_merge_writes_a_folder(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+    words = [*zoo.values(), "-o", tmp_path / "m", "--method", "ties", "-p", "density=0.3", "--dtype", "f16"]
+    code, document = run("merge", *words)
+    assert (code, document["dtype"]) == (0, "f16")
+    assert read_adapter(tmp_path / "m").dtype == "f16"
+    assert run("merge", *words)[0] == 2  # never over an existing folder
+    assert run("merge", *zoo.values(), "-o", tmp_path / "n", "--method", "tise")[0] == 2
+    assert run("merge", *zoo.values(), "-o", tmp_path / "n", "--method", "ties", "-p", "denisty=1")[0] == 2
+    assert not (tmp_path / "n").exists()
+
+
+def test_task_file_is_stored_with_the_task(shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+    (tmp_path / "task.toml").write_text(
+        'type = "gec"\nlanguage = "de"\nprompt = "Mend:"\nmetric = "f0.5"\nmax_new_tokens = 96\n'
+    )
+    assert run("add", shelf, zoo["a-x"], "--task-file", tmp_path / "task.toml")[0] == 0
+    manifest = json.loads((shelf / "manifests" / f"{(shelf / 'HEAD').read_text().strip()}.json").read_text())
+    assert manifest["tasks"]["a-x"] | {"digest": ""} == {
+        "type": "gec", "language": "de", "prompt": "Mend:", "metric": "f0.5", "max_new_tokens": 96, "digest": "",
+    }  # fmt: skip
+    (tmp_path / "task.toml").write_text('promt = "x"\nmax_new_tokens = "9"\n')
+    code, document = run("add", shelf, zoo["a-y"], "--task-file", tmp_path / "task.toml")
+    assert code == 2
+    assert "promt" in document["error"]["message"]
+    assert "max_new_tokens" in document["error"]["message"]
+
+
+def test_the_same_adapter_again_is_only_routed(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    run("add", shelf, zoo["a-x"])
+    code, document = run("add", shelf, f"copy={zoo['a-x']}")
+    assert (code, document["decision"], document["slot"], document["merged"]) == (0, "fold", 0, False)
+    assert run("ls", shelf)[1]["adapters"] == 1
+    assert run("remove", shelf, "a-x", "--adapter", zoo["a-x"])[1]["removed"] == "route"
+    assert run("route", shelf, "copy")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["nonsense"], ["init"], ["init", "x", "--slots", "many"], ["add", "x", "y", "--no-such-option"]]
+)
+def test_usage_errors_are_exit_2_with_a_document(words: list[str], run: Run) -> None:
+    code, document = run(*words)
+    assert code == 2
+    assert document["error"]["kind"] == "usage"
+
+
+def test_a_path_without_a_shelf(tmp_path: Path, run: Run) -> None:
+    code, document = run("ls", tmp_path / "nowhere")
+    assert code == 4
+    assert "init" in document["error"]["cure"]
+
+
+def test_hub_ids_come_from_the_local_cache(
+    shelf: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--acme--tiny-gec"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    write_peft(repository / "snapshots" / commit, make_adapter(5))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.chdir(tmp_path)
+    code, document = run("add", shelf, "acme/tiny-gec")
+    assert (code, document["task"]) == (0, "tiny-gec")
+    code, document = run("add", shelf, "acme/not-there")
+    assert code == 3
+    assert "cache" in document["error"]["message"]
+
+
+def test_every_command_has_an_example_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^│ (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert len(commands) == 17
+    for command in commands:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"lorashelf {command}" in capsys.readouterr().out
+
+
+def test_interrupted_is_130_with_a_document(
+    shelf: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lorashelf.cli.shelves
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lorashelf.cli.shelves, "plan_add", interrupt)
+    code, document = run("add", shelf, zoo["a-x"])
+    assert (code, document["error"]["kind"]) == (130, "interrupted")
+
+
+def test_version(run: Run) -> None:
+    assert re.fullmatch(r"lorashelf \d+\.\d+\.\d+\n", run("--version", as_json=False)[1])

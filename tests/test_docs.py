@@ -1,0 +1,64 @@
+"""The documents cannot lie: links lead somewhere, the README's Python runs, the contributor's method works."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def run_python(code: str, folder: Path) -> str:
+    (folder / "examples").symlink_to(ROOT / "examples")
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_readme_example_runs(tmp_path: Path) -> None:
+    (code,) = blocks("README.md", "python")
+    printed = run_python(code, tmp_path)
+    assert (Path(printed.strip()) / "adapter_model.safetensors").exists()
+    assert (tmp_path / "qa-both" / "adapter_config.json").exists()
+
+
+def test_the_readme_commands_run(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    commands = [
+        line.split("#")[0] for line in blocks("README.md", "bash")[1].splitlines() if line.startswith("lorashelf")
+    ]
+    for command in commands:
+        program = command.replace("lorashelf", f"{sys.executable} -m lorashelf", 1)
+        run = subprocess.run(program, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, (command, run.stderr)
+
+
+def test_the_contributors_method_works(tmp_path: Path) -> None:
+    (code,) = blocks("CONTRIBUTING.md", "python")
+    use = """
+import lorashelf as ls
+x = ls.read_adapter("examples/zoo/qa-en")
+y = ls.merge([x, x, x], method="median_svd")
+assert abs(ls.norm(ls.combine([x, y], [1, -1])) / ls.norm(x)) < 1e-5
+"""
+    run_python(code + use, tmp_path)
+
+
+def test_no_document_names_this_machine() -> None:
+    for document in DOCUMENTS:
+        assert not re.search(r"/work/|/tmp/w|/root/", document.read_text()), document
