@@ -1,4 +1,4 @@
-"""Writes what can be generated in docs/: cli.md from the commands' own help, the method table from the registry. `--check` only compares."""
+"""Writes what can be generated: cli.md from the commands' own help, the table of methods. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from pathlib import Path
 from lorashelf import METHODS
 
 HERE = Path(__file__).parent
-COMMANDS = "demo init add update cluster remove route ls log verify undo gc show compare plan threshold merge".split()
+SHELF = ["demo", "init", "add", "update", "cluster", "remove", "route", "ls", "log", "verify", "undo", "gc"]
+COMMANDS = [*SHELF, "show", "compare", "plan", "threshold", "merge"]
 CLI_HEAD = """# Command line
 
-Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache, or NAME=either; a task's name is
-NAME, else `--task`, else the folder's name. `--json` prints one JSON document on stdout; progress and notices go to stderr.
+Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache, or
+NAME=either; a task's name is NAME, else `--task`, else the folder's name. `--json` prints one JSON document on stdout;
+progress and notices go to stderr.
 
-Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or bad task name · 3 adapter refused · 4 shelf (refused, stale, locked, corrupt, over
-budget, newer format), disk · 5 model · 6 export · 130 interrupted. Under `--json` an error prints `{"error": {"kind", "message", "cure"}}`.
+Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or bad task name · 3 adapter refused ·
+4 shelf (refused, stale, locked, corrupt, over budget, newer format), disk · 5 model · 6 export · 130 interrupted.
+Under `--json` an error prints `{"error": {"kind", "message", "cure"}}`.
 """
 
 
@@ -26,7 +29,7 @@ def help_of(command: str) -> str:
     """The help text, 100 columns wide and without colours."""
     environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
     run = [sys.executable, "-m", "lorashelf", command, "--help"]
-    text = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout  # noqa: S603
+    text = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 

@@ -2,10 +2,10 @@
 
     python suites/auto_threshold.py --zoo DIR
 
-DIR holds PEFT folders named <type>-<language>. Ten random orders of arrival and six worst ones (all tasks of a type in a row, types and
-languages shuffled), K = 5, merge `linear`, the library's own similarity and fold. A rule gets the scores seen so far, those of
-the present arrival included, and gives the threshold (None: open while a slot is free). For each rule: slots used (least to most), purity by type,
-mean cosine inside slots ×1000.
+DIR holds PEFT folders named <type>-<language>. Ten random orders of arrival and six worst ones (all tasks of a type in
+a row, types and languages shuffled), K = 5, merge `linear`, the library's own similarity and fold. A rule gets the
+scores seen so far, those of the present arrival included, and gives the threshold (None: open while a slot is free).
+For each rule: slots used (least to most), purity by type, mean cosine inside slots × 1000.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ Rule = Callable[[Sequence[float]], float | None]
 
 
 def constant(value: float) -> Rule:
+    """Always the same."""
     return lambda scores: value
 
 
 def quantile(q: float, least: int = 1) -> Rule:
+    """A quantile of the scores, once there are enough."""
     return lambda scores: float(np.quantile(scores, q)) if len(scores) >= least else None
 
 
 def medians(factor: float) -> Rule:
+    """A multiple of their median."""
     return lambda scores: factor * float(np.median(scores)) if scores else None
 
 
 def deviations(factor: float) -> Rule:
+    """Their mean and so many standard deviations."""
     return lambda scores: float(np.mean(scores) + factor * np.std(scores)) if len(scores) > 1 else None
 
 
@@ -95,6 +99,7 @@ def purity(blocks: list[list[str]]) -> float:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, required=True)
     zoo = parser.parse_args().zoo
@@ -107,9 +112,8 @@ def main() -> None:
     pairs = matrix[np.triu_indices(len(names), 1)]
     quantiles = ", ".join(f"q{q:g} {np.quantile(pairs, q):.4f}" for q in (0.5, 0.75, 0.8, 0.9))
     print(f"{len(names)} adapters, pairwise cosine: {quantiles}\n")
-    print(
-        "| threshold | slots, random | purity | inside | slots, worst | purity | inside |\n|---|---|---|---|---|---|---|"
-    )
+    heads = ["threshold", "slots, random", "purity", "inside", "slots, worst", "purity", "inside"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     started, total = time.monotonic(), len(RULES)
     for done, (name, rule) in enumerate(RULES.items(), 1):
         cells = []

@@ -1,7 +1,7 @@
 """How far do running averages drift by rounding, per storage dtype?  python suites/drift.py --zoo DIR
 
-Folds every adapter of the zoo (repeated until 40) one by one into one slot, stored in the dtype after each fold, with `linear`; compares ΔW
-with the merge of all at once in float64. Then takes one member out again and compares with the merge of the others.
+Folds every adapter of the zoo (repeated until 40) one by one into one slot, stored in the dtype after each fold, with
+`linear`; compares ΔW with the merge of all at once. Then takes one out again and compares with the others' merge.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ def main() -> None:
     paths = [path for path in sorted(zoo.iterdir()) if (path / "adapter_config.json").exists()]
     xs = [read_adapter(paths[i % len(paths)]) for i in range(FOLDS)]
     records = [entry(f"t{i}", "t", x) for i, x in enumerate(xs)]
-    print(
-        "| dtype | drift after 40 folds | after 10 | one of 40 taken out | the precision said | one of 2 taken out |\n|---|---|---|---|---|---|"
-    )
+    heads = ["dtype", "drift after 40", "after 10", "one of 40 taken out", "the precision said", "one of 2 taken out"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for dtype in ("f32", "f16", "bf16"):
         recipe = Recipe(dtype=dtype)
         content = stored(single(xs[0], records[0], recipe))

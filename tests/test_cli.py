@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factory import assert_same_delta, make_adapter, tree, write_peft
 
+from factory import assert_same_delta, make_adapter, tree, write_peft
 from lorashelf import read_adapter
 from lorashelf.cli import main
 
@@ -60,8 +60,15 @@ def test_init_prints_what_was_made_and_refuses_an_existing_path(tmp_path: Path, 
 
 def test_add_tells_decision_slot_scores_members_and_head(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
     assert run("add", shelf, zoo["a-x"])[1] | {"head": ""} == {
-        "task": "a-x", "decision": "open", "slot": 0, "scores": {}, "threshold": None, "members": ["a-x"], "head": "", "merged": True,
-    }  # fmt: skip
+        "task": "a-x",
+        "decision": "open",
+        "slot": 0,
+        "scores": {},
+        "threshold": None,
+        "members": ["a-x"],
+        "head": "",
+        "merged": True,
+    }
     run("add", shelf, zoo["b-x"])
     code, third = run("add", shelf, f"third={zoo['a-y']}")
     assert code == 0

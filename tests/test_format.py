@@ -1,4 +1,4 @@
-"""docs/format.md holds golden bytes: a shelf made from fixed values with a fixed clock must be these bytes, for ever."""
+"""docs/format.md holds golden bytes: a shelf of fixed values, made with a fixed clock, must be these bytes for ever."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def clock() -> datetime:
 @patch("lorashelf.shelf.VERSION", "0.1.0")
 @patch("lorashelf.flow.VERSION", "0.1.0")
 def golden_shelf(path: Path) -> Shelf:
-    """Two orthogonal adapters of one 2×3 module in one slot: every sum is exact in binary, so no machine rounds apart."""
+    """Two orthogonal adapters of one 2×3 module in one slot; every sum is exact, so no machine rounds apart."""
     shelf = Shelf.create(path, new_settings(1, policy="kmerge"), clock)
-    for task, a in (("gec-de", [[1.0, 0.5, 0.0], [0.0, 2.0, 0.0]]), ("gec-fr", [[0.0, 0.0, 1.0], [0.0, 0.0, -0.5]])):
-        a, b = np.array(a, np.float32), np.array([[0.5, 0.0], [0.0, 1.0]], np.float32)
+    factors = {"gec-de": [[1.0, 0.5, 0.0], [0.0, 2.0, 0.0]], "gec-fr": [[0.0, 0.0, 1.0], [0.0, 0.0, -0.5]]}
+    for task, rows in factors.items():
+        a, b = np.array(rows, np.float32), np.array([[0.5, 0.0], [0.0, 1.0]], np.float32)
         adapter = Adapter(Modules({"m.0": Factors(a, b, 2.0)}), BaseId("acme/tiny"), "f16", {"target_modules": ["0"]})
         shelf.commit(plan_add(shelf.snapshot(), adapter, task))
     return shelf
