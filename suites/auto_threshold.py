@@ -55,10 +55,11 @@ RULES: dict[str, Rule] = {
     "median of the scores": quantile(0.5),
     "0.7 quantile": quantile(0.7),
     "0.8 quantile": quantile(0.8),
-    "0.8 quantile of ≥ 2 (`auto`)": auto_threshold,
+    "0.8 quantile of ≥ 2": quantile(0.8, 2),
     "0.9 quantile of ≥ 2": quantile(0.9, 2),
     "2.5 medians": medians(2.5),
-    "mean + ½ deviation": deviations(0.5),
+    "mean + 1 deviation": deviations(1.0),
+    "mean + ½ deviation (`auto`)": auto_threshold,
 }
 
 

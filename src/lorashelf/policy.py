@@ -149,14 +149,13 @@ def median_similarity(matrix: np.ndarray) -> float:
     return float(np.median(matrix[np.triu_indices(len(matrix), 1)]))
 
 
-AUTO_QUANTILE, AUTO_LEAST = 0.8, 2
+AUTO_DEVIATIONS, AUTO_LEAST = 0.5, 2
 
 
 def auto_threshold(scores: Sequence[float]) -> float | None:
-    """The threshold without held-out adapters: the 0.8 quantile of all scores seen, the present arrival's included;
-    None below two.
+    """The threshold without held-out adapters: mean + ½ standard deviation of all scores seen, the present arrival's
+    included; None below two scores.
 
-    A rule of our own, chosen by measurement (docs/methods.md): scale-free, so it carries over to bases with other
-    similarities.
+    A rule of our own, chosen by measurement (docs/methods.md). Scale-free: it carries over to bases with other similarities.
     """
-    return float(np.quantile(scores, AUTO_QUANTILE)) if len(scores) >= AUTO_LEAST else None
+    return float(np.mean(scores) + AUTO_DEVIATIONS * np.std(scores)) if len(scores) >= AUTO_LEAST else None
