@@ -156,6 +156,6 @@ def auto_threshold(scores: Sequence[float]) -> float | None:
     """The threshold without held-out adapters: mean + ½ standard deviation of all scores seen, the present arrival's
     included; None below two scores.
 
-    A rule of our own, chosen by measurement (docs/methods.md). Scale-free: it carries over to bases with other similarities.
+    A rule of our own, chosen by measurement (docs/methods.md); without a unit, so it carries over to other bases.
     """
     return float(np.mean(scores) + AUTO_DEVIATIONS * np.std(scores)) if len(scores) >= AUTO_LEAST else None

@@ -19,7 +19,7 @@ from ..recipe import new_settings
 from ..similarity import similarity
 from ..survey import describe, forecast
 from . import arguments as arg
-from .output import score, show, size, table
+from .output import progress, score, show, size, table
 
 
 def show_adapter(
@@ -100,7 +100,15 @@ def merge_adapters(
     if assume_base:
         xs = [replace(x, base=xs[0].base) for x in xs]
     checked = new_settings(1, merge=method, parameters=arg.parameters(parameter), dtype=dtype).recipe
-    merged, error = merge_measured(xs, _weights(weights), method=method, rank=rank, seed=seed, **checked.parameters)
+    merged, error = merge_measured(
+        xs,
+        _weights(weights),
+        method=method,
+        rank=rank,
+        seed=seed,
+        watch=lambda paths: progress(paths, "merging"),
+        **checked.parameters,
+    )
     merged = replace(merged, dtype=checked.dtype or merged.dtype)
     write_adapter(merged, output)
     ratio = norm(merged) / (float(np.mean([norm(x) for x in xs])) or 1.0)

@@ -43,7 +43,7 @@ def init(
     dtype: arg.Dtype = None,
     keep: arg.Keep = 1,
     seed: arg.Seed = 0,
-    base: Annotated[str | None, typer.Option("--base", help="Accept only adapters of this base model.")] = None,
+    base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
     base_alias: arg.Aliases = None,
     restore_norm: arg.RestoreNorm = False,
     json: arg.Json = False,
@@ -304,8 +304,8 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     room = f", budget {size(document['budget']['bytes'])}" if document["budget"]["bytes"] else ""
     return [
         table([">slot", ">rank", "dtype", ">size", ">merged", "members"], rows),
-        f"{document['adapters']} adapters would take {size(apart)}, the slots take {size(held)}{share}; "
-        f"with history the shelf takes {size(document['bytes'])}{room}; "
+        f"{document['adapters']} adapters would take {size(apart)}, the shelf takes {size(held)}{share}; "
+        f"on disk, with {document['budget']['keep']} state(s) of history, {size(document['bytes'])}{room}; "
         f"{len(rows)} of {document['budget']['slots']} slots filled",
     ]
 

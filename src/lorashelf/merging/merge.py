@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
@@ -46,9 +46,13 @@ def merge_measured(
     method: str,
     rank: int | None = None,
     seed: int = 0,
+    watch: Callable[[list[str]], Iterable[str]] = iter,
     **params: Any,
 ) -> tuple[Adapter, float]:
-    """`merge`, and the relative Frobenius error of cutting its result to the rank (0 where nothing was cut)."""
+    """`merge`, and the relative Frobenius error of cutting its result to the rank (0 where nothing was cut).
+
+    `watch` wraps the module paths as they are worked through: a progress bar, for methods that take minutes.
+    """
     chosen = METHODS[method]
     params = chosen.checked(params)
     ws = _weights(xs, weights, chosen)
@@ -57,7 +61,7 @@ def merge_measured(
     check_fit(xs)
     modules: dict[str, Factors] = {}
     dropped = kept = 0.0
-    for path in union(xs):
+    for path in watch(union(xs)):
         present = [i for i, x in enumerate(xs) if path in x.shapes]
         fs, share = [xs[i].modules[path] for i in present], [ws[i] for i in present]
         if len(xs) == 1:
