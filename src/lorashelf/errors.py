@@ -20,6 +20,7 @@
     │   └── NotReversible         4  the history needed to take something back is gone
     ├── DiskError             4  the file system refused: full, read-only, no permission
     ├── ModelError            5  the language model, or an evaluation with it, failed
+    │   └── TaskDataError         5  the examples of a task cannot be read
     └── ExportError           6  a slot cannot be written in the wanted format
 
 The number is the exit status of the command line. All faults of one adapter are raised at once, in `faults`.
@@ -189,6 +190,16 @@ class ModelError(LorashelfError):
 
     exit_code = 5
     kind = "model"
+
+
+class TaskDataError(ModelError):
+    """The examples of a task cannot be read; `faults` names file, line and field of each."""
+
+    kind = "task_data"
+
+    def __init__(self, faults: Sequence[str], *, where: str | None = None) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(self.faults), where=where, cure='a line is {"input": "…", "output": "…"}')
 
 
 class ExportError(LorashelfError):

@@ -1,19 +1,56 @@
-"""Task files: what a task is, beside its adapter (prompt, type, language, metric, length)."""
+"""Tasks: what a task is beside its adapter, and the examples of it.
+
+A task folder is `<type>-<language>/` with `task.toml` and `{train,validation,test}.jsonl`; a line is
+`{"input": str, "output": str}` and optionally `"references": [str, …]`. Anyone's own task is the same: a prompt, and a
+metric or none.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .digest import canonical_json, digest
+from .errors import TaskDataError, UsageError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+FILE = "task.toml"
+SPLITS = ("train", "validation", "test")
 FIELDS: dict[str, type] = {"prompt": str, "type": str, "language": str, "metric": str, "max_new_tokens": int}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example: the text a user gives, the wanted answer, and other answers that are as good."""
+
+    input: str
+    output: str
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task and its examples by split; `metric` None means that only the loss is measured."""
+
+    name: str
+    prompt: str
+    type: str
+    language: str = ""
+    metric: str | None = None
+    max_new_tokens: int = 64
+    splits: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+
+    def digest(self, split: str) -> str:
+        """Identifies the examples of a split, in order."""
+        return digest([canonical_json([[e.input, e.output, *e.references] for e in self.splits[split]])])
 
 
 def read_task_file(path: str | Path) -> dict[str, Any]:
@@ -32,6 +69,78 @@ def read_task_file(path: str | Path) -> dict[str, Any]:
         for name, kind in FIELDS.items()
         if name in fields and type(fields[name]) is not kind
     ]
+    if fields.get("max_new_tokens") == 0:
+        faults.append("max_new_tokens is 0")
     if faults:
         raise UsageError("; ".join(faults), where=str(path), cure=f"the fields are {', '.join(FIELDS)}")
     return fields
+
+
+def read_task(folder: str | Path) -> Task:
+    """A task folder. Raises UsageError for its task.toml, TaskDataError with file, line and field of all faults."""
+    folder = Path(folder)
+    fields = read_task_file(folder / FILE)
+    if not fields.get("prompt"):
+        raise UsageError("the task has no prompt", where=str(folder / FILE), cure='add prompt = "…"')
+    faults: list[str] = []
+    splits = {
+        split: _read_lines(folder / f"{split}.jsonl", faults)
+        for split in SPLITS
+        if (folder / f"{split}.jsonl").exists()
+    }
+    if not splits:
+        faults.append(f"none of {', '.join(f'{split}.jsonl' for split in SPLITS)} is there")
+    if faults:
+        raise TaskDataError(faults, where=str(folder))
+    name = folder.resolve().name
+    kind = fields.pop("type", name.split("-")[0])
+    return Task(name=name, type=kind, splits=splits, **fields)
+
+
+def read_tasks(folder: str | Path) -> dict[str, Task]:
+    """Every task folder below a folder, or the folder itself, by name. Raises as read_task, or if there is none."""
+    folder = Path(folder)
+    if (folder / FILE).exists():
+        task = read_task(folder)
+        return {task.name: task}
+    found = sorted(path.parent for path in folder.glob(f"*/{FILE}"))
+    if not found:
+        raise UsageError("no task folder here", where=str(folder), cure=f"a task folder holds {FILE} and JSONL files")
+    return {path.name: read_task(path) for path in found}
+
+
+def _read_lines(path: Path, faults: list[str]) -> tuple[Example, ...]:
+    examples = []
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{path.name} cannot be read: {error}")
+        return ()
+    for number, line in enumerate(text.splitlines(), 1):
+        example = _example(line, f"{path.name} line {number}", faults)
+        if example:
+            examples.append(example)
+    if not text.strip():
+        faults.append(f"{path.name} is empty")
+    return tuple(examples)
+
+
+def _example(line: str, where: str, faults: list[str]) -> Example | None:
+    before = len(faults)
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        faults.append(f"{where} is not JSON: {error}")
+        return None
+    if not isinstance(record, dict):
+        faults.append(f"{where} is not a JSON object")
+        return None
+    for name in ("input", "output"):
+        if not isinstance(record.get(name), str) or not record[name].strip():
+            faults.append(f"{where}: {name!r} is {record.get(name)!r}, not a text")
+    references = record.get("references", [])
+    if not isinstance(references, list) or not all(isinstance(item, str) for item in references):
+        faults.append(f"{where}: 'references' is not a list of texts")
+    if len(faults) > before:
+        return None
+    return Example(record["input"], record["output"], tuple(references))

@@ -1,0 +1,122 @@
+"""Task folders: read with file, line and field named for every fault; the project's own examples are such folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lorashelf.errors import TaskDataError, UsageError
+from lorashelf.tasks import Example, read_task, read_task_file, read_tasks
+
+FEWSHOT = Path(__file__).parent.parent / "examples" / "fewshot"
+
+
+def task_folder(folder: Path, lines: list[str], toml: str = 'prompt = "Mend:"\n') -> Path:
+    folder.mkdir(parents=True)
+    (folder / "task.toml").write_text(toml)
+    (folder / "train.jsonl").write_text("".join(line + "\n" for line in lines))
+    return folder
+
+
+def test_a_task_folder_is_read(tmp_path: Path) -> None:
+    lines = ['{"input": "a", "output": "b"}', '{"input": "ü", "output": "v", "references": ["v", "w"]}']
+    task = read_task(
+        task_folder(
+            tmp_path / "gec-de", lines, 'prompt = "Mend:"\nlanguage = "de"\nmetric = "f0.5"\nmax_new_tokens = 9\n'
+        )
+    )
+    assert (task.name, task.type, task.language, task.metric, task.max_new_tokens) == ("gec-de", "gec", "de", "f0.5", 9)
+    assert task.splits == {"train": (Example("a", "b"), Example("ü", "v", ("v", "w")))}
+    assert task.digest("train").startswith("b2-")
+
+
+def test_every_faulty_line_is_named_with_file_line_and_field(tmp_path: Path) -> None:
+    lines = [
+        '{"input": "a", "output": "b"}',
+        "{",
+        '["a"]',
+        '{"input": 3, "output": ""}',
+        '{"input": "a", "output": "b", "references": "c"}',
+    ]
+    with pytest.raises(TaskDataError) as error:
+        read_task(task_folder(tmp_path / "t", lines))
+    text = str(error.value)
+    for part in (
+        "line 2 is not JSON",
+        "line 3 is not a JSON object",
+        "line 4: 'input'",
+        "line 4: 'output'",
+        "line 5: 'references'",
+    ):
+        assert f"train.jsonl {part}" in text
+    assert error.value.exit_code == 5
+    assert len(error.value.faults) == 5
+
+
+def test_an_empty_file_and_a_folder_without_examples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskDataError, match=r"train\.jsonl is empty"):
+        read_task(task_folder(tmp_path / "t", []))
+    (tmp_path / "t" / "train.jsonl").unlink()
+    with pytest.raises(TaskDataError, match="none of train"):
+        read_task(tmp_path / "t")
+    with pytest.raises(UsageError, match="no task folder"):
+        read_tasks(tmp_path / "t" / "nowhere")
+
+
+def test_a_task_needs_a_prompt_and_known_fields(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no prompt"):
+        read_task(task_folder(tmp_path / "t", ['{"input": "a", "output": "b"}'], 'metric = "f1"\n'))
+    (tmp_path / "x.toml").write_text('promt = "x"\nmax_new_tokens = true\n')
+    with pytest.raises(UsageError, match=r"promt.*max_new_tokens"):
+        read_task_file(tmp_path / "x.toml")
+
+
+def test_the_digest_follows_the_examples(tmp_path: Path) -> None:
+    one = read_task(task_folder(tmp_path / "a", ['{"input": "a", "output": "b"}']))
+    same = read_task(task_folder(tmp_path / "b", ['{"output": "b", "input": "a"}']))
+    other = read_task(task_folder(tmp_path / "c", ['{"input": "a", "output": "c"}']))
+    assert one.digest("train") == same.digest("train") != other.digest("train")
+
+
+def test_the_few_shot_examples_are_forty_tasks_of_twelve() -> None:
+    tasks = read_tasks(FEWSHOT)
+    assert len(tasks) == 40
+    for task in tasks.values():
+        assert {split: len(examples) for split, examples in task.splits.items()} == {"train": 6, "validation": 6}
+        assert task.prompt
+        assert task.metric
+        assert task.language == task.name.split("-")[1]
+
+
+def examples() -> list[tuple[str, Example]]:
+    return [(task.name, e) for task in read_tasks(FEWSHOT).values() for split in task.splits.values() for e in split]
+
+
+def test_no_example_stands_twice_and_answers_to_questions_stand_in_their_context() -> None:
+    inputs = [example.input for _, example in examples()]
+    assert len(set(inputs)) == len(inputs) == 480
+    for name, example in examples():
+        if name.startswith("qa-"):
+            context = re.search(r"context: (.*)", example.input, re.DOTALL)
+            assert context, name
+            assert example.output in context[1], (name, example.output)
+        if name.startswith(("gec-", "tone-")):
+            assert example.input != example.output
+
+
+def test_no_two_examples_share_a_frame() -> None:
+    """No run of six words (twelve characters in zh, ja) of an input stands in another one of its language."""
+    seen: dict[tuple[str, str], str] = {}
+    for name, example in examples():
+        language = name.split("-")[1]
+        text = example.input.replace("question:", "").replace("context:", "")
+        units = list(re.sub(r"\s", "", text)) if language in ("zh", "ja") else text.lower().split()
+        size = 12 if language in ("zh", "ja") else 6
+        for run in {
+            "".join(units[i : i + size]) if size == 12 else " ".join(units[i : i + size])
+            for i in range(len(units) - size + 1)
+        }:
+            assert seen.setdefault((language, run), json.dumps(example.input)) == json.dumps(example.input), (name, run)
