@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -57,8 +59,9 @@ def demo(
     _purities(console, {"online, K-Merge++": online, "offline, agglomerative": offline}, list(named), seed)
     _route_and_undo(console, shelf, order[-1])
     console.rule("Yours to try", align="left")
+    program = "lorashelf" if shutil.which("lorashelf") else sys.argv[0]
     for command in ("ls", "log", "route", "verify", "undo"):
-        console.print(f"  lorashelf {command} {shelf.path}", markup=False)
+        console.print(f"  {program} {command} {shelf.path}", markup=False)
 
 
 def _arrive(console: Console, shelf: Shelf, task: str, adapter: Adapter) -> None:
