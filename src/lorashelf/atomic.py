@@ -45,9 +45,16 @@ def make_folder(path: Path) -> None:
 
 
 def make_parents(path: Path) -> None:
-    """Create the folders above a path that are not there yet."""
-    with refusals(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Create the folders above a path that are not there yet, and make their names durable."""
+    for folder in reversed(path.absolute().parents):
+        if not folder.exists():
+            make_folder(folder)
+
+
+def settle(folder: Path) -> None:
+    """Make durable which names a folder holds."""
+    with refusals(folder):
+        _sync(folder)
 
 
 def staging_folder(parent: Path) -> Path:

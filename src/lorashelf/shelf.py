@@ -72,6 +72,7 @@ class Shelf:
                 atomic.make_folder(staged / folder)
             atomic.write_file(staged / recipe.FILE, [recipe.write_toml(settings)])
             atomic.write_file(staged / "manifests" / f"{manifest_id(first)}.json", [first])
+            atomic.settle(staged / "manifests")
             atomic.write_file(staged / "HEAD", [f"{manifest_id(first)}\n".encode()])
             atomic.publish(staged, path)
         except BaseException:
@@ -81,7 +82,7 @@ class Shelf:
 
     @classmethod
     def create_with(
-        cls, path: str | Path, settings: Settings, planner: Callable[[Snapshot], Plan]
+        cls, path: str | Path, settings: Settings, planner: Callable[[Snapshot], Plan], clock: Clock = _now
     ) -> tuple[Snapshot, Plan]:
         """Make a shelf with the content that `planner` plans for it; it appears whole or not at all. Raises as `create`
         and `commit`.
@@ -92,14 +93,14 @@ class Shelf:
         atomic.make_parents(path)
         staged = atomic.staging_folder(path.parent)
         try:
-            shelf = cls.create(staged, settings)
+            shelf = cls.create(staged, settings, clock)
             plan = planner(shelf.snapshot())
             shelf.commit(plan)
             atomic.publish(staged, path)
         except BaseException:
             atomic.remove(staged)
             raise
-        return cls(path).snapshot(), plan
+        return cls(path, clock).snapshot(), plan
 
     # reading ----------------------------------------------------------------------------------------------------
 
@@ -181,8 +182,10 @@ class Shelf:
             if plan.writes and not plan.shrinks:
                 check_budget(snapshot, plan)
             self._sweep_staging()
-            objects = {slot: self._store(adapter) for slot, adapter in sorted(plan.writes.items())}
-            return self._advance(plan.sealed(objects, _stamp(self._clock)))
+            self._sweep(snapshot)  # what a killed writer half deleted must not pass for an object
+            with self._nothing_left():
+                objects = {slot: self._store(adapter) for slot, adapter in sorted(plan.writes.items())}
+                return self._advance(plan.sealed(objects, _stamp(self._clock)))
 
     def undo(self, to: str | None = None) -> str:
         """Commit the content of the head's parent (or of any kept manifest, by a prefix of its id) anew; returns the
@@ -203,7 +206,8 @@ class Shelf:
             for slot in restored.slots:
                 if not snapshot.slot_path(slot).is_dir():
                     raise NotReversible(f"the object of slot {slot.slot} is gone", where=str(snapshot.slot_path(slot)))
-            return self._advance(restored)
+            with self._nothing_left():
+                return self._advance(restored)
 
     def gc(self) -> list[str]:
         """Delete what neither the head nor its kept predecessors reach; the relative paths deleted."""
@@ -285,6 +289,17 @@ class Shelf:
             self._sweep(self.snapshot())
         return identity
 
+    @contextlib.contextmanager
+    def _nothing_left(self) -> Iterator[None]:
+        """Take away what a commit that fails has written so far."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(DiskError, ShelfError):
+                self._sweep_staging()
+                self._sweep(self.snapshot())
+            raise
+
     def _sweep_staging(self) -> list[str]:
         """Delete what a killed writer left in tmp/; the lock is held, so nobody else is writing there."""
         left = sorted((self.path / "tmp").iterdir())
@@ -306,6 +321,8 @@ class Shelf:
             if path.name.removesuffix(".json") not in kept:
                 atomic.remove(path)
                 gone.append(f"manifests/{path.name}")
+        if gone:  # before its objects go: a manifest that came back after a power cut would miss them
+            atomic.settle(self.path / "manifests")
         for path in sorted((self.path / "objects").iterdir()):
             if path.name not in reached:
                 atomic.remove(path)

@@ -74,7 +74,7 @@ class Snapshot:
             _size(self.path / recipe.FILE)
             + HEAD_BYTES
             + _size(self.path / "lock")
-            + _size(self.path / "log.jsonl")
+            + _log_size(self.path / "log.jsonl", appended=bool(leaving))
             + sum(len(log_line(identity, manifest)) for identity, manifest in leaving)
             + len(plan.manifest.encode())
             + sum(len(manifest.encode()) for _, manifest in window)
@@ -132,6 +132,13 @@ def log_line(identity: str, manifest: Manifest) -> bytes:
 
 def _size(path: Path) -> int:
     return path.lstat().st_size if path.exists() else 0
+
+
+def _log_size(path: Path, appended: bool) -> int:
+    """The log's size, once lines are `appended` without what a crash tore off."""
+    if not appended or not path.exists():
+        return _size(path)
+    return path.read_bytes().rfind(b"\n") + 1
 
 
 def no_links(*paths: Path) -> None:
