@@ -34,7 +34,15 @@ def test_all_slots_are_used_and_types_gather_for_nine_of_ten_seeds(
 def test_the_story_is_told_from_arrival_to_undo(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "lorashelf", "demo", "--zoo", str(ZOO), "-o", str(tmp_path / "demo.shelf")]
     told = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    for part in ("opens slot", "joins slot", "threshold", "clustered offline", "similarity inside", "by chance", "undo"):
+    for part in (
+        "opens slot",
+        "joins slot",
+        "threshold",
+        "clustered offline",
+        "similarity inside",
+        "by chance",
+        "undo",
+    ):
         assert part in told
     assert "verify: ok" in told
     assert str(tmp_path / "demo.shelf") in told
@@ -44,7 +52,9 @@ def test_the_story_is_told_from_arrival_to_undo(tmp_path: Path) -> None:
 def test_purity_of_blocks_by_hand() -> None:
     assert purity([["a-x", "a-y", "b-x"], ["b-y"]]) == 0.75
     assert purity([["a-x", "b-x"], ["a-y", "b-y"]]) == 0.5
-    assert chance_purity([["a-x", "b-x"], ["a-y", "b-y"]], ["a-x", "b-x", "a-y", "b-y"], seed=0) == pytest.approx(2 / 3, abs=0.1)
+    assert chance_purity([["a-x", "b-x"], ["a-y", "b-y"]], ["a-x", "b-x", "a-y", "b-y"], seed=0) == pytest.approx(
+        2 / 3, abs=0.1
+    )
 
 
 def test_without_the_zoo_the_cure_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,30 +147,28 @@ class Adapter:
         return replace(self, modules=Modules(factors))
 
 
-def check_fit(xs: Sequence[Adapter], *, equal: Sequence[str] = ()) -> None:
-    """Raise BaseMismatch or ShapeMismatch unless all adapters belong together.
-
-    Base names must not contradict each other (`equal` lists names declared to be one base), and a module that two
-    adapters share must have the same din and dout in both; ranks may differ, and so may the sets of modules.
-    """
-    faults = _shape_faults(xs)
-    if faults:
-        cure = "these adapters belong to bases of different sizes: keep them on separate shelves"
-        raise ShapeMismatch(faults, cure=cure)
-    known = [x.base for x in xs if x.base.name and x.base.name not in equal]
-    known += [x.base for x in xs if x.base.name in equal][:1]
+def check_fit(xs: Sequence[Adapter]) -> None:
+    """Raise BaseMismatch or ShapeMismatch unless all belong together: known base names agree, and `check_shapes`."""
+    check_shapes(xs)
+    known = [x.base for x in xs if x.base.name]
     others = sorted({str(base) for base in known if base.contradicts(known[0])})
     if others:
         cure = "if these are one model under two names, declare it: --assume-base, or --base-alias NAME at init"
         raise BaseMismatch([f"trained on {other}, the others on {known[0]}" for other in others], cure=cure)
 
 
-def _shape_faults(xs: Sequence[Adapter]) -> list[str]:
+def check_shapes(xs: Sequence[Adapter]) -> None:
+    """Raise ShapeMismatch unless a module that two adapters share has the same din and dout in both.
+
+    Ranks may differ, and so may the sets of modules.
+    """
     expected: dict[str, Shape] = {}
-    faults = []
+    faults = set()
     for x in xs:
         for path, shape in x.shapes.items():
             other = expected.setdefault(path, shape)
             if (shape.dout, shape.din) != (other.dout, other.din):
-                faults.append(f"{path}: ΔW is {shape.dout}x{shape.din}, elsewhere {other.dout}x{other.din}")
-    return sorted(set(faults))
+                faults.add(f"{path}: ΔW is {shape.dout}x{shape.din}, elsewhere {other.dout}x{other.din}")
+    if faults:
+        cure = "these adapters belong to bases of different sizes: keep them on separate shelves"
+        raise ShapeMismatch(sorted(faults), cure=cure)

@@ -13,8 +13,10 @@ from .algebra import compress, norm
 from .errors import NotReversible
 from .manifest import PENDING, Merged, Slot
 from .merging import METHODS, merge_measured, unmerge
-from .peft_format import encode
+from .peft_format import encode, rounded
 from .recipe import Recipe
+
+LEAST_PRECISION = 0.1  # an adapter is taken out of an average only if this much of the rest is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,10 @@ def entry(task: str, kind: str, adapter: Adapter) -> Merged:
 def single(adapter: Adapter, record: Merged, recipe: Recipe) -> Content:
     """The adapter alone, as the recipe stores it: `dtype`, and the rank cut to `rank`."""
     stored = replace(adapter, dtype=recipe.dtype or adapter.dtype)
-    if recipe.rank is None:
-        return Content(stored, (record,))
-    stored, error = compress(stored, recipe.rank)
-    return Content(stored, (record,), error)
+    error = 0.0
+    if recipe.rank is not None:
+        stored, error = compress(stored, recipe.rank)
+    return Content(rounded(stored), (record,), error)
 
 
 def fold(
@@ -78,15 +80,18 @@ def fold(
     records = [m for source in sources for m in source.merged]
     total = len(records) + 1
     if METHODS[recipe.merge].weights == "unary":
-        shares, weights = [1.0] * len(sources), [1.0] * total
+        shares, newcomer = [1.0] * len(sources), 1.0
     elif average == "half":
-        shares, weights = [0.5] * len(sources), [0.5 * m.weight for m in records] + [0.5]
+        shares, newcomer = [0.5] * len(sources), 0.5
     else:
-        shares, weights = [len(source.merged) / total for source in sources], [1.0 / total] * total
-    merged, error = _merge([*(source.adapter for source in sources), adapter], [*shares, weights[-1]], recipe)
+        shares, newcomer = [len(source.merged) / total for source in sources], 1.0 / total
+    weights = [share * m.weight for share, source in zip(shares, sources, strict=True) for m in source.merged] + [
+        newcomer
+    ]
+    merged, error = _merge([*(source.adapter for source in sources), adapter], [*shares, newcomer], recipe)
     continued = all(source.faithful in ("*", recipe.merge) for source in sources)
     even = average == "mean" and METHODS[recipe.merge].average is not None and not error
-    entries = tuple(replace(m, weight=w) for m, w in zip([*records, record], weights, strict=True))
+    entries = tuple(replace(m, weight=round(w, 15)) for m, w in zip([*records, record], weights, strict=True))
     return _restored(Content(merged, entries, error, recipe.merge if even and continued else None), recipe)
 
 
@@ -104,15 +109,19 @@ def block(adapters: Sequence[Adapter], records: Sequence[Merged], recipe: Recipe
 def without(content: Content, digest: str, adapter: Adapter, recipe: Recipe) -> tuple[Content, float]:
     """The content with one adapter taken out of its average, and the relative precision of the rest.
 
-    Raises NotReversible where the content is not an equal average of several.
+    Raises NotReversible where the content is no equal average of several, or rounding would leave nothing of the rest.
     """
     if content.average is None or len(content.merged) < 2:
         how = "a merge that cannot be taken apart" if len(content.merged) > 1 else "one adapter only"
         raise NotReversible(f"the slot holds {how}", cure="its content stays as it is")
     rest, precision = unmerge(content.adapter, adapter, len(content.merged), method=content.average)
-    remaining = [m for m in content.merged if m.digest != digest]
+    if precision > LEAST_PRECISION:
+        what = f"the rest is so small beside it that rounding would leave a relative precision of {precision:.0e}"
+        raise NotReversible(what, cure="its content stays as it is")
+    index = next(i for i, m in enumerate(content.merged) if m.digest == digest)
+    remaining = [*content.merged[:index], *content.merged[index + 1 :]]
     entries = tuple(replace(m, weight=1.0 / len(remaining)) for m in remaining)
-    return _restored(Content(rest, entries, 0.0, content.average), recipe), precision
+    return _restored(Content(rounded(rest), entries, 0.0, content.average), recipe), precision
 
 
 def one_base(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -125,7 +134,7 @@ def _merge(adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recipe
     merged, error = merge_measured(
         one_base(adapters), weights, method=recipe.merge, rank=recipe.rank, seed=recipe.seed, **recipe.parameters
     )
-    return replace(merged, dtype=recipe.dtype or wider([x.dtype for x in adapters])), error
+    return rounded(replace(merged, dtype=recipe.dtype or wider([x.dtype for x in adapters]))), error
 
 
 def _restored(content: Content, recipe: Recipe) -> Content:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -41,50 +42,60 @@ def plan_add(
     if task in manifest.tasks:
         cure = "choose another name, or lorashelf update / remove the task first"
         raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
-    kind = type or task.split("-")[0]
+    details = dict(details or {})
+    kind = type or details.pop("type", None) or task.split("-")[0]
     held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
     base = _agreed_base(snapshot, [adapter], assume_base)
     check_fit(content.one_base([adapter, *held.values()]))
     values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
-    seen = (*manifest.scores, *scores.values())
-    threshold = _threshold(settings.recipe, seen)
-    record = content.entry(task, kind, adapter)
-
-    opening = _opening(snapshot, adapter, record)
-    new: Content | None = None
     same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
+    seen = manifest.scores if same is not None else (*manifest.scores, *scores.values())
+    threshold = _threshold(settings.recipe, seen)
+    decision: Decision
     if same is not None:
-        decision: Decision = Fold(same)  # its average holds this very adapter: only the route is new
+        decision, new = Fold(same), None  # its average holds this very adapter: only the route is new
     else:
-        decision = policy.POLICIES[settings.recipe.policy](
-            scores,
-            policy.View(
-                free=opening[0] if opening else None,
-                threshold=threshold,
-                type=kind,
-                types={slot.slot: frozenset(m.type for m in slot.merged) for slot in manifest.slots},
-                averaged={slot.slot: slot.digests for slot in manifest.slots},
-                rng=np.random.default_rng([settings.recipe.seed, manifest.arrived]),
-            ),
-        )
-        if isinstance(decision, Open) and opening:
-            new = opening[1]
-        elif isinstance(decision, Fold):
-            sources = [_content(snapshot, manifest.slot(i)) for i in decision.sources or (decision.slot,)]
-            new = content.fold(sources, adapter, record, settings.recipe, decision.average)
+        decision, new = _placed(snapshot, adapter, content.entry(task, kind, adapter), scores, threshold)
     known = replace(
         manifest,
         base=base,
-        tasks=dict(
-            sorted({**manifest.tasks, task: {"type": kind, "digest": adapter.digest, **(details or {})}}.items())
-        ),
+        tasks=dict(sorted({**manifest.tasks, task: {**details, "type": kind, "digest": adapter.digest}}.items())),
         arrived=manifest.arrived + 1,
         # once all slots are filled nothing depends on a threshold any more
         scores=(seen if len(manifest.slots) < settings.budget.slots else manifest.scores)[-MAX_SCORES:],
     )
     report = {"task": task, "scores": {str(slot): score for slot, score in scores.items()}, "threshold": threshold}
     return _decided(snapshot, known, decision, new, report)
+
+
+def _placed(
+    snapshot: Snapshot, adapter: Adapter, record: Merged, scores: Mapping[int, float], threshold: float | None
+) -> tuple[Decision, Content | None]:
+    """The policy's decision, and what the slot it names would hold."""
+    manifest, recipe = snapshot.manifest, snapshot.settings.recipe
+    opening = _opening(snapshot, adapter, record)
+    free = None if isinstance(opening, OverBudget) else opening[0]
+    view = policy.View(
+        free=free,
+        threshold=threshold,
+        type=record.type,
+        types={slot.slot: frozenset(m.type for m in slot.merged) for slot in manifest.slots},
+        averaged={slot.slot: slot.digests for slot in manifest.slots},
+        rng=np.random.default_rng([recipe.seed, manifest.arrived]),
+    )
+    decision = policy.POLICIES[recipe.policy](scores, view)
+    if isinstance(decision, Refuse):
+        why = f"; {opening.what}; {opening.cure}" if isinstance(opening, OverBudget) else ""
+        return Refuse(decision.reason + why), None
+    if isinstance(decision, Open) and not isinstance(opening, OverBudget) and decision.slot == free:
+        return decision, opening[1]
+    if isinstance(decision, Fold) and {decision.slot, *decision.sources} <= scores.keys():
+        sources = [_content(snapshot, manifest.slot(i)) for i in decision.sources or (decision.slot,)]
+        return decision, content.fold(sources, adapter, record, recipe, decision.average)
+    raise UsageError(
+        f"policy {recipe.policy!r} answered {decision}", cure="open view.free, or fold into slots with a score"
+    )
 
 
 def _decided(
@@ -102,31 +113,30 @@ def _decided(
     writes = {slot_id: new.adapter} if new else {}
     plan = _plan(snapshot, replace(known, slots=known.with_slot(slot)), writes, cause, report)
     try:
-        if new:
-            check_budget(snapshot, plan)
+        check_budget(snapshot, plan)
     except OverBudget as error:
         return _refused(snapshot, report, f"{error.what}; {error.cure}")
     return plan
 
 
 def _refused(snapshot: Snapshot, report: Mapping[str, Any], reason: str) -> Plan:
-    report = {**report, "decision": "refuse", "slot": None, "members": [], "reason": reason}
+    report = {**report, "decision": "refuse", "slot": None, "members": [], "merged": False, "reason": reason}
     return Plan(snapshot.head, snapshot.manifest, {}, report, refused=reason)
 
 
-def _opening(snapshot: Snapshot, adapter: Adapter, record: Merged) -> tuple[int, Content] | None:
-    """The lowest free slot id and what it would hold; None where a slot, or the bytes for one, are lacking."""
+def _opening(snapshot: Snapshot, adapter: Adapter, record: Merged) -> tuple[int, Content] | OverBudget:
+    """The lowest free slot id and what it would hold, or why there is no room for it."""
     manifest, settings = snapshot.manifest, snapshot.settings
     taken = {slot.slot for slot in manifest.slots}
     free = next((i for i in range(settings.budget.slots) if i not in taken), None)
     if free is None:
-        return None
+        return OverBudget(f"all {len(taken)} slots are filled", cure="raise budget.slots in shelf.toml")
     new = content.single(adapter, record, settings.recipe)
     try:
         trial = replace(manifest, slots=manifest.with_slot(new.slot(free, (record.task,))))
         check_budget(snapshot, _plan(snapshot, trial, {free: new.adapter}, {"operation": "add"}, {}))
-    except OverBudget:
-        return None
+    except OverBudget as error:
+        return error
     return free, new
 
 
@@ -138,19 +148,23 @@ def plan_update(
     Raises UnknownName, NotReversible where that needs an adapter or a history that is not there, BaseMismatch,
     ShapeMismatch.
     """
+    task = unicodedata.normalize("NFC", task)
     slot, details = located(snapshot, task)
     recipe = snapshot.settings.recipe
+    if adapter.digest == details["digest"]:
+        raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
     base = _agreed_base(snapshot, [adapter], assume_base)
     others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
     check_fit(content.one_base([adapter, *others]))
     record = content.entry(task, details["type"], adapter)
     precision = None
-    if len(slot.merged) == 1 and slot.members == (task,):
+    if slot.members == (task,):
         new = content.single(adapter, record, recipe)
     else:
-        rest, precision = _without(snapshot, slot, task, was, "--was OLD_ADAPTER")
-        plain = replace(rest, adapter=content.scaled(rest.adapter, 1 / rest.restored), restored=1.0)
-        new = content.fold([plain], adapter, record, recipe)
+        new, precision = _without(snapshot, slot, task, was, "--was OLD_ADAPTER")
+        if adapter.digest not in {m.digest for m in new.merged}:
+            plain = replace(new, adapter=content.scaled(new.adapter, 1 / new.restored), restored=1.0)
+            new = content.fold([plain], adapter, record, recipe)
     tasks = {**snapshot.manifest.tasks, task: {**details, "digest": adapter.digest}}
     slots = snapshot.manifest.with_slot(new.slot(slot.slot, slot.members))
     cause = {"operation": "update", "task": task, "slot": slot.slot}
@@ -166,6 +180,7 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
     The report's `removed` says which of "slot", "average", "route" it was, `reason` why not more, `precision` the
     relative rounding left. Raises UnknownName, and NotReversible if `adapter` is not the one recorded.
     """
+    task = unicodedata.normalize("NFC", task)
     slot, details = located(snapshot, task)
     if adapter is not None and adapter.digest != details["digest"]:
         raise _another(task, adapter, details["digest"])
@@ -241,8 +256,9 @@ def plan_cluster(
     kinds = {task: (types or {}).get(task) or task.split("-")[0] for task in tasks}
     slots, writes = [], {}
     for slot_id, indices in enumerate(blocks):
-        records = [content.entry(tasks[i], kinds[tasks[i]], xs[i]) for i in indices]
-        new = content.block([xs[i] for i in indices], records, settings.recipe)
+        distinct = sorted({xs[i].digest: i for i in reversed(indices)}.values())  # nothing is merged twice
+        records = [content.entry(tasks[i], kinds[tasks[i]], xs[i]) for i in distinct]
+        new = content.block([xs[i] for i in distinct], records, settings.recipe)
         slots.append(new.slot(slot_id, [tasks[i] for i in indices]))
         writes[slot_id] = new.adapter
     known = replace(
@@ -267,6 +283,7 @@ def plan_cluster(
 
 def located(snapshot: Snapshot, task: str) -> tuple[Slot, Mapping[str, Any]]:
     """Θ(t): the slot of a task, and what is stored with the task. Raises UnknownName with the nearest names."""
+    task = unicodedata.normalize("NFC", task)  # as names are stored
     slot = snapshot.manifest.slot_of(task)
     if slot is None:
         raise UnknownName("task", task, sorted(snapshot.manifest.tasks), where=str(snapshot.path))
@@ -313,10 +330,15 @@ def _agreed_base(snapshot: Snapshot, adapters: Sequence[Adapter], assume: bool) 
     equal = {settings.base, *settings.base_aliases}
     faults = []
     for adapter in adapters:
-        base = base if base.name else adapter.base
-        declared = adapter.base.name != base.name and adapter.base.name in equal
-        if adapter.base.contradicts(base) and not declared and not assume:
-            faults.append(f"trained on {adapter.base}, expected is {base}")
+        offered = adapter.base
+        only_alias = base.name in settings.base_aliases and not settings.base
+        if not base.name or (only_alias and offered.name and offered.name not in equal):
+            base = offered
+        if offered.name == base.name and base.revision is None:
+            base = offered
+        declared = offered.name != base.name and offered.name in equal
+        if offered.contradicts(base) and not declared and not assume:
+            faults.append(f"trained on {offered}, expected is {base}")
     if faults:
         cure = (
             "if these are one model under two names: --assume-base, or base_aliases in shelf.toml (init --base-alias)"

@@ -24,6 +24,7 @@ Partition = list[list[int]]
 Partitioner = Callable[[Sequence[Adapter], int, int], Sequence[int]]
 PARTITIONERS: Registry[Partitioner] = Registry("partition method")
 STARTS = 10
+COPIES = 1e-3  # points nearer than this share of the largest norm are copies, apart by rounding only
 
 
 def partition(xs: Sequence[Adapter], k: int, *, method: str, seed: int = 0) -> Partition:
@@ -92,10 +93,10 @@ def average_linkage(distances: Square, k: int) -> list[int]:
 
 def _kmeans(points: Square, k: int, seed: int) -> list[int]:
     cluster = _sklearn()
-    scale = float(np.abs(points).max()) or 1.0
-    distinct = len(np.unique((points / scale).round(9), axis=0))
-    model = cluster.KMeans(n_clusters=min(k, distinct), n_init=STARTS, random_state=seed)
-    return [int(label) for label in model.fit_predict(points)]
+    apart = np.stack([np.linalg.norm(points - point, axis=1) for point in points])
+    first = (apart <= COPIES * np.linalg.norm(points, axis=1).max()).argmax(axis=1)  # copies count as one point
+    model = cluster.KMeans(n_clusters=min(k, len(np.unique(first))), n_init=STARTS, random_state=seed)
+    return [int(label) for label in model.fit_predict(points[first])]
 
 
 def _sklearn() -> Any:

@@ -32,24 +32,36 @@ _REFUSED_FIELDS: Mapping[str, str] = {
     "arrow_config": "Arrow routes between adapters at run time",
     "kasa_config": "KaSA changes the base's weights",
 }
+LARGEST = 1e30  # a rank or an alpha beyond this is a mistake; float32 factors times it would overflow
 _REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 
 
-def shared_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """The PEFT fields of an adapter made from several: the first one's, with targets that match exactly the union of
-    modules.
-    """
-    first = adapters[0]
-    config = dict(first.config)
-    alike = all(
-        set(other.shapes) == set(first.shapes)
-        and all(other.config.get(name) == config.get(name) for name in TARGET_FIELDS)
-        for other in adapters[1:]
-    )
-    if not alike:
-        config.update(dict.fromkeys(TARGET_FIELDS))
-        config["target_modules"] = sorted(set().union(*(other.shapes for other in adapters)))
-    return config
+def matched(config: Mapping[str, Any], path: str) -> bool:
+    """Whether PEFT would adapt the module (peft.tuners.tuners_utils.check_target_module_exists). Raises re.error."""
+    excluded, targets = config.get("exclude_modules"), config.get("target_modules")
+    if excluded and _names(excluded, path):
+        return False
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, str) or path in targets:
+        return _names(targets, path)
+    return _names(targets, path) and _in_layers(config, path)
+
+
+def _names(names: str | Sequence[str], path: str) -> bool:
+    """A pattern that matches the whole path, or a list with the path or its ending."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _in_layers(config: Mapping[str, Any], path: str) -> bool:
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or layers == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
+    found = next((m for m in (re.match(rf".*\.{p}\.(\d+)\.", path) for p in patterns) if m), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def config_faults(config: Mapping[str, Any]) -> Iterator[str]:
@@ -96,7 +108,7 @@ def _per_module(
         faults.append(f"{pattern_field} is not a map")
         patterns = {}
     for name, given in [(field, value), *((f"{pattern_field}[{key!r}]", item) for key, item in patterns.items())]:
-        if type(given) not in (int, float) or not math.isfinite(given) or (field == "r" and given <= 0):
+        if type(given) not in (int, float) or not abs(given) < LARGEST or (field == "r" and given <= 0):
             faults.append(f"{name} is {given!r}, not a usable number")
     compiled = []
     for key, item in patterns.items():
@@ -108,35 +120,45 @@ def _per_module(
 
 
 def unmatched(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
-    """Faults for factors that PEFT would drop on loading because `target_modules` does not name their module."""
+    """Faults for factors that PEFT would drop on loading because the config's targets do not name their module."""
     targets = config.get("target_modules")
-    if targets is None or targets == "all-linear":
-        return []
-    if isinstance(targets, str):
-        try:
-            rule = re.compile(targets)
-        except re.error as error:
-            return [f"target_modules {targets!r} is not a regular expression: {error}"]
-        left_out = [path for path in paths if not rule.fullmatch(path)]
-    elif isinstance(targets, list) and all(isinstance(item, str) for item in targets):
-        left_out = [path for path in paths if not any(path == item or path.endswith(f".{item}") for item in targets)]
-    else:
-        return [f"target_modules is {targets!r}, neither a list of names nor a pattern"]
-    if left_out and len(left_out) == len(list(paths)):
+    for name in ("target_modules", "exclude_modules"):
+        value = config.get(name)
+        if not (value is None or isinstance(value, str) or _is_list(value, str)):
+            return [f"{name} is {value!r}, neither a list of names nor a pattern"]
+    layers = config.get("layers_to_transform")
+    if not (layers is None or type(layers) is int or _is_list(layers, int)):
+        return [f"layers_to_transform is {layers!r}, neither a number nor a list of numbers"]
+    if not (config.get("layers_pattern") is None or isinstance(config["layers_pattern"], str | list)):
+        return [f"layers_pattern is {config['layers_pattern']!r}, not a name or a list of names"]
+    paths = list(paths)
+    try:
+        left_out = [path for path in paths if not matched(config, path)]
+    except re.error as error:
+        return [f"target_modules, exclude_modules or layers_pattern is not a regular expression: {error}"]
+    if left_out and len(left_out) == len(paths):
         return [f"target_modules {targets!r} matches no module of the file: PEFT would load nothing"]
     return [f"{path}: not matched by target_modules, PEFT would drop it" for path in left_out]
 
 
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
 def written_config(adapter: Adapter) -> dict[str, Any]:
-    """The config to store: the fields the adapter carries, and ranks and scales such that PEFT resolves the same s."""
+    """The config to store: the fields the adapter carries, targets that are exactly its modules, and ranks and scales
+    such that PEFT resolves the same s.
+    """
     ranks: dict[str, float] = {path: shape.rank for path, shape in adapter.shapes.items()}
-    alphas = {path: _whole(scale * ranks[path]) for path, scale in adapter.modules.scales.items()}
+    alphas = {path: _alpha(scale, ranks[path]) for path, scale in adapter.modules.scales.items()}
     rank, rank_pattern = _as_pattern(ranks)
     alpha, alpha_pattern = _as_pattern(alphas)
-    config = {"peft_type": "LORA", "task_type": None, "target_modules": sorted(ranks)} | dict(adapter.config)
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": None} | dict(adapter.config)
+    config |= dict.fromkeys(TARGET_FIELDS)
     config |= {
         "base_model_name_or_path": adapter.base.name or None,
         "revision": adapter.base.revision,
+        "target_modules": sorted(ranks),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
@@ -147,17 +169,36 @@ def written_config(adapter: Adapter) -> dict[str, Any]:
     return dict(sorted(config.items()))
 
 
-def _whole(value: float) -> float:
-    nearest = round(value)
-    return nearest if math.isclose(value, nearest, rel_tol=1e-15) else value
+def _alpha(scale: float, rank: float) -> float:
+    """The alpha with alpha / rank == scale to the last bit, a whole number where it can be."""
+    alpha = scale * rank
+    around = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((candidate for candidate in around if candidate / rank == scale), alpha)
 
 
 def _as_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The commonest value, and full paths for the others such that PEFT's matching (a suffix is enough) gives every
-    module its own.
+    """The commonest value, and patterns for the others under which PEFT's matching gives every module its own.
+
+    PEFT's keys are regular expressions, and a suffix is enough: where a plain path names another module too, all are
+    escaped.
     """
     common = Counter(values.values()).most_common(1)[0][0]
     named = {path for path, value in values.items() if value != common}
-    shadowed = {path for path in values if any(path.endswith(f".{other}") for other in named)}
-    ordered = sorted(named | shadowed, key=lambda path: (-len(path), path))
-    return common, {path: values[path] for path in ordered}
+    for spelled in (str, re.escape):
+        shadowed = {p for p in values if p not in named and any(_hits(spelled(other), p) for other in named)}
+        ordered = sorted(named | shadowed, key=lambda path: (-len(path), path))
+        pattern = {spelled(path): values[path] for path in ordered}
+        if all(_resolved(pattern, path, common) == value for path, value in values.items()):
+            break
+    return common, pattern
+
+
+def _hits(key: str, path: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({key})$", path) is not None
+    except re.error:
+        return False
+
+
+def _resolved(pattern: Mapping[str, float], path: str, default: float) -> float:
+    return next((value for key, value in pattern.items() if _hits(key, path)), default)

@@ -1,13 +1,9 @@
-"""PEFT adapter folders in and out: `adapter_config.json` and `adapter_model.safetensors`, exactly or not at all.
-
-What PEFT computes from a folder is ΔW = s · B A per module, with s = alpha / r, or alpha / √r under `use_rslora`, r and
-alpha taken from `rank_pattern` and `alpha_pattern` where a key matches (peft.utils.other.get_pattern_key). That s is
-resolved here, once; a folder whose ΔW is anything else (DoRA, biases, PiSSA …) is refused with the name of each reason.
-"""
+"""PEFT adapter folders in and out: `adapter_config.json` and `adapter_model.safetensors`, exactly or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import atomic
-from .adapter import DTYPES, Adapter, BaseId, Factors, Modules, Shape
+from .adapter import DTYPES, Adapter, BaseId, Factors, Matrix, Modules, Shape
 from .digest import Hasher, digest
 from .errors import AdapterFormatError, UsageError
 from .peft_config import RESOLVED, config_faults, resolved_scales, unmatched, written_config
@@ -51,8 +48,11 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
     and values at once.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise AdapterFormatError(["no such folder"], where=str(folder), cure="give the folder with adapter_config.json")
+    try:
+        next(folder.iterdir(), None)
+    except OSError as error:
+        cure = "give a PEFT adapter's folder that this user can read"
+        raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(folder), cure=cure) from error
     faults: list[str] = []
     config = _read_config(folder, faults)
     tensors = _read_tensors(folder, faults)
@@ -139,16 +139,32 @@ class Encoded:
     def tensor_chunks(self) -> Iterator[bytes | memoryview]:
         """The tensor file's bytes, one module in memory at a time."""
         yield self.header
-        dtype = DTYPES[self.adapter.dtype]
         for path, factors in self.adapter.modules.items():
             for half, values in (("A", factors.a), ("B", factors.b)):
-                with np.errstate(over="ignore"):
-                    stored = np.ascontiguousarray(values, dtype=dtype)
-                if self.adapter.dtype == "f16" and not np.isfinite(stored).all():
-                    largest = float(np.abs(values).max())
-                    fault = f"{path}.lora_{half}: {largest:.3g} is beyond what f16 can hold (65504)"
-                    raise AdapterFormatError([fault], cure="store in bf16 or f32 (--dtype)")
-                yield stored.reshape(-1).view(np.uint8).data
+                yield _stored(values, self.adapter.dtype, f"{path}.lora_{half}").reshape(-1).view(np.uint8).data
+
+
+def rounded(adapter: Adapter) -> Adapter:
+    """The adapter as it comes back from a disk: factors rounded to its dtype. Raises AdapterFormatError on overflow."""
+    modules = {}
+    for path, f in adapter.modules.items():
+        a, b = (
+            _stored(values, adapter.dtype, f"{path}.lora_{half}").astype("<f4", copy=False)
+            for half, values in (("A", f.a), ("B", f.b))
+        )
+        modules[path] = Factors(a, b, f.scale)
+    return adapter.with_factors(modules)
+
+
+def _stored(values: Matrix, dtype: str, name: str) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(values, dtype=DTYPES[dtype])
+    if not np.isfinite(stored).all():
+        largest = float(np.abs(values).max())
+        raise AdapterFormatError(
+            [f"{name}: {largest:.3g} is beyond what {dtype} can hold"], cure="store in bf16 or f32"
+        )
+    return stored
 
 
 def encode(adapter: Adapter) -> Encoded:
@@ -211,13 +227,24 @@ def _read_config(folder: Path, faults: list[str]) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         faults.append(f"{CONFIG_FILE} is not a JSON object")
         return None
+    if not _encodable(config):
+        faults.append(f"{CONFIG_FILE} holds text that is not Unicode (a lone surrogate)")
+        return None
     faults += config_faults(config)
     return config
 
 
+def _encodable(document: Any) -> bool:
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_tensors(folder: Path, faults: list[str]) -> TensorFile | None:
     path = folder / TENSOR_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         pickles = sorted(item.name for item in folder.glob("*.bin"))
         if pickles:
             faults.append(f"{pickles[0]} is a pickle, which can run code when loaded: refused, never opened")
@@ -235,7 +262,7 @@ def _pair(tensors: TensorFile, faults: list[str]) -> dict[str, dict[str, str]]:
     halves: dict[str, dict[str, str]] = {}
     for name in tensors:
         match = _KEY.fullmatch(name)
-        if match:
+        if match and _encodable(name):
             halves.setdefault(match["path"], {})[match["half"]] = name
         else:
             faults.append(f"{name}: {_foreign(name)}")

@@ -154,8 +154,11 @@ AUTO_DEVIATIONS, AUTO_LEAST = 0.5, 2
 
 def auto_threshold(scores: Sequence[float]) -> float | None:
     """The threshold without held-out adapters: mean + ½ standard deviation of all scores seen, the present arrival's
-    included; None below two scores.
+    included; None below two scores, and where nothing seen was alike.
 
     A rule of our own, chosen by measurement (docs/methods.md); without a unit, so it carries over to other bases.
     """
-    return float(np.mean(scores) + AUTO_DEVIATIONS * np.std(scores)) if len(scores) >= AUTO_LEAST else None
+    if len(scores) < AUTO_LEAST:
+        return None
+    threshold = float(np.mean(scores) + AUTO_DEVIATIONS * np.std(scores))
+    return threshold if threshold > 0 else None

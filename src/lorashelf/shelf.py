@@ -19,16 +19,17 @@ from .adapter import Adapter
 from .digest import is_digest
 from .errors import (
     CorruptShelf,
-    DiskError,
+    LorashelfError,
     NotReversible,
     ShelfError,
     ShelfLocked,
     ShelfNotFound,
     StaleShelf,
     UnknownName,
+    UsageError,
 )
-from .manifest import PENDING_TIME, Manifest, Plan, Slot, manifest_id
-from .peft_format import CONFIG_FILE, TENSOR_FILE, encode, object_digest, write_files
+from .manifest import PENDING, PENDING_TIME, Manifest, Plan, Slot, manifest_id
+from .peft_format import CONFIG_FILE, TENSOR_FILE, object_digest, write_files
 from .recipe import Settings
 from .snapshot import Snapshot, check_budget, log_entry, log_line, no_links
 from .version import VERSION
@@ -110,6 +111,7 @@ class Shelf:
         Raises ShelfConfigError where shelf.toml contradicts the content, CorruptShelf, NewerFormat.
         """
         head, manifest = self._head()
+        no_links(self.path / recipe.FILE)
         settings = recipe.read_toml(self.path / recipe.FILE)
         self._check_settings(settings, manifest)
         ancestors: dict[str, Manifest] = {}
@@ -145,7 +147,10 @@ class Shelf:
             problems += [
                 f"task {task!r} is routed twice" for task in sorted({t for t in routed if routed.count(t) > 1})
             ]
-        problems += self._log_problems()
+        try:
+            self._logged()
+        except ShelfError as error:
+            problems.append(f"{error.what}; {error.cure}")
         return problems
 
     # writing ----------------------------------------------------------------------------------------------------
@@ -156,13 +161,15 @@ class Shelf:
         import filelock  # here: readers never need it, and it costs a third of the start
 
         self._lock = self._lock or filelock.FileLock(self.path / "lock", timeout=LOCK_SECONDS)
-        try:
-            with atomic.refusals(self.path / "lock"):
+        with atomic.refusals(self.path / "lock"):
+            try:
                 self._lock.acquire()
-        except filelock.Timeout as error:
-            cure = "wait until the other writer is done, then try again"
-            raise ShelfLocked("another writer holds this shelf", where=str(self.path / "lock"), cure=cure) from error
+            except filelock.Timeout as error:
+                cure = "wait until the other writer is done, then try again"
+                where = str(self.path / "lock")
+                raise ShelfLocked("another writer holds this shelf", where=where, cure=cure) from error
         try:
+            self._ready()
             yield
         finally:
             self._lock.release()
@@ -170,7 +177,7 @@ class Shelf:
     def commit(self, plan: Plan) -> str:
         """Carry a plan out; returns the new head. A refused plan changes nothing and returns the old one.
 
-        Raises StaleShelf if the head moved since the plan was made, OverBudget, DiskError; then nothing is changed.
+        Raises StaleShelf if the head moved since the plan was made, OverBudget, DiskError; then the head stands.
         """
         with self.writing():
             snapshot = self.snapshot()
@@ -179,7 +186,9 @@ class Shelf:
                 raise StaleShelf("the shelf changed since the plan was made", where=str(self.path), cure=cure)
             if plan.refused is not None:
                 return snapshot.head
-            if plan.writes and not plan.shrinks:
+            if any(slot.object == PENDING and slot.slot not in plan.writes for slot in plan.manifest.slots):
+                raise StaleShelf("the plan goes on from one that was not committed", where=str(self.path))
+            if not plan.shrinks:
                 check_budget(snapshot, plan)
             self._sweep_staging()
             self._sweep(snapshot)  # what a killed writer half deleted must not pass for an object
@@ -201,7 +210,14 @@ class Shelf:
                 raise NotReversible("the state before is not kept any more", where=str(self.path), cure=cure)
             content = snapshot.ancestors[target]
             cause = {"operation": "undo", "to": target, "time": _stamp(self._clock), "version": VERSION}
-            restored = replace(content, parent=snapshot.head, sequence=snapshot.manifest.sequence + 1, cause=cause)
+            restored = replace(
+                content,
+                parent=snapshot.head,
+                sequence=snapshot.manifest.sequence + 1,
+                recipe=snapshot.settings.recipe.document(),
+                budget=snapshot.settings.budget.document(),
+                cause=cause,
+            )
             self._check_settings(snapshot.settings, restored)
             for slot in restored.slots:
                 if not snapshot.slot_path(slot).is_dir():
@@ -213,6 +229,17 @@ class Shelf:
         """Delete what neither the head nor its kept predecessors reach; the relative paths deleted."""
         with self.writing():
             return [*self._sweep_staging(), *self._sweep(self.snapshot())]
+
+    def _ready(self) -> None:
+        """With the lock held: the folders are there (archives drop empty ones), and the log can be appended to."""
+        for folder in _FOLDERS:
+            no_links(self.path / folder)
+            if not (self.path / folder).exists():
+                atomic.make_folder(self.path / folder)
+        log = self.path / "log.jsonl"
+        no_links(log)
+        if log.exists() and not log.is_file():
+            raise CorruptShelf("log.jsonl is not a file", where=str(log), cure="move it away")
 
     # inside -----------------------------------------------------------------------------------------------------
 
@@ -285,7 +312,7 @@ class Shelf:
         atomic.write_file(staged, [data])
         atomic.publish(staged, self._manifest_path(identity))
         atomic.replace_file(self.path / "HEAD", f"{identity}\n".encode(), self.path / "tmp")
-        with contextlib.suppress(DiskError):  # committed all the same: the next writer sweeps again
+        with contextlib.suppress(LorashelfError, OSError):  # committed all the same: the next writer sweeps again
             self._sweep(self.snapshot())
         return identity
 
@@ -295,7 +322,7 @@ class Shelf:
         try:
             yield
         except BaseException:
-            with contextlib.suppress(DiskError, ShelfError):
+            with contextlib.suppress(LorashelfError, OSError):
                 self._sweep_staging()
                 self._sweep(self.snapshot())
             raise
@@ -342,10 +369,17 @@ class Shelf:
             return []
         no_links(path)
         data = path.read_bytes()
-        try:
-            return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
-        except ValueError as error:
-            raise CorruptShelf(f"log.jsonl cannot be read: {error}", where=str(path)) from error
+        entries = []
+        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict) or not is_digest(entry.get("id")) or type(entry.get("sequence")) is not int:
+                cure = "delete this line; the log is history only"
+                raise CorruptShelf(f"line {number} of log.jsonl is no log entry", where=str(path), cure=cure)
+            entries.append(entry)
+        return entries
 
     def _object_problems(self, snapshot: Snapshot, slot: Slot) -> list[str]:
         path = snapshot.slot_path(slot)
@@ -354,7 +388,8 @@ class Shelf:
             found = object_digest(path)
             if found != slot.object:
                 return [f"slot {slot.slot}: the bytes of objects/{slot.object} have changed"]
-            size = encode(snapshot.adapter(slot)).size
+            snapshot.adapter(slot)
+            size = sum((path / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
             if size != slot.bytes:
                 return [f"slot {slot.slot}: objects/{slot.object} has {size} bytes, the manifest says {slot.bytes}"]
         except OSError as error:
@@ -363,19 +398,12 @@ class Shelf:
             return [f"slot {slot.slot}: {error.what}"]
         return []
 
-    def _log_problems(self) -> list[str]:
-        try:
-            for entry in self._logged():
-                if not isinstance(entry, dict) or not {"id", "sequence"} <= entry.keys():
-                    return ["log.jsonl has a line that is no log entry"]
-        except ShelfError as error:
-            return [error.what]
-        return []
-
 
 def _find(snapshot: Snapshot, prefix: str) -> str:
     found = [identity for identity in snapshot.ancestors if identity.startswith(prefix)]
-    if len(found) != 1:
+    if len(found) > 1:
+        raise UsageError(f"{prefix!r} begins several kept manifests", cure=f"say more of it: {', '.join(found)}")
+    if not found:
         raise UnknownName("kept manifest", prefix, list(snapshot.ancestors), where=str(snapshot.path))
     return found[0]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .adapter import Adapter
+from .adapter import Adapter, check_shapes
 from .algebra import Square, Vector, products, union
 from .registry import Registry
 
@@ -19,7 +19,10 @@ METRICS: Registry[Metric] = Registry("metric")
 
 
 def similarity(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, metric: str = "cosine") -> Square:
-    """The (n, m) float64 matrix of similarities between `xs` and `ys`, or (n, n) within `xs`. Raises UnknownName."""
+    """The (n, m) float64 matrix of similarities between `xs` and `ys`, or (n, n) within `xs`. Raises UnknownName,
+    ShapeMismatch.
+    """
+    check_shapes([*xs, *(ys or [])])
     return METRICS[metric](xs, ys)
 
 
@@ -62,7 +65,7 @@ def l2(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
 def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, quantile: float = 0.8) -> Square:
     """Cosine between SVD features of the raw factors (MBC, arXiv 2405.11157; mttl's `svd_similarity`).
 
-    Per adapter all A, B are flattened, values below the `quantile` of their magnitudes set to zero; features are the
+    Per adapter all A, B are flattened, values up to the `quantile` of their magnitudes set to zero; features are the
     leading d = min(64, n - 1) left singular vectors times singular values of the (n, D) matrix. Depends on the gauge,
     and on the whole set.
     """
@@ -103,10 +106,10 @@ def raw_gram(xs: Sequence[Adapter], quantile: float = 0.0) -> Square:
     """Inner products of the flattened raw factors A, B (zero-padded to equal rank), (n, n): what K-Means on A, B needs
     of them.
 
-    Values smaller than the `quantile` of an adapter's own magnitudes count as zero. Scales are not applied: these are A
+    Values up to the `quantile` of an adapter's own magnitudes count as zero. Scales are not applied: these are A
     and B as stored.
     """
-    cuts = [_magnitude(x, quantile) if quantile else 0.0 for x in xs]
+    cuts = [_magnitude(x, quantile) if quantile else -1.0 for x in xs]
     total = np.zeros((len(xs), len(xs)))
     for path in union(xs):
         present = [i for i, x in enumerate(xs) if path in x.shapes]
@@ -115,7 +118,7 @@ def raw_gram(xs: Sequence[Adapter], quantile: float = 0.0) -> Square:
         for sides in ([f.a for f in fs], [f.b.T for f in fs]):
             rows = np.zeros((len(fs), rank, sides[0].shape[1]), dtype=np.float32)
             for row, side, i in zip(rows, sides, present, strict=True):
-                row[: len(side)] = np.where(np.abs(side) >= cuts[i], side, 0.0)
+                row[: len(side)] = np.where(np.abs(side) > cuts[i], side, 0.0)
             flat = rows.reshape(len(fs), -1)
             total[np.ix_(present, present)] += flat @ flat.T
     return total

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import recipe
-from .adapter import Adapter
+from .adapter import DTYPES, Adapter
 from .digest import canonical_json
 from .errors import AdapterFormatError, CorruptShelf, OverBudget
 from .manifest import PENDING, Manifest, Plan, Slot
@@ -17,6 +17,7 @@ from .peft_format import CONFIG_FILE, TENSOR_FILE, read_adapter
 from .recipe import Settings
 
 HEAD_BYTES = 68  # a digest and a newline
+_SWEPT = ("HEAD", "log.jsonl", "manifests", "objects", "tmp")  # what a commit rewrites or sweeps
 
 
 @dataclass(frozen=True)
@@ -50,37 +51,50 @@ class Snapshot:
             ) from error
 
     def after(self, plan: Plan) -> Snapshot:
-        """The shelf as it would be once this plan is committed, with nothing written."""
+        """The shelf as it would be after this plan, with nothing written. Plans made on it cannot be committed."""
         if plan.refused is not None:
             return self
-        pending = {**self.pending, **plan.writes}
         return replace(
-            self, manifest=plan.manifest, ancestors={self.head: self.manifest, **self.ancestors}, pending=pending
+            self,
+            head=f"b2-{plan.manifest.sequence:064d}",  # no manifest's id, but as long as one
+            manifest=plan.manifest,
+            ancestors={self.head: self.manifest, **self.ancestors},
+            pending={**self.pending, **plan.writes},
         )
 
-    @cached_property
+    @property
     def bytes(self) -> int:
         """Every byte under the shelf."""
-        return sum(file.lstat().st_size for file in self.path.rglob("*") if not file.is_dir())
+        return sum(self._files().values())
 
     def at_rest(self, plan: Plan) -> int:
         """Every byte under the shelf once this plan is committed and what it makes unreachable is deleted."""
         history = [(self.head, self.manifest), *self.ancestors.items()]
         window, leaving = history[: self.settings.budget.keep], history[self.settings.budget.keep :]
-        unchanged = [slot for slot in plan.manifest.slots if slot.slot not in plan.writes]
-        held = {(s.object, s.slot, s.merged): s.bytes for _, m in window for s in m.slots}
-        held |= {(s.object, s.slot, s.merged): s.bytes for s in unchanged}
+        unwritten = [slot for slot in plan.manifest.slots if slot.slot not in plan.writes]
+        slots = [*unwritten, *(slot for _, manifest in window for slot in manifest.slots)]
+        objects = {slot.object if slot.object != PENDING else (slot.slot, slot.merged): slot.bytes for slot in slots}
+        others = {name: size for name, size in self._files().items() if name.parts[0] not in _SWEPT}
         return (
-            _size(self.path / recipe.FILE)
+            sum(others.values())
             + HEAD_BYTES
-            + _size(self.path / "lock")
             + _log_size(self.path / "log.jsonl", appended=bool(leaving))
             + sum(len(log_line(identity, manifest)) for identity, manifest in leaving)
             + len(plan.manifest.encode())
             + sum(len(manifest.encode()) for _, manifest in window)
-            + sum({key[0] if key[0] != PENDING else key: size for key, size in held.items()}.values())
+            + sum(objects.values())
             + sum(slot.bytes for slot in plan.manifest.slots if slot.slot in plan.writes)
         )
+
+    def _files(self) -> dict[Path, int]:
+        """Every file under the shelf, relative, with its size; what a writer deletes meanwhile is left out."""
+        sizes = {}
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                path = Path(folder) / name
+                with contextlib.suppress(FileNotFoundError):
+                    sizes[path.relative_to(self.path)] = path.lstat().st_size
+        return sizes
 
 
 def check_budget(snapshot: Snapshot, plan: Plan) -> None:
@@ -99,20 +113,21 @@ def check_budget(snapshot: Snapshot, plan: Plan) -> None:
         raise OverBudget(
             f"the shelf would take {total} bytes, the budget is {budget.bytes}",
             where=str(snapshot.path),
-            cure=_what_fits(plan, budget.bytes - total),
+            cure=_what_fits(plan, total - budget.bytes),
         )
 
 
-def _what_fits(plan: Plan, lacking: int) -> str:
-    """The largest rank, at the planned dtype, whose objects would fit, else the bytes to add."""
-    values = sum(adapter.parameters for adapter in plan.writes.values())
+def _what_fits(plan: Plan, excess: int) -> str:
+    """The largest rank at which the planned objects would fit; headers and configs do not shrink with the rank."""
     planned = {slot.slot: slot.bytes for slot in plan.manifest.slots}
-    size = sum(planned[slot] for slot in plan.writes)
-    rank = max(adapter.rank for adapter in plan.writes.values())
-    share = 1 + lacking / (size or 1)
-    fits = int(rank * share * 0.99) if values else 0
-    advice = f"rank {fits} in this dtype would fit (--rank {fits}); " if fits >= 1 else ""
-    return f"{advice}or raise budget.bytes by {-lacking}, lower keep, or store in a narrower dtype"
+    values = sum(x.parameters * DTYPES[x.dtype].itemsize for x in plan.writes.values())
+    fixed = sum(planned[slot] for slot in plan.writes) - values
+    rank = max((x.rank for x in plan.writes.values()), default=0)
+    fits = int((values - excess) * rank / values) if values else 0
+    advice = f"rank {fits} in this dtype would fit (rank = {fits} in shelf.toml, init --rank); " if fits >= 1 else ""
+    return (
+        f"{advice}or raise budget.bytes by {excess}, lower keep, or choose a narrower dtype ({fixed} bytes are headers)"
+    )
 
 
 def log_entry(identity: str, manifest: Manifest) -> dict[str, Any]:

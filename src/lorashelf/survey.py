@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import content
-from .adapter import Adapter
+from .adapter import Adapter, check_fit
 from .algebra import norm, singular_values
 from .partition import average_linkage
 from .peft_format import encode
@@ -51,6 +51,7 @@ def forecast(adapters: Mapping[str, Adapter], slot_counts: Sequence[int], recipe
     `norm_ratio`, ‖merged‖ over the mean norm of the members (mean over slots of several); `similarity_inside` and
     `similarity_between` slots, mean cosine of pairs.
     """
+    check_fit(list(adapters.values()))
     names = sorted(adapters)
     xs = content.one_base([adapters[name] for name in names])
     table = similarity(xs)

@@ -2,15 +2,16 @@
 
 A method is a function of one module, registered with the space it works in:
 
-    factors   rule(tensors, weights, draw, **params) on the A's and on the B's apart (PEFT's way: cross terms, depends
-    on the gauge) exact     the weighted sum Σ w ΔW in factors; `rank` says whether ranks add or are cut back to the
-    largest delta     rule(tensors, weights, draw, **params) on the dense ΔW's, one module at a time, then the best
-    rank-r approximation
+- `factors`: rule(tensors, weights, draw, **params) on the A's and on the B's apart (PEFT's way: cross terms, depends on
+  the gauge)
+- `exact`: the weighted sum Σ w ΔW in factors; `rank` says whether ranks add or are cut back to the largest
+- `delta`: rule(tensors, weights, draw, **params) on the dense ΔW's, one module at a time, then the best rank r
 
-The keyword-only parameters of the function are the method's parameters, their defaults and their types.
+The keyword-only parameters of the function are the method's parameters, with their defaults and types.
 """
 
+from . import exact, factor
 from .merge import merge, merge_measured, unmerge
 from .methods import METHODS, MergeMethod, merge_method
 
-__all__ = ["METHODS", "MergeMethod", "merge", "merge_measured", "merge_method", "unmerge"]
+__all__ = ["METHODS", "MergeMethod", "exact", "factor", "merge", "merge_measured", "merge_method", "unmerge"]

@@ -14,11 +14,10 @@ from ..adapter import Adapter, Factors, check_fit
 from ..algebra import assemble, norm, truncate, truncate_dense, union
 from ..digest import canonical_json
 from ..errors import NotReversible, UsageError
-from . import exact, factor  # the methods register themselves
+from . import factor
 from .methods import METHODS, Draw, MergeMethod, Tensor
 
-__all__ = ["exact", "merge", "merge_measured", "unmerge"]
-_UNIT_ROUNDOFF = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+UNIT_ROUNDOFF = {"f32": 2.0**-23, "f16": 2.0**-11, "bf16": 2.0**-8}  # of a fold: in f32 its arithmetic rounds too
 
 
 def merge(
@@ -142,34 +141,47 @@ def _masks(xs: Sequence[Adapter], present: list[int], path: str, seed: int) -> d
 
 
 def unmerge(merged: Adapter, removed: Adapter, count: int, *, method: str) -> tuple[Adapter, float]:
-    """Take one adapter out of the equal average of `count` ≥ 2, and the relative precision that the stored dtype
-    leaves.
+    """Take one adapter out of the equal average of `count` ≥ 2, and the relative precision that its dtype leaves.
 
     With p the method's `average` and X the √|s|-scaled factors of each side, merged = n^-p Σ X, so the rest is
-    (n - 1)^-p (n^p merged - X). The precision is the rounding of `count - 1` folds, u √(n/2), magnified by the
+    (n - 1)^-p (n^p merged - X). Ranks, and modules, of which nothing but rounding is left on a side are dropped: cosine
+    would take them for an adapter. The precision is the rounding of `count - 1` folds, u √(n/2), magnified by the
     subtraction. Raises NotReversible for a method that does not average.
     """
     power = METHODS[method].average
     if power is None:
         raise NotReversible(f"a merge by {method} cannot be taken apart", cure="use linear or factor_mean")
+    rounding = UNIT_ROUNDOFF[merged.dtype] * math.sqrt(count / 2)
     modules: dict[str, Factors] = {}
+    empty: dict[str, Factors] = {}
     grown, left = np.zeros(2), np.zeros(2)
     for path, held in merged.modules.items():
-        sides = _rooted(held)
-        taken = _rooted(removed.modules[path]) if path in removed.shapes else []
-        rest = []
-        for k, side in enumerate(sides):
-            total = side * count**power
-            grown[k] += float(np.sum(total**2))
-            if taken:
-                total[: taken[k].shape[0], : taken[k].shape[1]] -= taken[k]
-            left[k] += float(np.sum(total**2))
-            rest.append((total * (count - 1) ** -power).astype(np.float32))
-        modules[path] = Factors(*rest)
-    rounding = _UNIT_ROUNDOFF[merged.dtype] * math.sqrt(count / 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        magnified = np.sqrt(np.nan_to_num(grown / left, nan=0.0))
-    return merged.with_factors(modules), float(rounding * np.linalg.norm(magnified))
+        before = [side * count**power for side in _rooted(held)]
+        after = [side.copy() for side in before]
+        if path in removed.shapes:
+            for side, taken in zip(after, _rooted(removed.modules[path]), strict=True):
+                side[: taken.shape[0], : taken.shape[1]] -= taken
+        kept = np.logical_and(
+            *(_signal(b, a, axis, rounding) for b, a, axis in zip(before, after, (1, 0), strict=True))
+        )
+        share = (count - 1) ** -power
+        if kept.any():
+            a, b = after[0][kept] * share, after[1][:, kept] * share
+            modules[path] = Factors(a.astype(np.float32), np.ascontiguousarray(b, dtype=np.float32))
+            grown += [np.sum(side**2) for side in before]
+            left += [np.sum(after[0][kept] ** 2), np.sum(after[1][:, kept] ** 2)]
+        else:
+            empty[path] = Factors(np.zeros_like(held.a[:1]), np.zeros_like(held.b[:, :1]))
+    rest = merged.with_factors(modules or empty)
+    if not modules:
+        return rest, 0.0
+    return rest, float(rounding * np.linalg.norm(np.sqrt(grown / left)))
+
+
+def _signal(before: Any, after: Any, axis: int, rounding: float) -> Any:
+    """Which ranks of one side hold more than what rounding left of what was there."""
+    noise = 4 * rounding * np.linalg.norm(before) / math.sqrt(before.shape[1 - axis])
+    return np.linalg.norm(after, axis=axis) > noise
 
 
 def _rooted(f: Factors) -> list[Any]:

@@ -1,0 +1,324 @@
+"""What a slot holds: opening, folding, blocks, taking out, norm restoration, and the record kept of all that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from factory import assert_same_delta, dense, make_adapter
+from lorashelf import METHODS, Adapter, BaseId, Factors, combine, compress, merge, norm, write_adapter
+from lorashelf.content import Content, block, entry, fold, one_base, scaled, single, without
+from lorashelf.errors import NotReversible
+from lorashelf.manifest import PENDING, Merged
+from lorashelf.peft_format import rounded
+from lorashelf.recipe import Recipe
+
+AVERAGES = [name for name, method in METHODS.items() if method.average is not None]
+LINEAR = Recipe(merge="linear")
+SUM = Recipe(merge="magnitude_prune_svd", parameters={"density": 1.0}, rank=12)  # exactly w ΔW + w' ΔW'
+CAT = Recipe(merge="cat")
+
+
+def record(x: Adapter) -> Merged:
+    return entry("qa-de", "qa", x)
+
+
+def opened(x: Adapter, recipe: Recipe = LINEAR) -> Content:
+    return single(x, record(x), recipe)
+
+
+def folded(xs: Sequence[Adapter], recipe: Recipe = LINEAR, average: Any = "mean") -> Content:
+    content = opened(xs[0], recipe)
+    for x in xs[1:]:
+        content = fold([content], x, record(x), recipe, average)
+    return content
+
+
+def family(count: int, **options: Any) -> list[Adapter]:
+    return [make_adapter(i, **options) for i in range(count)]
+
+
+# opening ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_opened_slot_holds_the_adapter_as_it_is() -> None:
+    x = rounded(make_adapter(0, dtype="f16"))
+    content = opened(x)
+    assert content.adapter.digest == x.digest
+    assert (content.adapter.dtype, content.error, content.restored, content.average) == ("f16", 0.0, 1.0, None)
+    assert content.merged == (Merged("qa-de", "qa", x.digest, 1.0, 4, x.parameters, "f16", norm(x)),)
+    assert content.faithful == "*"
+
+
+def test_the_recipe_s_dtype_and_rank_shape_what_is_opened() -> None:
+    x = make_adapter(0)
+    content = opened(x, replace(LINEAR, dtype="bf16", rank=2))
+    small, error = compress(x, 2)
+    assert (content.adapter.dtype, content.adapter.rank) == ("bf16", 2)
+    assert content.error == error > 0
+    assert_same_delta(rounded(replace(small, dtype="bf16")), content.adapter)
+    assert content.faithful is None
+    assert opened(x, replace(LINEAR, rank=4)).faithful == "*"
+
+
+def test_the_manifest_entry_says_what_will_be_written(tmp_path: Any) -> None:
+    content = folded(family(3, dtype="f16"))
+    slot = content.slot(5, ["qa-de", "gec-fr"])
+    write_adapter(content.adapter, tmp_path / "a")
+    assert slot.bytes == sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
+    assert (slot.slot, slot.object, slot.rank, slot.dtype) == (5, PENDING, 4, "f16")
+    assert (slot.merged, slot.members, slot.average) == (content.merged, ("qa-de", "gec-fr"), "linear")
+    assert slot.digests == {x.digest for x in family(3, dtype="f16")}
+
+
+# folding ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", AVERAGES)
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_folds_one_by_one_equal_the_block_of_all(method: str, count: int) -> None:
+    recipe, xs = Recipe(merge=method), family(count, rank=3)
+    online = folded(xs, recipe)
+    offline = block(xs, [record(x) for x in xs], recipe)
+    assert_same_delta(offline.adapter, online.adapter, 1e-5)
+    assert_same_delta(merge(xs, method=method), online.adapter, 1e-5)
+    assert online.average == offline.average == method
+    assert [m.weight for m in online.merged] == pytest.approx([1 / count] * count)
+    assert [m.digest for m in online.merged] == [m.digest for m in offline.merged] == [x.digest for x in xs]
+    with pytest.raises(AssertionError):
+        assert_same_delta(offline.adapter, folded(xs[:-1], recipe).adapter, 1e-5)
+
+
+def test_a_half_fold_lets_early_adapters_fade() -> None:
+    xs = family(3)
+    content = folded(xs, CAT, "half")
+    assert [m.weight for m in content.merged] == [0.25, 0.25, 0.5]
+    assert_same_delta(combine(xs, [0.25, 0.25, 0.5]), content.adapter, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [(CAT, "mean"), (CAT, "mean"), (CAT, "mean")],
+        [(CAT, "half"), (CAT, "half"), (CAT, "half")],
+        [(SUM, "mean"), (SUM, "mean")],
+        [(CAT, "mean"), (CAT, "half")],
+        [(CAT, "half"), (CAT, "half"), (CAT, "mean")],
+        [(SUM, "mean"), (CAT, "mean")],
+        [(CAT, "mean"), (SUM, "mean")],
+    ],
+    ids=lambda steps: " ".join(f"{recipe.merge.split('_')[0]}-{average}" for recipe, average in steps),
+)
+def test_the_recorded_weights_rebuild_what_the_slot_holds(steps: list[tuple[Recipe, Any]]) -> None:
+    """With exact sums, whatever the order in which a shelf's recipe and policy changed."""
+    xs = family(len(steps) + 1, rank=2)
+    content = opened(xs[0], CAT)
+    for x, (recipe, average) in zip(xs[1:], steps, strict=True):
+        content = fold([content], x, record(x), recipe, average)
+    weights = [m.weight for m in content.merged]
+    assert_same_delta(combine(xs, weights), content.adapter, 1e-5)
+    with pytest.raises(AssertionError):
+        assert_same_delta(combine(xs, [weights[0] * 1.1, *weights[1:]]), content.adapter, 1e-5)
+
+
+def test_several_sources_weigh_as_much_as_they_have_averaged() -> None:
+    xs = family(6)
+    sources = [folded(xs[:3]), opened(xs[3]), opened(xs[4])]
+    content = fold(sources, xs[5], record(xs[5]), LINEAR)
+    assert_same_delta(merge(xs, method="linear"), content.adapter, 1e-5)
+    assert (content.average, len(content.merged)) == ("linear", 6)
+    assert [m.weight for m in content.merged] == pytest.approx([1 / 6] * 6)
+
+
+@pytest.mark.parametrize(
+    ("source", "recipe", "average", "expected"),
+    [
+        ("one", LINEAR, "mean", "linear"),
+        ("one", Recipe(merge="factor_mean"), "mean", "factor_mean"),
+        ("one", Recipe(merge="svd"), "mean", None),
+        ("one", CAT, "mean", None),
+        ("one", Recipe(merge="ties"), "mean", None),
+        ("one", LINEAR, "half", None),
+        ("one", replace(LINEAR, rank=2), "mean", None),
+        ("one, cut", LINEAR, "mean", None),
+        ("linear", LINEAR, "mean", "linear"),
+        ("linear", replace(LINEAR, rank=4), "mean", "linear"),
+        ("linear", Recipe(merge="factor_mean"), "mean", None),
+        ("half", LINEAR, "mean", None),
+        ("svd", LINEAR, "mean", None),
+    ],
+)
+def test_content_stays_an_average_only_while_one_method_averages_uncut(
+    source: str, recipe: Recipe, average: Any, expected: str | None
+) -> None:
+    x, y, z = family(3)
+    sources = {
+        "one": opened(x),
+        "one, cut": opened(x, replace(LINEAR, rank=2)),
+        "linear": folded([x, y]),
+        "half": folded([x, y], average="half"),
+        "svd": folded([x, y], Recipe(merge="svd")),
+    }
+    content = fold([sources[source]], z, record(z), recipe, average)
+    assert content.average == expected
+    assert content.faithful == expected
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_fold_takes_the_weights_that_its_method_declares(method: str) -> None:
+    xs = family(3)
+    content = folded(xs, Recipe(merge=method, seed=3))
+    unary = METHODS[method].weights == "unary"
+    weights = [1.0, 1.0] if unary else [2 / 3, 1 / 3]
+    before = folded(xs[:2], Recipe(merge=method, seed=3))
+    assert_same_delta(merge([before.adapter, xs[2]], weights, method=method, seed=3), content.adapter, 1e-6)
+    assert [m.weight for m in content.merged] == pytest.approx([1.0 if unary else 1 / 3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wanted", "expected"),
+    [("f16 f16", None, "f16"), ("f16 bf16", None, "f32"), ("bf16 f32", None, "f32"), ("f32 f32", "bf16", "bf16")],
+)
+def test_a_fold_is_stored_in_the_wider_dtype_or_the_recipe_s(dtypes: str, wanted: str | None, expected: str) -> None:
+    x, y = (make_adapter(i, dtype=dtype) for i, dtype in enumerate(dtypes.split()))
+    recipe = replace(LINEAR, dtype=wanted)
+    assert fold([opened(x)], y, record(y), recipe).adapter.dtype == expected
+    assert block([x, y], [record(x), record(y)], recipe).adapter.dtype == expected
+
+
+def test_a_capped_fold_reports_what_the_cut_cost() -> None:
+    xs = family(2)
+    content = folded(xs, Recipe(merge="cat", rank=8))
+    assert content.error == 0.0
+    cut = fold([opened(xs[0])], xs[1], record(xs[1]), Recipe(merge="cat", rank=5))
+    small, error = compress(combine(xs, [0.5, 0.5]), 5)
+    assert cut.error == pytest.approx(error)
+    assert cut.adapter.rank == 5
+    assert_same_delta(small, cut.adapter, 1e-5)
+
+
+# blocks -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_of_one_is_that_adapter() -> None:
+    x = make_adapter(0)
+    for method in METHODS:
+        content = block([x], [record(x)], Recipe(merge=method))
+        assert content.adapter.digest == x.digest
+        assert content == replace(opened(x), adapter=content.adapter)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_block_is_the_merge_with_default_weights(method: str) -> None:
+    xs = family(3)
+    content = block(xs, [record(x) for x in xs], Recipe(merge=method, rank=3))
+    assert content.adapter.digest == merge(xs, method=method, rank=3).digest
+    assert content.average is None
+    assert {m.weight for m in content.merged} == {1.0 if METHODS[method].weights == "unary" else 1 / 3}
+    assert content.error > 0
+
+
+# taking out ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", AVERAGES)
+def test_taking_an_adapter_out_leaves_the_average_of_the_others(method: str) -> None:
+    recipe, xs = Recipe(merge=method), family(4, rank=3)
+    content = folded(xs, recipe)
+    for x in xs:
+        others = [y for y in xs if y is not x]
+        rest, precision = without(content, x.digest, x, recipe)
+        assert_same_delta(merge(others, method=method), rest.adapter, 1e-5)
+        assert 0 < precision < 1e-5
+        assert [(m.digest, m.weight) for m in rest.merged] == [(y.digest, 1 / 3) for y in others]
+        assert (rest.average, rest.error) == (method, 0.0)
+        again = fold([rest], x, record(x), recipe)
+        assert_same_delta(content.adapter, again.adapter, 1e-5)
+        with pytest.raises(AssertionError):
+            assert_same_delta(content.adapter, rest.adapter, 1e-5)
+
+
+def test_taking_out_down_to_one_gives_that_one_and_then_there_is_nothing_to_take_out() -> None:
+    x, y = family(2)
+    rest, _ = without(folded([x, y]), y.digest, y, LINEAR)
+    assert_same_delta(x, rest.adapter, 1e-6)
+    assert [m.weight for m in rest.merged] == [1.0]
+    assert rest.faithful == "*"
+    with pytest.raises(NotReversible, match="one adapter only"):
+        without(rest, x.digest, x, LINEAR)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(merge="svd"), CAT, Recipe(merge="ties"), replace(LINEAR, rank=2)])
+def test_what_is_no_average_cannot_be_taken_apart(recipe: Recipe) -> None:
+    x, y = family(2)
+    with pytest.raises(NotReversible, match="cannot be taken apart"):
+        without(folded([x, y], recipe), y.digest, y, recipe)
+
+
+# norm restoration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["linear", "factor_mean", "svd", "cat", "ties"])
+def test_a_restored_merge_has_the_mean_norm_of_its_members(method: str) -> None:
+    xs = [make_adapter(0), make_adapter(1, scale=5.0), make_adapter(2, scale=0.5)]
+    plain, recipe = Recipe(merge=method), Recipe(merge=method, restore_norm=True)
+    mean = np.mean([norm(x) for x in xs])
+    content = block(xs, [record(x) for x in xs], recipe)
+    before = block(xs, [record(x) for x in xs], plain)
+    assert norm(content.adapter) == pytest.approx(mean, rel=1e-6)
+    assert norm(before.adapter) != pytest.approx(mean, rel=1e-3)
+    assert content.restored == pytest.approx(mean / norm(before.adapter))
+    assert (before.restored, content.average) == (1.0, before.average)
+    for path, f in content.adapter.modules.items():
+        np.testing.assert_array_equal(f.a, before.adapter.modules[path].a)
+        assert f.scale == pytest.approx(content.restored)
+
+
+def test_restoration_is_divided_out_before_the_next_fold() -> None:
+    recipe, xs = replace(LINEAR, restore_norm=True), family(4)
+    content = opened(xs[0], recipe)
+    assert content.restored == 1.0
+    for n in (1, 2, 3):
+        plain = replace(content, adapter=scaled(content.adapter, 1 / content.restored), restored=1.0)
+        assert_same_delta(folded(xs[:n]).adapter, plain.adapter, 1e-5)
+        content = fold([plain], xs[n], record(xs[n]), recipe)
+        assert norm(content.adapter) == pytest.approx(np.mean([norm(x) for x in xs[: n + 1]]), rel=1e-6)
+    plain = replace(content, adapter=scaled(content.adapter, 1 / content.restored), restored=1.0)
+    rest, _ = without(plain, xs[3].digest, xs[3], recipe)
+    assert norm(rest.adapter) == pytest.approx(np.mean([norm(x) for x in xs[:3]]), rel=1e-5)
+    assert_same_delta(folded(xs[:3]).adapter, scaled(rest.adapter, 1 / rest.restored), 1e-5)
+
+
+def test_a_merge_that_cancels_out_is_not_restored() -> None:
+    x = make_adapter(0)
+    opposite = scaled(x, -1.0)
+    content = block([x, opposite], [record(x), record(opposite)], Recipe(merge="factor_mean", restore_norm=True))
+    zero = x.with_factors({p: Factors(f.a, f.b * 0, f.scale) for p, f in x.modules.items()})
+    silent = block([zero, zero], [record(zero), record(zero)], replace(LINEAR, restore_norm=True))
+    assert silent.restored == 1.0
+    assert norm(silent.adapter) == 0.0
+    assert all(np.isfinite(delta).all() for c in (content, silent) for delta in dense(c.adapter).values())
+
+
+# small parts --------------------------------------------------------------------------------------------------------
+
+
+def test_scaled_multiplies_every_update_and_keeps_the_factors() -> None:
+    x = make_adapter(0, scales={"q_proj": 0.5})
+    y = scaled(x, -3.0)
+    for path, delta in dense(x).items():
+        np.testing.assert_allclose(dense(y)[path], -3.0 * delta)
+        assert y.modules[path].a is x.modules[path].a
+    with pytest.raises(AssertionError):
+        assert_same_delta(x, y)
+
+
+def test_declared_bases_are_brought_under_the_first_known_name() -> None:
+    xs = [make_adapter(0, base=""), make_adapter(1, base="acme/a"), make_adapter(2, base="acme/a-4bit")]
+    assert [x.base for x in one_base(xs)] == [BaseId("acme/a")] * 3
+    assert one_base(xs[:1])[0].base == BaseId("")
+    assert folded(xs).adapter.base == BaseId("acme/a")
