@@ -27,14 +27,14 @@ _CURES = {
 
 
 @contextlib.contextmanager
-def refusals(path: Path) -> Iterator[None]:
+def refusals(path: Path, act: str = "write") -> Iterator[None]:
     """Turn an OSError into a DiskError that names the path and the cure."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        cure = _CURES.get(error.errno or 0, "see the operating system's message")
-        raise DiskError(f"cannot write: {reason}", where=str(error.filename or path), cure=cure) from error
+        cure = _CURES.get(error.errno or 0) if act == "write" else "let this user read it, or mend the path"
+        raise DiskError(f"cannot {act}: {reason}", where=str(error.filename or path), cure=cure) from error
 
 
 def make_folder(path: Path) -> None:

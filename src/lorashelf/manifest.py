@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .adapter import Adapter, BaseId
-from .digest import canonical_json, digest
+from .digest import canonical_json, digest, is_digest
 from .errors import CorruptShelf, NewerFormat, TaskNameError
 from .recipe import FORMAT
 
@@ -106,6 +106,7 @@ class Manifest:
             if document["format"] > FORMAT:
                 raise NewerFormat(f"manifest of format {document['format']}", where=where, cure="upgrade lorashelf")
             base = document["base"]
+            _check_types(document)
             return Manifest(
                 parent=document["parent"],
                 sequence=document["sequence"],
@@ -140,6 +141,24 @@ class Manifest:
     def without_slot(self, slot_id: int) -> tuple[Slot, ...]:
         """The slots but this one."""
         return tuple(slot for slot in self.slots if slot.slot != slot_id)
+
+
+def _check_types(document: dict[str, Any]) -> None:
+    """Raise ValueError where a manifest, whatever its digest, could not have been written by `document`."""
+    slots, tasks = document["slots"], document["tasks"]
+    sound = (
+        type(document["sequence"]) is int
+        and type(document["arrived"]) is int
+        and (document["parent"] is None or is_digest(document["parent"]))
+        and all(is_digest(slot["object"]) and type(slot["slot"]) is int for slot in slots)
+        and all(isinstance(slot["members"], list) and isinstance(slot["merged"], list) for slot in slots)
+        and all(isinstance(task, str) for slot in slots for task in slot["members"])
+        and all(isinstance(value, dict) and is_digest(value["digest"]) for value in tasks.values())
+        and all(isinstance(document[name], dict) for name in ("recipe", "budget", "cause", "tasks"))
+        and all(isinstance(score, int | float) for score in document["scores"])
+    )
+    if not sound:
+        raise ValueError("a field has the wrong type")
 
 
 def _slot(document: dict[str, Any]) -> Slot:

@@ -4,7 +4,6 @@ open.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ else:
 
 FORMAT = 1
 FILE = "shelf.toml"
+LARGEST = 2**53 - 1  # what canonical JSON can hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ def _section(document: dict[str, Any], name: str, noun: type, faults: list[tuple
 def _faults(settings: Settings) -> list[tuple[str, str]]:
     budget, recipe = settings.budget, settings.recipe
     faults = [
-        (name, f"{name} is {value!r}; it must be a whole number of at least {least}")
+        (name, f"{name} is {value!r}; it must be a whole number from {least} to 2^53 - 1")
         for name, value, least, optional in [
             ("slots", budget.slots, 1, False),
             ("bytes", budget.bytes, 1, True),
@@ -178,13 +178,21 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
             ("rank", recipe.rank, 1, True),
             ("seed", recipe.seed, 0, False),
         ]
-        if not (optional and value is None) and not (type(value) is int and value >= least)
+        if not (optional and value is None) and not (type(value) is int and least <= value <= LARGEST)
     ]
-    if recipe.dtype is not None and recipe.dtype not in DTYPES:
+    for name, value in (("dtype", recipe.dtype), ("policy", recipe.policy), ("merge", recipe.merge)):
+        if not isinstance(value, str) and not (name == "dtype" and value is None):
+            faults.append((name, f"{name} is {value!r}, not a name"))
+    if isinstance(recipe.dtype, str) and recipe.dtype not in DTYPES:
         faults.append(("dtype", f"dtype is {recipe.dtype!r}; choose from {', '.join(DTYPES)}"))
-    number = type(recipe.threshold) in (int, float) and math.isfinite(recipe.threshold)  # type: ignore[arg-type]
-    if recipe.threshold != "auto" and not number:
-        faults.append(("threshold", f"threshold is {recipe.threshold!r}; a number or 'auto'"))
+    number = isinstance(recipe.threshold, int | float) and type(recipe.threshold) is not bool
+    if recipe.threshold != "auto" and not (number and abs(recipe.threshold) <= 1):  # type: ignore[arg-type]
+        faults.append(("threshold", f"threshold is {recipe.threshold!r}; a number from -1 to 1, or 'auto'"))
+    if not isinstance(recipe.parameters, Mapping):
+        faults.append(("parameters", f"parameters is {recipe.parameters!r}, not a table"))
+    names = [settings.base or "", *settings.base_aliases]
+    if not all(isinstance(item, str) and item.isprintable() for item in names):
+        faults.append(("base", f"base or base_aliases {names!r} hold what is no printable text"))
     if not isinstance(recipe.restore_norm, bool):
         faults.append(("restore_norm", f"restore_norm is {recipe.restore_norm!r}; true or false"))
     for name, check in (
@@ -192,7 +200,8 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
         ("merge", lambda: METHODS[recipe.merge].checked(recipe.parameters)),
     ):
         try:
-            check()
+            if not faults:
+                check()
         except LorashelfError as error:
             faults.append((name, f"{error.what} ({error.cure})"))
     if recipe.policy == "all" and recipe.merge != "linear":

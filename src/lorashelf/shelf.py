@@ -19,6 +19,7 @@ from .adapter import Adapter
 from .digest import is_digest
 from .errors import (
     CorruptShelf,
+    DiskError,
     LorashelfError,
     NotReversible,
     ShelfError,
@@ -51,7 +52,9 @@ class Shelf:
         self.path = Path(path)
         self._clock = clock
         self._lock: Any = None
-        if not (self.path / "HEAD").exists():
+        with atomic.refusals(self.path, "read"):
+            found = (self.path / "HEAD").exists()
+        if not found:
             cure = "lorashelf init SHELF --slots K makes one"
             raise ShelfNotFound("there is no shelf here", where=str(self.path), cure=cure)
 
@@ -110,6 +113,10 @@ class Shelf:
 
         Raises ShelfConfigError where shelf.toml contradicts the content, CorruptShelf, NewerFormat.
         """
+        with atomic.refusals(self.path, "read"):
+            return self._snapshot()
+
+    def _snapshot(self) -> Snapshot:
         head, manifest = self._head()
         no_links(self.path / recipe.FILE)
         settings = recipe.read_toml(self.path / recipe.FILE)
@@ -124,7 +131,8 @@ class Shelf:
     def log(self) -> list[dict[str, Any]]:
         """Every operation since the shelf was made, oldest first: {id, sequence, parent, …cause}."""
         snapshot = self.snapshot()
-        entries = {entry["id"]: entry for entry in self._logged()}
+        with atomic.refusals(self.path, "read"):
+            entries = {entry["id"]: entry for entry in self._logged()}
         for identity, manifest in [*snapshot.ancestors.items(), (snapshot.head, snapshot.manifest)]:
             entries[identity] = log_entry(identity, manifest)
         return sorted(entries.values(), key=lambda entry: int(entry["sequence"]))
@@ -134,7 +142,7 @@ class Shelf:
         problems: list[str] = []
         try:
             snapshot = self.snapshot()
-        except ShelfError as error:
+        except (ShelfError, DiskError) as error:
             return [str(error)]
         checked: set[str] = set()
         for manifest in (snapshot.manifest, *snapshot.ancestors.values()):
@@ -148,8 +156,9 @@ class Shelf:
                 f"task {task!r} is routed twice" for task in sorted({t for t in routed if routed.count(t) > 1})
             ]
         try:
-            self._logged()
-        except ShelfError as error:
+            with atomic.refusals(self.path, "read"):
+                self._logged()
+        except (ShelfError, DiskError) as error:
             problems.append(f"{error.what}; {error.cure}")
         return problems
 

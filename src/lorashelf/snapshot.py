@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import DTYPES, Adapter
+from .atomic import refusals
 from .digest import canonical_json
 from .errors import AdapterFormatError, CorruptShelf, OverBudget
 from .manifest import PENDING, Manifest, Plan, Slot
@@ -42,7 +43,8 @@ class Snapshot:
         if slot.slot in self.pending:
             return self.pending[slot.slot]
         path = self.slot_path(slot)
-        no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
+        with refusals(path, "read"):
+            no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
         try:
             return read_adapter(path, check_values=False)
         except AdapterFormatError as error:

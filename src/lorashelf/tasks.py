@@ -69,8 +69,8 @@ def read_task_file(path: str | Path) -> dict[str, Any]:
         for name, kind in FIELDS.items()
         if name in fields and type(fields[name]) is not kind
     ]
-    if fields.get("max_new_tokens") == 0:
-        faults.append("max_new_tokens is 0")
+    if type(fields.get("max_new_tokens", 1)) is int and not 0 < fields.get("max_new_tokens", 1) < 2**31:
+        faults.append(f"max_new_tokens is {fields['max_new_tokens']}")
     if faults:
         raise UsageError("; ".join(faults), where=str(path), cure=f"the fields are {', '.join(FIELDS)}")
     return fields

@@ -4,12 +4,12 @@ into exit codes.
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any, NoReturn
 
 from ..errors import LorashelfError
 from .app import app
+from .output import print_json
 
 __all__ = ["main"]
 _INTERRUPTED = 130
@@ -17,7 +17,10 @@ _INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, else the error's exit code, 130 when interrupted (see errors.py)."""
-    words = sys.argv[1:] if arguments is None else arguments
+    words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name is printed even where the terminal lacks the letter
     sys.exit(_run(words))
 
 
@@ -42,5 +45,5 @@ def _fail(words: list[str], code: int, kind: str, message: str, cure: str | None
     print(f"lorashelf: {message}", file=sys.stderr)
     if "--json" in words:
         document: dict[str, Any] = {"error": {"kind": kind, "message": message, "cure": cure}}
-        print(json.dumps(document, ensure_ascii=False))
+        print_json(document)
     return code

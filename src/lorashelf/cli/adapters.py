@@ -20,6 +20,7 @@ from ..similarity import similarity
 from ..survey import describe, forecast
 from . import arguments as arg
 from .output import progress, score, show, size, table
+from .shelves import note_unknown_base
 
 
 def show_adapter(
@@ -97,6 +98,7 @@ def merge_adapters(
 ) -> None:
     """Merge adapters into one PEFT folder."""
     xs = [read_adapter(arg.adapter_path(text)[1]) for text in adapters]
+    note_unknown_base(dict(zip(adapters, xs, strict=True)))
     if assume_base:
         xs = [replace(x, base=xs[0].base) for x in xs]
     checked = new_settings(1, merge=method, parameters=arg.parameters(parameter), dtype=dtype).recipe
@@ -131,7 +133,7 @@ def _weights(text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--weights {text!r} is not a list of numbers like 0.7,0.3") from None
+        raise UsageError(f"--weights {text!r} is not a list of numbers", cure="for example 0.7,0.3") from None
 
 
 def _described(document: dict[str, Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,24 +45,27 @@ RestoreNorm = Annotated[
 ]
 
 
-def adapter_path(text: str) -> tuple[str, Path]:
-    """The task name and the folder of an ADAPTER argument: NAME=either, a folder, or a hub id in the local cache."""
+def adapter_path(text: str, default: str | None = None) -> tuple[str, Path]:
+    """The task name and the folder of an ADAPTER argument: NAME=either, a folder, or a hub id in the local cache.
+
+    The name is NAME, else `default`, else the folder's (a link keeps its own), else the last part of the hub id.
+    """
     name, separator, rest = text.partition("=")
-    if separator and not Path(text).exists():
+    if separator and not os.path.lexists(text):
         return name, _folder(rest)
-    folder = _folder(text)
-    return text.rstrip("/").rsplit("/", 1)[-1] if not Path(text).exists() else folder.resolve().name, folder
+    own = os.path.basename(os.path.abspath(text))
+    return default or own, _folder(text)
 
 
 def _folder(text: str) -> Path:
     folder = Path(text)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+    if os.path.lexists(text) or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         return folder
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
-        raise MissingExtra(f"{text!r} is no folder; as a hub id it", "huggingface_hub", "llm") from error
+        raise MissingExtra(f"there is no folder {text!r}; as a hub id it", "huggingface_hub", "llm") from error
     try:
         return Path(snapshot_download(text, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError) as error:
@@ -95,7 +99,7 @@ def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
 def adapters_in(folder: Path) -> dict[str, Adapter]:
     """All adapters in the subfolders of a folder, by their names."""
     if not folder.is_dir():
-        raise UsageError("no such folder", where=str(folder))
+        raise UsageError("no such folder", where=str(folder), cure="give a folder of PEFT folders")
     found = sorted(child for child in folder.iterdir() if (child / CONFIG_FILE).exists())
     if len(found) < 2:
         raise UsageError(
@@ -110,7 +114,7 @@ def parameters(texts: Iterable[str] | None) -> dict[str, Any]:
     for text in texts or ():
         key, separator, value = text.partition("=")
         if not separator:
-            raise UsageError(f"-p {text!r} is not KEY=VALUE")
+            raise UsageError(f"-p {text!r} is not KEY=VALUE", cure="for example -p density=0.3")
         parsed[key] = _value(value)
     return parsed
 
@@ -136,7 +140,7 @@ def slot_range(text: str) -> list[int]:
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise UsageError(f"--slots {text!r} is not a number, a list or a range like 1..8")
+        raise UsageError(f"--slots {text!r} is not a number, a list or a range", cure="for example --slots 1..8")
     return counts
 
 
@@ -145,4 +149,4 @@ def threshold(text: str) -> float | str:
     try:
         return text if text == "auto" else float(text)
     except ValueError:
-        raise UsageError(f"--threshold {text!r} is neither a number nor 'auto'") from None
+        raise UsageError(f"--threshold {text!r} is neither a number nor 'auto'", cure="for example 0.02") from None

@@ -54,7 +54,7 @@ def demo(
         _arrive(console, shelf, task, named[task])
     online = [slot.members for slot in shelf.snapshot().manifest.slots]
     _shelf_table(console, shelf.snapshot(), named, matrix)
-    offline = _cluster(console, named, shelf.path.parent)
+    offline = _cluster(console, named)
     console.rule("Do problem types gather?", align="left")
     _purities(console, {"online, K-Merge++": online, "offline, agglomerative": offline}, list(named), seed)
     _route_and_undo(console, shelf, order[-1])
@@ -90,12 +90,14 @@ def _shelf_table(console: Console, snapshot: Snapshot, named: Mapping[str, Adapt
     console.print(table([">slot", ">similarity inside", ">to the others", ">size", "members"], rows))
 
 
-def _cluster(console: Console, named: Mapping[str, Adapter], folder: Path) -> Blocks:
+def _cluster(console: Console, named: Mapping[str, Adapter]) -> Blocks:
     console.rule("The same adapters clustered offline (average linkage)", align="left")
-    path = folder / "clustered.shelf"
-    made, _ = Shelf.create_with(
-        path, new_settings(SLOTS), lambda snapshot: plan_cluster(snapshot, named, method="agglomerative")
-    )
+    with tempfile.TemporaryDirectory(prefix="lorashelf-") as folder:
+        made, _ = Shelf.create_with(
+            Path(folder) / "clustered.shelf",
+            new_settings(SLOTS),
+            lambda snapshot: plan_cluster(snapshot, named, method="agglomerative"),
+        )
     console.print(table([">slot", "members"], [(slot.slot, slot.members) for slot in made.manifest.slots]))
     return [slot.members for slot in made.manifest.slots]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,12 +17,20 @@ MIB = 2**20
 def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
     """Print the document: as JSON, or the lines and tables that `view` makes of it."""
     if as_json:
-        print(json.dumps(document, ensure_ascii=False))
+        print_json(document)
         return
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 10_000  # a pipe gets whole lines
     shown = view(document)
     for part in shown if isinstance(shown, list) else [shown]:
         console.print(part, soft_wrap=isinstance(part, str), markup=False)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout, escaped where stdout cannot hold all of Unicode."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(document, ensure_ascii=not unicode))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Table:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import router
-from ..errors import ShelfError, UsageError
+from ..adapter import Adapter
+from ..errors import LorashelfError, ShelfError, UsageError
 from ..flow import plan_add, plan_cluster, plan_remove, plan_update
 from ..manifest import Plan
 from ..peft_format import read_adapter
@@ -23,6 +24,7 @@ from ..tasks import read_task_file
 from . import arguments as arg
 from .output import note, progress, score, show, size, table
 
+HeldOut = Annotated[Path | None, typer.Option("--held-out", help="Adapters whose median similarity is the threshold.")]
 Task = Annotated[str, typer.Argument(help="A task on the shelf.", metavar="TASK", show_default=False)]
 
 
@@ -34,9 +36,7 @@ def init(
         str, typer.Option("--policy", help="kmerge++, kmerge; half, random, oracle, all for experiments.")
     ] = "kmerge++",
     threshold: Annotated[str, typer.Option("--threshold", help="For kmerge++: a similarity, or 'auto'.")] = "auto",
-    held_out: Annotated[
-        Path | None, typer.Option("--held-out", help="Adapters whose median similarity is the threshold.")
-    ] = None,
+    held_out: HeldOut = None,
     merge: arg.Merge = "linear",
     parameter: arg.Parameters = None,
     rank: arg.Rank = None,
@@ -86,12 +86,12 @@ def add(
     if task is not None and len(adapters) > 1:
         raise UsageError(f"--task with {len(adapters)} adapters", cure="name each: NAME=ADAPTER")
     details = read_task_file(task_file) if task_file else {}
-    kind = type or details.pop("type", None)
-    opened, documents = Shelf(shelf), []
-    with contextlib.nullcontext() if dry_run else opened.writing():
+    opened = Shelf(shelf)
+    documents: list[dict[str, Any]] = []
+    with contextlib.nullcontext() if dry_run else opened.writing(), _telling(documents):
         snapshot = opened.snapshot()
         for text in progress(adapters, "adding"):
-            plan = _planned(snapshot, text, task, kind, details, assume_base)
+            plan = _planned(snapshot, text, task, type, details, assume_base)
             head = None if dry_run else opened.commit(plan)
             snapshot = snapshot.after(plan) if dry_run else opened.snapshot()
             documents.append({**plan.report, "head": head})
@@ -136,6 +136,7 @@ def cluster(
     bytes: arg.Bytes = None,
     policy: Annotated[str, typer.Option("--policy", help="The policy of later adds.")] = "kmerge++",
     threshold: Annotated[str, typer.Option("--threshold", help="The threshold of later adds.")] = "auto",
+    held_out: HeldOut = None,
     rank: arg.Rank = None,
     dtype: arg.Dtype = None,
     keep: arg.Keep = 1,
@@ -154,7 +155,7 @@ def cluster(
         slots,
         bytes=bytes,
         policy=policy,
-        threshold=arg.threshold(threshold),
+        threshold=_held_out(held_out, threshold),
         merge=merge,
         seed=seed,
         rank=rank,
@@ -166,6 +167,7 @@ def cluster(
         restore_norm=restore_norm,
     )
     named = arg.read_named(adapters)
+    note_unknown_base(named)
     made, plan = Shelf.create_with(
         output, settings, lambda snapshot: plan_cluster(snapshot, named, method=method, assume_base=assume_base)
     )
@@ -310,22 +312,40 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     ]
 
 
+def note_unknown_base(named: Mapping[str, Adapter]) -> None:
+    """Warn of adapters that name no base: only their shapes can be checked."""
+    unknown = [name for name, adapter in named.items() if not adapter.base.name]
+    if unknown:
+        note(f"{', '.join(unknown)}: the config names no base model; only shapes can be checked")
+
+
 def _held_out(folder: Path | None, text: str) -> float | str:
     if folder is None:
         return arg.threshold(text)
     if text != "auto":
-        raise UsageError("--threshold and --held-out exclude each other")
+        raise UsageError("--threshold and --held-out exclude each other", cure="give one of them")
     return median_similarity(similarity(list(arg.adapters_in(folder).values())))
+
+
+@contextlib.contextmanager
+def _telling(documents: list[dict[str, Any]]) -> Iterator[None]:
+    """When a later adapter fails, say which ones are on the shelf already."""
+    try:
+        yield
+    except (LorashelfError, KeyboardInterrupt):
+        done = [d["task"] for d in documents if d["head"]]
+        if done:
+            note(f"added before that, and kept: {', '.join(done)}")
+        raise
 
 
 def _planned(
     snapshot: Snapshot, text: str, task: str | None, kind: str | None, details: dict[str, Any], assume_base: bool
 ) -> Plan:
-    name, path = arg.adapter_path(text)
+    name, path = arg.adapter_path(text, task)
     adapter = read_adapter(path)
-    if not adapter.base.name:
-        note(f"{name}: its config names no base model; only shapes can be checked")
-    plan = plan_add(snapshot, adapter, task or name, type=kind, details=details, assume_base=assume_base)
+    note_unknown_base({name: adapter})
+    plan = plan_add(snapshot, adapter, name, type=kind, details=details, assume_base=assume_base)
     if plan.report["decision"] == "fold":
         averaged = "folded" if plan.report["merged"] else "already averaged in, so only routed"
         note(f"{plan.report['task']}: {averaged}; keep your original: `update` and an exact `remove` need it")

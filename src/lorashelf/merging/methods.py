@@ -61,7 +61,7 @@ class MergeMethod:
                 faults.append(f"density is {value!r}; it is the fraction kept, from 0 to 1")
             elif _number(default) and not _number(value):
                 faults.append(f"{name} is {value!r}, not a number")
-            elif isinstance(default, str) and value not in CHOICES.get(name, (value,)):
+            elif isinstance(default, str) and (not isinstance(value, str) or value not in CHOICES.get(name, (value,))):
                 faults.append(f"{name} is {value!r}; choose from {', '.join(CHOICES[name])}")
         if faults:
             raise UsageError("; ".join(faults), cure="see docs/methods.md for the parameters of each method")
