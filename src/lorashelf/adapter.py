@@ -147,17 +147,18 @@ class Adapter:
         return replace(self, modules=Modules(factors))
 
 
-def check_fit(xs: Sequence[Adapter]) -> None:
+def check_fit(xs: Sequence[Adapter], where: str | None = None) -> None:
     """Raise BaseMismatch or ShapeMismatch unless all belong together: known base names agree, and `check_shapes`."""
-    check_shapes(xs)
+    check_shapes(xs, where)
     known = [x.base for x in xs if x.base.name]
     others = sorted({str(base) for base in known if base.contradicts(known[0])})
     if others:
         cure = "if these are one model under two names, declare it: --assume-base, or --base-alias NAME at init"
-        raise BaseMismatch([f"trained on {other}, the others on {known[0]}" for other in others], cure=cure)
+        faults = [f"trained on {other}, the others on {known[0]}" for other in others]
+        raise BaseMismatch(faults, where=where, cure=cure)
 
 
-def check_shapes(xs: Sequence[Adapter]) -> None:
+def check_shapes(xs: Sequence[Adapter], where: str | None = None) -> None:
     """Raise ShapeMismatch unless a module that two adapters share has the same din and dout in both.
 
     Ranks may differ, and so may the sets of modules.
@@ -171,4 +172,4 @@ def check_shapes(xs: Sequence[Adapter]) -> None:
                 faults.add(f"{path}: ΔW is {shape.dout}x{shape.din}, elsewhere {other.dout}x{other.din}")
     if faults:
         cure = "these adapters belong to bases of different sizes: keep them on separate shelves"
-        raise ShapeMismatch(sorted(faults), cure=cure)
+        raise ShapeMismatch(sorted(faults), where=where, cure=cure)

@@ -78,7 +78,10 @@ def products(
     factored = ranks * others * (dout + din)
     dense = 2 * (ranks + others + 2 * len(left) * len(right)) * dout * din
     cheaper = _factored_products if factored <= dense else _dense_products
-    block = cheaper(left, right, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        block = cheaper(left, right, dtype)
+    if not np.isfinite(block).all():  # beyond float32
+        block = cheaper(left, right, np.float64)
     block *= np.outer([f.scale for f in left], [g.scale for g in right])
     result[np.ix_(rows, columns)] = block
     return result

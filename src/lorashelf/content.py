@@ -10,12 +10,13 @@ import numpy as np
 
 from .adapter import Adapter, BaseId, Factors, wider
 from .algebra import compress, norm
-from .errors import NotReversible
+from .errors import AdapterFormatError, NotReversible
 from .manifest import PENDING, Merged, Slot
 from .merging import METHODS, merge_measured, unmerge
 from .peft_format import encode, rounded
 from .recipe import Recipe
 
+LARGEST_NORM = 1e9
 LEAST_PRECISION = 0.1  # an adapter is taken out of an average only if this much of the rest is left
 
 
@@ -51,8 +52,13 @@ class Content:
 
 
 def entry(task: str, kind: str, adapter: Adapter) -> Merged:
-    """The record of an adapter that is about to be stored."""
-    return Merged(task, kind, adapter.digest, 1.0, adapter.rank, adapter.parameters, adapter.dtype, norm(adapter))
+    """The record of an adapter that is to be stored. Raises AdapterFormatError if ΔW is absurdly large."""
+    size = norm(adapter)
+    if size > LARGEST_NORM:
+        raise AdapterFormatError(
+            [f"{task}: ‖ΔW‖ is {size:.1e}"], cure="no trained adapter is that large: train it again"
+        )
+    return Merged(task, kind, adapter.digest, 1.0, adapter.rank, adapter.parameters, adapter.dtype, size)
 
 
 def single(adapter: Adapter, record: Merged, recipe: Recipe) -> Content:

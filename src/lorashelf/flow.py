@@ -44,9 +44,11 @@ def plan_add(
         raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
     details = dict(details or {})
     kind = type or details.pop("type", None) or task.split("-")[0]
+    if not kind.isprintable():
+        raise TaskNameError(f"problem type {kind!r} is not printable text", cure="give a plain word: --type TYPE")
     held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
     base = _agreed_base(snapshot, [adapter], assume_base)
-    check_fit(content.one_base([adapter, *held.values()]))
+    check_fit(content.one_base([*held.values(), adapter]), str(snapshot.path))
     values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
     same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
@@ -155,7 +157,7 @@ def plan_update(
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
     base = _agreed_base(snapshot, [adapter], assume_base)
     others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
-    check_fit(content.one_base([adapter, *others]))
+    check_fit(content.one_base([*others, adapter]), str(snapshot.path))
     record = content.entry(task, details["type"], adapter)
     precision = None
     if slot.members == (task,):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .adapter import Adapter, BaseId
+from .adapter import DTYPES, Adapter, BaseId
 from .digest import canonical_json, digest, is_digest
 from .errors import CorruptShelf, NewerFormat, TaskNameError
 from .recipe import FORMAT
@@ -144,21 +144,37 @@ class Manifest:
 
 
 def _check_types(document: dict[str, Any]) -> None:
-    """Raise ValueError where a manifest, whatever its digest, could not have been written by `document`."""
-    slots, tasks = document["slots"], document["tasks"]
+    """Raise ValueError where a manifest, whatever its digest, could not have been written by `Manifest.document`."""
+    slots, tasks, base = document["slots"], document["tasks"], document["base"]
+    records = [entry for slot in slots for entry in slot["merged"]]
+    routed = sorted(task for slot in slots for task in slot["members"])
+    ids = [slot["slot"] for slot in slots]
     sound = (
-        type(document["sequence"]) is int
-        and type(document["arrived"]) is int
+        document["format"] == FORMAT
+        and all(type(document[name]) is int for name in ("sequence", "arrived"))
+        and all(type(document[name]) is dict for name in ("recipe", "budget", "cause", "tasks"))
+        and all(type(document[name]) is list for name in ("slots", "scores"))
         and (document["parent"] is None or is_digest(document["parent"]))
-        and all(is_digest(slot["object"]) and type(slot["slot"]) is int for slot in slots)
-        and all(isinstance(slot["members"], list) and isinstance(slot["merged"], list) for slot in slots)
-        and all(isinstance(task, str) for slot in slots for task in slot["members"])
-        and all(isinstance(value, dict) and is_digest(value["digest"]) for value in tasks.values())
-        and all(isinstance(document[name], dict) for name in ("recipe", "budget", "cause", "tasks"))
-        and all(isinstance(score, int | float) for score in document["scores"])
+        and (base is None or (type(base["name"]) is str and isinstance(base["revision"], str | None)))
+        and all(type(number) is int and number >= 0 for number in ids)
+        and len(set(ids)) == len(ids)
+        and all(is_digest(slot["object"]) and slot["encoding"] == "peft" and slot["dtype"] in DTYPES for slot in slots)
+        and all(type(slot[name]) is int and slot[name] > 0 for slot in slots for name in ("rank", "bytes"))
+        and all(type(slot[name]) is list for slot in slots for name in ("members", "merged"))
+        and all(_number(slot["error"]) and _number(slot["restored"]) and slot["restored"] > 0 for slot in slots)
+        and all(slot["average"] is None or type(slot["average"]) is str for slot in slots)
+        and all(_number(entry[name]) for entry in records for name in ("weight", "norm", "rank", "parameters"))
+        and all(is_digest(entry["digest"]) and type(entry["task"]) is str for entry in records)
+        and all(type(value) is dict and is_digest(value["digest"]) for value in tasks.values())
+        and all(_number(score) for score in document["scores"])
+        and routed == sorted(tasks)
     )
     if not sound:
-        raise ValueError("a field has the wrong type")
+        raise ValueError("a field is not what lorashelf writes")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _slot(document: dict[str, Any]) -> Slot:

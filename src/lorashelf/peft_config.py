@@ -32,6 +32,7 @@ _REFUSED_FIELDS: Mapping[str, str] = {
     "arrow_config": "Arrow routes between adapters at run time",
     "kasa_config": "KaSA changes the base's weights",
 }
+BAD_PATTERN = (re.error, OverflowError, RecursionError)  # what compiling a hostile pattern raises
 LARGEST = 1e30  # a rank or an alpha beyond this is a mistake; float32 factors times it would overflow
 _REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 
@@ -114,7 +115,7 @@ def _per_module(
     for key, item in patterns.items():
         try:
             compiled.append((re.compile(rf"(.*\.)?({key})$"), item))
-        except re.error as error:
+        except BAD_PATTERN as error:
             faults.append(f"{pattern_field}[{key!r}] is not a regular expression: {error}")
     return {path: next((item for rule, item in compiled if rule.match(path)), value) for path in paths}
 
@@ -134,7 +135,7 @@ def unmatched(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     paths = list(paths)
     try:
         left_out = [path for path in paths if not matched(config, path)]
-    except re.error as error:
+    except BAD_PATTERN as error:
         return [f"target_modules, exclude_modules or layers_pattern is not a regular expression: {error}"]
     if left_out and len(left_out) == len(paths):
         return [f"target_modules {targets!r} matches no module of the file: PEFT would load nothing"]
@@ -196,7 +197,7 @@ def _as_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
 def _hits(key: str, path: str) -> bool:
     try:
         return re.match(rf"(.*\.)?({key})$", path) is not None
-    except re.error:
+    except BAD_PATTERN:
         return False
 
 

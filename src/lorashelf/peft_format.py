@@ -22,6 +22,7 @@ from .tensorfile import STORED, TensorFile, encode_header
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+LARGEST_VALUE = 1e9
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight")
 _TORCH = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
@@ -262,7 +263,9 @@ def _pair(tensors: TensorFile, faults: list[str]) -> dict[str, dict[str, str]]:
     halves: dict[str, dict[str, str]] = {}
     for name in tensors:
         match = _KEY.fullmatch(name)
-        if match and _encodable(name):
+        if not name.isprintable():
+            faults.append(f"{name!r}: not a printable name")
+        elif match:
             halves.setdefault(match["path"], {})[match["half"]] = name
         else:
             faults.append(f"{name}: {_foreign(name)}")
@@ -313,6 +316,8 @@ def _bad_values(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]]) ->
                 if not finite.all():
                     kind = "NaN" if np.isnan(values).any() else "infinity"
                     yield f"{name}: {values.size - int(finite.sum())} of {values.size} values are {kind}"
+                elif (largest := float(np.abs(values).max(initial=0.0))) > LARGEST_VALUE:
+                    yield f"{name}: holds {largest:.0e}; no trained factor does"
 
 
 def _cure(faults: Sequence[str]) -> str:

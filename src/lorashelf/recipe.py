@@ -120,7 +120,7 @@ def read_toml(path: Path) -> Settings:
     try:
         text = path.read_bytes().decode()
         document = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ShelfConfigError([f"cannot be read: {error}"], where=str(path), cure="mend the file") from error
     version = document.pop("format", None)
     if isinstance(version, int) and version > FORMAT:
@@ -151,7 +151,7 @@ def config_error(path: Path, text: str, faults: list[tuple[str, str]]) -> ShelfC
     described = []
     for key, fault in faults:
         line = next(
-            (i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[?{re.escape(key)}\b", row)), None
+            (i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[*{re.escape(key)}\b", row)), None
         )
         described.append(f"line {line}: {fault}" if line else fault)
     return ShelfConfigError(described, where=str(path), cure="edit these lines; docs/format.md lists every key")
@@ -170,7 +170,7 @@ def _section(document: dict[str, Any], name: str, noun: type, faults: list[tuple
 def _faults(settings: Settings) -> list[tuple[str, str]]:
     budget, recipe = settings.budget, settings.recipe
     faults = [
-        (name, f"{name} is {value!r}; it must be a whole number from {least} to 2^53 - 1")
+        (name, f"{name} is {value!r}; it must be a whole number of at least {least}, below 2^53")
         for name, value, least, optional in [
             ("slots", budget.slots, 1, False),
             ("bytes", budget.bytes, 1, True),
@@ -200,7 +200,7 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
         ("merge", lambda: METHODS[recipe.merge].checked(recipe.parameters)),
     ):
         try:
-            if not faults:
+            if isinstance(getattr(recipe, name), str) and isinstance(recipe.parameters, Mapping):
                 check()
         except LorashelfError as error:
             faults.append((name, f"{error.what} ({error.cure})"))

@@ -159,7 +159,7 @@ class Shelf:
             with atomic.refusals(self.path, "read"):
                 self._logged()
         except (ShelfError, DiskError) as error:
-            problems.append(f"{error.what}; {error.cure}")
+            problems.append(f"{error.what}; {error.where}; {error.cure}")
         return problems
 
     # writing ----------------------------------------------------------------------------------------------------
@@ -169,6 +169,7 @@ class Shelf:
         """Hold the writer's lock; may be nested. Raises ShelfLocked after 10 seconds."""
         import filelock  # here: readers never need it, and it costs a third of the start
 
+        no_links(self.path / "lock")
         self._lock = self._lock or filelock.FileLock(self.path / "lock", timeout=LOCK_SECONDS)
         with atomic.refusals(self.path / "lock"):
             try:
@@ -259,7 +260,8 @@ class Shelf:
             try:
                 head = (self.path / "HEAD").read_text().strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise CorruptShelf(f"HEAD cannot be read: {error}", where=str(self.path / "HEAD")) from error
+                where, cure = str(self.path / "HEAD"), "write the id of a file under manifests/ into HEAD"
+                raise CorruptShelf(f"HEAD cannot be read: {error}", where=where, cure=cure) from error
             if is_digest(head) and (manifest := self._manifest(head)) is not None:
                 return head, manifest
         where, cure = str(self.path / "HEAD"), "write the id of a file under manifests/ into HEAD"
@@ -382,7 +384,7 @@ class Shelf:
         for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 entry = None
             if not isinstance(entry, dict) or not is_digest(entry.get("id")) or type(entry.get("sequence")) is not int:
                 cure = "delete this line; the log is history only"
@@ -391,9 +393,8 @@ class Shelf:
         return entries
 
     def _object_problems(self, snapshot: Snapshot, slot: Slot) -> list[str]:
-        path = snapshot.slot_path(slot)
         try:
-            no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
+            path = snapshot.slot_path(slot)
             found = object_digest(path)
             if found != slot.object:
                 return [f"slot {slot.slot}: the bytes of objects/{slot.object} have changed"]

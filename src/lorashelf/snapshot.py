@@ -35,16 +35,17 @@ class Snapshot:
     """Contents of slots that are planned, not written: what a dry run of several adds goes on from."""
 
     def slot_path(self, slot: Slot) -> Path:
-        """The PEFT folder of a slot, absolute."""
-        return self.path.absolute() / "objects" / slot.object
+        """The PEFT folder of a slot, absolute. Raises CorruptShelf if a link stands there."""
+        path = self.path.absolute() / "objects" / slot.object
+        no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
+        return path
 
     def adapter(self, slot: Slot) -> Adapter:
         """A slot's content as it is stored, read lazily. Raises CorruptShelf."""
         if slot.slot in self.pending:
             return self.pending[slot.slot]
-        path = self.slot_path(slot)
-        with refusals(path, "read"):
-            no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
+        with refusals(self.path, "read"):
+            path = self.slot_path(slot)
         try:
             return read_adapter(path, check_values=False)
         except AdapterFormatError as error:

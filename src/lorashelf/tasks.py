@@ -61,7 +61,7 @@ def read_task_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         fields = tomllib.loads(path.read_bytes().decode())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"the task file cannot be read: {error}", where=str(path), cure="give a TOML file") from error
     faults = [f"unknown field {name!r}" for name in fields if name not in FIELDS]
     faults += [

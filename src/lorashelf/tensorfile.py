@@ -157,7 +157,8 @@ def _entry(described: Any, room: int) -> tuple[Entry | None, str | None]:
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    """A short list of whole numbers that a file could hold: their product can be printed."""
+    return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**53 for v in values)
 
 
 def _layout_faults(entries: Mapping[str, Entry], room: int) -> list[str]:

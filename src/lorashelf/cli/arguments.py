@@ -54,7 +54,7 @@ def adapter_path(text: str, default: str | None = None) -> tuple[str, Path]:
     if separator and not os.path.lexists(text):
         return name, _folder(rest)
     own = os.path.basename(os.path.abspath(text))
-    return default or own, _folder(text)
+    return own if default is None else default, _folder(text)
 
 
 def _folder(text: str) -> Path:

@@ -314,9 +314,9 @@ def _listed(document: dict[str, Any]) -> list[Any]:
 
 def note_unknown_base(named: Mapping[str, Adapter]) -> None:
     """Warn of adapters that name no base: only their shapes can be checked."""
-    unknown = [name for name, adapter in named.items() if not adapter.base.name]
-    if unknown:
-        note(f"{', '.join(unknown)}: the config names no base model; only shapes can be checked")
+    for name, adapter in named.items():
+        if not adapter.base.name:
+            note(f"{name}: its config names no base model; only shapes can be checked")
 
 
 def _held_out(folder: Path | None, text: str) -> float | str:

@@ -1,0 +1,819 @@
+"""Bad names, links that lead out, hand-edited files, newer formats, damaged bytes, and two writers at once.
+
+A shelf that cannot be trusted is refused with what, where and a cure; nothing on disk changes; `verify` says the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factory import make_adapter, write_peft
+from lorashelf import (
+    LorashelfError,
+    Shelf,
+    new_settings,
+    plan_add,
+    plan_cluster,
+    plan_remove,
+    route,
+)
+from lorashelf.digest import digest
+from lorashelf.errors import (
+    CorruptShelf,
+    NewerFormat,
+    NotReversible,
+    ShelfConfigError,
+    ShelfError,
+    ShelfLocked,
+    ShelfNotFound,
+    StaleShelf,
+    TaskNameError,
+    UsageError,
+)
+from test_attacks import command, state
+
+
+@pytest.fixture(scope="session")
+def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shelf of three slots, two of them filled, with a log; and an adapter to add. Writing it takes a while: once."""
+    folder = tmp_path_factory.mktemp("two")
+    made = Shelf.create(folder / "a.shelf", new_settings(3, policy="kmerge"))
+    for number, task in enumerate(("gec-de", "qa-en")):
+        made.commit(plan_add(made.snapshot(), make_adapter(number), task))
+    Shelf.create(folder / "empty.shelf", new_settings(3))
+    write_peft(folder / "third", make_adapter(2))
+    return folder
+
+
+@pytest.fixture
+def shelf(two_tasks: Path, tmp_path: Path) -> Shelf:
+    """A copy of them, for one test; the adapter is `third` beside the shelf."""
+    shutil.copytree(two_tasks, tmp_path, dirs_exist_ok=True)
+    return Shelf(tmp_path / "a.shelf")
+
+
+def words_of(shelf: Shelf, *commands: str) -> list[list[object]]:
+    """The words of each command, such that it would do something on a good shelf."""
+    more: dict[str, list[object]] = {"add": [shelf.path.parent / "third"], "remove": ["gec-de"], "route": ["gec-de"]}
+    return [[name, shelf.path, *more.get(name, [])] for name in commands]
+
+
+SOME = ("add", "verify")
+EVERY = ("add", "remove", "undo", "gc", "ls", "log", "route", "verify")
+
+
+def refused(shelf: Shelf, kind: type[ShelfError], *fragments: str, commands: tuple[str, ...] = SOME) -> None:
+    """Opening the shelf raises `kind` and `verify` says so; every command ends with exit code 4; nothing changes."""
+    before = state(shelf.path.parent)
+    with pytest.raises(LorashelfError) as caught:
+        shelf.snapshot()
+    text = str(caught.value)
+    assert type(caught.value) is kind, text
+    assert caught.value.exit_code == 4
+    assert all(fragment in text for fragment in (f"\n  where: {shelf.path}", "\n  cure:  ", *fragments)), text
+    assert shelf.verify() == [text]
+    refused_by(commands, shelf, *fragments)
+    assert state(shelf.path.parent) == before
+
+
+def refused_by(commands: tuple[str, ...], shelf: Shelf, *fragments: str) -> None:
+    """Each command ends with exit code 4, says all fragments and changes nothing."""
+    before = state(shelf.path.parent)
+    for words in words_of(shelf, *commands):
+        code, said = command(*words)
+        assert code == 4, words[0]
+        assert all(fragment in said for fragment in fragments), said
+        assert state(shelf.path.parent) == before, words[0]
+
+
+def object_of(shelf: Shelf, task: str = "gec-de") -> Path:
+    return Path(route(shelf.snapshot(), task)["path"])
+
+
+def head_manifest(shelf: Shelf) -> Path:
+    return shelf.path / "manifests" / f"{shelf.snapshot().head}.json"
+
+
+def test_a_good_shelf_is_not_refused(shelf: Shelf) -> None:
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        refused(shelf, CorruptShelf)
+    for name in EVERY:
+        with pytest.raises(AssertionError):
+            refused_by((name,), shelf)
+    assert shelf.verify() == []
+
+
+# names ---------------------------------------------------------------------------------------------------------------
+
+BAD_NAMES = {
+    "": "is empty",
+    " \t": "is empty",
+    "a/b": "has a slash",
+    "/etc/passwd": "has a slash",
+    "a\\b": "has a slash",
+    "..": "has '..'",
+    "../../out": "has '..'",
+    "a..b": "has '..'",
+    ".": "is '.'",
+    "a\nb": "has a control character or a line break",
+    "a\rb": "has a control character",
+    "a\tb": "has a control character",
+    "a\0b": "has a control character",
+    "\x1b[2J": "has a control character",
+    "a\x7f": "has a control character",
+    "a\x85b": "has a control character",
+    "a\u2028b": "has a control character or a line break",
+    "a\u2029b": "has a control character or a line break",
+    "a\udcffb": "has a control character",
+    "x" * 256: "is longer than 255 bytes",
+    "é" * 128: "is longer than 255 bytes",
+}
+GOOD_NAMES = [
+    "gec-fr",
+    "日本語",
+    "grammaire-été",
+    "🎉",
+    "two words",
+    "-x",
+    "it's",
+    "[red]mail[de]",
+    "a=b",
+    "x" * 255,
+    "%s",
+]
+
+
+@pytest.mark.parametrize(("name", "fragment"), BAD_NAMES.items(), ids=[repr(name)[:12] for name in BAD_NAMES])
+def test_a_bad_task_name_is_refused(shelf: Shelf, tmp_path: Path, name: str, fragment: str) -> None:
+    before, adapter = state(tmp_path), make_adapter(2)
+    empty = Shelf(tmp_path / "empty.shelf").snapshot()
+    for attempt in (
+        lambda: plan_add(shelf.snapshot(), adapter, name),
+        lambda: plan_cluster(empty, {"good": adapter, name: adapter}, method="random"),
+    ):
+        with pytest.raises(TaskNameError) as caught:
+            attempt()
+        assert caught.value.exit_code == 2
+        assert fragment in str(caught.value)
+        assert repr(name) in str(caught.value)  # such that it does no harm to a terminal
+        assert "--task NAME" in (caught.value.cure or "")
+    for words in (["--task", name, tmp_path / "third"], [f"{name}={tmp_path / 'third'}"]):
+        code, said = command("add", shelf.path, *words)
+        assert (code, fragment in said) == (2, True), said
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", GOOD_NAMES)
+def test_any_other_name_is_kept_as_it_is(shelf: Shelf, tmp_path: Path, name: str) -> None:
+    assert command("add", shelf.path, "--task", name, tmp_path / "third")[0] == 0
+    assert route(shelf.snapshot(), name)["members"] == [name]
+    for listing in ("ls", "route"):
+        code, said = command(listing, shelf.path)
+        assert code == 0
+        assert name in said.replace("\n", "") or len(name) > 40  # a long one is folded into its column
+    assert command("remove", shelf.path, "--", name)[0] == 0
+    assert shelf.verify() == []
+
+
+def test_a_name_that_is_taken_is_refused_until_it_is_free(shelf: Shelf, tmp_path: Path) -> None:
+    before = state(tmp_path)
+    with pytest.raises(TaskNameError) as caught:
+        plan_add(shelf.snapshot(), make_adapter(2), "gec-de")
+    assert caught.value.exit_code == 2
+    for fragment in ("'gec-de' is on the shelf already", f"where: {shelf.path}", "cure:  choose another name"):
+        assert fragment in str(caught.value)
+        assert fragment in command("add", shelf.path, f"gec-de={tmp_path / 'third'}")[1]
+    assert command("add", shelf.path, f"gec-de={tmp_path / 'third'}")[0] == 2
+    assert state(tmp_path) == before
+    shelf.commit(plan_remove(shelf.snapshot(), "gec-de"))
+    shelf.commit(plan_add(shelf.snapshot(), make_adapter(2), "gec-de"))
+    assert shelf.verify() == []
+
+
+def test_two_ways_to_write_an_accent_are_one_name(shelf: Shelf, tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "été") for form in ("NFC", "NFD"))
+    shelf.commit(plan_add(shelf.snapshot(), make_adapter(2), decomposed))
+    assert composed in shelf.snapshot().manifest.tasks
+    with pytest.raises(TaskNameError, match="on the shelf already"):
+        plan_add(shelf.snapshot(), make_adapter(3), composed)
+    with pytest.raises(TaskNameError, match="two adapters have the same task name"):
+        plan_cluster(
+            Shelf(tmp_path / "empty.shelf").snapshot(),
+            {composed: make_adapter(2), decomposed: make_adapter(3)},
+            method="random",
+        )
+
+
+def test_a_name_given_twice_to_cluster_is_refused(tmp_path: Path) -> None:
+    folder = write_peft(tmp_path / "x")
+    before = state(tmp_path)
+    words = ["-o", tmp_path / "new.shelf", "--slots", 2, "--method", "random"]
+    code, said = command("cluster", f"a={folder}", f"b={folder}", f"a={folder}", *words)
+    assert (code, "given twice: a" in said) == (2, True)
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["remove", "route", "update"])
+def test_an_unknown_task_is_answered_with_the_nearest(shelf: Shelf, tmp_path: Path, name: str) -> None:
+    before = state(tmp_path)
+    code, said = command(name, shelf.path, "gec-d", *([tmp_path / "third"] if name == "update" else []))
+    assert code == 2
+    assert "unknown task 'gec-d'" in said
+    assert "did you mean 'gec-de'" in said
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["a\udcff", "\x1b[2J"], ids=repr)
+def test_a_problem_type_that_is_no_text_is_refused(shelf: Shelf, tmp_path: Path, kind: str) -> None:
+    before = state(tmp_path)
+    code, said = command("add", shelf.path, tmp_path / "third", "--type", kind)
+    assert (code, repr(kind) in said) == (2, True), said
+    assert state(tmp_path) == before
+
+
+# links ---------------------------------------------------------------------------------------------------------------
+
+LINKED: dict[str, Callable[[Shelf], Path]] = {
+    "HEAD": lambda shelf: shelf.path / "HEAD",
+    "shelf.toml": lambda shelf: shelf.path / "shelf.toml",
+    "log.jsonl": lambda shelf: shelf.path / "log.jsonl",
+    "lock": lambda shelf: shelf.path / "lock",
+    "manifests": lambda shelf: shelf.path / "manifests",
+    "objects": lambda shelf: shelf.path / "objects",
+    "tmp": lambda shelf: shelf.path / "tmp",
+    "a manifest": head_manifest,
+    "an object": object_of,
+    "a config": lambda shelf: object_of(shelf) / "adapter_config.json",
+    "tensors": lambda shelf: object_of(shelf) / "adapter_model.safetensors",
+}
+
+FOLLOWED_BY: dict[str, tuple[str, ...]] = {  # where it is not all commands that would follow the link
+    "log.jsonl": ("add", "remove", "undo", "gc", "log"),
+    "lock": ("add", "remove", "undo", "gc"),
+    "an object": ("add", "route"),
+    "a config": ("add",),
+    "tensors": ("add",),
+}
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_that_leads_out_of_the_shelf_is_not_followed(shelf: Shelf, tmp_path: Path, name: str) -> None:
+    path = LINKED[name](shelf)
+    outside = tmp_path / "outside"
+    path.rename(outside)
+    if outside.is_dir():
+        (outside / "precious").write_text("keep me")
+    path.symlink_to(outside)
+    said = ("a link stands where a file of the shelf should be", f"where: {path}")
+    if name in FOLLOWED_BY:
+        refused_by(FOLLOWED_BY[name], shelf, *said)
+        assert len(shelf.verify()) == (name != "lock")
+    else:
+        refused(shelf, CorruptShelf, *said, commands=EVERY)
+
+
+@pytest.mark.parametrize("name", ["tmp", "objects", "manifests"])
+def test_a_stray_link_is_swept_and_what_it_leads_to_stays(shelf: Shelf, tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "precious").write_text("keep me")
+    (shelf.path / name / "stray").symlink_to(tmp_path / "outside")
+    assert command("gc", shelf.path)[0] == 0
+    assert not (shelf.path / name / "stray").is_symlink()
+    assert (tmp_path / "outside" / "precious").read_text() == "keep me"
+    assert shelf.verify() == []
+
+
+def test_a_shelf_may_itself_be_reached_by_a_link(shelf: Shelf, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(shelf.path)
+    assert command("add", tmp_path / "current", tmp_path / "third")[0] == 0
+    assert Shelf(tmp_path / "current").verify() == []
+
+
+# HEAD and manifests --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"garbage\n", b"\xff\xfe\n", b"b2-" + b"0" * 64 + b"\n", b"../outside\n", b"b2-" + b"f" * 63 + b"\n"],
+    ids=repr,
+)
+def test_a_head_that_names_no_manifest_is_refused(shelf: Shelf, content: bytes) -> None:
+    (shelf.path / "HEAD").write_bytes(content)
+    refused(shelf, CorruptShelf, "HEAD")
+
+
+def test_a_head_that_is_a_folder_is_refused(shelf: Shelf) -> None:
+    (shelf.path / "HEAD").unlink()
+    (shelf.path / "HEAD").mkdir()
+    refused(shelf, CorruptShelf, "HEAD cannot be read", commands=EVERY)
+
+
+def test_a_shelf_without_a_head_is_no_shelf(shelf: Shelf, tmp_path: Path) -> None:
+    (shelf.path / "HEAD").unlink()
+    before = state(tmp_path)
+    with pytest.raises(ShelfNotFound, match="there is no shelf here"):
+        Shelf(shelf.path)
+    for words in words_of(shelf, *EVERY):
+        code, said = command(*words)
+        assert (code, "lorashelf init" in said) == (4, True)
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("ancestor", [False, True], ids=["the head", "the one before"])
+@pytest.mark.parametrize("position", [0, 100, -1])
+def test_a_manifest_with_a_changed_byte_is_refused(shelf: Shelf, ancestor: bool, position: int) -> None:
+    snapshot = shelf.snapshot()
+    path = shelf.path / "manifests" / f"{snapshot.manifest.parent if ancestor else snapshot.head}.json"
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+    refused(shelf, CorruptShelf, "the manifest was changed after it was written", f"where: {path}")
+
+
+def test_a_manifest_edited_by_hand_is_refused(shelf: Shelf) -> None:
+    path = head_manifest(shelf)
+    path.write_bytes(path.read_bytes().replace(b'"gec-de"', b'"gec-fr"'))
+    refused(shelf, CorruptShelf, "the manifest was changed after it was written", f"where: {path}", commands=EVERY)
+
+
+def forged(shelf: Shelf, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A manifest changed by somebody who knows how ids are made, with HEAD moved to it."""
+    document = json.loads(head_manifest(shelf).read_bytes())
+    change(document)
+    data = json.dumps(document).encode()
+    path = shelf.path / "manifests" / f"{digest([data])}.json"
+    path.write_bytes(data)
+    (shelf.path / "HEAD").write_text(f"{path.stem}\n")
+    return path
+
+
+def test_a_forged_manifest_without_a_change_is_the_same_shelf(shelf: Shelf) -> None:
+    before = shelf.snapshot().manifest
+    forged(shelf, lambda document: None)
+    assert shelf.snapshot().manifest == before
+    assert shelf.verify() == []
+
+
+FORGED: dict[str, tuple[tuple[str | int, ...], Any]] = {
+    "sequence is a string": (("sequence",), "x"),
+    "sequence is null": (("sequence",), None),
+    "parent is no id": (("parent",), "../../third"),
+    "parent is a number": (("parent",), 5),
+    "base is a string": (("base",), "acme"),
+    "base has a number for a name": (("base", "name"), 5),
+    "tasks is a list": (("tasks",), []),
+    "tasks lack a member": (("tasks",), {}),
+    "a task is a number": (("tasks", "gec-de"), 5),
+    "arrived is a string": (("arrived",), "x"),
+    "scores is a number": (("scores",), 5),
+    "scores are strings": (("scores",), ["x"]),
+    "cause is a number": (("cause",), 5),
+    "slots is an object": (("slots",), {}),
+    "a slot is a number": (("slots", 0), 5),
+    "a slot's id is a string": (("slots", 0, "slot"), "0"),
+    "a slot's id is negative": (("slots", 0, "slot"), -1),
+    "a slot's id stands twice": (("slots", 0, "slot"), 1),
+    "an object leads out": (("slots", 0, "object"), "../../third"),
+    "an object is a number": (("slots", 0, "object"), 5),
+    "an unknown encoding": (("slots", 0, "encoding"), "zip"),
+    "members is a string": (("slots", 0, "members"), "gec-de"),
+    "members are numbers": (("slots", 0, "members"), [1]),
+    "merged is a number": (("slots", 0, "merged"), 5),
+    "merged holds a number": (("slots", 0, "merged"), [5]),
+    "a weight is a string": (("slots", 0, "merged", 0, "weight"), "x"),
+    "restored is zero": (("slots", 0, "restored"), 0),
+    "an unknown key in a slot": (("slots", 0, "colour"), "red"),
+    "format is a string": (("format",), "1"),
+    "format is zero": (("format",), 0),
+}
+
+
+@pytest.mark.parametrize(("place", "value"), FORGED.values(), ids=FORGED)
+def test_a_forged_manifest_that_cannot_be_is_refused(shelf: Shelf, place: tuple[str | int, ...], value: Any) -> None:
+    def change(document: Any) -> None:
+        for key in place[:-1]:
+            document = document[key]
+        document[place[-1]] = value
+
+    path = forged(shelf, change)
+    refused(shelf, CorruptShelf, "manifest cannot be read", f"where: {path}")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"5", b"{}", b"{'format': 1}", b"\xff", b"[" * 100_000], ids=lambda d: d[:9]
+)
+def test_a_manifest_that_is_none_is_refused(shelf: Shelf, data: bytes) -> None:
+    path = shelf.path / "manifests" / f"{digest([data])}.json"
+    path.write_bytes(data)
+    (shelf.path / "HEAD").write_text(f"{path.stem}\n")
+    refused(shelf, CorruptShelf, "manifest cannot be read", f"where: {path}")
+
+
+# newer formats -------------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_of_a_newer_format_is_refused(shelf: Shelf) -> None:
+    path = forged(shelf, lambda document: document.update(format=2, slots="in a way yet to come"))
+    refused(shelf, NewerFormat, "manifest of format 2", f"where: {path}", "upgrade lorashelf", commands=EVERY)
+
+
+def test_a_shelf_toml_of_a_newer_format_is_refused_as_such_whatever_else_it_holds(shelf: Shelf) -> None:
+    edited(shelf, "format = 1", "format = 2\nyet_to_come = true")
+    refused(shelf, NewerFormat, "format 2; this lorashelf reads up to 1", "upgrade lorashelf", commands=EVERY)
+
+
+# shelf.toml ----------------------------------------------------------------------------------------------------------
+
+
+def edited(shelf: Shelf, old: str, new: str) -> int:
+    """Replace a line of shelf.toml; the number of the (first) new line."""
+    path = shelf.path / "shelf.toml"
+    text = path.read_text()
+    assert text.count(f"\n{old}") == 1, text
+    path.write_text(text.replace(f"\n{old}", f"\n{new}"))
+    return text[: text.index(f"\n{old}")].count("\n") + 2
+
+
+POLICY, MERGE, SEED = 'policy = "kmerge"', 'merge = "linear"', "seed = 0"
+BAD_LINES: dict[str, tuple[str, str, str]] = {
+    "slots below what is filled": ("slots = 3", "slots = 1", "slots is 1, but slot 1 is filled: at least 2"),
+    "no slots": ("slots = 3", "slots = 0", "slots is 0; it must be a whole number"),
+    "slots a string": ("slots = 3", 'slots = "3"', "slots is '3'"),
+    "slots a fraction": ("slots = 3", "slots = 3.0", "slots is 3.0"),
+    "slots true": ("slots = 3", "slots = true", "slots is True"),
+    "bytes negative": ("slots = 3", "bytes = -1\nslots = 3", "bytes is -1"),
+    "bytes beyond JSON's numbers": ("slots = 3", f"bytes = {2**60}\nslots = 3", f"bytes is {2**60}"),
+    "keep negative": ("keep = 1", "keep = -1", "keep is -1"),
+    "another base": ("[budget]", 'base = "acme/other"\n[budget]', "base is 'acme/other', but the adapters here are of"),
+    "base a number": ("[budget]", "base = 5\n[budget]", "base is 5, not a string"),
+    "aliases a string": ("[budget]", 'base_aliases = "x"\n[budget]', "base_aliases is 'x', not a list of strings"),
+    "an unknown key": ("[budget]", "colour = 1\n[budget]", "unknown key 'colour'"),
+    "an unknown key in budget": ("keep = 1", "kept = 1", "unknown key budget.kept"),
+    "an unknown key in recipe": (SEED, "sed = 0", "unknown key recipe.sed"),
+    "an unknown table": ("[recipe]", "[receipt]", "unknown key 'receipt'"),
+    "recipe a list": ("[recipe]", "[[recipe]]", "recipe is not a table"),
+    "an unknown policy": (POLICY, 'policy = "kmerge+"', "unknown policy 'kmerge+' (did you mean"),
+    "policy a number": (POLICY, "policy = 5", "policy is 5"),
+    "policy a list": (POLICY, 'policy = ["kmerge"]', "policy is ['kmerge']"),
+    "an unknown merge": (MERGE, 'merge = "lineal"', "unknown merge method 'lineal'"),
+    "merge a table": (MERGE, "merge = {}", "merge is {}"),
+    "a merge that the policy cannot use": (
+        f'{POLICY}\nthreshold = "auto"\n{MERGE}',
+        'policy = "all"\nmerge = "ties"',
+        "policy 'all' needs merge",
+    ),
+    "an unknown parameter": (SEED, "seed = 0\nparameters.density = 0.5", "linear has no parameter 'density'"),
+    "parameters a number": (SEED, "parameters = 5\nseed = 0", "parameters is 5"),
+    "threshold NaN": ('threshold = "auto"', "threshold = nan", "threshold is nan"),
+    "threshold a word": ('threshold = "auto"', 'threshold = "low"', "threshold is 'low'"),
+    "threshold true": ('threshold = "auto"', "threshold = true", "threshold is True"),
+    "an unknown dtype": (SEED, 'dtype = "f8"\nseed = 0', "dtype is 'f8'; choose from f32, f16, bf16"),
+    "dtype a list": (SEED, 'dtype = ["f16"]\nseed = 0', "dtype is ['f16']"),
+    "rank zero": (SEED, "rank = 0\nseed = 0", "rank is 0"),
+    "seed negative": (SEED, "seed = -1", "seed is -1"),
+    "seed beyond JSON's numbers": (SEED, f"seed = {2**60}", f"seed is {2**60}"),
+    "seed a date": (SEED, "seed = 1979-05-27", "seed is datetime.date(1979, 5, 27)"),
+    "restore_norm a number": ("restore_norm = false", "restore_norm = 0", "restore_norm is 0"),
+    "format zero": ("format = 1", "format = 0", "format is 0, not 1"),
+    "format a string": ("format = 1", 'format = "1"', "format is '1', not 1"),
+}
+WITHOUT_LINE = {"an unknown parameter", "a merge that the policy cannot use"}  # told by another key's line, see below
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_of_shelf_toml_is_refused_with_its_number(shelf: Shelf, name: str) -> None:
+    old, new, fragment = BAD_LINES[name]
+    line = edited(shelf, old, new)
+    said = fragment if name in WITHOUT_LINE else f"line {line}: {fragment}"
+    refused(shelf, ShelfConfigError, said, f"where: {shelf.path / 'shelf.toml'}")
+
+
+def test_all_bad_lines_are_named_at_once(shelf: Shelf) -> None:
+    lines = [
+        edited(shelf, *BAD_LINES[name][:2]) for name in ("no slots", "keep negative", "seed negative", "threshold NaN")
+    ]
+    expected = ["slots is 0", "keep is -1", "seed is -1", "threshold is nan"]
+    refused(
+        shelf,
+        ShelfConfigError,
+        *(f"line {line}: {text}" for line, text in zip(lines, expected, strict=True)),
+        commands=EVERY,
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "fragment"),
+    [
+        (b"", "format is None, not 1"),
+        (b"format = 1\n", "budget.slots is missing"),
+        (b"format = 1\nbudget = 3\n", "line 2: budget is not a table"),
+        (b"format = 1\n[budget\nslots = 3\n", "(at line 2"),
+        (b"format = 1\n[budget]\nslots = 3\nslots = 4\n", "(at line 4"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"format = 1\nx = " + b"[" * 10_000, "cannot be read"),
+        (b"format = 1\nbudget.slots = " + b"9" * 5000, "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_shelf_toml_that_is_none_is_refused(shelf: Shelf, data: bytes | None, fragment: str) -> None:
+    (shelf.path / "shelf.toml").unlink()
+    if data is not None:
+        (shelf.path / "shelf.toml").write_bytes(data)
+    refused(shelf, ShelfConfigError, fragment)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("slots = 3", "slots = 2"),
+        ("slots = 3", "slots = 30"),
+        ("slots = 3", "slots = 3\nbytes = 100000"),
+        ("keep = 1", "keep = 5"),
+        ("[budget]", 'base = "acme/tiny-llama"\n[budget]'),
+        ("[budget]", 'base = "acme/other"\nbase_aliases = ["acme/tiny-llama"]\n[budget]'),
+        (POLICY, 'policy = "kmerge++"'),
+        (MERGE, 'merge = "ties"\nparameters = {density = 0.3}'),
+        ('threshold = "auto"', "threshold = 0.02"),
+        (SEED, 'seed = 7\nrank = 2\ndtype = "f16"'),
+        ("restore_norm = false", "restore_norm = true"),
+    ],
+)
+def test_what_may_be_edited_holds_for_the_next_add(shelf: Shelf, tmp_path: Path, old: str, new: str) -> None:
+    edited(shelf, old, new)
+    assert command("add", shelf.path, tmp_path / "third")[0] == 0
+    assert shelf.verify() == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--slots", "0"],
+        ["--slots", "two"],
+        ["--slots", "2", "--policy", "best"],
+        ["--slots", "2", "--merge", "best"],
+        ["--slots", "2", "--merge", "ties", "-p", "density=2"],
+        ["--slots", "2", "--threshold", "low"],
+        ["--slots", "2", "--threshold", "nan"],
+        ["--slots", "2", "--dtype", "f8"],
+        ["--slots", "2", "--rank", "0"],
+        ["--slots", "2", "--keep", "-1"],
+        ["--slots", "2", "--bytes", "0"],
+        ["--slots", "2", "--bytes", str(2**60)],
+        ["--slots", "2", "--seed", str(2**60)],
+        ["--slots", "2", "--base-alias", "a\udcff"],
+    ],
+    ids=" ".join,
+)
+def test_a_shelf_that_cannot_be_is_not_made(tmp_path: Path, words: list[str]) -> None:
+    code, said = command("init", tmp_path / "new.shelf", *words)
+    assert code == 2
+    assert said.startswith("lorashelf: ")
+    assert state(tmp_path) == {}
+
+
+def test_all_settings_that_cannot_be_are_named_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        new_settings(0, keep=-1, dtype="f8", policy="best", merge="ties", parameters={"density": 2})
+    for fragment in ("slots is 0", "keep is -1", "dtype is 'f8'", "unknown policy 'best'", "density is 2"):
+        assert fragment in str(caught.value)
+
+
+def test_a_shelf_is_not_made_over_something_else(shelf: Shelf, tmp_path: Path) -> None:
+    before = state(tmp_path)
+    folders = [tmp_path / "third"]
+    for words in (
+        ["init", shelf.path],
+        ["init", tmp_path / "third"],
+        ["init", tmp_path / "third" / "adapter_config.json"],
+    ):
+        code, said = command(*words, "--slots", 2)
+        assert (code, "exists already" in said) == (4, True)
+    words = ["cluster", *folders, "-o", shelf.path, "--slots", 2, "--method", "random"]
+    assert command(*words)[0] == 4
+    assert state(tmp_path) == before
+
+
+# stored bytes --------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "a byte of a value": lambda folder: flip(folder / "adapter_model.safetensors", -5),
+    "a byte of the header": lambda folder: flip(folder / "adapter_model.safetensors", 60),
+    "a byte of the header's length": lambda folder: flip(folder / "adapter_model.safetensors", 5),
+    "a byte of the config": lambda folder: flip(folder / "adapter_config.json", 40),
+    "tensors cut off": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\0" * 100),
+    "tensors missing": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "config missing": lambda folder: (folder / "adapter_config.json").unlink(),
+    "object missing": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_verify_finds_a_damaged_object_and_ends_with_4(shelf: Shelf, tmp_path: Path, name: str) -> None:
+    folder = object_of(shelf)
+    DAMAGE[name](folder)
+    before = state(tmp_path)
+    problems = shelf.verify()
+    assert len(problems) == 1
+    assert f"slot 0: the bytes of objects/{folder.name} have changed" in problems[0] or "No such file" in problems[0]
+    code, said = command("verify", shelf.path)
+    assert (code, folder.name in said) == (4, True)
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["a byte of the header's length", "tensors cut off", "config missing", "object missing"]
+)
+def test_an_object_that_cannot_be_read_stops_an_add(shelf: Shelf, tmp_path: Path, name: str) -> None:
+    folder = object_of(shelf)
+    DAMAGE[name](folder)
+    before = state(tmp_path)
+    with pytest.raises(CorruptShelf) as caught:
+        plan_add(shelf.snapshot(), make_adapter(3), "new")
+    for fragment in ("slot 0", f"where: {folder}", "cure:  lorashelf verify"):
+        assert fragment in str(caught.value)
+    code, said = command("add", shelf.path, tmp_path / "third")
+    assert (code, str(folder) in said) == (4, True)
+    assert state(tmp_path) == before
+
+
+def test_undo_to_an_object_that_is_gone_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+    gone = object_of(shelf)
+    shelf.commit(plan_remove(shelf.snapshot(), "gec-de"))
+    shutil.rmtree(gone)
+    before = state(tmp_path)
+    with pytest.raises(NotReversible, match="the object of slot 0 is gone"):
+        shelf.undo()
+    assert command("undo", shelf.path)[0] == 4
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("prefix", ["b2-", "b2-" + "0" * 64, "nonsense", "../x"])
+def test_undo_to_a_manifest_that_is_not_kept_or_not_meant_is_refused(shelf: Shelf, tmp_path: Path, prefix: str) -> None:
+    shelf.commit(plan_remove(shelf.snapshot(), "gec-de"))
+    edited(shelf, "keep = 1", "keep = 5")
+    shelf.commit(plan_remove(shelf.snapshot(), "qa-en"))
+    before = state(tmp_path)
+    with pytest.raises(UsageError, match="kept manifest"):
+        shelf.undo(prefix)
+    assert command("undo", shelf.path, "--to", prefix)[0] == 2
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("folder", ["tmp", "objects"])
+def test_an_empty_folder_that_a_copy_lost_is_made_again(tmp_path: Path, two_tasks: Path, folder: str) -> None:
+    shelf = Shelf(shutil.copytree(two_tasks / "empty.shelf", tmp_path / "a.shelf"))
+    (shelf.path / folder).rmdir()
+    assert shelf.verify() == []
+    assert command("add", shelf.path, two_tasks / "third")[0] == 0
+    assert shelf.verify() == []
+
+
+# the log -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_last_line_of_the_log_is_ignored_and_cut_off_by_the_next_writer(shelf: Shelf, tmp_path: Path) -> None:
+    log = shelf.path / "log.jsonl"
+    whole, entries = log.read_bytes(), shelf.log()
+    log.write_bytes(whole + b'{"id":"b2-12')
+    assert shelf.verify() == []
+    assert shelf.log() == entries
+    assert command("add", shelf.path, tmp_path / "third")[0] == 0
+    assert log.read_bytes().startswith(whole + b"{")
+    assert len(shelf.log()) == len(entries) + 1
+    assert shelf.verify() == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"garbage", b"5", b"{}", b"[]", b'{"id":"x","sequence":"y"}', b'{"id":[],"sequence":1}', b"\xff", b"[" * 10_000],
+    ids=lambda line: str(line[:12]),
+)
+def test_a_line_of_garbage_in_the_log_is_reported(shelf: Shelf, tmp_path: Path, line: bytes) -> None:
+    log = shelf.path / "log.jsonl"
+    log.write_bytes(line + b"\n" + log.read_bytes())
+    before = state(tmp_path)
+    assert ["log.jsonl" in problem for problem in shelf.verify()] == [True]
+    with pytest.raises(CorruptShelf, match=r"log\.jsonl"):
+        shelf.log()
+    for name in ("verify", "log"):
+        code, said = command(name, shelf.path)
+        assert (code, "log.jsonl" in said) == (4, True)
+    assert state(tmp_path) == before
+    assert command("add", shelf.path, tmp_path / "third")[0] == 0  # history only: nothing depends on it
+
+
+def test_a_log_that_is_a_folder_stops_writers_and_is_reported(shelf: Shelf) -> None:
+    (shelf.path / "log.jsonl").unlink()
+    (shelf.path / "log.jsonl").mkdir()
+    assert ["log.jsonl" in problem for problem in shelf.verify()] == [True]
+    refused_by(("add", "remove", "undo", "gc", "log", "verify"), shelf, "log.jsonl")
+
+
+# two writers ---------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from lorashelf import Shelf
+with Shelf(sys.argv[1]).writing():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def another_writer(shelf: Shelf) -> Iterator[subprocess.Popen[str]]:
+    """Another process, while it holds the lock."""
+    words = [sys.executable, "-c", HOLD, str(shelf.path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_plan_made_before_another_commit_is_stale(shelf: Shelf, tmp_path: Path) -> None:
+    snapshot = shelf.snapshot()
+    plans = [plan_add(snapshot, make_adapter(seed), f"new-{seed}") for seed in (5, 6)]
+    shelf.commit(plans[0])
+    before = state(tmp_path)
+    with pytest.raises(StaleShelf) as caught:
+        shelf.commit(plans[1])
+    assert caught.value.exit_code == 4
+    for fragment in ("the shelf changed since the plan was made", f"where: {shelf.path}", "cure:  make the plan again"):
+        assert fragment in str(caught.value)
+    with pytest.raises(StaleShelf):
+        shelf.commit(plans[0])  # nor twice
+    assert state(tmp_path) == before
+    shelf.commit(plan_add(shelf.snapshot(), make_adapter(6), "new-6"))
+    assert {"new-5", "new-6"} <= shelf.snapshot().manifest.tasks.keys()
+    assert shelf.verify() == []
+
+
+def test_while_another_process_writes_one_waits_and_is_told_and_readers_read(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorashelf.shelf.LOCK_SECONDS", 0.2)
+    plan = plan_add(shelf.snapshot(), make_adapter(5), "new")
+    with another_writer(shelf):
+        before = state(tmp_path)
+        for attempt in (lambda: shelf.commit(plan), shelf.undo, shelf.gc):
+            with pytest.raises(ShelfLocked) as caught:
+                attempt()
+            assert caught.value.exit_code == 4
+            for fragment in ("another writer holds this shelf", f"where: {shelf.path / 'lock'}", "cure:  wait"):
+                assert fragment in str(caught.value)
+        for words in words_of(shelf, "add", "remove", "undo", "gc"):
+            code, said = command(*words)
+            assert (code, "another writer holds this shelf" in said) == (4, True)
+        for words in words_of(shelf, "ls", "log", "route", "verify"):
+            assert command(*words)[0] == 0
+        assert command(*words_of(shelf, "add")[0], "--dry-run")[0] == 0
+        assert state(tmp_path) == before
+    shelf.commit(plan)  # it was killed: the lock is free again
+    assert shelf.verify() == []
+
+
+def test_a_writer_that_waits_gets_its_turn(shelf: Shelf, tmp_path: Path) -> None:
+    with another_writer(shelf) as process:
+        assert process.stdin is not None
+        words = [sys.executable, "-m", "lorashelf", "add", str(shelf.path), str(tmp_path / "third")]
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL) as waiting:
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(timeout=2)
+            process.stdin.close()
+            assert waiting.wait(timeout=60) == 0
+    assert "third" in shelf.snapshot().manifest.tasks
+
+
+def test_many_processes_add_to_one_shelf_and_nothing_is_lost(shelf: Shelf, tmp_path: Path) -> None:
+    names = [f"task-{number}" for number in range(6)]
+    before = shelf.snapshot().manifest
+    words = [sys.executable, "-m", "lorashelf", "add", str(shelf.path)]
+    folders = [write_peft(tmp_path / name, make_adapter(10 + number)) for number, name in enumerate(names)]
+    running = [subprocess.Popen([*words, str(folder)], stdout=subprocess.DEVNULL) for folder in folders]
+    assert [process.wait(timeout=120) for process in running] == [0] * len(names)
+    after = shelf.snapshot().manifest
+    assert after.tasks.keys() == before.tasks.keys() | {*names}
+    assert after.arrived == before.arrived + len(names)
+    assert after.sequence == before.sequence + len(names)
+    assert [entry["sequence"] for entry in shelf.log()] == list(range(after.sequence + 1))
+    assert shelf.verify() == []
