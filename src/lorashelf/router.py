@@ -1,10 +1,11 @@
-"""Task → slot: the answers that other programs read."""
+"""Task → slot, and what the slots hold: the answers that other programs read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from .adapter import DTYPES
 from .flow import located
 from .manifest import Slot
 from .snapshot import Snapshot
@@ -24,6 +25,21 @@ def routes(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
 def slot_documents(snapshot: Snapshot) -> list[Mapping[str, Any]]:
     """Every slot as in the manifest, with its absolute `path`."""
     return [{**slot.document(), "path": str(snapshot.slot_path(slot))} for slot in snapshot.manifest.slots]
+
+
+def listing(snapshot: Snapshot) -> dict[str, Any]:
+    """The document of `ls`: slots, tasks, bytes, budget, head; what the averaged adapters would take at equal dtype."""
+    slots = snapshot.manifest.slots
+    apart = sum(m.parameters * DTYPES[slot.dtype].itemsize for slot in slots for m in slot.merged)
+    return {
+        "slots": slot_documents(snapshot),
+        "tasks": len(snapshot.manifest.tasks),
+        "bytes": snapshot.bytes,
+        "budget": snapshot.settings.budget.document(),
+        "head": snapshot.head,
+        "adapters": sum(len(slot.merged) for slot in slots),
+        "adapter_bytes": apart,
+    }
 
 
 def _answer(snapshot: Snapshot, task: str, slot: Slot) -> dict[str, Any]:

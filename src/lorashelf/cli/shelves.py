@@ -220,7 +220,7 @@ def route(
 def ls(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
     """The slots, what they hold, and what that saves."""
     snapshot = Shelf(shelf).snapshot()
-    show(listing(snapshot), json, _listed)
+    show(router.listing(snapshot), json, _listed)
 
 
 def log(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
@@ -275,25 +275,6 @@ def gc(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
     gone = opened.gc()
     document = {"head": opened.snapshot().head, "deleted": gone}
     show(document, json, lambda d: "\n".join(gone) or "nothing to delete")
-
-
-def listing(snapshot: Snapshot) -> dict[str, Any]:
-    """The document of `ls`: slots, tasks, bytes, budget, head, and what the tasks' own adapters would take at equal
-    dtype.
-    """
-    slots = router.slot_documents(snapshot)
-    widths = {"f32": 4, "f16": 2, "bf16": 2}
-    apart = sum(m["parameters"] * widths[s["dtype"]] for s in slots for m in s["merged"])
-    settings = snapshot.settings.budget
-    return {
-        "slots": slots,
-        "tasks": len(snapshot.manifest.tasks),
-        "bytes": snapshot.bytes,
-        "budget": settings.document(),
-        "head": snapshot.head,
-        "adapters": sum(len(s["merged"]) for s in slots),
-        "adapter_bytes": apart,
-    }
 
 
 def _listed(document: dict[str, Any]) -> list[Any]:
