@@ -13,6 +13,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +39,7 @@ from lorashelf import (
 )
 from lorashelf.cli import main
 from lorashelf.errors import AdapterError, AdapterFormatError, BaseMismatch, ShapeMismatch, UnknownName, UsageError
+from lorashelf.peft_config import matched
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Spoil = Callable[[Path], Any]
@@ -481,6 +484,26 @@ def test_a_bad_config_is_refused(shelf: Shelf, tmp_path: Path, spoil: Spoil, fra
 def test_what_does_not_change_the_update_is_accepted(tmp_path: Path, changes: dict[str, Any]) -> None:
     plain = make_adapter(1)
     assert_same_delta(read_adapter(write_peft(tmp_path / "x", plain, **changes)), plain)
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern"),
+    [("model.layers.1.mlp.experts.0.down_proj", None), ("model.layers.1.q_proj", "layers"), ("h.1.q_proj", "h")],
+)
+def test_the_first_number_of_a_path_is_its_layer_as_in_peft(path: str, pattern: str | None) -> None:
+    fields = {"target_modules": [path.rsplit(".", 1)[1]], "layers_pattern": pattern}
+    assert matched({**fields, "layers_to_transform": [1]}, path)
+    assert not matched({**fields, "layers_to_transform": [0]}, path)
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    folder = write_peft(tmp_path / "bad")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    words = [sys.executable, "-m", "lorashelf", "show", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, name in done.stderr) == (3, True)
 
 
 def test_every_fault_of_an_adapter_is_named_at_once(shelf: Shelf, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from .errors import UsageError
 Vector = NDArray[np.float64]
 Square = NDArray[np.float64]
 _PANEL = 256  # rows of stacked factors multiplied at once: a panel and its product stay in the cache
+_SMALL = 2**18  # multiplications in one product: up to so many OpenBLAS starts no threads
+_STRETCH = 32  # shorter ones are not worth it
 _BLOCK = 2**22  # values of dense rows held at once, 16 MB of float32
 
 
@@ -39,7 +41,7 @@ def inner(x: Adapter, y: Adapter) -> float:
 
 def norm(x: Adapter) -> float:
     """The Frobenius norm √Σ_m ‖ΔW_m‖²; float64."""
-    return math.sqrt(max(inner(x, x), 0.0))
+    return math.sqrt(sum(max(float(products([f], None, np.float64)[0, 0]), 0.0) for f in x.modules.values()))
 
 
 def gram(xs: Sequence[Adapter]) -> Square:
@@ -88,6 +90,8 @@ def products(
 
 
 def _factored_products(left: list[Factors], right: list[Factors], dtype: type[np.floating[Any]]) -> Square:
+    if len(left) == 1:  # nothing to share: to stack the factors would cost as much as their products
+        return np.array([[_factored_product(left[0], g, dtype) for g in right]])
     symmetric = left is right
     a = np.concatenate([f.a for f in left]).astype(dtype, copy=False)
     b = np.concatenate([f.b for f in left], axis=1).astype(dtype, copy=False)
@@ -96,15 +100,44 @@ def _factored_products(left: list[Factors], right: list[Factors], dtype: type[np
     row, column = _offsets(left), _offsets(right)
     result = np.empty((len(left), len(right)))
     for i, k in _panels(row):
-        j = i if symmetric else 0  # the rest follows from symmetry
-        rows, columns = slice(row[i], row[k]), slice(column[j], column[-1])
-        product = a[rows] @ c[columns].T
-        product *= b[:, rows].T @ d[:, columns]
-        sums = np.add.reduceat(product, column[j:-1] - column[j], axis=1, dtype=np.float64)
-        result[i:k, j:] = np.add.reduceat(sums, row[i:k] - row[i], axis=0)
+        rows = slice(row[i], row[k])
+        for j, stop in ((i, k), (k, len(right))) if symmetric else ((0, len(right)),):  # the rest follows from symmetry
+            if j == stop:
+                continue
+            columns = slice(column[j], column[stop])
+            product = a[rows] @ c[columns].T  # of a panel with itself: half the work
+            product *= b[:, rows].T @ d[:, columns]
+            sums = np.add.reduceat(product, column[j:stop] - column[j], axis=1, dtype=np.float64)
+            result[i:k, j:stop] = np.add.reduceat(sums, row[i:k] - row[i], axis=0)
         if symmetric:
-            result[i:, i:k] = result[i:k, i:].T
+            result[k:, i:k] = result[i:k, k:].T
     return result
+
+
+def _factored_product(f: Factors, g: Factors, dtype: type[np.floating[Any]]) -> float:
+    a, b = f.a.astype(dtype, copy=False), f.b.astype(dtype, copy=False).T
+    c, d = (a, b) if f is g else (g.a.astype(dtype, copy=False), g.b.astype(dtype, copy=False).T)
+    product = _contract(a, c)
+    product *= _contract(b, d)
+    return float(product.sum(dtype=np.float64))
+
+
+def _contract(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """X Yᵀ for (r, k) and (r', k), by stretches of k so short that BLAS stays on the calling thread.
+
+    Products this small gain nothing from its threads, and lose up to a hundredfold where they wait for each other on a
+    busy machine.
+    """
+    step = _SMALL // (len(x) * len(y))
+    whole = x.shape[1] - x.shape[1] % step if step >= _STRETCH else 0
+    if not whole:
+        return np.asarray(x @ y.T)
+    left = x[:, :whole].reshape(len(x), -1, step).transpose(1, 0, 2)
+    right = y[:, :whole].reshape(len(y), -1, step).transpose(1, 2, 0)
+    product = np.sum(left @ right, axis=0)
+    if whole < x.shape[1]:
+        product += x[:, whole:] @ y[:, whole:].T
+    return np.asarray(product)
 
 
 def _offsets(fs: list[Factors]) -> NDArray[np.intp]:

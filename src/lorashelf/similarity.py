@@ -6,15 +6,19 @@ time.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .adapter import Adapter, check_shapes
 from .algebra import Square, Vector, products, union
 from .registry import Registry
 
 Metric = Callable[[Sequence[Adapter], "Sequence[Adapter] | None"], Square]
+WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 METRICS: Registry[Metric] = Registry("metric")
 
 
@@ -85,8 +89,8 @@ def _module_mean(
 ) -> Square:
     """Mean of a per-module score over the modules that either side of a pair has."""
     zs = xs if ys is None else ys
-    total, count = np.zeros((len(xs), len(zs))), np.zeros((len(xs), len(zs)))
-    for path in union([*xs, *zs]):
+
+    def scored(path: str) -> tuple[Square, NDArray[np.bool_]]:
         fs = [x.modules.get(path) for x in xs]
         if ys is None:
             inner = products(fs, None, dtype)
@@ -97,8 +101,15 @@ def _module_mean(
             inner = products(fs, gs, dtype)
             left, right = (np.array([max(products([h], None, dtype)[0, 0], 0.0) for h in hs]) for hs in (fs, gs))
         present = np.logical_or.outer([f is not None for f in fs], [g is not None for g in gs])
-        total += np.where(present, of_module(inner, left, right), 0.0)
-        count += present
+        return np.where(present, of_module(inner, left, right), 0.0), present
+
+    total, count = np.zeros((len(xs), len(zs))), np.zeros((len(xs), len(zs)))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        # one against many is many small products, several modules at a time; else BLAS has threads, and memory counts
+        each = pool.map if len(xs) == 1 else map
+        for scores, present in each(scored, union([*xs, *zs])):
+            total += scores
+            count += present
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 

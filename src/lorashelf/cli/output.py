@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 T = TypeVar("T")
-MIB = 2**20
 
 
 def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
@@ -19,6 +18,8 @@ def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
     if as_json:
         print_json(document)
         return
+    from rich.console import Console  # here and below: a tenth of the start, which --json never needs
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000  # a pipe gets whole lines
@@ -35,6 +36,8 @@ def print_json(document: Any) -> None:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Table:
     """A plain table; columns whose name starts with '>' are aligned to the right."""
+    from rich.table import Table
+
     drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
         drawn.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
@@ -45,17 +48,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
 
 def progress(items: Sequence[T], title: str) -> Iterable[T]:
     """The items, with a progress bar and an ETA on stderr where that is a terminal and there are several."""
-    console = Console(stderr=True)
-    if len(items) < 2 or not console.is_terminal:
+    if len(items) < 2 or not sys.stderr.isatty():
         return items
+    from rich.console import Console
     from rich.progress import track
 
-    return track(items, title, console=console, transient=True)
+    return track(items, title, console=Console(stderr=True), transient=True)
 
 
 def note(text: str) -> None:
     """A line for people on stderr."""
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+    print(text, file=sys.stderr)
 
 
 def size(count: float) -> str:
