@@ -60,8 +60,9 @@ def _in_layers(config: Mapping[str, Any], path: str) -> bool:
     layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
     if layers is None or layers == []:
         return True
-    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
-    found = next((m for m in (re.match(rf".*\.{p}\.(\d+)\.", path) for p in patterns) if m), None)
+    patterns = [patterns] if isinstance(patterns, str) else patterns or []
+    rules = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]  # the first number is the layer's
+    found = next((match for rule in rules if (match := re.match(rf"{rule}\.(\d+)\.", path))), None)
     return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 

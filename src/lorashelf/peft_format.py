@@ -217,6 +217,9 @@ class _FileModules(Modules):
 
 
 def _read_config(folder: Path, faults: list[str]) -> dict[str, Any] | None:
+    if (folder / CONFIG_FILE).exists() and not (folder / CONFIG_FILE).is_file():
+        faults.append(f"{CONFIG_FILE} cannot be read: not a file")
+        return None
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
     except FileNotFoundError:
@@ -251,6 +254,9 @@ def _read_tensors(folder: Path, faults: list[str]) -> TensorFile | None:
             faults.append(f"{pickles[0]} is a pickle, which can run code when loaded: refused, never opened")
         else:
             faults.append(f"{TENSOR_FILE} is missing")
+        return None
+    if path.exists() and not path.is_file():
+        faults.append(f"{TENSOR_FILE} cannot be read: not a file")
         return None
     try:
         return TensorFile(path)
