@@ -47,7 +47,7 @@ def plan_add(
     if not kind.isprintable():
         raise TaskNameError(f"problem type {kind!r} is not printable text", cure="give a plain word: --type TYPE")
     held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
-    base = _agreed_base(snapshot, [adapter], assume_base)
+    base = _agreed_base(snapshot, {task: adapter}, assume_base)
     check_fit(content.one_base([*held.values(), adapter]), str(snapshot.path))
     values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
@@ -155,7 +155,7 @@ def plan_update(
     recipe = snapshot.settings.recipe
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
-    base = _agreed_base(snapshot, [adapter], assume_base)
+    base = _agreed_base(snapshot, {task: adapter}, assume_base)
     others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
     check_fit(content.one_base([*others, adapter]), str(snapshot.path))
     record = content.entry(task, details["type"], adapter)
@@ -251,7 +251,7 @@ def plan_cluster(
     named = {task_name(name): adapter for name, adapter in sorted(adapters.items())}
     if len(named) < len(adapters):
         raise TaskNameError("two adapters have the same task name", cure="name them: NAME=ADAPTER")
-    base = _agreed_base(snapshot, list(named.values()), assume_base)
+    base = _agreed_base(snapshot, named, assume_base)
     tasks, xs = list(named), content.one_base(list(named.values()))
     check_fit(xs)
     blocks = partition.partition(xs, settings.budget.slots, method=method, seed=settings.recipe.seed)
@@ -325,13 +325,13 @@ def _threshold(recipe: Recipe, seen: Sequence[float]) -> float | None:
     return policy.auto_threshold(seen) if recipe.threshold == "auto" else float(recipe.threshold)
 
 
-def _agreed_base(snapshot: Snapshot, adapters: Sequence[Adapter], assume: bool) -> BaseId | None:
+def _agreed_base(snapshot: Snapshot, adapters: Mapping[str, Adapter], assume: bool) -> BaseId | None:
     """The shelf's base once these adapters are on it: the first known name. Raises BaseMismatch naming all others."""
     settings, stored = snapshot.settings, snapshot.manifest.base
     base = stored if stored is not None and stored.name else BaseId(settings.base or "")
     equal = {settings.base, *settings.base_aliases}
     faults = []
-    for adapter in adapters:
+    for task, adapter in adapters.items():
         offered = adapter.base
         only_alias = base.name in settings.base_aliases and not settings.base
         if not base.name or (only_alias and offered.name and offered.name not in equal):
@@ -340,10 +340,10 @@ def _agreed_base(snapshot: Snapshot, adapters: Sequence[Adapter], assume: bool) 
             base = offered
         declared = offered.name != base.name and offered.name in equal
         if offered.contradicts(base) and not declared and not assume:
-            faults.append(f"trained on {offered}, expected is {base}")
+            faults.append(f"{task}: trained on {offered}, expected is {base}")
     if faults:
         cure = (
             "if these are one model under two names: --assume-base, or base_aliases in shelf.toml (init --base-alias)"
         )
-        raise BaseMismatch(sorted(set(faults)), where=str(snapshot.path), cure=cure)
+        raise BaseMismatch(faults, where=str(snapshot.path), cure=cure)
     return base if base.name else None
