@@ -275,7 +275,8 @@ def measured(bench: Bench, rounds: int, threads: int) -> int:
             (*targets[0], ">=", 40),
             (*targets[1], ">=", 10),
             ("peak anonymous memory of add, MB", peaks["add"] / 1e6, "<=", 150),
-        ]
+        ],
+        threads,
     )
 
 

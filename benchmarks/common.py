@@ -25,6 +25,7 @@ LAYERS, RANK, SCALE = 16, 32, 4.0  # Llama-3.2-1B's attention, r 32, alpha 128: 
 BASE = "acme/llama-1b-shaped"
 TENSORS = "adapter_model.safetensors"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+QUIET = 0.05  # the share of the machine's CPU time that other work may take
 TICK = 0.001  # seconds between two samples of a watched child's memory
 
 
@@ -208,14 +209,32 @@ def heading(title: str, threads: int, packages: Sequence[str]) -> None:
     info = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ["lorashelf", "numpy", *packages])
-    load = f"load {os.getloadavg()[0]:.1f} at the start"
-    print(f"{title}\n{model}, {len(os.sched_getaffinity(0))} cores, {threads} threads a side, {load}")
+    print(f"{title}\n{model}, {os.cpu_count()} cores, {threads} threads a side")
     print(f"Python {platform.python_version()}, {versions}\n")
 
 
-def verdicts(targets: Sequence[tuple[str, float, str, float]]) -> int:
+def cpu_seconds() -> tuple[float, float, float]:
+    """Now; the CPU seconds of the whole machine since it started; of this process and the children it waited for."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    own = sum(os.times()[:4])
+    return time.perf_counter(), (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), own
+
+
+_STARTED = cpu_seconds()
+
+
+def others() -> float:
+    """The share of the machine's CPU time that other work has taken since this benchmark started."""
+    wall, machine, own = (now - then for now, then in zip(cpu_seconds(), _STARTED, strict=True))
+    return max(0.0, machine - own) / (wall * (os.cpu_count() or 1))
+
+
+def verdicts(targets: Sequence[tuple[str, float, str, float]], threads: int) -> int:
     """Print one line a target (what, measured, '>=' or '<=', bound); 1 if any was missed."""
-    missed = 0
+    missed, share = 0, others()
+    busy = share > QUIET and threads > 1
+    print(f"other work took {share:.0%} of this machine's CPU time", end="")
+    print(": too much to trust threads that wait for each other; try --threads 1" if busy else "", end="\n\n")
     for what, measured, relation, bound in targets:
         met = measured >= bound if relation == ">=" else measured <= bound
         missed |= not met

@@ -109,7 +109,8 @@ def measured(folder: Path, rounds: int, threads: int) -> int:
         [
             ("cosine matrix, times faster", ratio, ">=", 3),
             ("its memory, share of the dense version's", peaks["ours"] / peaks["dense"], "<=", 0.1),
-        ]
+        ],
+        threads,
     )
 
 

@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         targets.append((f"{method}, times faster than PEFT", ratio, ">=", TARGETS[method]))
     columns = ["", "PEFT min", "median", "lorashelf min", "median", "ratio of pairs", "ΔW differs"]
     common.table(columns, rows)
-    return common.verdicts(targets)
+    return common.verdicts(targets, options.threads)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def main() -> int:
         [
             ("import lorashelf, times import numpy", paired(imported, bare), "<=", 2),
             ("lorashelf --help, times import numpy", paired(helped, bare), "<=", 3.5),
-        ]
+        ],
+        options.threads,
     )
 
 

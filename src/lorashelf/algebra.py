@@ -24,8 +24,6 @@ from .errors import UsageError
 Vector = NDArray[np.float64]
 Square = NDArray[np.float64]
 _PANEL = 256  # rows of stacked factors multiplied at once: a panel and its product stay in the cache
-_SMALL = 2**18  # multiplications in one product: up to so many OpenBLAS starts no threads
-_STRETCH = 32  # shorter ones are not worth it
 _BLOCK = 2**22  # values of dense rows held at once, 16 MB of float32
 
 
@@ -89,6 +87,20 @@ def products(
     return result
 
 
+def squares(fs: Sequence[Factors | None], dtype: type[np.floating[Any]]) -> Vector:
+    """‖ΔW_i‖² of one module, (n,) float64: the diagonal of `products`, each on its own."""
+    found = np.zeros(len(fs))
+    for i, f in enumerate(fs):
+        if f is not None:
+            dout, rank, din = f.shape
+            small = rank * (dout + din) <= 2 * dout * din
+            with np.errstate(over="ignore", invalid="ignore"):
+                found[i] = _factored_product(f, f, dtype) * f.scale**2 if small else np.inf
+            if not np.isfinite(found[i]):
+                found[i] = products([f], None, dtype)[0, 0]
+    return np.maximum(found, 0.0)
+
+
 def _factored_products(left: list[Factors], right: list[Factors], dtype: type[np.floating[Any]]) -> Square:
     if len(left) == 1:  # nothing to share: to stack the factors would cost as much as their products
         return np.array([[_factored_product(left[0], g, dtype) for g in right]])
@@ -117,27 +129,9 @@ def _factored_products(left: list[Factors], right: list[Factors], dtype: type[np
 def _factored_product(f: Factors, g: Factors, dtype: type[np.floating[Any]]) -> float:
     a, b = f.a.astype(dtype, copy=False), f.b.astype(dtype, copy=False).T
     c, d = (a, b) if f is g else (g.a.astype(dtype, copy=False), g.b.astype(dtype, copy=False).T)
-    product = _contract(a, c)
-    product *= _contract(b, d)
+    product = a @ c.T
+    product *= b @ d.T
     return float(product.sum(dtype=np.float64))
-
-
-def _contract(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    """X Yᵀ for (r, k) and (r', k), by stretches of k so short that BLAS stays on the calling thread.
-
-    Products this small gain nothing from its threads, and lose up to a hundredfold where they wait for each other on a
-    busy machine.
-    """
-    step = _SMALL // (len(x) * len(y))
-    whole = x.shape[1] - x.shape[1] % step if step >= _STRETCH else 0
-    if not whole:
-        return np.asarray(x @ y.T)
-    left = x[:, :whole].reshape(len(x), -1, step).transpose(1, 0, 2)
-    right = y[:, :whole].reshape(len(y), -1, step).transpose(1, 2, 0)
-    product = np.sum(left @ right, axis=0)
-    if whole < x.shape[1]:
-        product += x[:, whole:] @ y[:, whole:].T
-    return np.asarray(product)
 
 
 def _offsets(fs: list[Factors]) -> NDArray[np.intp]:

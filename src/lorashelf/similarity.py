@@ -7,17 +7,19 @@ time.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from .adapter import Adapter, check_shapes
-from .algebra import Square, Vector, products, union
+from .algebra import Square, Vector, products, squares, union
 from .registry import Registry
 
 Metric = Callable[[Sequence[Adapter], "Sequence[Adapter] | None"], Square]
+Scored = tuple[Square, NDArray[np.bool_]]
 WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 METRICS: Registry[Metric] = Registry("metric")
 
@@ -90,7 +92,7 @@ def _module_mean(
     """Mean of a per-module score over the modules that either side of a pair has."""
     zs = xs if ys is None else ys
 
-    def scored(path: str) -> tuple[Square, NDArray[np.bool_]]:
+    def scored(path: str) -> Scored:
         fs = [x.modules.get(path) for x in xs]
         if ys is None:
             inner = products(fs, None, dtype)
@@ -99,18 +101,28 @@ def _module_mean(
         else:
             gs = [y.modules.get(path) for y in ys]
             inner = products(fs, gs, dtype)
-            left, right = (np.array([max(products([h], None, dtype)[0, 0], 0.0) for h in hs]) for hs in (fs, gs))
+            left, right = squares(fs, dtype), squares(gs, dtype)
         present = np.logical_or.outer([f is not None for f in fs], [g is not None for g in gs])
         return np.where(present, of_module(inner, left, right), 0.0), present
 
     total, count = np.zeros((len(xs), len(zs))), np.zeros((len(xs), len(zs)))
-    with ThreadPoolExecutor(WORKERS) as pool:
-        # one against many is many small products, several modules at a time; else BLAS has threads, and memory counts
-        each = pool.map if len(xs) == 1 else map
-        for scores, present in each(scored, union([*xs, *zs])):
-            total += scores
-            count += present
+    for scores, present in _each(scored, union([*xs, *zs]), several=len(xs) == 1):
+        total += scores
+        count += present
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+
+
+def _each(score: Callable[[str], Scored], paths: list[str], several: bool) -> Iterator[Scored]:
+    """The scores of all modules, in order.
+
+    One against many is many small products: several modules at a time, one BLAS thread each. A matrix is few large ones:
+    there BLAS has threads of its own, and memory counts.
+    """
+    if not several:
+        yield from map(score, paths)
+        return
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(WORKERS) as pool:
+        yield from pool.map(score, paths)
 
 
 def raw_gram(xs: Sequence[Adapter], quantile: float = 0.0) -> Square:
