@@ -115,8 +115,8 @@ def _module_mean(
 def _each(score: Callable[[str], Scored], paths: list[str], several: bool) -> Iterator[Scored]:
     """The scores of all modules, in order.
 
-    One against many is many small products: several modules at a time, one BLAS thread each. A matrix is few large ones:
-    there BLAS has threads of its own, and memory counts.
+    One against many is many small products: several modules at a time, one BLAS thread each. A matrix is few large
+    ones: there BLAS has threads of its own, and memory counts.
     """
     if not several:
         yield from map(score, paths)
