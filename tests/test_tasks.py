@@ -30,7 +30,7 @@ def test_a_task_folder_is_read(tmp_path: Path) -> None:
     )
     assert (task.name, task.type, task.language, task.metric, task.max_new_tokens) == ("gec-de", "gec", "de", "f0.5", 9)
     assert task.splits == {"train": (Example("a", "b"), Example("ü", "v", ("v", "w")))}
-    assert task.digest("train").startswith("b2-")
+    assert task.examples("train").digest.startswith("b2-")
 
 
 def test_every_faulty_line_is_named_with_file_line_and_field(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_digest_follows_the_examples(tmp_path: Path) -> None:
     one = read_task(task_folder(tmp_path / "a", ['{"input": "a", "output": "b"}']))
     same = read_task(task_folder(tmp_path / "b", ['{"output": "b", "input": "a"}']))
     other = read_task(task_folder(tmp_path / "c", ['{"input": "a", "output": "c"}']))
-    assert one.digest("train") == same.digest("train") != other.digest("train")
+    assert one.examples("train").digest == same.examples("train").digest != other.examples("train").digest
 
 
 def test_the_few_shot_examples_are_forty_tasks_of_twelve() -> None:

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .digest import canonical_json, digest
-from .errors import TaskDataError, UsageError
+from .errors import TaskDataError, UnknownName, UsageError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,6 +39,21 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class ExampleSet:
+    """Examples of one task under the instruction they are asked with: what a loss is measured on."""
+
+    task: str
+    instruction: str
+    examples: tuple[Example, ...]
+
+    @property
+    def digest(self) -> str:
+        """Identifies instruction and examples, in order."""
+        records = [[e.input, e.output, *e.references] for e in self.examples]
+        return digest([canonical_json([self.instruction, records])])
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """A task and its examples by split; `metric` None means that only the loss is measured."""
 
@@ -48,9 +65,16 @@ class Task:
     max_new_tokens: int = 64
     splits: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
 
-    def digest(self, split: str) -> str:
-        """Identifies the examples of a split, in order."""
-        return digest([canonical_json([[e.input, e.output, *e.references] for e in self.splits[split]])])
+    def examples(self, split: str, limit: int | None = None, seed: int = 0) -> ExampleSet:
+        """The examples of a split, or `limit` of them drawn by (seed, task), in their order. Raises UnknownName."""
+        if split not in self.splits:
+            raise UnknownName(f"split of {self.name}", split, list(self.splits))
+        examples = self.splits[split]
+        if limit is not None and limit < len(examples):
+            rng = np.random.default_rng([seed, *self.name.encode()])
+            chosen = rng.choice(len(examples), size=limit, replace=False)
+            examples = tuple(examples[i] for i in sorted(chosen))
+        return ExampleSet(self.name, self.prompt, examples)
 
 
 def read_task_file(path: str | Path) -> dict[str, Any]:

