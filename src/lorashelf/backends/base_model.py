@@ -137,11 +137,9 @@ def _dequantised(file: Path) -> Path:
     staged = atomic.staging_folder(folder.parent)
     try:
         with _quiet(transformers):
+            whole = {"quantization_config": transformers.GgufConfig(dequantize=True)}
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=torch.float32,
-                quantization_config=transformers.GgufConfig(dequantize=True),
+                file.parent, gguf_file=file.name, dtype=torch.float32, **whole
             )
             model.save_pretrained(staged)
             transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)
