@@ -3,7 +3,9 @@
     python suites/first_table.py --zoo DIR --data DIR -o OUT            measures what is not measured yet, then prints
     python suites/first_table.py --zoo DIR --data DIR -o OUT --print    prints what there is
 
-OUT keeps every loss and every answer (by adapter digest, examples digest, and backend), so it can be interrupted at any
+Losses come first; then greedy answers for zero-shot, own, random, K-Merge++ and D2C (seed 0), on the tasks whose own
+adapter beats zero-shot. Differences to random are paired: every resample draws the same examples for both sides. OUT
+keeps every loss and every answer (by adapter digest, examples digest, and backend), so it can be interrupted at any
 time and goes on where it was. The zoo and the data that the tables in docs/results.md come from are not distributed.
 """
 
@@ -22,6 +24,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from lorashelf.metrics import loss_kept, metric, normalised, scored
+from lorashelf.metrics.kept import LEAST_GAIN
 
 from lorashelf import Adapter, Recipe, Shelf, new_settings, plan_add, plan_cluster, read_adapter
 from lorashelf.backend import Loss, mean_loss
@@ -35,6 +39,7 @@ MERGES = ("linear", "ties")
 SEEDS = (0, 22, 44)
 SEARCH_EXAMPLES = 10
 ITERATIONS = 200
+ANSWERED = ("zero-shot", "own adapters", "random", "kmerge++", "d2c")
 
 
 class Store:
@@ -59,6 +64,10 @@ class Store:
             with self._path.open("a") as handle:
                 handle.write(json.dumps({"key": key, "value": self._known[key]}, ensure_ascii=False) + "\n")
         return self._known[key]
+
+
+def _absent() -> Any:
+    raise KeyError("not measured")
 
 
 @dataclass(frozen=True)
@@ -100,10 +109,6 @@ class Suite:
             for pair in self.store.get(self._key(adapter, examples), lambda: self.backend.nll([(adapter, examples)])[0])
         ]
 
-    def known(self, row: Row) -> bool:
-        """Whether every loss of the row is in the store."""
-        return all(self._key(x, self.examples[name]) in self.store for name, x in row.serving.items())
-
     def _key(self, adapter: Adapter | None, examples: ExampleSet) -> tuple[str, ...]:
         return (adapter.digest if adapter else "base", examples.digest, self.backend.id)
 
@@ -116,6 +121,30 @@ class Suite:
             return self.backend.answers(adapter, task.prompt, texts, max_new_tokens=task.max_new_tokens)
 
         return list(self.answers.get((*self._key(adapter, examples), str(task.max_new_tokens)), measure))
+
+    def gaining(self) -> list[str]:
+        """The tasks whose own adapter beats zero-shot by at least 0.02 nats a token."""
+        loss = {who: {n: mean_loss(self.losses(x(n), self.examples[n])) for n in self.names} for who, x in self._both()}
+        return [n for n in self.names if loss["zero"][n] - loss["own"][n] >= LEAST_GAIN]
+
+    def _both(self) -> list[tuple[str, Callable[[str], Adapter | None]]]:
+        return [("zero", lambda _: None), ("own", self.adapters.__getitem__)]
+
+    def table(self, digest: str, name: str) -> np.ndarray:
+        """(examples, 2): summed NLL and tokens of each, as stored."""
+        return np.array(self.store.get((digest, self.examples[name].digest, self.backend.id), _absent))
+
+    def scored(self, entry: dict[str, Any]) -> dict[str, float] | None:
+        """Task → score of what was answered, None where an answer is lacking."""
+        found = {}
+        for name in self.gaining():
+            task, examples = self.tasks[name], self.examples[name]
+            key = (entry["serving"][name], examples.digest, self.backend.id, str(task.max_new_tokens))
+            if key not in self.answers or task.metric is None:
+                return None
+            predictions = self.answers.get(key, _absent)
+            found[name] = scored(metric(task.metric, task.language), examples.examples, predictions, draws=1).value
+        return found
 
     # rows -------------------------------------------------------------------------------------------------------
 
@@ -219,8 +248,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=20, help="validation examples a task")
     parser.add_argument("--merges", default=",".join(MERGES), help="two processes may share the work, a merge each")
     parser.add_argument("--tasks", help="only these, separated by commas")
+    parser.add_argument("--print", action="store_true", help="only print what there is")
     options = parser.parse_args()
     suite = Suite(options)
+    if options.print:
+        printed(suite)
+        return
+    rows = []
     for make in suite.rows():
         start = time.monotonic()
         row = make()
@@ -232,12 +266,77 @@ def main() -> None:
         )
         with (suite.out / "rows.jsonl").open("a") as handle:
             served = {name: x.digest if x else "base" for name, x in row.serving.items()}
+            rows.append(row)
             handle.write(
                 json.dumps(
                     {"method": row.method, "merge": row.merge, "seed": row.seed, "serving": served, "losses": means}
                 )
                 + "\n"
             )
+
+    for row in rows:
+        if row.method in ANSWERED and row.seed in (None, SEEDS[0]):
+            for name in suite.gaining():
+                suite.predictions(row.serving[name], name)
+            print(f"{row.method} {row.merge}: answered", file=sys.stderr, flush=True)
+    printed(suite)
+
+
+# the tables -----------------------------------------------------------------------------------------------------------
+
+
+def printed(suite: Suite) -> None:
+    """Print what was measured: methods over all tasks, and tasks for the methods that answered."""
+    with (suite.out / "rows.jsonl").open() as handle:
+        entries = {(e["method"], e["merge"], e["seed"]): e for e in map(json.loads, handle)}
+    zero, own = (entries[(name, "", None)]["losses"] for name in ("zero-shot", "own adapters"))
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for (method, merge, _), entry in sorted(entries.items(), key=str):
+        groups.setdefault((method, merge), []).append(entry)
+    count = len(suite.examples[suite.names[0]].examples)
+    print(
+        f"{len(suite.names)} tasks, {count} validation examples each (fewer where a task has no more), K = {suite.k}\n"
+    )
+    print("| method | merge | seeds | mean loss | loss kept % | − random, 95 % | score | S |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (method, merge), group in sorted(groups.items(), key=lambda item: (item[0][1], mean_of(item[1]))):
+        losses = {name: float(np.mean([e["losses"][name] for e in group])) for name in suite.names}
+        kept, _ = loss_kept(losses, own, zero)
+        versus = "–"
+        if merge and method != "random" and ("random", merge) in groups:
+            low, high = paired(suite, group, groups[("random", merge)])
+            versus = f"{low:+.3f} … {high:+.3f}"
+        score, ratio = scores(suite, group[0], entries[("own adapters", "", None)])
+        kept_text = "–" if kept is None else f"{100 * kept:.1f}"
+        cells = [method, merge or "–", len(group), f"{mean_of(group):.4f}", kept_text, versus, score, ratio]
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def mean_of(group: Sequence[dict[str, Any]]) -> float:
+    """Mean loss over tasks and seeds."""
+    return float(np.mean([list(entry["losses"].values()) for entry in group]))
+
+
+def paired(suite: Suite, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """The 95 % interval of the difference of mean losses; a resample draws each task's examples, for both sides."""
+    rng, total = np.random.default_rng(0), np.zeros(1000)
+    for name in suite.names:
+        tables = [np.mean([suite.table(e["serving"][name], name) for e in group], axis=0) for group in (ours, theirs)]
+        n = len(tables[0])
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=len(total))
+        mine, other = (counts @ table[:, 0] / (counts @ table[:, 1]) for table in tables)
+        total += (mine - other) / len(suite.names)
+    low, high = np.percentile(total, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def scores(suite: Suite, entry: dict[str, Any], own: dict[str, Any]) -> tuple[str, str]:
+    """Mean score and S over the tasks whose own adapter beats zero-shot, where answers are there."""
+    mine, reference = suite.scored(entry), suite.scored(own)
+    if mine is None or reference is None:
+        return "–", "–"
+    ratio, _ = normalised(mine, reference)
+    return f"{np.mean(list(mine.values())):.1f}", "–" if ratio is None else f"{ratio:.3f}"
 
 
 if __name__ == "__main__":
