@@ -48,6 +48,7 @@ LATE = {  # import inside a function → why
     ("cli.adapters", "report.heatmap"): "extra `report`",
     ("cli.arguments", "huggingface_hub"): "extra `llm`",
     ("cli.arguments", "huggingface_hub.errors"): "extra `llm`",
+    ("cli.demo", "rich.console"): "a tenth of the start, which no other command needs",
     ("cli.output", "rich.console"): "a tenth of the start, which --json never needs",
     ("cli.output", "rich.table"): "likewise",
     ("cli.output", "rich.progress"): "only for long work on a terminal",
