@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from . import content, partition, policy
 from .adapter import Adapter, BaseId, check_fit
 from .content import Content
@@ -84,7 +82,7 @@ def _placed(
         type=record.type,
         types={slot.slot: frozenset(m.type for m in slot.merged) for slot in manifest.slots},
         averaged={slot.slot: slot.digests for slot in manifest.slots},
-        rng=np.random.default_rng([recipe.seed, manifest.arrived]),
+        seed=(recipe.seed, manifest.arrived),
     )
     decision = policy.POLICIES[recipe.policy](scores, view)
     if isinstance(decision, Refuse):
