@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .adapter import Adapter, Factors, Modules, check_shapes, wider
 from .errors import UsageError
+from .parallel import each
 
 Vector = NDArray[np.float64]
 Square = NDArray[np.float64]
@@ -42,7 +43,12 @@ def inner(x: Adapter, y: Adapter) -> float:
 
 def norm(x: Adapter) -> float:
     """The Frobenius norm √Σ_m ‖ΔW_m‖²; float64."""
-    return math.sqrt(sum(max(float(products([f], None, np.float64)[0, 0]), 0.0) for f in x.modules.values()))
+    return math.sqrt(sum(each(lambda path: _energy(x.modules[path]), x.modules)))
+
+
+def _energy(f: Factors) -> float:
+    """‖ΔW‖² of one module, float64."""
+    return max(float(products([f], None, np.float64)[0, 0]), 0.0)
 
 
 def gram(xs: Sequence[Adapter]) -> Square:
@@ -243,7 +249,7 @@ def compress(x: Adapter, rank: int) -> tuple[Adapter, float]:
 def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
     """One module of `compress`: the factors of rank ≤ `rank`, the energy ‖·‖² dropped, the energy kept."""
     if f.shape.rank <= rank:
-        return f, 0.0, max(float(products([f], None, np.float64)[0, 0]), 0.0)
+        return f, 0.0, _energy(f)
     if f.shape.rank >= min(f.shape.dout, f.shape.din):
         return truncate_dense((f.b.astype(np.float64) @ f.a.astype(np.float64)) * f.scale, rank)
     q_b, q_a, u, s, vt = _svd(f)

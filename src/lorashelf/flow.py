@@ -12,6 +12,7 @@ from .adapter import Adapter, BaseId, check_fit
 from .content import Content
 from .errors import BaseMismatch, NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, task_name
+from .parallel import beside
 from .policy import Decision, Fold, Open, Refuse
 from .recipe import Recipe
 from .similarity import similarity
@@ -47,7 +48,8 @@ def plan_add(
     held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
     base = _agreed_base(snapshot, {task: adapter}, assume_base)
     check_fit(content.one_base([*held.values(), adapter]), str(snapshot.path))
-    values = similarity([adapter], list(held.values()))[0] if held else []
+    with beside(lambda: adapter.digest):  # asked for below
+        values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
     same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
     seen = manifest.scores if same is not None else (*manifest.scores, *scores.values())
