@@ -296,7 +296,7 @@ def _content(snapshot: Snapshot, slot: Slot) -> Content:
     """A stored slot as what the next fold starts from: norm restoration divided out."""
     stored = snapshot.adapter(slot)
     plain = stored if slot.restored == 1.0 else content.scaled(stored, 1 / slot.restored)
-    return Content(plain, slot.merged, slot.error, slot.average)
+    return Content(plain, slot.merged, slot.error, slot.average, worn=slot.worn)
 
 
 def _plan(
