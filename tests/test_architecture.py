@@ -41,6 +41,8 @@ FACES = {"", "__main__"}  # the package itself and its runner see everything
 LATE = {  # import inside a function → why
     ("atomic", "fcntl"): "macOS only",
     ("errors", "difflib"): "only when an error is raised",
+    ("parallel", "concurrent.futures"): "with logging a tenth of the start, which readers never need",
+    ("parallel", "threadpoolctl"): "likewise",
     ("partition", "sklearn.cluster"): "extra `cluster`",
     ("report.heatmap", "matplotlib.backend_bases"): "extra `report`",
     ("report.heatmap", "matplotlib.figure"): "extra `report`",
