@@ -16,7 +16,7 @@ from lorashelf import errors
 
 SOURCE = Path(lorashelf.__file__).parent
 FLOORS = [  # a module may import from lower floors, and from those before it on its own
-    ["version", "errors", "registry", "digest"],
+    ["version", "errors", "registry", "digest", "parallel"],
     ["adapter", "atomic", "tensorfile", "peft_config", "peft_format"],
     ["algebra"],
     ["similarity"],
@@ -54,6 +54,8 @@ LATE = {  # import inside a function → why
     ("backends.base_model", "transformers"): "extra `llm`",
     ("backends.base_model", "huggingface_hub"): "extra `llm`",
     ("errors", "difflib"): "only when an error is raised",
+    ("parallel", "concurrent.futures"): "with logging a tenth of the start, which readers never need",
+    ("parallel", "threadpoolctl"): "likewise",
     ("partition", "sklearn.cluster"): "extra `cluster`",
     ("report.heatmap", "matplotlib.backend_bases"): "extra `report`",
     ("report.heatmap", "matplotlib.figure"): "extra `report`",
@@ -70,6 +72,7 @@ LATE = {  # import inside a function → why
     ("cli.clustering", "backends.hf"): "only with --method d2c",
     ("cli.demo", "cli.demo_model"): "only without --no-llm",
     ("cli.arguments", "huggingface_hub.errors"): "extra `llm`",
+    ("cli.demo", "rich.console"): "a tenth of the start, which no other command needs",
     ("cli.output", "rich.console"): "a tenth of the start, which --json never needs",
     ("cli.output", "rich.table"): "likewise",
     ("cli.output", "rich.progress"): "only for long work on a terminal",
