@@ -135,8 +135,8 @@ class HFBackend:
             return
         kind = {"dtype": self.base.model.dtype, "device": self.base.model.device}
         for path, factors in adapter.modules.items():
-            a = self._torch.as_tensor(factors.a).T.to(**kind)
-            b = (self._torch.as_tensor(factors.b).T * factors.scale).to(**kind)
+            a = self._torch.tensor(factors.a).T.to(**kind)
+            b = (self._torch.tensor(factors.b).T * factors.scale).to(**kind)
             self._hooks.append(self._linear[path].register_forward_hook(_added(a, b)))
 
     def _faults(self, adapter: Adapter) -> Iterator[str]:
