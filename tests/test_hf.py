@@ -45,7 +45,7 @@ def random_adapter(backend: HFBackend, architecture: str = "llama", seed: int = 
     names = TARGETS.get(architecture, ("q_proj", "k_proj", "v_proj", "o_proj"))
     modules = {}
     for path, layer in backend.base.model.named_modules():
-        if path.rpartition(".")[2] in names and (there := hf_module._sizes(layer)):
+        if path.rpartition(".")[2] in names and (there := hf_module.sizes(layer)):
             dout, din = there
             a, b = rng.standard_normal((rank, din)), rng.standard_normal((dout, rank))
             modules[path] = Factors((0.2 * a).astype("f4"), (0.2 * b).astype("f4"), 2.0)
@@ -136,7 +136,7 @@ def test_batches_cover_everything_once_with_little_padding(bases: dict[str, HFBa
     rng = np.random.default_rng(0)
     for _ in range(30):
         tokens = [([1] * int(rng.integers(1, 90)), [2] * int(rng.integers(1, 30))) for _ in range(rng.integers(1, 40))]
-        batches = backend._batches(tokens)
+        batches = backend.batches(tokens)
         assert sorted(i for batch in batches for i in batch) == list(range(len(tokens)))
         for batch in batches:
             lengths = [len(q) + len(a) for q, a in (tokens[i] for i in batch)]
@@ -161,7 +161,7 @@ def test_padding_may_be_the_end_of_the_turn(bases: dict[str, HFBackend]) -> None
     assert both[0].tokens == one[0].tokens
     assert both[0].nll == pytest.approx(one[0].nll, rel=1e-5)
     end = backend.base.tokenizer(backend.base.template.end, add_special_tokens=False).input_ids
-    assert backend._tokens(short, short.examples[0])[1][-len(end) :] == end
+    assert backend.tokens(short, short.examples[0])[1][-len(end) :] == end
 
 
 # refusals ------------------------------------------------------------------------------------------------------------

@@ -76,9 +76,10 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
     )
 
 
-def write_adapter(adapter: Adapter, path: str | Path) -> str:
+def write_adapter(adapter: Adapter, path: str | Path, *, beside: Mapping[str, bytes] | None = None) -> str:
     """Write an adapter as a PEFT folder that appears whole or not at all; returns its object digest.
 
+    `beside` are further files, name → content, that appear with it; readers of adapters pass them over.
     The factors are rounded once, to `adapter.dtype`; scales go to `lora_alpha` and `alpha_pattern`, ranks to `r` and
     `rank_pattern`. Raises UsageError if the path exists, AdapterFormatError if a value overflows the dtype, DiskError.
     """
@@ -89,6 +90,8 @@ def write_adapter(adapter: Adapter, path: str | Path) -> str:
     staged = atomic.staging_folder(folder.parent)
     try:
         identity = write_files(adapter, staged)
+        for name, content in (beside or {}).items():
+            atomic.write_file(staged / name, [content])
         atomic.publish(staged, folder)
     except BaseException:
         atomic.remove(staged)
