@@ -13,7 +13,7 @@ from lorashelf import Shelf, read_adapter, write_adapter
 from lorashelf.backends.hf import HFBackend
 from lorashelf.cli import main
 from test_hf import random_adapter
-from tiny_base import CONTEXT, tiny_base
+from tiny_base import tiny_base
 
 NAMES = ("gec-de", "gec-en", "qa-de", "qa-en", "sum-de")
 
@@ -155,8 +155,8 @@ def test_examples_that_do_not_fit_are_counted_or_refused(
 ) -> None:
     for name in NAMES:
         examples(tmp_path / "some" / name, 3)
-        examples(tmp_path / "none" / name, 3, text="x" * CONTEXT)
-    long = {"input": "x" * CONTEXT, "output": "y"}
+        examples(tmp_path / "none" / name, 3, text="x" * 512)
+    long = {"input": "x" * 512, "output": "y"}
     with (tmp_path / "some" / "gec-de" / "train.jsonl").open("a") as handle:
         handle.write(json.dumps(long) + "\n")
     code, _, said = run(capsys, house, tmp_path / "a", "--examples", tmp_path / "some", "--examples-per-task", 4)
