@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
-from ..adapter import Adapter
+from ..adapter import Adapter, BaseId
 from ..backend import Loss, Pair
 from ..errors import ModelError, ShapeMismatch
 from ..tasks import Example, ExampleSet
@@ -80,15 +80,19 @@ class HFBackend:
     def answers(
         self, adapter: Adapter | None, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64
     ) -> list[str]:
-        """The greedy answers to texts under one instruction, without the end of the turn."""
+        """The greedy answers to texts under one instruction, without the end of the turn; the context ends them too."""
         self.attach(adapter)
         queries = [self._encoded(self.base.template.query(instruction, text)) for text in texts]
+        room = [int(min(max_new_tokens, self._context - len(query))) for query in queries]
+        roomy = [i for i in range(len(texts)) if room[i] == max_new_tokens]
+        together = self._batches([(queries[i], [0] * max_new_tokens) for i in roomy])
+        alone = [[i] for i in range(len(texts)) if 0 < room[i] < max_new_tokens]
         answers = [""] * len(texts)
-        for members in self._batches([(query, [0] * max_new_tokens) for query in queries]):
+        for members in [*([roomy[i] for i in batch] for batch in together), *alone]:
             ids, mask = self._padded([queries[i] for i in members], left=True)
             with self._torch.inference_mode():
                 written = self.base.model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=self.generation(max_new_tokens)
+                    input_ids=ids, attention_mask=mask, generation_config=self.generation(room[members[0]])
                 )
             for index, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
                 answers[index] = self.decoded(row)
@@ -107,6 +111,15 @@ class HFBackend:
         text: str = self.base.tokenizer.decode(row[:cut], skip_special_tokens=True)
         return text.strip()
 
+    def fits(self, adapters: Mapping[str, Adapter]) -> None:
+        """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
+        faults = [f"{name}: {fault}" for name, adapter in adapters.items() for fault in self._faults(adapter)]
+        if faults:
+            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure="give the base they were trained on")
+        others = sorted({str(x.base) for x in adapters.values() if x.base.contradicts(BaseId(self.base.name))})
+        if others:
+            _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self.base.name, ", ".join(others))
+
     # adapters ---------------------------------------------------------------------------------------------------
 
     def attach(self, adapter: Adapter | None) -> None:
@@ -116,8 +129,9 @@ class HFBackend:
         """
         if adapter is self._attached:
             return
-        if adapter is not None:
-            self._check(adapter)
+        if adapter is not None and (faults := list(self._faults(adapter))):
+            cure = f"give the base model it was trained on ({adapter.base})"
+            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure=cure)
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._attached = [], adapter
@@ -125,22 +139,18 @@ class HFBackend:
             return
         kind = {"dtype": self.base.model.dtype, "device": self.base.model.device}
         for path, factors in adapter.modules.items():
-            a = self._torch.as_tensor(factors.a).T.to(**kind)
-            b = (self._torch.as_tensor(factors.b).T * factors.scale).to(**kind)
+            a = self._torch.tensor(factors.a).T.to(**kind)  # a copy: the file may be mapped read-only, and may go
+            b = (self._torch.tensor(factors.b).T * factors.scale).to(**kind)
             self._hooks.append(self._linear[path].register_forward_hook(_added(a, b)))
 
-    def _check(self, adapter: Adapter) -> None:
-        faults = []
+    def _faults(self, adapter: Adapter) -> Iterator[str]:
         for path, (dout, _, din) in adapter.shapes.items():
             layer = self._linear.get(path)
             there = None if layer is None else _sizes(layer)
             if there is None:
-                faults.append(f"{path}: the base has no linear layer of this name")
+                yield f"{path}: the base has no linear layer of this name"
             elif there != (dout, din):
-                faults.append(f"{path}: ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}")
-        if faults:
-            cure = f"give the base model it was trained on ({adapter.base})"
-            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure=cure)
+                yield f"{path}: ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}"
 
     # batches ----------------------------------------------------------------------------------------------------
 
