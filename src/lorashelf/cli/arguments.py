@@ -29,6 +29,14 @@ Parameters = Annotated[
 ]
 Slots = Annotated[int, typer.Option("--slots", help="K, how many adapters there is room for.", show_default=False)]
 Bytes = Annotated[int | None, typer.Option("--bytes", help="Room for everything under the shelf, at rest.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="The base model: hub id, folder or GGUF file; default SmolLM2 if its package is here."),
+]
+Device = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first there is.")]
+ModelDtype = Annotated[
+    str | None, typer.Option("--model-dtype", help="f32, f16 or bf16 for the base; default: the fastest that is safe.")
+]
 Merge = Annotated[str, typer.Option("--merge", help="Merge method (docs/methods.md).")]
 Rank = Annotated[int | None, typer.Option("--rank", help="Cap the rank stored; never pads.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Storage dtype: f32, f16 or bf16.")]
