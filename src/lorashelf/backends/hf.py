@@ -170,7 +170,7 @@ class HFBackend:
         return query, self._encoded(template.answer(example.output))
 
     def _batches(self, tokens: Sequence[Tokens]) -> list[list[int]]:
-        """Indices in batches of similar length: the cheapest cut of the sorted examples, each at most a tenth padding."""
+        """Indices in batches of like lengths: the cheapest cut of the sorted examples, at most a tenth padding each."""
         lengths = [len(query) + len(answer) for query, answer in tokens]
         order = sorted(range(len(tokens)), key=lambda i: (lengths[i], i))
         label_limit = max(1, LOGIT_BYTES // (4 * self.base.model.config.get_text_config().vocab_size))
@@ -253,7 +253,7 @@ def _added(a: Any, b: Any) -> Any:
 
 @contextmanager
 def _head_at(model: Any, row: Any, column: Any) -> Iterator[None]:
-    """The head sees only the positions (row, column): logits become (1, n, vocabulary), whatever else the model does."""
+    """The head sees only the positions (row, column): logits become (1, n, vocabulary), whatever it does next."""
 
     def gather(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0][row, column].unsqueeze(0), *inputs[1:])
