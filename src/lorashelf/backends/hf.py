@@ -81,15 +81,19 @@ class HFBackend:
     def answers(
         self, adapter: Adapter | None, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64
     ) -> list[str]:
-        """The greedy answers to texts under one instruction, without the end of the turn."""
+        """The greedy answers to texts under one instruction, without the end of the turn; the context ends them too."""
         self.attach(adapter)
         queries = [self._encoded(self.base.template.query(instruction, text)) for text in texts]
+        room = [int(min(max_new_tokens, self._context - len(query))) for query in queries]
+        roomy = [i for i in range(len(texts)) if room[i] == max_new_tokens]
+        together = self.batches([(queries[i], [0] * max_new_tokens) for i in roomy])
+        alone = [[i] for i in range(len(texts)) if 0 < room[i] < max_new_tokens]
         answers = [""] * len(texts)
-        for members in self.batches([(query, [0] * max_new_tokens) for query in queries]):
+        for members in [*([roomy[i] for i in batch] for batch in together), *alone]:
             ids, mask = self._padded([queries[i] for i in members], left=True)
             with self._torch.inference_mode():
                 written = self.base.model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=self.generation(max_new_tokens)
+                    input_ids=ids, attention_mask=mask, generation_config=self.generation(room[members[0]])
                 )
             for index, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
                 answers[index] = self.decoded(row)
