@@ -40,6 +40,12 @@ Aliases = Annotated[
 AssumeBase = Annotated[
     bool, typer.Option("--assume-base", help="Accept another base name; shapes are checked all the same.")
 ]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="The base model: hub id, folder, GGUF file; default: SmolLM2-135M.", metavar="MODEL"),
+]
+Device = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first there is.")]
+ModelDtype = Annotated[str | None, typer.Option("--dtype", help="Of the base model: f32, f16 or bf16.")]
 RestoreNorm = Annotated[
     bool, typer.Option("--restore-norm", help="Scale merged slots to the mean norm of their members.")
 ]
