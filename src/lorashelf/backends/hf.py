@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from ..adapter import Adapter, Matrix
+from ..adapter import Adapter, BaseId, Matrix
 from ..backend import Loss, Pair
 from ..errors import ModelError, ShapeMismatch
 from ..tasks import Example, ExampleSet
@@ -193,6 +193,15 @@ class HFBackend:
                 means[i] = states[len(before) : len(rows[i])].float().mean(dim=0).cpu().numpy()
         return means
 
+    def fits(self, adapters: Mapping[str, Adapter]) -> None:
+        """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
+        faults = [f"{name}: {fault}" for name, adapter in adapters.items() for fault in self._faults(adapter)]
+        if faults:
+            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure="give the base they were trained on")
+        others = sorted({str(x.base) for x in adapters.values() if x.base.contradicts(BaseId(self.base.name))})
+        if others:
+            _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self.base.name, ", ".join(others))
+
     # adapters ---------------------------------------------------------------------------------------------------
 
     def attach(self, adapter: Adapter | None) -> None:
@@ -202,8 +211,9 @@ class HFBackend:
         """
         if adapter is self._attached:
             return
-        if adapter is not None:
-            self._check(adapter)
+        if adapter is not None and (faults := list(self._faults(adapter))):
+            cure = f"give the base model it was trained on ({adapter.base})"
+            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure=cure)
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._attached = [], adapter
@@ -215,18 +225,14 @@ class HFBackend:
             b = (self._torch.tensor(factors.b).T * factors.scale).to(**kind)
             self._hooks.append(self._linear[path].register_forward_hook(_added(a, b)))
 
-    def _check(self, adapter: Adapter) -> None:
-        faults = []
+    def _faults(self, adapter: Adapter) -> Iterator[str]:
         for path, (dout, _, din) in adapter.shapes.items():
             layer = self._linear.get(path)
             there = None if layer is None else _sizes(layer)
             if there is None:
-                faults.append(f"{path}: the base has no linear layer of this name")
+                yield f"{path}: the base has no linear layer of this name"
             elif there != (dout, din):
-                faults.append(f"{path}: ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}")
-        if faults:
-            cure = f"give the base model it was trained on ({adapter.base})"
-            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure=cure)
+                yield f"{path}: ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}"
 
     # batches ----------------------------------------------------------------------------------------------------
 
@@ -246,7 +252,7 @@ class HFBackend:
         return query, self._encoded(template.answer(example.output))
 
     def _batches(self, tokens: Sequence[Tokens]) -> list[list[int]]:
-        """Indices in batches of similar length: the cheapest cut of the sorted examples, each at most a tenth padding."""
+        """Indices in batches of like lengths: the cheapest cut of the sorted examples, at most a tenth padding each."""
         lengths = [len(query) + len(answer) for query, answer in tokens]
         order = sorted(range(len(tokens)), key=lambda i: (lengths[i], i))
         label_limit = max(1, LOGIT_BYTES // (4 * self.base.model.config.get_text_config().vocab_size))
@@ -329,7 +335,7 @@ def _added(a: Any, b: Any) -> Any:
 
 @contextmanager
 def _head_at(model: Any, row: Any, column: Any) -> Iterator[None]:
-    """The head sees only the positions (row, column): logits become (1, n, vocabulary), whatever else the model does."""
+    """The head sees only the positions (row, column): logits become (1, n, vocabulary), whatever it does next."""
 
     def gather(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0][row, column].unsqueeze(0), *inputs[1:])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import VERSION
-from . import adapters, demo, generation, shelves
+from . import adapters, clustering, demo, generation, shelves
 
 app = typer.Typer(
     name="lorashelf",
@@ -34,5 +34,5 @@ def _options(
     """Options before the command."""
 
 
-for module in (shelves, adapters, generation, demo):
+for module in (shelves, clustering, adapters, generation, demo):
     module.enter(app)

@@ -39,8 +39,12 @@ def demo(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where the shelf goes; default: a new temporary folder.")
     ] = None,
+    llm: Annotated[
+        bool, typer.Option("--llm/--no-llm", help="Also on a language model (minutes); without: seconds, no torch.")
+    ] = True,
+    examples: Annotated[Path, typer.Option("--examples", help="Task folders.")] = Path("examples/fewshot"),
 ) -> None:
-    """Show the whole story on real adapters, in seconds and without a language model."""
+    """Show the whole story on real adapters: the shelf in seconds, then a language model's losses and answers."""
     if not zoo.is_dir():
         cure = "run it in a checkout of lorashelf, or give --zoo a folder of PEFT folders of one base"
         raise UsageError("the demo's adapters are not here", where=str(zoo), cure=cure)
@@ -58,10 +62,24 @@ def demo(
     console.rule("Do problem types gather?", align="left")
     _purities(console, {"online, K-Merge++": online, "offline, agglomerative": offline}, list(named), seed)
     _route_and_undo(console, shelf, order[-1])
+    if llm:
+        _on_a_model(console, named, examples, seed)
     console.rule("Yours to try", align="left")
     program = "lorashelf" if shutil.which("lorashelf") else sys.argv[0]
     for command in ("ls", "log", "route", "verify", "undo"):
         console.print(f"  {program} {command} {shelf.path}", markup=False)
+
+
+def _on_a_model(console: Console, named: Mapping[str, Adapter], examples: Path, seed: int) -> None:
+    """The second half; where the language model's packages are not installed, what would bring them."""
+    try:
+        from .demo_model import show_model
+
+        with tempfile.TemporaryDirectory(prefix="lorashelf-") as folder:
+            show_model(console, named, examples, Path(folder), seed)
+    except UsageError as error:
+        console.rule("On a language model: not here", align="left")
+        console.print(f"  {error.what}: {error.cure}", markup=False)
 
 
 def _arrive(console: Console, shelf: Shelf, task: str, adapter: Adapter) -> None:
