@@ -19,7 +19,7 @@ from lorashelf.backends.hf import HFBackend
 from lorashelf.cli import main
 from lorashelf.errors import ModelError, ShapeMismatch, UnknownName, UsageError
 from lorashelf.generation import answer, service, stream
-from tiny_base import tiny_base
+from tiny_base import CONTEXT, tiny_base
 
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 FEWSHOT = Path(__file__).parent.parent / "examples" / "fewshot"
@@ -54,8 +54,8 @@ def adapter(seed: int, name: str = "", size: float = 0.6) -> Adapter:
     rng = np.random.default_rng(seed)
     modules = {}
     for layer in range(2):
-        for projection, dout in (("q_proj", 16), ("v_proj", 8)):
-            a, b = rng.standard_normal((2, 16)), size * rng.standard_normal((dout, 2))
+        for projection, dout in (("q_proj", 32), ("v_proj", 16)):
+            a, b = rng.standard_normal((2, 32)), size * rng.standard_normal((dout, 2))
             path = f"model.layers.{layer}.self_attn.{projection}"
             modules[path] = Factors(a.astype(np.float32), b.astype(np.float32))
     return Adapter(Modules(modules), BaseId(name))
@@ -153,7 +153,7 @@ def test_refusals_come_before_the_first_piece(
 
 def test_the_context_ends_an_answer(shelf: Shelf, tiny: HFBackend) -> None:
     query = len(tiny._encoded(tiny.base.template.query(PROMPT, "")))
-    text = "y" * (512 - query - 3)
+    text = "y" * (CONTEXT - query - 3)
     assert 0 < len(answer(tiny, shelf.snapshot(), "mend", text)) <= 3
 
 
@@ -184,11 +184,6 @@ def test_a_declared_name_of_the_base_is_not_warned_of(
 # letters --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def smol() -> HFBackend:
-    return HFBackend.open(dtype="f32")
-
-
 def pieces_of(backend: HFBackend, text: str) -> list[str]:
     """What a stream would show of an answer of these tokens."""
     return list(backend._pieces(iter(backend._encoded(text))))
@@ -204,24 +199,24 @@ def pieces_of(backend: HFBackend, text: str) -> list[str]:
         "x\ufffd y \ufffd",
     ],
 )
-def test_letters_of_several_tokens_come_whole(smol: HFBackend, text: str) -> None:
-    tokens = smol._encoded(text)
-    pieces = pieces_of(smol, text)
-    assert "".join(pieces) == smol.decoded(tokens) == text
+def test_letters_of_several_tokens_come_whole(tiny: HFBackend, text: str) -> None:
+    tokens = tiny._encoded(text)  # a token is a byte
+    pieces = pieces_of(tiny, text)
+    assert "".join(pieces) == tiny.decoded(tokens) == text
     assert len(pieces) > 2
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
-        assert any("\ufffd" in smol.decoded([token]) for token in tokens) or text.isascii() or "naïve" in text
+        assert any("\ufffd" in tiny.decoded([token]) for token in tokens)
 
 
-def test_bytes_that_never_become_a_letter_are_shown_at_the_end(smol: HFBackend) -> None:
-    half = smol._encoded("🦙")[:-1]
-    assert list(smol._pieces(iter([*smol._encoded("so"), *half]))) == ["so", smol.decoded(half)]
+def test_bytes_that_never_become_a_letter_are_shown_at_the_end(tiny: HFBackend) -> None:
+    half = tiny._encoded("🦙")[:-1]
+    assert list(tiny._pieces(iter([*tiny._encoded("so"), *half]))) == ["s", "o", tiny.decoded(half)]
 
 
-def test_white_space_at_the_ends_is_no_part_of_an_answer(smol: HFBackend) -> None:
-    assert pieces_of(smol, "  \n a b \n") == ["a", " b"]
-    assert pieces_of(smol, " \n ") == []
+def test_white_space_at_the_ends_is_no_part_of_an_answer(tiny: HFBackend) -> None:
+    assert pieces_of(tiny, "  \n a b \n") == ["a", " b"]
+    assert pieces_of(tiny, " \n ") == []
 
 
 # the command line -----------------------------------------------------------------------------------------------------
@@ -309,40 +304,38 @@ def test_add_stores_each_tasks_own_file(
         service(shelf.snapshot(), "three")
 
 
-def program(*words: object) -> list[str]:
-    return [sys.executable, "-m", "lorashelf", "generate", *map(str, words)]
-
-
-LONG = ("--max-new-tokens", 400)
-
-
-def test_a_reader_that_goes_away_is_no_fault(shelf: Shelf, base: Path) -> None:
-    process = subprocess.Popen(
-        program(shelf.path, "mend", TEXT, "--base", base, *LONG), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert len(process.stdout.read(1)) == 1
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(60) == 141
-
-
-def test_ctrl_c_ends_an_answer_with_130(shelf: Shelf, base: Path) -> None:
-    slow = (
-        "import itertools, time, lorashelf.backends.hf as hf\n"
-        "hf.HFBackend._written = lambda *a: (time.sleep(0.05) or 20 for _ in itertools.count())\n"
+def endless(shelf: Shelf, base: Path) -> subprocess.Popen[bytes]:
+    """The command in a process of its own, with a model that writes without an end; one byte of it is read."""
+    code = (
+        "import itertools, signal, time, lorashelf.backends.hf as hf\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background has it ignored
+        "hf.HFBackend._written = lambda *a: (time.sleep(0.02) or 65 for _ in itertools.count())\n"
         "from lorashelf.cli import main\n"
         "main()\n"
     )
-    words = [sys.executable, "-c", slow, "generate", shelf.path, "mend", TEXT, "--base", base, *LONG]
+    words = [sys.executable, "-c", code, "generate", shelf.path, "mend", TEXT, "--base", base]
     process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
-    first = process.stdout.read(2)  # it streams: this answer never ends
+    assert len(process.stdout.read(1)) == 1  # it streams
+    return process
+
+
+def test_a_reader_that_goes_away_is_no_fault(shelf: Shelf, base: Path) -> None:
+    process = endless(shelf, base)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def test_ctrl_c_ends_an_answer_with_130(shelf: Shelf, base: Path) -> None:
+    process = endless(shelf, base)
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate()
     assert process.returncode == 130
-    assert b"\n" not in first + out
+    assert b"\n" not in out
+    assert b"interrupted" in error
     assert b"Traceback" not in error
 
 
@@ -350,11 +343,11 @@ def test_ctrl_c_ends_an_answer_with_130(shelf: Shelf, base: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["qa-ja", "gec-de"])
-def test_smollm2_answers_as_transformers_with_peft(task: str, smol: HFBackend, tmp_path: Path) -> None:
+def test_smollm2_answers_as_transformers_with_peft(task: str, tmp_path: Path) -> None:
     from lorashelf import read_adapter
     from lorashelf.tasks import read_task
 
-    chosen = read_task(FEWSHOT / task)
+    smol, chosen = HFBackend.open(dtype="f32"), read_task(FEWSHOT / task)
     shelf = Shelf.create(tmp_path / "e.shelf", new_settings(1))
     details = {"prompt": chosen.prompt, "max_new_tokens": 24}
     shelf.commit(plan_add(shelf.snapshot(), read_adapter(ZOO / task), task, details=details))

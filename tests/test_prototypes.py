@@ -135,10 +135,10 @@ def test_embed_is_the_mean_over_the_texts_tokens(architecture: str, tmp_path: Pa
     backend = HFBackend.open(str(tiny_base(tmp_path / "base", architecture)), dtype="f32")
     texts = ["some words", "x", "many more words than there were before"]
     got = backend.embed(texts)
-    assert (got.shape, got.dtype) == ((3, 16), np.float32)
+    assert (got.shape, got.dtype) == ((3, 32), np.float32)
     tokenizer, model = backend.base.tokenizer, backend.base.model
     for text, row in zip(texts, got, strict=True):
-        before = tokenizer("<|im_start|>user\n", add_special_tokens=False).input_ids
+        before = tokenizer(backend.base.template.before, add_special_tokens=False).input_ids
         own = tokenizer(text, add_special_tokens=False).input_ids
         with torch.inference_mode():
             states = model(torch.tensor([before + own]), output_hidden_states=True).hidden_states[1][0]
