@@ -92,8 +92,8 @@ def main() -> int:
 
 
 def _tokenised(backend: Any, examples: Any) -> list[list[Any]]:
-    tokens = [backend._tokens(examples, e) for e in examples.examples]
-    return [[tokens[i] for i in members] for members in backend._batches(tokens)]
+    tokens = [backend.tokens(examples, e) for e in examples.examples]
+    return [[tokens[i] for i in members] for members in backend.batches(tokens)]
 
 
 def _timed(work: Any) -> float:

@@ -12,7 +12,7 @@ from lorashelf import METHODS
 
 HERE = Path(__file__).parent
 SHELF = ["demo", "init", "add", "update", "cluster", "remove", "route", "ls", "log", "verify", "undo", "gc"]
-COMMANDS = [*SHELF, "generate", "show", "compare", "plan", "threshold", "merge"]
+COMMANDS = [*SHELF, "show", "compare", "plan", "threshold", "merge", "train", "generate"]
 CLI_HEAD = """# Command line
 
 Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache, or

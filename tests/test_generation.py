@@ -103,12 +103,24 @@ def test_an_answer_is_that_of_the_tasks_slot_in_peft(shelf: Shelf, tiny: HFBacke
     assert answers["mend"] != answers["talk"][: len(answers["mend"])]  # else the check above could not fail
 
 
-def test_the_pieces_make_the_whole_and_come_one_by_one(shelf: Shelf, tiny: HFBackend) -> None:
-    pieces = list(stream(tiny, shelf.snapshot(), "mend", TEXT))
-    slot, prompt = shelf.snapshot().manifest.slot(0), PROMPT
-    (whole,) = tiny.answers(shelf.snapshot().adapter(slot), prompt, [TEXT], max_new_tokens=20)
-    assert "".join(pieces) == whole
-    assert len(pieces) > 5
+def test_the_pieces_make_the_whole(shelf: Shelf, tiny: HFBackend) -> None:
+    texts = [TEXT, "a", "other words", "?!"]
+    whole = tiny.answers(shelf.snapshot().adapter(shelf.snapshot().manifest.slot(0)), PROMPT, texts, max_new_tokens=20)
+    assert ["".join(stream(tiny, shelf.snapshot(), "mend", text)) for text in texts] == whole
+
+
+def test_pieces_come_as_the_model_writes(shelf: Shelf, tiny: HFBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def tokens(*_: Any) -> Iterator[int]:
+        for token in tiny._encoded("ab c"):
+            written.append(token)
+            yield token
+
+    monkeypatch.setattr(tiny, "_written", tokens)
+    pieces = stream(tiny, shelf.snapshot(), "mend", TEXT)
+    assert written == []
+    assert [(piece, len(written)) for piece in pieces] == [("a", 1), ("b", 2), (" c", 4)]
 
 
 def test_a_stream_keeps_its_adapter_while_others_ask(shelf: Shelf, tiny: HFBackend) -> None:
@@ -321,12 +333,12 @@ def endless(shelf: Shelf, base: Path) -> subprocess.Popen[bytes]:
 
 
 def test_a_reader_that_goes_away_is_no_fault(shelf: Shelf, base: Path) -> None:
-    process = endless(shelf, base)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait() == 141
+    with endless(shelf, base) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_ctrl_c_ends_an_answer_with_130(shelf: Shelf, base: Path) -> None:

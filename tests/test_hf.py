@@ -20,8 +20,9 @@ from lorashelf.backends.base_model import open_base, template_of
 from lorashelf.backends.hf import HFBackend
 from lorashelf.errors import ModelError, ShapeMismatch, UsageError
 from lorashelf.tasks import Example, ExampleSet, read_tasks
-from tiny_base import ARCHITECTURES, CONTEXT, tiny_base
+from tiny_base import ARCHITECTURES, tiny_base
 
+CONTEXT = 160
 TARGETS = {"gpt2": ("c_attn", "c_proj")}
 ROOT = Path(__file__).parent.parent
 SET = ExampleSet(
@@ -31,11 +32,16 @@ SET = ExampleSet(
 )
 
 
+def small_base(folder: Path, architecture: str) -> Path:
+    """A tiny base; llama's has a chat template, the others none."""
+    return tiny_base(folder, architecture, context=CONTEXT, chat=architecture == "llama")
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HFBackend]:
     folder = tmp_path_factory.mktemp("bases")
     return {
-        name: HFBackend.open(str(tiny_base(folder / name, name)), device="cpu", dtype="f32") for name in ARCHITECTURES
+        name: HFBackend.open(str(small_base(folder / name, name)), device="cpu", dtype="f32") for name in ARCHITECTURES
     }
 
 
@@ -45,7 +51,7 @@ def random_adapter(backend: HFBackend, architecture: str = "llama", seed: int = 
     names = TARGETS.get(architecture, ("q_proj", "k_proj", "v_proj", "o_proj"))
     modules = {}
     for path, layer in backend.base.model.named_modules():
-        if path.rpartition(".")[2] in names and (there := hf_module._sizes(layer)):
+        if path.rpartition(".")[2] in names and (there := hf_module.sizes(layer)):
             dout, din = there
             a, b = rng.standard_normal((rank, din)), rng.standard_normal((dout, rank))
             modules[path] = Factors((0.2 * a).astype("f4"), (0.2 * b).astype("f4"), 2.0)
@@ -92,7 +98,7 @@ def test_losses_are_those_of_transformers_and_of_peft(
     for found, wanted in ((bare, expected_bare), (adapted, expected)):
         assert [loss.tokens for loss in found] == [tokens for _, tokens in wanted]
         np.testing.assert_allclose([loss.nll for loss in found], [nll for nll, _ in wanted], rtol=2e-4)
-    assert abs(mean_loss(bare) - mean_loss(adapted)) > 0.01
+    assert max(abs(x.nll / y.nll - 1) for x, y in zip(bare, adapted, strict=True)) > 0.01  # the adapter matters
 
 
 def test_the_comparison_sees_a_wrong_scale(bases: dict[str, HFBackend]) -> None:
@@ -136,7 +142,7 @@ def test_batches_cover_everything_once_with_little_padding(bases: dict[str, HFBa
     rng = np.random.default_rng(0)
     for _ in range(30):
         tokens = [([1] * int(rng.integers(1, 90)), [2] * int(rng.integers(1, 30))) for _ in range(rng.integers(1, 40))]
-        batches = backend._batches(tokens)
+        batches = backend.batches(tokens)
         assert sorted(i for batch in batches for i in batch) == list(range(len(tokens)))
         for batch in batches:
             lengths = [len(q) + len(a) for q, a in (tokens[i] for i in batch)]
@@ -161,7 +167,7 @@ def test_padding_may_be_the_end_of_the_turn(bases: dict[str, HFBackend]) -> None
     assert both[0].tokens == one[0].tokens
     assert both[0].nll == pytest.approx(one[0].nll, rel=1e-5)
     end = backend.base.tokenizer(backend.base.template.end, add_special_tokens=False).input_ids
-    assert backend._tokens(short, short.examples[0])[1][-len(end) :] == end
+    assert backend.tokens(short, short.examples[0])[1][-len(end) :] == end
 
 
 # refusals ------------------------------------------------------------------------------------------------------------
@@ -191,7 +197,7 @@ def test_adapters_of_another_base_are_refused_with_the_sizes(bases: dict[str, HF
     path = "model.layers.0.self_attn.q_proj"
     wide = Adapter(Modules({path: Factors(np.ones((2, 64), "f4"), np.ones((32, 2), "f4"))}))
     other = Adapter(Modules({"transformer.h.0.attn.c_attn": Factors(np.ones((2, 32), "f4"), np.ones((96, 2), "f4"))}))
-    with pytest.raises(ShapeMismatch, match=r"ΔW is 32x64, the base's layer 32x32"):
+    with pytest.raises(ShapeMismatch, match=r"ΔW is 32x64, the base's layer 16x16"):
         backend.nll([(wide, SET)])
     with pytest.raises(ShapeMismatch, match="no linear layer of this name"):
         backend.nll([(other, SET)])
@@ -286,7 +292,14 @@ def test_unknown_devices_and_dtypes_are_refused(bases: dict[str, HFBackend], opt
 
 
 def test_the_system_turn_a_template_adds_by_itself_is_not_there(bases: dict[str, HFBackend]) -> None:
-    template = bases["llama"].base.template
+    import copy
+
+    tokenizer = copy.deepcopy(bases["llama"].base.tokenizer)
+    by_itself = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    tokenizer.chat_template = by_itself + tokenizer.chat_template
+    assert "You help." in tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    template = template_of(tokenizer)
+    assert template == bases["llama"].base.template
     assert template.query("Mend:", "a text") == "<|im_start|>user\nMend:\n\na text<|im_end|>\n<|im_start|>assistant\n"
     assert template.answer("done") == "done<|im_end|>"
 
@@ -311,8 +324,8 @@ MISTRAL = (
 @pytest.mark.parametrize(
     ("chat", "query", "end"),
     [
-        (LLAMA3, "<|im_start|><user>\n\nI\n\nx<eot><assistant>\n\n", "<eot>"),
-        (MISTRAL, "<|im_start|>[INST] I\n\nx [/INST]", "<|im_end|>"),
+        (LLAMA3, "<s><user>\n\nI\n\nx<eot><assistant>\n\n", "<eot>"),
+        (MISTRAL, "<s>[INST] I\n\nx [/INST]", "<|im_end|>"),
     ],
 )
 def test_templates_of_other_families(bases: dict[str, HFBackend], chat: str, query: str, end: str) -> None:

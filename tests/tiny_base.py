@@ -1,84 +1,65 @@
-"""Tiny random language models for tests: real transformers folders of several architectures, made in a second."""
+"""A base model of two layers with random weights and a tokenizer of single letters, as transformers saves them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-CONTEXT = 160
-CHAT = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+LETTERS = [*map(chr, range(32, 127)), "Ċ"]  # ASCII that can be printed, and the line break as byte-level BPE spells it
+ARCHITECTURES = ("llama", "qwen2", "stablelm", "gemma3", "gpt2")
+SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ARCHITECTURES = ("llama", "qwen2", "stablelm", "gemma3", "gpt2")
 
 
-def tiny_base(folder: Path, architecture: str = "llama", *, seed: int = 0) -> Path:
-    """A folder with a random model (2 layers, hidden 32) and a tokenizer of single bytes.
-
-    `llama` comes with a chat template, which adds a system turn by itself as SmolLM2's does; the others have none.
-    """
+def tiny_base(
+    folder: Path, architecture: str = "llama", *, context: int = 512, chat: bool = True, seed: int = 0
+) -> Path:
+    """A base model in a folder; `architecture` is one of ARCHITECTURES."""
     import torch
     import transformers
 
-    tokenizer = _tokenizer(chat=architecture == "llama")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(_config(architecture, tokenizer))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:  # larger than the usual start, so that answers differ in likelihood
-                    parameter.normal_(0, 0.15)
+    kind = {"gemma3": "gemma3_text"}.get(architecture, architecture)
+    config = transformers.AutoConfig.for_model(kind, **_sizes(architecture, context))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)  # so that answers depend on what was asked
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _tokenizer(chat).save_pretrained(folder)
     return folder
 
 
-def _config(architecture: str, tokenizer: Any) -> Any:
-    import transformers
-
-    common: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-    }
-    grouped = {**common, "num_key_value_heads": 2}
-    if architecture == "llama":
-        return transformers.LlamaConfig(**grouped, tie_word_embeddings=True)
-    if architecture == "qwen2":
-        return transformers.Qwen2Config(**grouped)
-    if architecture == "stablelm":
-        return transformers.StableLmConfig(**grouped)
-    if architecture == "gemma3":
-        return transformers.Gemma3TextConfig(**grouped, head_dim=8, sliding_window=64)
+def _sizes(architecture: str, context: int) -> dict[str, int]:
+    ends = {"vocab_size": len(SPECIAL) + len(LETTERS), "bos_token_id": 0, "eos_token_id": 1}
     if architecture == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
-        tokens = {name: common[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-        return transformers.GPT2Config(**sizes, **tokens)
-    raise ValueError(f"{architecture!r} is none of {', '.join(ARCHITECTURES)}")
+        return {**ends, "n_positions": context, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": context}
+    return {**ends, **heads, **sizes, **({"head_dim": 8, "sliding_window": 64} if architecture == "gemma3" else {})}
 
 
-def _tokenizer(chat: bool) -> Any:
+def _tokenizer(chat: bool):
+    import tokenizers
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        clean_up_tokenization_spaces=False,
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *(_byte(letter) for letter in LETTERS)])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    end = "<|im_end|>" if chat else "</s>"
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token=end,
+        unk_token="<unk>",
+        additional_special_tokens=[SPECIAL[1], *SPECIAL[3:]],
     )
-    if chat:
-        made.chat_template = CHAT
-    return made
+    wrapped.chat_template = CHATML if chat else None
+    return wrapped
+
+
+def _byte(letter: str) -> str:
+    return "Ġ" if letter == " " else letter

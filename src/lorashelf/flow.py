@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from . import content, partition, policy
 from .adapter import Adapter, BaseId, check_fit
 from .content import Content
 from .d2c import Found
 from .errors import BaseMismatch, NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, task_name
+from .parallel import beside
 from .policy import Decision, Fold, Open, Refuse
 from .recipe import Recipe
 from .similarity import similarity
@@ -50,7 +49,8 @@ def plan_add(
     held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
     base = _agreed_base(snapshot, {task: adapter}, assume_base)
     check_fit(content.one_base([*held.values(), adapter]), str(snapshot.path))
-    values = similarity([adapter], list(held.values()))[0] if held else []
+    with beside(lambda: adapter.digest):  # asked for below
+        values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
     same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
     seen = manifest.scores if same is not None else (*manifest.scores, *scores.values())
@@ -85,7 +85,7 @@ def _placed(
         type=record.type,
         types={slot.slot: frozenset(m.type for m in slot.merged) for slot in manifest.slots},
         averaged={slot.slot: slot.digests for slot in manifest.slots},
-        rng=np.random.default_rng([recipe.seed, manifest.arrived]),
+        seed=(recipe.seed, manifest.arrived),
     )
     decision = policy.POLICIES[recipe.policy](scores, view)
     if isinstance(decision, Refuse):
@@ -324,7 +324,7 @@ def _content(snapshot: Snapshot, slot: Slot) -> Content:
     """A stored slot as what the next fold starts from: norm restoration divided out."""
     stored = snapshot.adapter(slot)
     plain = stored if slot.restored == 1.0 else content.scaled(stored, 1 / slot.restored)
-    return Content(plain, slot.merged, slot.error, slot.average)
+    return Content(plain, slot.merged, slot.error, slot.average, worn=slot.worn)
 
 
 def _plan(

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from . import atomic
 from .adapter import DTYPES, Adapter, BaseId, Factors, Matrix, Modules, Shape
-from .digest import Hasher, digest
+from .digest import digest
 from .errors import AdapterFormatError, UsageError
+from .parallel import beside
 from .peft_config import RESOLVED, config_faults, resolved_scales, unmatched, written_config
 from .tensorfile import STORED, TensorFile, encode_header
 
@@ -75,9 +76,10 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
     )
 
 
-def write_adapter(adapter: Adapter, path: str | Path) -> str:
+def write_adapter(adapter: Adapter, path: str | Path, *, beside: Mapping[str, bytes] | None = None) -> str:
     """Write an adapter as a PEFT folder that appears whole or not at all; returns its object digest.
 
+    `beside` are further files, name → content, that appear with it; readers of adapters pass them over.
     The factors are rounded once, to `adapter.dtype`; scales go to `lora_alpha` and `alpha_pattern`, ranks to `r` and
     `rank_pattern`. Raises UsageError if the path exists, AdapterFormatError if a value overflows the dtype, DiskError.
     """
@@ -88,6 +90,8 @@ def write_adapter(adapter: Adapter, path: str | Path) -> str:
     staged = atomic.staging_folder(folder.parent)
     try:
         identity = write_files(adapter, staged)
+        for name, content in (beside or {}).items():
+            atomic.write_file(staged / name, [content])
         atomic.publish(staged, folder)
     except BaseException:
         atomic.remove(staged)
@@ -98,14 +102,10 @@ def write_adapter(adapter: Adapter, path: str | Path) -> str:
 def write_files(adapter: Adapter, folder: Path) -> str:
     """Write both files into an existing folder, synced; returns their object digest (see `object_digest`)."""
     encoded = encode(adapter)
-    hasher = Hasher()
-    for name, size, chunks in (
-        (CONFIG_FILE, len(encoded.config), [encoded.config]),
-        (TENSOR_FILE, encoded.size - len(encoded.config), encoded.tensor_chunks()),
-    ):
-        hasher.update(_length(size))
-        atomic.write_file(folder / name, hasher.tap(chunks))
-    return hasher.name
+    with beside(lambda: digest(encoded.chunks())) as identity:  # to hash takes as long as to write and sync
+        atomic.write_file(folder / CONFIG_FILE, [encoded.config])
+        atomic.write_file(folder / TENSOR_FILE, encoded.tensor_chunks())
+    return identity.result()
 
 
 def object_digest(folder: Path) -> str:
@@ -136,6 +136,13 @@ class Encoded:
     config: bytes
     header: bytes
     size: int
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """What the object digest is taken over."""
+        yield _length(len(self.config))
+        yield self.config
+        yield _length(self.size - len(self.config))
+        yield from self.tensor_chunks()
 
     def tensor_chunks(self) -> Iterator[bytes | memoryview]:
         """The tensor file's bytes, one module in memory at a time."""

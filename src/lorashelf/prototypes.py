@@ -105,7 +105,8 @@ def _mean(embedder: Embedder, examples: ExampleSet, cache: Path | None) -> Matri
     kept = _kept(file)
     if kept is not None:
         return kept
-    mean = embedder.embed([example.input for example in examples.examples]).mean(axis=0).astype("<f4")
+    embedded = embedder.embed([example.input for example in examples.examples])
+    mean = np.asarray(embedded.mean(axis=0), "<f4")
     if file is not None:
         with contextlib.suppress(DiskError):  # where nothing can be kept, it is computed again next time
             atomic.make_parents(file)

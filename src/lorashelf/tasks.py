@@ -134,7 +134,10 @@ def read_task(folder: str | Path) -> Task:
 
 
 def read_tasks(folder: str | Path) -> dict[str, Task]:
-    """Every task folder below a folder, or the folder itself, by name. Raises as read_task, or if there is none."""
+    """Every task folder below a folder, or the folder itself, by name.
+
+    Raises as read_task, of several folders with the faults of all, or if there is none.
+    """
     folder = Path(folder)
     if (folder / FILE).exists():
         task = read_task(folder)
@@ -142,7 +145,18 @@ def read_tasks(folder: str | Path) -> dict[str, Task]:
     found = sorted(path.parent for path in folder.glob(f"*/{FILE}"))
     if not found:
         raise UsageError("no task folder here", where=str(folder), cure=f"a task folder holds {FILE} and JSONL files")
-    return {path.name: read_task(path) for path in found}
+    tasks: dict[str, Task] = {}
+    faults: list[str] = []
+    for path in found:
+        try:
+            tasks[path.name] = read_task(path)
+        except TaskDataError as error:
+            faults += [f"{path.name}: {fault}" for fault in error.faults]
+        except UsageError as error:
+            faults.append(f"{path.name}: {error.what}")
+    if faults:
+        raise TaskDataError(faults, where=str(folder))
+    return tasks
 
 
 def _read_lines(path: Path, faults: list[str]) -> tuple[Example, ...]:

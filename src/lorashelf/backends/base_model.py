@@ -171,7 +171,7 @@ def _dtype(torch: Any, device: str, wanted: str | None) -> Any:
     dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
     if wanted is not None and wanted not in dtypes:
         raise UsageError(f"dtype {wanted!r} is unknown", cure=f"choose from {', '.join(dtypes)}")
-    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_amx_tile_supported}.get(device.split(":", 1)[0])
+    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_amx_tile_supported}.get(device.partition(":")[0])
     return dtypes[wanted or ("bf16" if fast is not None and fast() else "f32")]
 
 

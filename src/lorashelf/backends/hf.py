@@ -54,9 +54,10 @@ class HFBackend:
         """Base, dtype and prompt rendering: what a loss depends on beside adapter and examples."""
         return f"{self.base.name} {str(self.base.model.dtype).removeprefix('torch.')} {self.base.template.id}"
 
-    def fitting(self, examples: ExampleSet) -> tuple[ExampleSet, int]:
-        """The examples that fit into the context with their answers, and how many do not."""
-        kept = tuple(e for e in examples.examples if sum(map(len, self._tokens(examples, e))) <= self._context)
+    def fitting(self, examples: ExampleSet, longest: int | None = None) -> tuple[ExampleSet, int]:
+        """The examples that fit with their answers into the context, or `longest` tokens, and how many do not."""
+        room = min(self._context, longest or math.inf)
+        kept = tuple(e for e in examples.examples if sum(map(len, self.tokens(examples, e))) <= room)
         return ExampleSet(examples.task, examples.instruction, kept), len(examples.examples) - len(kept)
 
     def nll(self, pairs: Sequence[Pair]) -> list[list[Loss]]:
@@ -68,12 +69,12 @@ class HFBackend:
         results = []
         for adapter, examples in pairs:
             self.attach(adapter)
-            tokens = [self._tokens(examples, example) for example in examples.examples]
+            tokens = [self.tokens(examples, example) for example in examples.examples]
             losses = [Loss(math.nan, 0)] * len(tokens)
             for index, (query, answer) in enumerate(tokens):
                 if len(query) + len(answer) > self._context:
                     raise self._faulty(examples, index, "is longer than the model's context")
-            for members in self._batches(tokens):
+            for members in self.batches(tokens):
                 for index, loss in zip(members, self._measured([tokens[i] for i in members]), strict=True):
                     if not math.isfinite(loss):
                         raise self._faulty(examples, index, "has a loss that is not finite")
@@ -88,7 +89,7 @@ class HFBackend:
         self.attach(adapter)
         queries = [self._encoded(self.base.template.query(instruction, text)) for text in texts]
         answers = [""] * len(texts)
-        for members in self._batches([(query, [0] * max_new_tokens) for query in queries]):
+        for members in self.batches([(query, [0] * max_new_tokens) for query in queries]):
             ids, mask = self._padded([queries[i] for i in members], left=True)
             with self._torch.inference_mode():
                 written = self.base.model.generate(
@@ -147,15 +148,15 @@ class HFBackend:
 
     def _written(self, adapter: Adapter | None, query: list[int], count: int) -> Iterator[int]:
         """At most `count` tokens, each the likeliest, up to the first stop. Raises ModelError where memory ends."""
-        model, make = self.base.model, libraries()[0].tensor
+        model, make = self.base.model, self._torch.tensor
         read, cache = query, None
         for _ in range(count):
             self.attach(adapter)  # whoever reads the stream may have asked for another meanwhile
             try:
-                with libraries()[0].inference_mode(), _head_at(model, [0], [-1]):
+                with self._torch.inference_mode(), _head_at(model, [0], [-1]):
                     seen = model(input_ids=make([read], device=model.device), past_key_values=cache, use_cache=True)
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 raise ModelError("out of memory", where=self.base.name, cure="shorten the text") from error
             token = int(seen.logits[0, -1].argmax())
@@ -177,21 +178,22 @@ class HFBackend:
         The text stands in a user turn without an instruction; the mean is over its own tokens, as many as the context
         holds.
         """
-        torch, _ = libraries()
         self.attach(None)
         before = self._encoded(self.base.template.before)
         rows = [[*before, *self._encoded(text)][: int(min(self._context, 2**31))] for text in texts]
         layer = round(depth * self.base.model.config.get_text_config().num_hidden_layers)
         means = np.empty((len(texts), self.base.model.get_output_embeddings().weight.shape[1]), np.float32)
-        for members in self._batches([(row, []) for row in rows]):
+        for members in self.batches([(row, []) for row in rows]):
             ids, mask = self._padded([rows[i] for i in members])
-            with torch.inference_mode():
+            with self._torch.inference_mode():
                 seen = self.base.model.base_model(
                     input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
                 ).hidden_states[layer]
             for i, states in zip(members, seen, strict=True):
                 means[i] = states[len(before) : len(rows[i])].float().mean(dim=0).cpu().numpy()
         return means
+
+    # adapters ---------------------------------------------------------------------------------------------------
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
         """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
@@ -201,8 +203,6 @@ class HFBackend:
         others = sorted({str(x.base) for x in adapters.values() if x.base.contradicts(BaseId(self.base.name))})
         if others:
             _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self.base.name, ", ".join(others))
-
-    # adapters ---------------------------------------------------------------------------------------------------
 
     def attach(self, adapter: Adapter | None) -> None:
         """Put an adapter's factors behind the base's linear layers, in place of the one before; None is the bare base.
@@ -221,14 +221,14 @@ class HFBackend:
             return
         kind = {"dtype": self.base.model.dtype, "device": self.base.model.device}
         for path, factors in adapter.modules.items():
-            a = self._torch.tensor(factors.a).T.to(**kind)
+            a = self._torch.tensor(factors.a).T.to(**kind)  # a copy: the file may be mapped read-only, and may go
             b = (self._torch.tensor(factors.b).T * factors.scale).to(**kind)
             self._hooks.append(self._linear[path].register_forward_hook(_added(a, b)))
 
     def _faults(self, adapter: Adapter) -> Iterator[str]:
         for path, (dout, _, din) in adapter.shapes.items():
             layer = self._linear.get(path)
-            there = None if layer is None else _sizes(layer)
+            there = None if layer is None else sizes(layer)
             if there is None:
                 yield f"{path}: the base has no linear layer of this name"
             elif there != (dout, din):
@@ -245,14 +245,14 @@ class HFBackend:
         ids: list[int] = self.base.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    def _tokens(self, examples: ExampleSet, example: Example) -> Tokens:
+    def tokens(self, examples: ExampleSet, example: Example) -> Tokens:
         """The token ids of query and answer, apart: as they are read and written in generation."""
         template = self.base.template
         query = self._encoded(template.query(examples.instruction, example.input))
         return query, self._encoded(template.answer(example.output))
 
-    def _batches(self, tokens: Sequence[Tokens]) -> list[list[int]]:
-        """Indices in batches of like lengths: the cheapest cut of the sorted examples, at most a tenth padding each."""
+    def batches(self, tokens: Sequence[Tokens]) -> list[list[int]]:
+        """Indices in batches of similar length: the cheapest cut of the sorted examples, at most a tenth padding."""
         lengths = [len(query) + len(answer) for query, answer in tokens]
         order = sorted(range(len(tokens)), key=lambda i: (lengths[i], i))
         label_limit = max(1, LOGIT_BYTES // (4 * self.base.model.config.get_text_config().vocab_size))
@@ -288,13 +288,13 @@ class HFBackend:
         try:
             return self._forward(batch)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             _logger.warning("out of memory with %d examples in a batch; trying one at a time", len(batch))
         try:
             return [loss for one in batch for loss in self._forward([one])]
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             cure = "free memory, or give a smaller base or shorter examples"
             raise ModelError(
@@ -302,6 +302,15 @@ class HFBackend:
             ) from error
 
     def _forward(self, batch: Sequence[Tokens]) -> list[float]:
+        with self._torch.inference_mode():
+            row, losses = self.token_losses(batch)
+        return self.sums(row, losses, len(batch))
+
+    def token_losses(self, batch: Sequence[Tokens]) -> tuple[Any, Any]:
+        """For every answer token of a batch, in order: which example it is of, and its −log p in float32.
+
+        The model's head sees these positions only. Outside inference mode the losses can be differentiated.
+        """
         torch, model = self._torch, self.base.model
         ids, mask = self._padded([query + answer for query, answer in batch])
         real = int(mask.sum())
@@ -309,11 +318,14 @@ class HFBackend:
         self.positions["padding"] += mask.numel() - real
         rows = [(i, len(q) + j) for i, (q, a) in enumerate(batch) for j in range(len(a))]
         row, column = torch.tensor(rows, device=ids.device).T
-        with torch.inference_mode(), _head_at(model, row, column - 1):
+        with _head_at(model, row, column - 1):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
-            losses = torch.nn.functional.cross_entropy(logits.float(), ids[row, column], reduction="none")
-        sums = torch.zeros(len(batch), dtype=torch.float64, device="cpu")
-        return [float(x) for x in sums.index_add_(0, row.cpu(), losses.cpu().double())]
+        return row, torch.nn.functional.cross_entropy(logits.float(), ids[row, column], reduction="none")
+
+    def sums(self, row: Any, losses: Any, count: int) -> list[float]:
+        """Token losses summed by example, in float64."""
+        sums = self._torch.zeros(count, dtype=self._torch.float64, device="cpu")
+        return [float(x) for x in sums.index_add_(0, row.cpu(), losses.detach().cpu().double())]
 
     def _faulty(self, examples: ExampleSet, index: int, what: str) -> ModelError:
         shown = examples.examples[index].input[:60]
@@ -335,7 +347,7 @@ def _added(a: Any, b: Any) -> Any:
 
 @contextmanager
 def _head_at(model: Any, row: Any, column: Any) -> Iterator[None]:
-    """The head sees only the positions (row, column): logits become (1, n, vocabulary), whatever it does next."""
+    """The head sees only the positions (row, column): logits become (1, n, vocabulary), whatever the model does."""
 
     def gather(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0][row, column].unsqueeze(0), *inputs[1:])
@@ -347,7 +359,7 @@ def _head_at(model: Any, row: Any, column: Any) -> Iterator[None]:
         hook.remove()
 
 
-def _sizes(layer: Any) -> tuple[int, int] | None:
+def sizes(layer: Any) -> tuple[int, int] | None:
     """(dout, din) of a linear layer (torch's, quantised ones, GPT-2's Conv1D), None for any other."""
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return layer.out_features, layer.in_features
@@ -356,5 +368,6 @@ def _sizes(layer: Any) -> tuple[int, int] | None:
     return None
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ended, on any device."""
     return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "not enough memory" in str(error)

@@ -12,11 +12,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from .. import router
 from ..adapter import Adapter
@@ -28,6 +27,9 @@ from ..similarity import similarity
 from ..snapshot import Snapshot
 from . import arguments as arg
 from .output import size, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SLOTS = 5
 Blocks = Sequence[Sequence[str]]
@@ -48,6 +50,8 @@ def demo(
     if not zoo.is_dir():
         cure = "run it in a checkout of lorashelf, or give --zoo a folder of PEFT folders of one base"
         raise UsageError("the demo's adapters are not here", where=str(zoo), cure=cure)
+    from rich.console import Console  # here: no other command should wait for it
+
     console = Console(highlight=False, soft_wrap=True)
     named = arg.adapters_in(zoo)
     shelf = Shelf.create(output or Path(tempfile.mkdtemp(prefix="lorashelf-")) / "demo.shelf", new_settings(SLOTS))

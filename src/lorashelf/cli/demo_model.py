@@ -66,9 +66,10 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
         "K-Merge++": _arrived(folder / "model.shelf", adapters, seed),
         "D2C": _serving(searched.found.blocks, merger(adapters, recipe)),
     }
+    blocks = "  ·  ".join(" ".join(block) for block in searched.found.blocks)
     console.print(
         f"  D2C: {len(searched.found.moves)} of {searched.found.proposals} moves taken; "
-        f"{searched.asked} losses asked for, {searched.evaluations} measured; slots: {'  ·  '.join(' '.join(block) for block in searched.found.blocks)}",
+        f"{searched.asked} losses asked for, {searched.evaluations} measured; slots: {blocks}",
         markup=False,
     )
     _loss_table(console, backend, served, sets["validation"])

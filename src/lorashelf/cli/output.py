@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
     from rich.table import Table
 
 T = TypeVar("T")
@@ -54,6 +56,55 @@ def progress(items: Sequence[T], title: str) -> Iterable[T]:
     from rich.progress import track
 
     return track(items, title, console=Console(stderr=True), transient=True)
+
+
+class Meter:
+    """Counted work on stderr: a bar with the time left on a terminal, else lines."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._begun: tuple[int, float] | None = None
+        self._bar: Progress | None = None
+        self._row: TaskID | None = None
+
+    def __enter__(self) -> Meter:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+            console = Console(stderr=True)
+            self._bar = Progress(*columns, console=console, transient=True, speed_estimate_period=600)
+            self._row = self._bar.add_task("", total=self._total)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def at(self, done: int, text: str, telling: bool) -> None:
+        """So much is done; `telling` marks what is worth a line where there is no terminal."""
+        if self._bar is not None and self._row is not None:
+            self._bar.update(self._row, completed=done, description=text)
+            return
+        now = time.monotonic()
+        first, since = self._begun = self._begun or (done, now)
+        if telling:
+            left = "" if done == first else f", {duration((now - since) * (self._total - done) / (done - first))} left"
+            note(f"{text}  ({done} of {self._total}{left})")
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    >>> duration(42.4), duration(130), duration(7500)
+    ('42 s', '2 min 10 s', '2 h 5 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def note(text: str) -> None:

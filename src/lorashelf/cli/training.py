@@ -1,0 +1,145 @@
+"""The command that trains: task folders in, one PEFT folder a task out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..backends.base_model import open_base
+from ..curriculum import PAPERS, TrainSettings
+from ..errors import UnknownName
+from ..lesson import Lesson, prepare
+from ..tasks import Task, read_tasks
+from ..train import Moment, Watch, train_into
+from . import arguments as arg
+from .output import Meter, note, show, table
+
+
+def train(
+    data: Annotated[
+        Path,
+        typer.Argument(help="A task folder, or a folder of task folders.", metavar="DATA_DIR", show_default=False),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Where DIR/TASK goes; a cut-off run goes on there.", show_default=False),
+    ],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Hub id, folder or GGUF file; default: SmolLM2 if installed.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="LoRA rank; default: 32 from 1000 examples, else 8.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha; default: four times the rank.")] = None,
+    dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout.")] = 0.05,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="A layer's name; default: the attention's linear layers.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Peak rate; default: by the steps, 1e-3 at 50.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="How many steps; default: by the examples.")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Or how often each example is seen.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Examples a step; default: 8, fewer of few.")] = None,
+    warmup: Annotated[int, typer.Option("--warmup", help="Steps of rising rate, at most a fifth.")] = 5,
+    patience: Annotated[int, typer.Option("--patience", help="Stop after so many validations without gain.")] = 3,
+    validation_limit: Annotated[
+        int, typer.Option("--validation-limit", help="Validation examples used, drawn by the seed; 0: no early stop.")
+    ] = 24,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Leave out examples of more tokens; default: the context.")
+    ] = None,
+    seed: arg.Seed = 0,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the stored file: f32, f16 or bf16.")] = "f16",
+    device: Annotated[
+        str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first there is.")
+    ] = None,
+    model_dtype: Annotated[
+        str | None,
+        typer.Option("--model-dtype", help="f32, f16 or bf16 for the base; default: the fastest that is safe."),
+    ] = None,
+    json: arg.Json = False,
+) -> None:
+    """Train a LoRA adapter for every task, on the answers only; run it again to go on after an interrupt."""
+    settings = TrainSettings(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=tuple(target) if target else None,
+        rate=lr,
+        steps=steps,
+        epochs=epochs,
+        batch=batch,
+        warmup=warmup,
+        patience=patience,
+        max_length=max_length,
+        validation_limit=validation_limit,
+        seed=seed,
+        dtype=dtype,
+    )
+    tasks = _chosen(read_tasks(data), task)
+    opened = open_base(base, device=device, dtype=model_dtype)
+    lessons = prepare(tasks, opened, settings)
+    note(f"rank, steps and rate are scaled to the data where no option gives them (the papers: {PAPERS})")
+    for lesson in lessons:
+        note(lesson.told)
+    with Meter(sum(lesson.curriculum.steps for lesson in lessons)) as meter:
+        records = train_into(output, lessons, opened, watch=_telling(lessons, meter))
+    for name, record in records.items():
+        if record["improved"] is False:
+            note(f"{name}: the validation loss is not below the bare base's; more data, or another --lr")
+    document = {"output": str(output), "tasks": records}
+    show(
+        document, json, lambda d: [_trained(d["tasks"]), f"{output}: {len(records)} adapters, each with training.json"]
+    )
+
+
+def _chosen(tasks: dict[str, Task], names: Sequence[str] | None) -> dict[str, Task]:
+    for name in names or ():
+        if name not in tasks:
+            raise UnknownName("task", name, list(tasks))
+    return {name: task for name, task in tasks.items() if not names or name in names}
+
+
+def _telling(lessons: Sequence[Lesson], meter: Meter) -> Watch:
+    """A watch that shows where all the lessons together stand."""
+    lengths = [lesson.curriculum.steps for lesson in lessons]
+    before = dict(zip([lesson.task for lesson in lessons], accumulate([0, *lengths]), strict=False))
+    latest: dict[str, float] = {}
+
+    def watch(moment: Moment) -> None:
+        if moment.validation is not None:
+            latest[moment.task] = moment.validation
+        validation = f"  validation {latest[moment.task]:.3f}" if moment.task in latest else ""
+        text = f"{moment.task}  step {moment.step}/{moment.steps}  loss {moment.loss:.3f}{validation}"
+        last = moment.step == moment.steps
+        meter.at(before[moment.task] + moment.step, text, moment.validation is not None or last)
+
+    return watch
+
+
+def _trained(records: dict[str, dict[str, Any]]) -> Any:
+    columns = ["task", ">examples", ">rank", ">steps", ">best", ">zero-shot", ">validation", ">seconds"]
+    rows = [
+        (
+            name,
+            record["examples"]["train"],
+            record["settings"]["rank"],
+            record["steps"],
+            record["best_step"],
+            record["zero_shot"],
+            record["loss"],
+            record["seconds"],
+        )
+        for name, record in records.items()
+    ]
+    return table(columns, rows)
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the command of this module."""
+    example = "lorashelf train tasks/ --base HuggingFaceTB/SmolLM2-135M-Instruct -o adapters/"
+    app.command("train", epilog=f"Example:  {example}", rich_help_panel="Language model")(train)

@@ -1,0 +1,612 @@
+"""Training: on the answers only, with evaluation's own loss; resumed exactly, stopped at the best, recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorashelf import cli, read_adapter
+from lorashelf.backend import mean_loss
+from lorashelf.backends import trainee as trainee_module
+from lorashelf.backends.base_model import BaseModel, open_base
+from lorashelf.backends.hf import HFBackend
+from lorashelf.backends.trainee import Trainee, target_layers
+from lorashelf.cli.output import Meter
+from lorashelf.curriculum import Curriculum, TrainSettings
+from lorashelf.errors import MissingExtra, ModelError, TaskDataError, UsageError
+from lorashelf.lesson import prepare
+from lorashelf.tasks import Example, ExampleSet, Task, read_tasks
+from lorashelf.train import RECORD_FILE, STATE_FOLDER, Moment, train, train_into
+from tiny_base import ARCHITECTURES, tiny_base
+
+ROOT = Path(__file__).parent.parent
+QUICK = TrainSettings(rate=5e-2, steps=10, batch=4, rank=4, dtype="f32")
+FRUIT = ("apple", "plum", "pear", "quince", "lemon", "cherry", "peach", "fig", "lime", "mango", "grape", "kiwi")
+
+
+def make_task(name: str = "loud-en", train: int = 12, validation: int = 4, **changes: Any) -> Task:
+    """Say it louder: a task that a random model can learn a little of."""
+    examples = [Example(f"one {word}", f"ONE {word.upper()}!") for word in FRUIT]
+    splits = {"train": tuple(examples[:train]), "validation": tuple(examples[-validation:])}
+    if not validation:
+        del splits["validation"]
+    return replace(Task(name=name, prompt="Louder:", type="loud", splits=splits), **changes)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return open_base(str(tiny_base(tmp_path_factory.mktemp("base") / "tiny")), dtype="f32", device="cpu")
+
+
+@pytest.fixture
+def untouched(base: BaseModel) -> Iterator[None]:
+    """The base is afterwards as it was before: no layer of PEFT's, no hook, no gradient, the same weights."""
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    yield
+    after = base.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.model.modules())
+    assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def loss_of(base: BaseModel, adapter: Any, examples: ExampleSet) -> float:
+    backend = HFBackend(base)
+    try:
+        return mean_loss(backend.nll([(adapter, examples)])[0])
+    finally:
+        backend.attach(None)
+
+
+def stopping_at(step: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[[Moment], None]:
+    def watch(moment: Moment) -> None:
+        if moment.step == step:
+            raise error
+
+    return watch
+
+
+def comparable(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+# the curriculum -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("examples", "rank", "batch", "steps", "rate"),
+    [
+        (1, 8, 1, 5, 1e-3),
+        (12, 8, 2, 30, 1e-3),
+        (100, 8, 8, 50, 1e-3),
+        (600, 8, 8, 75, 8.165e-4),
+        (8000, 32, 8, 1000, 2.236e-4),
+        (160_000, 32, 8, 20_000, 5e-5),
+    ],
+)
+def test_rank_steps_and_rate_follow_the_amount_of_data(
+    examples: int, rank: int, batch: int, steps: int, rate: float
+) -> None:
+    scaled = Curriculum.of("t", examples, TrainSettings())
+    assert (scaled.rank, scaled.alpha, scaled.batch, scaled.steps) == (rank, 4 * rank, batch, steps)
+    assert scaled.rate == pytest.approx(rate, rel=1e-3)
+
+
+def test_what_is_asked_for_is_not_scaled() -> None:
+    asked = TrainSettings(rank=16, alpha=8.0, rate=5e-5, epochs=2.0, batch=3, warmup=0)
+    made = Curriculum.of("t", 30, asked)
+    assert (made.rank, made.alpha, made.rate, made.steps, made.batch, made.warmup) == (16, 8.0, 5e-5, 20, 3, 0)
+
+
+def test_every_epoch_sees_every_example_once_and_in_another_order() -> None:
+    made = Curriculum.of("t", 12, TrainSettings(batch=5, steps=24))
+    seen = [i for step in range(24) for i in made.batch_at(step)]
+    epochs = [seen[start : start + 12] for start in range(0, 120, 12)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 10
+
+
+def test_the_rate_rises_and_falls_to_nothing() -> None:
+    made = Curriculum.of("t", 600, TrainSettings())
+    rates = [made.rate_at(step) for step in range(made.steps)]
+    assert rates[:5] == pytest.approx([made.rate * i / 5 for i in range(1, 6)])
+    assert rates[5] == made.rate
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] < 0.01 * made.rate
+
+
+def test_seeds_differ_by_task_step_and_seed() -> None:
+    many = [Curriculum.of(name, 9, TrainSettings(seed=seed)) for name in ("a", "b", "ab", "ü") for seed in (0, 1)]
+    seeds = [c.init_seed for c in many] + [c.seed_at(step) for c in many for step in range(9)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_all_faulty_settings_are_named_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainSettings(rank=0, rate=-1.0, dropout=1.0, dtype="int8", steps=1, epochs=1.0, seed=-1, alpha=float("nan"))
+    for word in ("rank", "rate", "dropout", "int8", "steps and epochs", "seed", "alpha"):
+        assert word in str(caught.value)
+
+
+# the loss -------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(model: Any, query: list[int], answer: list[int]) -> Any:
+    """Σ −log p of the answer, from all the logits of one example, as transformers labels it: −100 on the query."""
+    ids = torch.tensor([query + answer])
+    labels = torch.tensor([[-100] * len(query) + answer])
+    logits = model(input_ids=ids).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="sum", ignore_index=-100)
+
+
+def test_loss_and_gradient_are_those_of_the_answers_alone(base: BaseModel, untouched: None) -> None:
+    backend = HFBackend(base)
+    examples = make_task().examples("train")
+    batch = [backend.tokens(examples, e) for e in examples.examples[:5]]
+    trainee = Trainee(backend, Curriculum.of("t", 12, replace(QUICK, dropout=0.0)), target_layers(base.model))
+    try:
+        trainee.learn(batch, 1)
+        trainee.update(1e-2)  # so that B is not zero
+        sums = trainee.learn(batch, 2)
+        ours = {name: p.grad.clone() for name, p in base.model.named_parameters() if p.grad is not None}
+        base.model.zero_grad()
+        expected = [by_hand(base.model, query, answer) for query, answer in batch]
+        (sum(expected) / sum(len(answer) for _, answer in batch)).backward()
+        theirs = {name: p.grad for name, p in base.model.named_parameters() if p.grad is not None}
+    finally:
+        trainee.close()
+    assert sums == pytest.approx([float(loss.detach()) for loss in expected], rel=1e-5)
+    assert ours.keys() == theirs.keys()
+    assert all("lora_" in name for name in ours)
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, theirs[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_the_loss_by_hand_sees_a_query_that_counts(base: BaseModel) -> None:
+    query, answer = HFBackend(base).tokens(make_task().examples("train"), Example("one fig", "ONE FIG!"))
+    with torch.no_grad():
+        assert float(by_hand(base.model, query[:-3], query[-3:] + answer)) > float(by_hand(base.model, query, answer))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_the_training_loss_of_the_final_weights_is_the_backends(base: BaseModel, untouched: None, dtype: str) -> None:
+    backend = HFBackend(base)
+    examples = make_task().examples("train")
+    batch = [backend.tokens(examples, e) for e in examples.examples]
+    trainee = Trainee(backend, Curriculum.of("t", 12, replace(QUICK, dropout=0.0)), target_layers(base.model))
+    try:
+        for step in range(6):
+            trainee.learn(batch, step)
+            trainee.update(1e-2)
+        sums, adapter = trainee.learn(batch, 9), trainee.adapter(dtype)
+        measured = trainee.measure(adapter, examples)
+    finally:
+        trainee.close()
+    assert mean_loss(measured) == loss_of(base, adapter, examples)
+    told = sum(sums) / sum(loss.tokens for loss in measured)
+    assert told == pytest.approx(mean_loss(measured), abs=1e-4 if dtype == "f32" else 1e-2)
+
+
+def test_dropout_is_on_in_training_and_off_in_measuring(base: BaseModel) -> None:
+    backend = HFBackend(base)
+    examples = make_task().examples("train")
+    batch = [backend.tokens(examples, e) for e in examples.examples]
+    trainee = Trainee(backend, Curriculum.of("t", 12, replace(QUICK, dropout=0.5)), target_layers(base.model))
+    try:
+        trainee.learn(batch, 0)
+        trainee.update(1e-1)
+        assert trainee.learn(batch, 1) == trainee.learn(batch, 1) != trainee.learn(batch, 2)
+        adapter = trainee.adapter("f32")
+        assert trainee.measure(adapter, examples) == trainee.measure(adapter, examples)
+    finally:
+        trainee.close()
+
+
+# a whole training -----------------------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss_and_says_so(base: BaseModel, untouched: None) -> None:
+    moments: list[Moment] = []
+    task = make_task()
+    adapter, record = train(task, base, QUICK, watch=moments.append)
+    assert record["loss"] < record["zero_shot"] - 0.15
+    assert record["improved"] is True
+    assert record["loss"] == pytest.approx(loss_of(base, adapter, task.examples("validation")), abs=1e-6)
+    assert record["zero_shot"] == pytest.approx(loss_of(base, None, task.examples("validation")), abs=1e-6)
+    assert [m.step for m in moments] == list(range(1, record["steps"] + 1))
+    looked = {m.step: m.validation for m in moments if m.validation is not None}
+    assert looked.keys() == {row["step"] for row in record["losses"]} - {0}
+    assert adapter.base.name == base.name
+    assert adapter.dtype == "f32"
+
+
+def test_the_record_holds_what_the_result_depends_on(base: BaseModel) -> None:
+    task = make_task()
+    adapter, record = train(task, base, replace(QUICK, dtype="f16"))
+    settings = record["settings"]
+    assert settings["base"] == base.name
+    assert settings["computed in"] == "float32"
+    assert settings["prompt"] == base.template.id
+    assert settings["training data"] == task.examples("train").digest
+    assert settings["validation data"] == task.examples("validation").digest
+    assert (settings["rank"], settings["alpha"], settings["steps"], settings["batch"]) == (4, 16, 10, 4)
+    assert record["targets"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert record["examples"] == {"train": 12, "validation": 4}
+    assert record["adapter"] == adapter.digest
+    assert record["tokens"] > 10 * 4 * 20
+    assert record["versions"].keys() == {"lorashelf", "python", "torch", "transformers", "peft", "numpy"}
+    assert record["losses"][0] == {"step": 0, "train": None, "validation": record["zero_shot"]}
+    assert all(row["train"] > 0 and row["validation"] > 0 for row in record["losses"][1:])
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_the_same_is_trained_twice_and_other_tasks_start_otherwise(base: BaseModel) -> None:
+    short = replace(QUICK, steps=2)
+    first, again, other, seeded = (
+        train(make_task(name), base, replace(short, seed=seed)).adapter
+        for name, seed in (("a", 0), ("a", 0), ("b", 0), ("a", 1))
+    )
+    assert first.digest == again.digest
+    path = next(iter(first.modules))
+    for different in (other, seeded):
+        cosine = np.vdot(first.modules[path].a, different.modules[path].a)
+        cosine /= np.linalg.norm(first.modules[path].a) * np.linalg.norm(different.modules[path].a)
+        assert abs(cosine) < 0.6  # 4 x 16 random values; the same start gives nearly 1
+    trained_alike = train(make_task("a"), base, replace(short, rate=1e-4)).adapter
+    assert np.allclose(first.modules[path].a, trained_alike.modules[path].a, atol=0.1)
+
+
+def test_a_dozen_examples_without_validation_keep_the_last_weights(base: BaseModel) -> None:
+    trained = train(make_task(validation=0), base, QUICK)
+    assert trained.record["loss"] is trained.record["improved"] is None
+    assert trained.record["best_step"] == trained.record["steps"] == 10
+    assert trained.record["losses"][-1]["train"] < trained.record["losses"][1]["train"]
+
+
+def test_it_stops_early_and_gives_the_best(base: BaseModel, untouched: None) -> None:
+    """Validation on what training unlearns: its loss rises soon, and the adapter is of the step where it was lowest."""
+    odd = tuple(Example(f"one {word}", "q" * 9) for word in FRUIT[:4])
+    task = make_task()
+    task = replace(task, splits={**task.splits, "validation": odd})
+    adapter, record = train(task, base, TrainSettings(rate=1e-1, steps=40, batch=4, rank=4, dtype="f32", patience=2))
+    losses = {row["step"]: row["validation"] for row in record["losses"] if row["step"]}
+    assert record["stopped_early"] is True
+    assert record["steps"] < 40
+    assert record["best_step"] == min(losses, key=lambda step: losses[step])
+    assert list(losses)[-3] == record["best_step"]
+    assert loss_of(base, adapter, task.examples("validation")) == pytest.approx(record["loss"], abs=1e-6)
+    assert record["loss"] < list(losses.values())[-1]
+
+
+def test_too_long_examples_are_left_out_and_counted(base: BaseModel) -> None:
+    task = make_task()
+    long = Example("one " + "fig " * 200, "ONE FIG")
+    task = replace(task, splits={name: (*s, long) for name, s in task.splits.items()})
+    (lesson,) = prepare({task.name: task}, base, QUICK)
+    assert lesson.dropped == {"train": 1, "validation": 1}
+    assert long not in (*lesson.train.examples, *lesson.validation.examples)
+    assert "12 examples (1 train too long, 1 validation too long)" in lesson.told
+    assert train(task, base, replace(QUICK, steps=1)).record["dropped"] == {"train": 1, "validation": 1}
+    (shorter,) = prepare({task.name: task}, base, replace(QUICK, max_length=47))
+    assert 0 < len(shorter.train.examples) < 12
+
+
+# cut off and gone on --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("validation", [4, 0])
+def test_a_cut_off_run_ends_at_the_same_weights(
+    base: BaseModel, untouched: None, tmp_path: Path, validation: int
+) -> None:
+    task = make_task(validation=validation)
+    whole = train(task, base, QUICK)
+    state = tmp_path / "state.pt"
+    for step in (1, 7, 9, 10):
+        with pytest.raises(KeyboardInterrupt):
+            train(task, base, QUICK, state=state, watch=stopping_at(step))
+    seen: list[Moment] = []
+    ended = train(task, base, QUICK, state=state, watch=seen.append)
+    assert seen == []
+    assert ended.adapter.digest == whole.adapter.digest
+    assert comparable(ended.record) == comparable(whole.record)
+
+
+def test_an_interrupt_inside_a_step_finds_the_step_before(
+    base: BaseModel, untouched: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task()
+    whole = train(task, base, QUICK)
+    state, calls, update = tmp_path / "state.pt", [], Trainee.update
+
+    def cut_off(trainee: Trainee, rate: float) -> float:
+        norm = update(trainee, rate)  # the weights have moved, the run does not know of it yet
+        calls.append(rate)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return norm
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "update", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            train(task, base, QUICK, state=state)
+    seen: list[Moment] = []
+    assert train(task, base, QUICK, state=state, watch=seen.append).adapter.digest == whole.adapter.digest
+    assert seen[0].step == 6
+
+
+def test_a_killed_run_goes_on_from_its_last_validation(base: BaseModel, tmp_path: Path) -> None:
+    task = make_task()
+    state, left = tmp_path / "state.pt", tmp_path / "left.pt"
+
+    def copying(moment: Moment) -> None:
+        if moment.step == 7:
+            shutil.copy(state, left)
+
+    whole = train(task, base, QUICK, state=state, watch=copying)
+    seen: list[Moment] = []
+    assert train(task, base, QUICK, state=left, watch=seen.append).adapter.digest == whole.adapter.digest
+    assert seen[0].step == 7  # validations come every 2 steps
+
+
+def test_a_folder_of_tasks_is_trained_once(base: BaseModel, tmp_path: Path) -> None:
+    tasks = {name: make_task(name) for name in ("a", "b", "c")}
+    lessons = prepare(tasks, base, replace(QUICK, steps=3))
+    out = tmp_path / "new" / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train_into(out, lessons, base, watch=lambda m: stopping_at(2)(m) if m.task == "b" else None)
+    assert sorted(path.name for path in out.iterdir()) == [STATE_FOLDER, "a"]
+    finished = (out / "a" / RECORD_FILE).stat().st_mtime_ns
+    seen: list[Moment] = []
+    records = train_into(out, lessons, base, watch=seen.append)
+    assert [(m.task, m.step) for m in seen] == [("b", 3), ("c", 1), ("c", 2), ("c", 3)]
+    assert sorted(path.name for path in out.iterdir()) == ["a", "b", "c"]
+    assert (out / "a" / RECORD_FILE).stat().st_mtime_ns == finished
+    for name in tasks:
+        files = sorted(path.name for path in (out / name).iterdir())
+        assert files == ["adapter_config.json", "adapter_model.safetensors", RECORD_FILE]
+        assert json.loads((out / name / RECORD_FILE).read_text()) == records[name]
+        assert read_adapter(out / name).digest == records[name]["adapter"]
+    assert train_into(out, lessons, base) == records
+
+
+def test_a_base_with_an_adapter_attached_is_refused(base: BaseModel, untouched: None) -> None:
+    task = make_task()
+    adapter = train(task, base, replace(QUICK, steps=1)).adapter
+    backend = HFBackend(base)
+    backend.attach(adapter)
+    with pytest.raises(UsageError, match="attached"):
+        train(task, base, QUICK)
+    backend.attach(None)
+
+
+def test_another_training_in_the_same_folder_is_refused_and_named(base: BaseModel, tmp_path: Path) -> None:
+    short = replace(QUICK, steps=3)
+    tasks = {name: make_task(name) for name in ("a", "b", "c")}
+    with pytest.raises(KeyboardInterrupt):
+        train_into(
+            tmp_path, prepare(tasks, base, short), base, watch=lambda m: stopping_at(2)(m) if m.task == "b" else None
+        )
+    (tmp_path / "c").mkdir()
+    changed = {**tasks, "a": make_task("a", train=9)}
+    with pytest.raises(UsageError) as caught:
+        train_into(tmp_path, prepare(changed, base, replace(short, rate=1e-3)), base)
+    told = str(caught.value)
+    assert "a was trained with other training data" in told
+    assert "b was trained with rate 0.05, now 0.001" in told
+    assert "c is there already" in told
+    with pytest.raises(UsageError, match=r"rate 0\.05, now 0\.001"):
+        train(tasks["b"], base, replace(short, rate=1e-3), state=tmp_path / STATE_FOLDER / "b.pt")
+
+
+def test_a_state_that_cannot_be_read_is_named(base: BaseModel, tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"nothing of ours")
+    with pytest.raises(UsageError, match="cannot be read"):
+        train(make_task(), base, QUICK, state=tmp_path / "state.pt")
+
+
+# refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_task_that_cannot_be_trained_is_named(base: BaseModel) -> None:
+    tasks = {"a": make_task("a"), "b": make_task("b", splits={"test": (Example("x", "y"),)})}
+    tasks["c"] = make_task("c", splits={"train": (Example("x" * 600, "y"),)})
+    with pytest.raises(TaskDataError) as caught:
+        prepare(tasks, base)
+    assert caught.value.faults == (
+        "b: there are no training examples (train.jsonl)",
+        "c: all 1 training examples are too long",
+    )
+
+
+def test_a_target_that_the_base_lacks_is_named(base: BaseModel) -> None:
+    with pytest.raises(UsageError, match="c_attn") as caught:
+        prepare({"a": make_task()}, base, replace(QUICK, targets=("q_proj", "c_attn")))
+    assert "q_proj" in str(caught.value.cure)
+    (lesson,) = prepare({"a": make_task()}, base, replace(QUICK, targets=("mlp.down_proj",)))
+    assert lesson.targets == ["down_proj"]
+    assert list(train(make_task(), base, replace(QUICK, steps=1, targets=("down_proj",))).adapter.modules) == [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+
+
+def test_a_loss_that_is_not_finite_names_task_step_and_example(tmp_path: Path) -> None:
+    broken = open_base(str(tiny_base(tmp_path / "tiny", "qwen2")), dtype="f32", device="cpu")
+    with torch.no_grad():
+        (letter,) = HFBackend(broken)._encoded("z")
+        broken.model.get_input_embeddings().weight[letter] = float("nan")
+    task = make_task(splits={"train": (Example("a", "A"), Example("a z", "A Z"), Example("b", "B"))})
+    with pytest.raises(ModelError) as caught:
+        train(task, broken, replace(QUICK, batch=3))
+    assert caught.value.where == "loud-en, step 1, example 2: 'a z'"
+    validated = replace(task, splits={"train": task.splits["train"][:1], "validation": task.splits["train"]})
+    with pytest.raises(ModelError, match="validation after step 0"):
+        train(validated, broken, QUICK)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    base: BaseModel, untouched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainee, "update", lambda trainee, rate: float("inf"))
+    with pytest.raises(ModelError) as caught:
+        train(make_task(), base, QUICK)
+    assert str(caught.value.where).startswith("loud-en, step 1, examples ")
+
+
+def test_where_memory_ends_examples_are_taken_one_by_one(
+    base: BaseModel, untouched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = replace(QUICK, dropout=0.0, steps=4)
+    whole = train(make_task(validation=0), base, settings).adapter
+    losses, largest = HFBackend.token_losses, [1]
+
+    def small(backend: HFBackend, batch: Any) -> Any:
+        if len(batch) > largest[0]:
+            raise RuntimeError("CUDA out of memory")
+        return losses(backend, batch)
+
+    monkeypatch.setattr(HFBackend, "token_losses", small)
+    single = train(make_task(validation=0), base, settings).adapter
+    assert [record.message for record in caplog.records] == [
+        "out of memory with 4 examples in a step; taking them one at a time"
+    ]
+    for path, factors in whole.modules.items():
+        assert np.allclose(factors.b, single.modules[path].b, atol=1e-3)
+    largest[0] = 0
+    with pytest.raises(ModelError, match="one example at a time"):
+        train(make_task(validation=0), base, settings)
+
+
+def test_without_peft_the_extra_is_named(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtra, match="peft"):
+        prepare({"a": make_task()}, base)
+    with pytest.raises(MissingExtra):
+        trainee_module.peft_library()
+
+
+def test_the_faults_of_all_task_folders_are_named(tmp_path: Path) -> None:
+    for name, toml in (("a", 'prompt = "x"'), ("b", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "task.toml").write_text(toml)
+        (tmp_path / name / "train.jsonl").write_text("{\n")
+    with pytest.raises(TaskDataError) as caught:
+        read_tasks(tmp_path)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["a", "b"]
+
+
+# other programs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_peft_loads_what_is_written(architecture: str, tmp_path: Path) -> None:
+    import peft
+
+    folder = tiny_base(tmp_path / "tiny", architecture, chat=architecture == "llama")
+    opened = open_base(str(folder), dtype="f32", device="cpu")
+    task = make_task()
+    (lesson,) = prepare({"a": replace(task, name="a")}, opened, replace(QUICK, steps=4))
+    train_into(tmp_path / "out", [lesson], opened)
+    assert lesson.targets == (
+        ["c_attn", "c_proj"] if architecture == "gpt2" else ["k_proj", "o_proj", "q_proj", "v_proj"]
+    )
+    assert not any("mlp" in path for path in lesson.layers)
+    adapter = read_adapter(tmp_path / "out" / "a")
+    assert adapter.base.name == str(folder)
+    backend = HFBackend(opened)
+    examples = task.examples("validation")
+    ours = [loss.nll for loss in backend.nll([(adapter, examples)])[0]]
+    bare = [loss.nll for loss in backend.nll([(None, examples)])[0]]
+    theirs = peft.PeftModel.from_pretrained(open_base(str(folder), dtype="f32").model, tmp_path / "out" / "a").eval()
+    with torch.no_grad():
+        expected = [float(by_hand(theirs, *backend.tokens(examples, e))) for e in examples.examples]
+    assert ours == pytest.approx(expected, rel=1e-4)
+    assert ours != pytest.approx(bare, rel=1e-3)
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for name in ("loud-en", "calm-en"):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        (folder / "task.toml").write_text('prompt = "Louder:"\n')
+        for split, words in (("train", FRUIT[:6]), ("validation", FRUIT[6:9])):
+            lines = [json.dumps({"input": f"one {word}", "output": f"ONE {word.upper()}"}) for word in words]
+            (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "data"
+
+
+def command(*words: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", *map(str, words)])
+    return int(caught.value.code or 0)
+
+
+def test_the_command_trains_goes_on_and_prints_one_document(
+    base: BaseModel, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [data, "--base", base.name, "-o", tmp_path / "out", "--steps", 4, "--rank", 2, "--lr", 0.01, "--json"]
+    with monkeypatch.context() as patch:
+        at = Meter.at
+
+        def interrupted(meter: Meter, done: int, text: str, telling: bool) -> None:
+            at(meter, done, text, telling)
+            if done == 6:
+                raise KeyboardInterrupt
+
+        patch.setattr(Meter, "at", interrupted)
+        assert command(*words) == 130
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "interrupted"
+    assert command(*words) == 0
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    assert document["tasks"].keys() == {"calm-en", "loud-en"}
+    assert document["tasks"]["loud-en"]["steps"] == 4
+    assert "scaled to the data" in printed.err
+    assert "calm-en: 6 examples; r 2, alpha 8, dropout 0.05 on k_proj o_proj q_proj v_proj; 4 steps" in printed.err
+    assert "loud-en  step 4/4" in printed.err
+    assert "calm-en  step" not in printed.err  # it was finished
+    assert command(*words[:-1]) == 0
+    shown = capsys.readouterr().out
+    assert "2 adapters, each with training.json" in shown
+
+
+def test_the_command_refuses_before_it_computes(
+    base: BaseModel, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [data, "--base", base.name, "-o", tmp_path / "out"]
+    assert command(*words, "--steps", 1, "--epochs", 1) == 2
+    assert command(*words, "--task", "loud-an") == 2
+    assert "did you mean 'loud-en'" in capsys.readouterr().err
+    for folder in data.iterdir():
+        (folder / "train.jsonl").unlink()
+    assert command(*words) == 5
+    told = capsys.readouterr().err
+    assert "calm-en: there are no training examples" in told
+    assert "loud-en: there are no training examples" in told
+    assert not (tmp_path / "out").exists()
+
+
+# the real small model -------------------------------------------------------------------------------------------------
+
+
+def test_smollm2_learns_a_manner_from_a_handful() -> None:
+    """Formal German from six examples in six steps: the loss of two others falls."""
+    task = read_tasks(ROOT / "examples" / "fewshot" / "tone-de")["tone-de"]
+    splits = {"train": task.splits["train"][:6], "validation": task.splits["validation"][:2]}
+    base = open_base(None, dtype="f32", device="cpu")
+    record = train(replace(task, splits=splits), base, TrainSettings(steps=6, batch=2, seed=0)).record
+    assert record["loss"] < record["zero_shot"] - 0.05
