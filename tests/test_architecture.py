@@ -36,6 +36,8 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
     ],
     ["content", "flow", "clustering", "router", "survey"],
     [
+        "generation",
+        "prototypes",
         "report",
         "report.heatmap",
         "metrics.metric",
@@ -59,6 +61,7 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
         "cli.evaluation",
         "cli.demo_model",
         "cli.training",
+        "cli.generation",
         "cli.demo",
         "cli.app",
         "cli",

@@ -100,6 +100,18 @@ def read_task_file(path: str | Path) -> dict[str, Any]:
     return fields
 
 
+def fields_for(path: str | Path, task: str) -> dict[str, Any]:
+    """The fields of a task.toml, of a task folder, or of the task's own folder among others ({} if it has none there).
+
+    Raises UsageError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_task_file(path)
+    found = next((file for file in (path / FILE, path / task / FILE) if file.exists()), None)
+    return read_task_file(found) if found else {}
+
+
 def read_task(folder: str | Path) -> Task:
     """A task folder. Raises UsageError for its task.toml, TaskDataError with file, line and field of all faults."""
     folder = Path(folder)

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
-from ..adapter import Adapter, BaseId
+import numpy as np
+
+from ..adapter import Adapter, BaseId, Matrix
 from ..backend import Loss, Pair
 from ..errors import ModelError, ShapeMismatch
 from ..tasks import Example, ExampleSet
@@ -21,6 +23,8 @@ from .base_model import BaseModel, libraries, open_base
 LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32
 MOST_PADDING = 0.1  # share of a batch's positions
 _CALL = 24  # positions that one forward pass costs beside its own, in balance with padding
+DEPTH = 2 / 3  # of the layers, where representations tell tasks apart best: docs/results.md
+_UNDECODED = "\ufffd"  # what a decoder shows for bytes that are no letter
 _logger = logging.getLogger("lorashelf")
 Tokens = tuple[list[int], list[int]]
 
@@ -109,8 +113,91 @@ class HFBackend:
     def decoded(self, row: Sequence[int]) -> str:
         """The text of generated token ids, up to the first stop."""
         cut = next((i for i, token in enumerate(row) if token in self._stops), len(row))
-        text: str = self.base.tokenizer.decode(row[:cut], skip_special_tokens=True)
+        decode = self.base.tokenizer.decode
+        text: str = decode(row[:cut], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
+
+    @property
+    def base_name(self) -> str:
+        """The name the base model is known by."""
+        return self.base.name
+
+    def stream(
+        self, adapter: Adapter | None, instruction: str, text: str, *, max_new_tokens: int = 64
+    ) -> Iterator[str]:
+        """The greedy answer in pieces, as they are written; a letter of several tokens is in one piece.
+
+        Raises at once ShapeMismatch, and ModelError for a text beyond the context.
+        """
+        self.attach(adapter)
+        query = self._encoded(self.base.template.query(instruction, text))
+        room = self._context - len(query)
+        if room < 1:
+            where = f"{len(query)} tokens with the instruction; the model's context is {self._context}"
+            raise ModelError("the text is too long to be answered", where=where, cure="shorten it")
+        return self._pieces(self._written(adapter, query, int(min(max_new_tokens, room))))
+
+    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+        """The text of tokens as it settles: bytes that are no letter yet, and spaces that may be the last, wait."""
+        row: list[int] = []
+        shown = 0
+        for token in tokens:
+            row.append(token)
+            settled = self.decoded(row).rstrip(_UNDECODED).rstrip()
+            if len(settled) > shown:
+                yield settled[shown:]
+                shown = len(settled)
+        if rest := self.decoded(row)[shown:]:
+            yield rest
+
+    def _written(self, adapter: Adapter | None, query: list[int], count: int) -> Iterator[int]:
+        """At most `count` tokens, each the likeliest, up to the first stop. Raises ModelError where memory ends."""
+        model, make = self.base.model, self._torch.tensor
+        read, cache = query, None
+        for _ in range(count):
+            self.attach(adapter)  # whoever reads the stream may have asked for another meanwhile
+            try:
+                with self._torch.inference_mode(), _head_at(model, [0], [-1]):
+                    seen = model(input_ids=make([read], device=model.device), past_key_values=cache, use_cache=True)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise ModelError("out of memory", where=self.base.name, cure="shorten the text") from error
+            token = int(seen.logits[0, -1].argmax())
+            if token in self._stops:
+                return
+            yield token
+            read, cache = [token], seen.past_key_values
+
+    # representations --------------------------------------------------------------------------------------------
+
+    @property
+    def embedding_id(self) -> str:
+        """What `embed` depends on beside the texts."""
+        return f"{self.id} text at {DEPTH:.3f}"
+
+    def embed(self, texts: Sequence[str], depth: float = DEPTH) -> Matrix:
+        """(n, d) float32: each text's mean hidden state after that share of the bare base's layers.
+
+        The text stands in a user turn without an instruction; the mean is over its own tokens, as many as the context
+        holds.
+        """
+        self.attach(None)
+        before = self._encoded(self.base.template.before)
+        rows = [[*before, *self._encoded(text)][: int(min(self._context, 2**31))] for text in texts]
+        layer = round(depth * self.base.model.config.get_text_config().num_hidden_layers)
+        means = np.empty((len(texts), self.base.model.get_output_embeddings().weight.shape[1]), np.float32)
+        for members in self.batches([(row, []) for row in rows]):
+            ids, mask = self._padded([rows[i] for i in members])
+            with self._torch.inference_mode():
+                seen = self.base.model.base_model(
+                    input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+                ).hidden_states[layer]
+            for i, states in zip(members, seen, strict=True):
+                means[i] = states[len(before) : len(rows[i])].float().mean(dim=0).cpu().numpy()
+        return means
+
+    # adapters ---------------------------------------------------------------------------------------------------
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
         """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
@@ -120,8 +207,6 @@ class HFBackend:
         others = sorted({str(x.base) for x in adapters.values() if x.base.contradicts(BaseId(self.base.name))})
         if others:
             _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self.base.name, ", ".join(others))
-
-    # adapters ---------------------------------------------------------------------------------------------------
 
     def attach(self, adapter: Adapter | None) -> None:
         """Put an adapter's factors behind the base's linear layers, in place of the one before; None is the bare base.

@@ -18,7 +18,7 @@ from ..peft_format import read_adapter
 from ..recipe import new_settings
 from ..shelf import Shelf
 from ..snapshot import Snapshot
-from ..tasks import read_task_file
+from ..tasks import fields_for
 from . import arguments as arg
 from .output import note, progress, score, show, size, table
 
@@ -74,7 +74,10 @@ def add(
     type: Annotated[
         str | None, typer.Option("--type", help="Problem type; default: the name before the first '-'.")
     ] = None,
-    task_file: Annotated[Path | None, typer.Option("--task-file", help="A task.toml to store with the task.")] = None,
+    task_file: Annotated[
+        Path | None,
+        typer.Option("--task-file", help="The task.toml to store with a task, or a folder of task folders."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")] = False,
     assume_base: arg.AssumeBase = False,
     json: arg.Json = False,
@@ -82,13 +85,12 @@ def add(
     """Put adapters on the shelf, in order: each opens a free slot or is folded into the nearest."""
     if task is not None and len(adapters) > 1:
         raise UsageError(f"--task with {len(adapters)} adapters", cure="name each: NAME=ADAPTER")
-    details = read_task_file(task_file) if task_file else {}
     opened = Shelf(shelf)
     documents: list[dict[str, Any]] = []
     with contextlib.nullcontext() if dry_run else opened.writing(), _telling(documents):
         snapshot = opened.snapshot()
         for text in progress(adapters, "adding"):
-            plan = _planned(snapshot, text, task, type, details, assume_base)
+            plan = _planned(snapshot, text, task, type, task_file, assume_base)
             head = None if dry_run else opened.commit(plan)
             snapshot = snapshot.after(plan) if dry_run else opened.snapshot()
             documents.append({**plan.report, "head": head})
@@ -258,11 +260,12 @@ def _telling(documents: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def _planned(
-    snapshot: Snapshot, text: str, task: str | None, kind: str | None, details: dict[str, Any], assume_base: bool
+    snapshot: Snapshot, text: str, task: str | None, kind: str | None, task_file: Path | None, assume_base: bool
 ) -> Plan:
     name, path = arg.adapter_path(text, task)
     adapter = read_adapter(path)
     note_unknown_base({name: adapter})
+    details = fields_for(task_file, name) if task_file else {}
     plan = plan_add(snapshot, adapter, name, type=kind, details=details, assume_base=assume_base)
     if plan.report["decision"] == "fold":
         averaged = "folded" if plan.report["merged"] else "already averaged in, so only routed"
