@@ -282,8 +282,9 @@ def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path: Path, content: 
 def test_the_journal_holds_what_was_measured(tmp_path: Path) -> None:
     adapters = related(9)
     searched = clustered(adapters, Counting(adapters), tmp_path / "j.jsonl")
-    settings, *losses = [json.loads(line) for line in (tmp_path / "j.jsonl").read_text().splitlines()]
-    assert set(settings) == {"settings"}
+    settings, *losses = [json.loads(line)["unit"]["what"] for line in (tmp_path / "j.jsonl").read_text().splitlines()]
+    assert settings == "settings"
+    assert set(losses) == {"loss"}
     assert len(losses) >= searched.distinct == searched.evaluations
 
 

@@ -1,7 +1,7 @@
-"""What an evaluation has measured so far, found again by all that a result depends on; in a folder, or in memory.
+"""What was measured so far, found again by all that a result depends on; in a file, or in memory.
 
-    FOLDER/journal.jsonl    a line a result: {"digest", "result", "unit"}, canonical JSON, appended and fsynced
-    FOLDER/lock             held by the evaluation that writes here
+    journal.jsonl   a line a result: {"digest", "result", "unit"}, canonical JSON, appended and fsynced
+    lock            beside it, held by the evaluation that writes into this folder
 
 `unit` is a JSON document of everything the result depends on, `digest` that of [unit, result]. A result is found under
 exactly its unit, so other settings simply find nothing; a line that is torn or altered is passed over.
@@ -36,6 +36,11 @@ class Journal:
         self._size = 0
         if kept is not None:
             self._read(kept)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether its file holds something, but no result of ours."""
+        return not self._results and self.kept is not None and self.kept.exists() and self.kept.stat().st_size > 0
 
     def get(self, unit: Mapping[str, Any]) -> Any:
         """The result of a unit, or None."""

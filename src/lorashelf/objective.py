@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import atomic
 from .adapter import Adapter
 from .backend import LossBackend, mean_loss
 from .d2c import Block
 from .errors import UsageError
+from .journal import Journal
 from .tasks import ExampleSet
 
 _MERGES_KEPT = 16
@@ -48,27 +48,28 @@ class Objective:
         self._first = {x.digest: task for task, x in sorted(adapters.items(), reverse=True)}
         self._digests = {task: x.digest for task, x in adapters.items()}
         self._merges: dict[tuple[str, ...], Adapter] = {}
-        self._journal, self._written = journal, 0
         self._settings = {
             **(settings or {}),
             "backend": backend.id,
             "adapters": dict(sorted(self._digests.items())),
             "examples": {task: examples[task].digest for task in sorted(adapters)},
         }
-        if journal is not None:
-            self._resume(journal)
+        self._journal = Journal() if journal is None else self._resume(journal)
 
     def __call__(self, pairs: Sequence[tuple[Block, str]]) -> list[float]:
         """The loss of each (block, task). Raises what the backend raises."""
         self.asked += len(pairs)
         keys = [self._key(block, task) for block, task in pairs]
+        for key in keys:
+            if key not in self.known and (kept := self._journal.get(_unit(key))) is not None:
+                self.known[key] = kept
         missing = [key for key in dict.fromkeys(keys) if key not in self.known]
         if missing:
             found = self._backend.nll([(self._merged(block), self._examples[task]) for block, task in missing])
-            losses = [mean_loss(losses) for losses in found]
             self.measured += len(missing)
-            self._record(missing, losses)
-            self.known |= zip(missing, losses, strict=True)
+            for key, losses in zip(missing, found, strict=True):
+                self.known[key] = mean_loss(losses)
+                self._journal.put(_unit(key), self.known[key])
         return [self.known[key] for key in keys]
 
     def _key(self, block: Block, task: str) -> Key:
@@ -82,43 +83,22 @@ class Objective:
             self._merges[block] = self._merge(block)
         return self._merges[block]
 
-    # the journal: a line of settings, then a line a loss --------------------------------------------------------
-
-    def _resume(self, path: Path) -> None:
-        lines = _whole_lines(path)
-        if not lines:
-            self._append([{"settings": self._settings}])
-            return
-        try:
-            settings, *losses = [json.loads(line) for line in lines]
-            known = {(tuple(entry["block"]), entry["task"]): float(entry["loss"]) for entry in losses}
-            before = settings["settings"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                "the journal cannot be read", where=str(path), cure="delete it, or name another"
-            ) from error
-        differing = sorted(
-            name
-            for name in {*before, *self._settings}
-            if before.get(name) != json.loads(json.dumps(self._settings.get(name)))
-        )
+    def _resume(self, path: Path) -> Journal:
+        """The journal of this very search, new or from before."""
+        journal = Journal(path)
+        before = journal.get({"what": "settings"})
+        if before is None and journal.foreign:
+            raise UsageError("the journal cannot be read", where=str(path), cure="delete it, or name another")
+        if before is None:
+            journal.put({"what": "settings"}, self._settings)
+            return journal
+        now = json.loads(json.dumps(self._settings))
+        differing = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if differing:
             what = f"the journal is of another search: {', '.join(differing)} differ"
             raise UsageError(what, where=str(path), cure="give the same settings, or delete it, or name another")
-        self.known, self._written = known, sum(map(len, lines))
-
-    def _record(self, keys: Sequence[Key], losses: Sequence[float]) -> None:
-        self._append([{"block": b, "task": t, "loss": loss} for (b, t), loss in zip(keys, losses, strict=True)])
-
-    def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        if self._journal is None:
-            return
-        data = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
-        atomic.append(self._journal, data, keep=self._written)
-        self._written += len(data)
+        return journal
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    with atomic.refusals(path, "read"):
-        data = path.read_bytes() if path.exists() else b""
-    return [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+def _unit(key: Key) -> dict[str, Any]:
+    return {"what": "loss", "block": list(key[0]), "task": key[1]}

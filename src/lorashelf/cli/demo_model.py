@@ -19,7 +19,7 @@ from ..shelf import Shelf
 from ..tasks import ExampleSet, Task, read_tasks
 from .output import progress, table
 
-SLOTS, ITERATIONS = 4, 80
+SLOTS, ITERATIONS = 4, 60
 SHOWN = "tone-en"
 DOZEN = (
     "gec-en",
