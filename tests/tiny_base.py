@@ -1,10 +1,10 @@
-"""A base model of two layers with random weights and a tokenizer of single letters, as transformers saves them."""
+"""A base model of two layers with random weights and a tokenizer of single bytes, as transformers saves them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-LETTERS = [*map(chr, range(32, 127)), "Ċ"]  # ASCII that can be printed, and the line break as byte-level BPE spells it
+BYTES = 256
 ARCHITECTURES = ("llama", "qwen2", "stablelm", "gemma3", "gpt2")
 SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -33,7 +33,7 @@ def tiny_base(
 
 
 def _sizes(architecture: str, context: int) -> dict[str, int]:
-    ends = {"vocab_size": len(SPECIAL) + len(LETTERS), "bos_token_id": 0, "eos_token_id": 1}
+    ends = {"vocab_size": len(SPECIAL) + BYTES, "bos_token_id": 0, "eos_token_id": 1}
     if architecture == "gpt2":
         return {**ends, "n_positions": context, "n_embd": 16, "n_layer": 2, "n_head": 2}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -45,7 +45,8 @@ def _tokenizer(chat: bool):
     import tokenizers
     import transformers
 
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *(_byte(letter) for letter in LETTERS)])}
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # how byte-level BPE spells each byte
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -59,7 +60,3 @@ def _tokenizer(chat: bool):
     )
     wrapped.chat_template = CHATML if chat else None
     return wrapped
-
-
-def _byte(letter: str) -> str:
-    return "Ġ" if letter == " " else letter

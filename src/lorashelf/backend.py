@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from .adapter import Adapter
@@ -29,6 +29,21 @@ class LossBackend(Protocol):
 
     def nll(self, pairs: Sequence[Pair]) -> list[list[Loss]]:
         """The loss of every example of every pair, in order."""
+        ...
+
+
+class AnswerBackend(Protocol):
+    """Anything that answers a text under an instruction, with an adapter on its base model."""
+
+    @property
+    def base_name(self) -> str:
+        """The name its base model is known by."""
+        ...
+
+    def stream(
+        self, adapter: Adapter | None, instruction: str, text: str, *, max_new_tokens: int = 64
+    ) -> Iterator[str]:
+        """The greedy answer in pieces as they are written; what can be refused is refused before the first."""
         ...
 
 

@@ -29,6 +29,7 @@ class Content:
     error: float = 0.0
     average: str | None = None
     restored: float = 1.0
+    worn: int = 0
 
     def slot(self, slot_id: int, members: Sequence[str]) -> Slot:
         """The manifest's entry for it, its object pending."""
@@ -43,6 +44,7 @@ class Content:
             error=self.error,
             average=self.average,
             restored=self.restored,
+            worn=self.worn,
         )
 
     @property
@@ -98,7 +100,8 @@ def fold(
     continued = all(source.faithful in ("*", recipe.merge) for source in sources)
     even = average == "mean" and METHODS[recipe.merge].average is not None and not error
     entries = tuple(replace(m, weight=round(w, 15)) for m, w in zip([*records, record], weights, strict=True))
-    return _restored(Content(merged, entries, error, recipe.merge if even and continued else None), recipe)
+    method, worn = recipe.merge if even and continued else None, sum(source.worn for source in sources)
+    return _restored(Content(merged, entries, error, method, worn=worn), recipe)
 
 
 def block(adapters: Sequence[Adapter], records: Sequence[Merged], recipe: Recipe) -> Content:
@@ -120,14 +123,15 @@ def without(content: Content, digest: str, adapter: Adapter, recipe: Recipe) -> 
     if content.average is None or len(content.merged) < 2:
         how = "a merge that cannot be taken apart" if len(content.merged) > 1 else "one adapter only"
         raise NotReversible(f"the slot holds {how}", cure="its content stays as it is")
-    rest, precision = unmerge(content.adapter, adapter, len(content.merged), method=content.average)
+    rest, precision = unmerge(content.adapter, adapter, len(content.merged), method=content.average, worn=content.worn)
     if precision > LEAST_PRECISION:
         what = f"the rest is so small beside it that rounding would leave a relative precision of {precision:.0e}"
         raise NotReversible(what, cure="its content stays as it is")
     index = next(i for i, m in enumerate(content.merged) if m.digest == digest)
     remaining = [*content.merged[:index], *content.merged[index + 1 :]]
     entries = tuple(replace(m, weight=1.0 / len(remaining)) for m in remaining)
-    return _restored(Content(rounded(rest), entries, 0.0, content.average), recipe), precision
+    # the rounding of the fold that is undone stays, and there is one more
+    return _restored(Content(rounded(rest), entries, 0.0, content.average, worn=content.worn + 2), recipe), precision
 
 
 def one_base(adapters: Sequence[Adapter]) -> list[Adapter]:

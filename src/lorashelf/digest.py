@@ -7,7 +7,7 @@ apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
 
@@ -17,38 +17,16 @@ TAG = "b2-"
 PATTERN = re.compile(r"b2-[0-9a-f]{64}")
 
 
-class Hasher:
-    """BLAKE2b-256 fed piece by piece; `name` is the tagged digest of all that was fed."""
-
-    def __init__(self) -> None:
-        self._state = blake2b(digest_size=32)
-
-    def update(self, chunk: bytes | memoryview) -> None:
-        """Feed one piece."""
-        self._state.update(chunk)
-
-    def tap(self, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-        """Pass the chunks on, hashing each on its way."""
-        for chunk in chunks:
-            self.update(chunk)
-            yield chunk
-
-    @property
-    def name(self) -> str:
-        """`b2-` and 64 hex digits."""
-        return TAG + self._state.hexdigest()
-
-
 def digest(chunks: Iterable[bytes | memoryview]) -> str:
     """BLAKE2b-256 of the chunks one after the other, tagged.
 
     >>> digest([b"lora", b"shelf"]) == digest([b"lorashelf"])
     True
     """
-    hasher = Hasher()
+    state = blake2b(digest_size=32)
     for chunk in chunks:
-        hasher.update(chunk)
-    return hasher.name
+        state.update(chunk)
+    return TAG + state.hexdigest()
 
 
 def is_digest(text: object) -> bool:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from . import content, partition, policy
 from .adapter import Adapter, BaseId, check_fit
 from .content import Content
+from .d2c import Found
 from .errors import BaseMismatch, NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, task_name
+from .parallel import beside
 from .policy import Decision, Fold, Open, Refuse
 from .recipe import Recipe
 from .similarity import similarity
@@ -49,7 +49,8 @@ def plan_add(
     held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
     base = _agreed_base(snapshot, {task: adapter}, assume_base)
     check_fit(content.one_base([*held.values(), adapter]), str(snapshot.path))
-    values = similarity([adapter], list(held.values()))[0] if held else []
+    with beside(lambda: adapter.digest):  # asked for below
+        values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
     same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
     seen = manifest.scores if same is not None else (*manifest.scores, *scores.values())
@@ -84,7 +85,7 @@ def _placed(
         type=record.type,
         types={slot.slot: frozenset(m.type for m in slot.merged) for slot in manifest.slots},
         averaged={slot.slot: slot.digests for slot in manifest.slots},
-        rng=np.random.default_rng([recipe.seed, manifest.arrived]),
+        seed=(recipe.seed, manifest.arrived),
     )
     decision = policy.POLICIES[recipe.policy](scores, view)
     if isinstance(decision, Refuse):
@@ -237,43 +238,48 @@ def plan_cluster(
     adapters: Mapping[str, Adapter],
     *,
     method: str,
+    found: Found | None = None,
     types: Mapping[str, str] | None = None,
+    details: Mapping[str, Mapping[str, Any]] | None = None,
     assume_base: bool = False,
 ) -> Plan:
     """Partition the adapters (task → adapter) into the shelf's K slots and merge each block; the shelf must be empty.
 
-    Blocks are numbered by their smallest task name. Raises TaskNameError, BaseMismatch, ShapeMismatch, OverBudget,
-    UsageError.
+    `found` is the partition of a search (d2c), in place of one by `method` from `partition.PARTITIONERS`; `details` are
+    stored with the tasks. Blocks are numbered by their smallest task name. Raises TaskNameError, BaseMismatch,
+    ShapeMismatch, OverBudget, UsageError.
     """
     if snapshot.manifest.slots:
         raise UsageError("the shelf is not empty", where=str(snapshot.path), cure="cluster writes a new shelf")
     settings = snapshot.settings
-    named = {task_name(name): adapter for name, adapter in sorted(adapters.items())}
-    if len(named) < len(adapters):
-        raise TaskNameError("two adapters have the same task name", cure="name them: NAME=ADAPTER")
+    named = _named(adapters)
     base = _agreed_base(snapshot, named, assume_base)
     tasks, xs = list(named), content.one_base(list(named.values()))
     check_fit(xs)
-    blocks = partition.partition(xs, settings.budget.slots, method=method, seed=settings.recipe.seed)
     kinds = {task: (types or {}).get(task) or task.split("-")[0] for task in tasks}
+    if found is None:
+        indices = partition.partition(xs, settings.budget.slots, method=method, seed=settings.recipe.seed)
+        blocks = [[tasks[i] for i in block] for block in indices]
+    else:
+        blocks = [list(block) for block in found.blocks]
     slots, writes = [], {}
-    for slot_id, indices in enumerate(blocks):
-        distinct = sorted({xs[i].digest: i for i in reversed(indices)}.values())  # nothing is merged twice
-        records = [content.entry(tasks[i], kinds[tasks[i]], xs[i]) for i in distinct]
-        new = content.block([xs[i] for i in distinct], records, settings.recipe)
-        slots.append(new.slot(slot_id, [tasks[i] for i in indices]))
+    for slot_id, block in enumerate(blocks):
+        new = _block(dict(zip(tasks, xs, strict=True)), kinds, block, settings.recipe)
+        slots.append(new.slot(slot_id, block))
         writes[slot_id] = new.adapter
     known = replace(
         snapshot.manifest,
         base=base,
         slots=tuple(slots),
-        tasks={task: {"type": kinds[task], "digest": x.digest} for task, x in zip(tasks, xs, strict=True)},
+        tasks={
+            task: {**(details or {}).get(task, {}), "type": kinds[task], "digest": x.digest}
+            for task, x in zip(tasks, xs, strict=True)
+        },
         arrived=len(xs),
     )
     cause = {"operation": "cluster", "method": method, "seed": settings.recipe.seed}
-    partitioned = {tasks[i]: slot_id for slot_id, indices in enumerate(blocks) for i in indices}
     report = {
-        "partition": dict(sorted(partitioned.items())),
+        "partition": dict(sorted((task, slot_id) for slot_id, block in enumerate(blocks) for task in block)),
         "method": method,
         "seed": settings.recipe.seed,
         "evaluations": None,
@@ -281,6 +287,28 @@ def plan_cluster(
     plan = _plan(snapshot, known, writes, cause, report)
     check_budget(snapshot, plan)
     return plan
+
+
+def merger(adapters: Mapping[str, Adapter], recipe: Recipe) -> Callable[[Sequence[str]], Adapter]:
+    """What `plan_cluster` would store for a block of tasks, as a function of their names: what a search measures."""
+    named = _named(adapters)
+    xs = dict(zip(named, content.one_base(list(named.values())), strict=True))
+    kinds = dict.fromkeys(xs, "")
+    return lambda block: _block(xs, kinds, block, recipe).adapter
+
+
+def _named(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    named = {task_name(name): adapter for name, adapter in sorted(adapters.items())}
+    if len(named) < len(adapters):
+        raise TaskNameError("two adapters have the same task name", cure="name them: NAME=ADAPTER")
+    return named
+
+
+def _block(xs: Mapping[str, Adapter], kinds: Mapping[str, str], block: Sequence[str], recipe: Recipe) -> Content:
+    """The merge of a block's adapters in the order of their names, copies once."""
+    distinct = sorted({xs[task].digest: task for task in sorted(block, reverse=True)}.values())
+    records = [content.entry(task, kinds[task], xs[task]) for task in distinct]
+    return content.block([xs[task] for task in distinct], records, recipe)
 
 
 def located(snapshot: Snapshot, task: str) -> tuple[Slot, Mapping[str, Any]]:
@@ -296,7 +324,7 @@ def _content(snapshot: Snapshot, slot: Slot) -> Content:
     """A stored slot as what the next fold starts from: norm restoration divided out."""
     stored = snapshot.adapter(slot)
     plain = stored if slot.restored == 1.0 else content.scaled(stored, 1 / slot.restored)
-    return Content(plain, slot.merged, slot.error, slot.average)
+    return Content(plain, slot.merged, slot.error, slot.average, worn=slot.worn)
 
 
 def _plan(

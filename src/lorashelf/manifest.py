@@ -49,10 +49,13 @@ class Slot:
     restored: float = 1.0
     """The factor of norm restoration inside the object's scales; divided out before the next fold."""
     encoding: str = "peft"
+    worn: int = 0
+    """How many roundings the content has seen beyond those of folding `merged`: two for every adapter taken out."""
 
     def document(self) -> dict[str, Any]:
-        """As in a manifest and in every JSON answer."""
-        return asdict(self) | {"merged": [asdict(entry) for entry in self.merged], "members": list(self.members)}
+        """As in a manifest and in every JSON answer; `worn` only where it is not 0."""
+        document = asdict(self) | {"merged": [asdict(entry) for entry in self.merged], "members": list(self.members)}
+        return document if self.worn else {key: value for key, value in document.items() if key != "worn"}
 
     @property
     def digests(self) -> frozenset[str]:
@@ -163,6 +166,7 @@ def _check_types(document: dict[str, Any]) -> None:
         and all(type(slot[name]) is list for slot in slots for name in ("members", "merged"))
         and all(_number(slot["error"]) and _number(slot["restored"]) and slot["restored"] > 0 for slot in slots)
         and all(slot["average"] is None or type(slot["average"]) is str for slot in slots)
+        and all(type(slot.get("worn", 0)) is int and slot.get("worn", 0) >= 0 for slot in slots)
         and all(_number(entry[name]) for entry in records for name in ("weight", "norm", "rank", "parameters"))
         and all(is_digest(entry["digest"]) and type(entry["task"]) is str for entry in records)
         and all(type(value) is dict and is_digest(value["digest"]) for value in tasks.values())

@@ -62,8 +62,7 @@ def single(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
 @partitioner("random")
 def random(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
     """A random balanced partition: block sizes differ by at most one."""
-    labels = np.arange(len(xs)) % k
-    return [int(label) for label in np.random.default_rng(seed).permutation(labels)]
+    return balanced(len(xs), k, seed)
 
 
 @partitioner("agglomerative")
@@ -82,6 +81,11 @@ def kmeans(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
 def kmeans_svd(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
     """K-Means on the rows of the cosine matrix of SVD features (MBC)."""
     return _kmeans(similarity(xs, metric="svd_features"), k, seed)
+
+
+def balanced(n: int, k: int, seed: int) -> list[int]:
+    """Labels of a random partition of n into k blocks whose sizes differ by at most one."""
+    return [int(label) for label in np.random.default_rng(seed).permutation(np.arange(n) % k)]
 
 
 def average_linkage(distances: Square, k: int) -> list[int]:

@@ -53,7 +53,7 @@ def _names(names: str | Sequence[str], path: str) -> bool:
     """A pattern that matches the whole path, or a list with the path or its ending."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    return path in names or any(path.endswith(f".{name}") for name in names)
 
 
 def _in_layers(config: Mapping[str, Any], path: str) -> bool:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from . import atomic
 from .adapter import DTYPES, Adapter, BaseId, Factors, Matrix, Modules, Shape
-from .digest import Hasher, digest
+from .digest import digest
 from .errors import AdapterFormatError, UsageError
+from .parallel import beside
 from .peft_config import RESOLVED, config_faults, resolved_scales, unmatched, written_config
 from .tensorfile import STORED, TensorFile, encode_header
 
@@ -101,14 +102,10 @@ def write_adapter(adapter: Adapter, path: str | Path, *, beside: Mapping[str, by
 def write_files(adapter: Adapter, folder: Path) -> str:
     """Write both files into an existing folder, synced; returns their object digest (see `object_digest`)."""
     encoded = encode(adapter)
-    hasher = Hasher()
-    for name, size, chunks in (
-        (CONFIG_FILE, len(encoded.config), [encoded.config]),
-        (TENSOR_FILE, encoded.size - len(encoded.config), encoded.tensor_chunks()),
-    ):
-        hasher.update(_length(size))
-        atomic.write_file(folder / name, hasher.tap(chunks))
-    return hasher.name
+    with beside(lambda: digest(encoded.chunks())) as identity:  # to hash takes as long as to write and sync
+        atomic.write_file(folder / CONFIG_FILE, [encoded.config])
+        atomic.write_file(folder / TENSOR_FILE, encoded.tensor_chunks())
+    return identity.result()
 
 
 def object_digest(folder: Path) -> str:
@@ -139,6 +136,13 @@ class Encoded:
     config: bytes
     header: bytes
     size: int
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """What the object digest is taken over."""
+        yield _length(len(self.config))
+        yield self.config
+        yield _length(self.size - len(self.config))
+        yield from self.tensor_chunks()
 
     def tensor_chunks(self) -> Iterator[bytes | memoryview]:
         """The tensor file's bytes, one module in memory at a time."""

@@ -60,7 +60,12 @@ class View:
     """Slot id → the problem types averaged in it."""
     averaged: Mapping[int, frozenset[str]] = field(default_factory=dict)
     """Slot id → digests of the adapters averaged in it."""
-    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    seed: tuple[int, ...] = (0,)
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A generator from the seed, made where a policy draws."""
+        return np.random.default_rng(self.seed)
 
 
 Policy = Callable[[Scores, View], Decision]

@@ -42,5 +42,12 @@ def listing(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
+def storage(snapshot: Snapshot) -> float | None:
+    """Bytes of the head's slot objects over those of the adapters averaged in, at equal dtype; None if it is empty."""
+    document = listing(snapshot)
+    held = sum(slot["bytes"] for slot in document["slots"])
+    return held / document["adapter_bytes"] if document["adapter_bytes"] else None
+
+
 def _answer(snapshot: Snapshot, task: str, slot: Slot) -> dict[str, Any]:
     return {"task": task, "slot": slot.slot, "path": str(snapshot.slot_path(slot)), "members": list(slot.members)}

@@ -6,21 +6,18 @@ time.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from .adapter import Adapter, check_shapes
 from .algebra import Square, Vector, products, squares, union
+from .parallel import each
 from .registry import Registry
 
 Metric = Callable[[Sequence[Adapter], "Sequence[Adapter] | None"], Square]
 Scored = tuple[Square, NDArray[np.bool_]]
-WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 METRICS: Registry[Metric] = Registry("metric")
 
 
@@ -106,23 +103,12 @@ def _module_mean(
         return np.where(present, of_module(inner, left, right), 0.0), present
 
     total, count = np.zeros((len(xs), len(zs))), np.zeros((len(xs), len(zs)))
-    for scores, present in _each(scored, union([*xs, *zs]), several=len(xs) == 1):
+    # One against many is many small products: modules side by side. A matrix is few large ones: there BLAS has threads
+    # of its own, and memory counts.
+    for scores, present in (each if len(xs) == 1 else map)(scored, union([*xs, *zs])):
         total += scores
         count += present
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
-
-
-def _each(score: Callable[[str], Scored], paths: list[str], several: bool) -> Iterator[Scored]:
-    """The scores of all modules, in order.
-
-    One against many is many small products: several modules at a time, one BLAS thread each. A matrix is few large
-    ones: there BLAS has threads of its own, and memory counts.
-    """
-    if not several:
-        yield from map(score, paths)
-        return
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(WORKERS) as pool:
-        yield from pool.map(score, paths)
 
 
 def raw_gram(xs: Sequence[Adapter], quantile: float = 0.0) -> Square:

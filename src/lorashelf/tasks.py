@@ -100,6 +100,18 @@ def read_task_file(path: str | Path) -> dict[str, Any]:
     return fields
 
 
+def fields_for(path: str | Path, task: str) -> dict[str, Any]:
+    """The fields of a task.toml, of a task folder, or of the task's own folder among others ({} if it has none there).
+
+    Raises UsageError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_task_file(path)
+    found = next((file for file in (path / FILE, path / task / FILE) if file.exists()), None)
+    return read_task_file(found) if found else {}
+
+
 def read_task(folder: str | Path) -> Task:
     """A task folder. Raises UsageError for its task.toml, TaskDataError with file, line and field of all faults."""
     folder = Path(folder)
@@ -154,7 +166,8 @@ def _read_lines(path: Path, faults: list[str]) -> tuple[Example, ...]:
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"{path.name} cannot be read: {error}")
         return ()
-    for number, line in enumerate(text.splitlines(), 1):
+    lines = text.removesuffix("\n").split("\n") if text.strip() else []  # U+2028 and such may stand inside a text
+    for number, line in enumerate(lines, 1):
         example = _example(line, f"{path.name} line {number}", faults)
         if example:
             examples.append(example)
@@ -176,9 +189,17 @@ def _example(line: str, where: str, faults: list[str]) -> Example | None:
     for name in ("input", "output"):
         if not isinstance(record.get(name), str) or not record[name].strip():
             faults.append(f"{where}: {name!r} is {record.get(name)!r}, not a text")
+        elif _broken(record[name]):
+            faults.append(f"{where}: {name!r} holds half a surrogate pair, which UTF-8 cannot")
     references = record.get("references", [])
     if not isinstance(references, list) or not all(isinstance(item, str) for item in references):
         faults.append(f"{where}: 'references' is not a list of texts")
+    elif any(map(_broken, references)):
+        faults.append(f"{where}: 'references' holds half a surrogate pair, which UTF-8 cannot")
     if len(faults) > before:
         return None
     return Example(record["input"], record["output"], tuple(references))
+
+
+def _broken(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)

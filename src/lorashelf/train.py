@@ -204,11 +204,11 @@ class _Run:
             return mean_loss(self.trainee.measure(adapter, self.lesson.validation))
         except ModelError as error:
             what = f"{error.what} (validation after step {step})"
-            raise ModelError(what, where=error.where, cure="lower --rate; check these examples") from error
+            raise ModelError(what, where=error.where, cure="lower --lr; check these examples") from error
 
     def _diverged(self, what: str, where: str) -> ModelError:
         place = f"{self.lesson.task}, step {self.past.step + 1}, {where}"
-        return ModelError(f"{what} is not finite", where=place, cure="lower --rate; check the base and this text")
+        return ModelError(f"{what} is not finite", where=place, cure="lower --lr; check the base and this text")
 
     # the state on disk --------------------------------------------------------------------------------------------
 

@@ -137,11 +137,9 @@ def _dequantised(file: Path) -> Path:
     staged = atomic.staging_folder(folder.parent)
     try:
         with _quiet(transformers):
+            whole = {"quantization_config": transformers.GgufConfig(dequantize=True)}
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=torch.float32,
-                quantization_config=transformers.GgufConfig(dequantize=True),
+                file.parent, gguf_file=file.name, dtype=torch.float32, **whole
             )
             model.save_pretrained(staged)
             transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)
@@ -163,7 +161,7 @@ def cache_folder() -> Path:
 
 def _device(torch: Any, wanted: str | None) -> str:
     there = [name for name, found in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if found.is_available()]
-    if wanted is not None and wanted.split(":")[0] not in (*there, "cpu"):
+    if wanted is not None and wanted.split(":", 1)[0] not in (*there, "cpu"):
         raise UsageError(f"device {wanted!r} is not here", cure=f"choose from {', '.join([*there, 'cpu'])}")
     return wanted or (there[0] if there else "cpu")
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
-from ..adapter import Adapter
+import numpy as np
+
+from ..adapter import Adapter, BaseId, Matrix
 from ..backend import Loss, Pair
 from ..errors import ModelError, ShapeMismatch
 from ..tasks import Example, ExampleSet
@@ -21,6 +23,8 @@ from .base_model import BaseModel, libraries, open_base
 LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32
 MOST_PADDING = 0.1  # share of a batch's positions
 _CALL = 24  # positions that one forward pass costs beside its own, in balance with padding
+DEPTH = 2 / 3  # of the layers, where representations tell tasks apart best: docs/results.md
+_UNDECODED = "\ufffd"  # what a decoder shows for bytes that are no letter
 _logger = logging.getLogger("lorashelf")
 Tokens = tuple[list[int], list[int]]
 
@@ -81,15 +85,19 @@ class HFBackend:
     def answers(
         self, adapter: Adapter | None, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64
     ) -> list[str]:
-        """The greedy answers to texts under one instruction, without the end of the turn."""
+        """The greedy answers to texts under one instruction, without the end of the turn; the context ends them too."""
         self.attach(adapter)
         queries = [self._encoded(self.base.template.query(instruction, text)) for text in texts]
+        room = [int(min(max_new_tokens, self._context - len(query))) for query in queries]
+        roomy = [i for i in range(len(texts)) if room[i] == max_new_tokens]
+        together = self.batches([(queries[i], [0] * max_new_tokens) for i in roomy])
+        alone = [[i] for i in range(len(texts)) if 0 < room[i] < max_new_tokens]
         answers = [""] * len(texts)
-        for members in self.batches([(query, [0] * max_new_tokens) for query in queries]):
+        for members in [*([roomy[i] for i in batch] for batch in together), *alone]:
             ids, mask = self._padded([queries[i] for i in members], left=True)
             with self._torch.inference_mode():
                 written = self.base.model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=self.generation(max_new_tokens)
+                    input_ids=ids, attention_mask=mask, generation_config=self.generation(room[members[0]])
                 )
             for index, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
                 answers[index] = self.decoded(row)
@@ -105,10 +113,100 @@ class HFBackend:
     def decoded(self, row: Sequence[int]) -> str:
         """The text of generated token ids, up to the first stop."""
         cut = next((i for i, token in enumerate(row) if token in self._stops), len(row))
-        text: str = self.base.tokenizer.decode(row[:cut], skip_special_tokens=True)
+        decode = self.base.tokenizer.decode
+        text: str = decode(row[:cut], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
 
+    @property
+    def base_name(self) -> str:
+        """The name the base model is known by."""
+        return self.base.name
+
+    def stream(
+        self, adapter: Adapter | None, instruction: str, text: str, *, max_new_tokens: int = 64
+    ) -> Iterator[str]:
+        """The greedy answer in pieces, as they are written; a letter of several tokens is in one piece.
+
+        Raises at once ShapeMismatch, and ModelError for a text beyond the context.
+        """
+        self.attach(adapter)
+        query = self._encoded(self.base.template.query(instruction, text))
+        room = self._context - len(query)
+        if room < 1:
+            where = f"{len(query)} tokens with the instruction; the model's context is {self._context}"
+            raise ModelError("the text is too long to be answered", where=where, cure="shorten it")
+        return self._pieces(self._written(adapter, query, int(min(max_new_tokens, room))))
+
+    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+        """The text of tokens as it settles: bytes that are no letter yet, and spaces that may be the last, wait."""
+        row: list[int] = []
+        shown = 0
+        for token in tokens:
+            row.append(token)
+            settled = self.decoded(row).rstrip(_UNDECODED).rstrip()
+            if len(settled) > shown:
+                yield settled[shown:]
+                shown = len(settled)
+        if rest := self.decoded(row)[shown:]:
+            yield rest
+
+    def _written(self, adapter: Adapter | None, query: list[int], count: int) -> Iterator[int]:
+        """At most `count` tokens, each the likeliest, up to the first stop. Raises ModelError where memory ends."""
+        model, make = self.base.model, self._torch.tensor
+        read, cache = query, None
+        for _ in range(count):
+            self.attach(adapter)  # whoever reads the stream may have asked for another meanwhile
+            try:
+                with self._torch.inference_mode(), _head_at(model, [0], [-1]):
+                    seen = model(input_ids=make([read], device=model.device), past_key_values=cache, use_cache=True)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise ModelError("out of memory", where=self.base.name, cure="shorten the text") from error
+            token = int(seen.logits[0, -1].argmax())
+            if token in self._stops:
+                return
+            yield token
+            read, cache = [token], seen.past_key_values
+
+    # representations --------------------------------------------------------------------------------------------
+
+    @property
+    def embedding_id(self) -> str:
+        """What `embed` depends on beside the texts."""
+        return f"{self.id} text at {DEPTH:.3f}"
+
+    def embed(self, texts: Sequence[str], depth: float = DEPTH) -> Matrix:
+        """(n, d) float32: each text's mean hidden state after that share of the bare base's layers.
+
+        The text stands in a user turn without an instruction; the mean is over its own tokens, as many as the context
+        holds.
+        """
+        self.attach(None)
+        before = self._encoded(self.base.template.before)
+        rows = [[*before, *self._encoded(text)][: int(min(self._context, 2**31))] for text in texts]
+        layer = round(depth * self.base.model.config.get_text_config().num_hidden_layers)
+        means = np.empty((len(texts), self.base.model.get_output_embeddings().weight.shape[1]), np.float32)
+        for members in self.batches([(row, []) for row in rows]):
+            ids, mask = self._padded([rows[i] for i in members])
+            with self._torch.inference_mode():
+                seen = self.base.model.base_model(
+                    input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+                ).hidden_states[layer]
+            for i, states in zip(members, seen, strict=True):
+                means[i] = states[len(before) : len(rows[i])].float().mean(dim=0).cpu().numpy()
+        return means
+
     # adapters ---------------------------------------------------------------------------------------------------
+
+    def fits(self, adapters: Mapping[str, Adapter]) -> None:
+        """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
+        faults = [f"{name}: {fault}" for name, adapter in adapters.items() for fault in self._faults(adapter)]
+        if faults:
+            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure="give the base they were trained on")
+        others = sorted({str(x.base) for x in adapters.values() if x.base.contradicts(BaseId(self.base.name))})
+        if others:
+            _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self.base.name, ", ".join(others))
 
     def attach(self, adapter: Adapter | None) -> None:
         """Put an adapter's factors behind the base's linear layers, in place of the one before; None is the bare base.
@@ -117,8 +215,9 @@ class HFBackend:
         """
         if adapter is self._attached:
             return
-        if adapter is not None:
-            self._check(adapter)
+        if adapter is not None and (faults := list(self._faults(adapter))):
+            cure = f"give the base model it was trained on ({adapter.base})"
+            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure=cure)
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._attached = [], adapter
@@ -130,18 +229,14 @@ class HFBackend:
             b = (self._torch.tensor(factors.b).T * factors.scale).to(**kind)
             self._hooks.append(self._linear[path].register_forward_hook(_added(a, b)))
 
-    def _check(self, adapter: Adapter) -> None:
-        faults = []
+    def _faults(self, adapter: Adapter) -> Iterator[str]:
         for path, (dout, _, din) in adapter.shapes.items():
             layer = self._linear.get(path)
             there = None if layer is None else sizes(layer)
             if there is None:
-                faults.append(f"{path}: the base has no linear layer of this name")
+                yield f"{path}: the base has no linear layer of this name"
             elif there != (dout, din):
-                faults.append(f"{path}: ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}")
-        if faults:
-            cure = f"give the base model it was trained on ({adapter.base})"
-            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure=cure)
+                yield f"{path}: ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}"
 
     # batches ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ into exit codes.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -13,10 +14,13 @@ from .output import print_json
 
 __all__ = ["main"]
 _INTERRUPTED = 130
+_UNREAD = 141
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, else the error's exit code, 130 when interrupted (see errors.py)."""
+    """Run the command line and exit: 0 done, else the error's exit code, 130 when interrupted (see errors.py), 141 when
+    whoever reads stdout went away.
+    """
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -27,8 +31,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _run(words: list[str]) -> int:
     try:
         code = app(words, prog_name="lorashelf", standalone_mode=False)
+        sys.stdout.flush()
     except LorashelfError as error:
         return _fail(words, error.exit_code, error.kind, str(error), error.cure)
+    except (BrokenPipeError, SystemExit):  # the second is what typer makes of the first
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush, at exit, must find an open end
+        return _UNREAD
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except Exception as error:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import VERSION
-from . import adapters, demo, shelves, training
+from . import adapters, clustering, demo, evaluation, generation, shelves, training
 
 app = typer.Typer(
     name="lorashelf",
@@ -34,5 +34,5 @@ def _options(
     """Options before the command."""
 
 
-for module in (shelves, adapters, training, demo):
+for module in (shelves, clustering, adapters, training, evaluation, generation, demo):
     module.enter(app)

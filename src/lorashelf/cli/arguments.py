@@ -13,6 +13,8 @@ import typer
 from ..adapter import Adapter
 from ..errors import AdapterError, AdapterFormatError, MissingExtra, TaskNameError, UsageError
 from ..peft_format import CONFIG_FILE, read_adapter
+from ..policy import median_similarity
+from ..similarity import similarity
 
 ShelfPath = Annotated[Path, typer.Argument(help="The shelf's folder.", metavar="SHELF", show_default=False)]
 Adapters = Annotated[
@@ -29,9 +31,18 @@ Parameters = Annotated[
 ]
 Slots = Annotated[int, typer.Option("--slots", help="K, how many adapters there is room for.", show_default=False)]
 Bytes = Annotated[int | None, typer.Option("--bytes", help="Room for everything under the shelf, at rest.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="The base model: hub id, folder or GGUF file; default SmolLM2 if its package is here."),
+]
+Device = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first there is.")]
+ModelDtype = Annotated[
+    str | None, typer.Option("--model-dtype", help="f32, f16 or bf16 for the base; default: the fastest that is safe.")
+]
 Merge = Annotated[str, typer.Option("--merge", help="Merge method (docs/methods.md).")]
 Rank = Annotated[int | None, typer.Option("--rank", help="Cap the rank stored; never pads.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Storage dtype: f32, f16 or bf16.")]
+HeldOut = Annotated[Path | None, typer.Option("--held-out", help="Adapters whose median similarity is the threshold.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is drawn.")]
 Keep = Annotated[int, typer.Option("--keep", help="How many states back undo reaches.")]
 Aliases = Annotated[
@@ -144,8 +155,12 @@ def slot_range(text: str) -> list[int]:
     return counts
 
 
-def threshold(text: str) -> float | str:
-    """A similarity, or 'auto'."""
+def threshold(text: str, held_out: Path | None = None) -> float | str:
+    """A similarity, 'auto', or the median similarity of held-out adapters."""
+    if held_out is not None:
+        if text != "auto":
+            raise UsageError("--threshold and --held-out exclude each other", cure="give one of them")
+        return median_similarity(similarity(list(adapters_in(held_out).values())))
     try:
         return text if text == "auto" else float(text)
     except ValueError:

@@ -12,11 +12,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from .. import router
 from ..adapter import Adapter
@@ -29,6 +28,9 @@ from ..snapshot import Snapshot
 from . import arguments as arg
 from .output import size, table
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 SLOTS = 5
 Blocks = Sequence[Sequence[str]]
 
@@ -39,11 +41,17 @@ def demo(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where the shelf goes; default: a new temporary folder.")
     ] = None,
+    llm: Annotated[
+        bool, typer.Option("--llm/--no-llm", help="Also on a language model (minutes); without: seconds, no torch.")
+    ] = True,
+    examples: Annotated[Path, typer.Option("--examples", help="Task folders.")] = Path("examples/fewshot"),
 ) -> None:
-    """Show the whole story on real adapters, in seconds and without a language model."""
+    """Show the whole story on real adapters: the shelf in seconds, then a language model's losses and answers."""
     if not zoo.is_dir():
         cure = "run it in a checkout of lorashelf, or give --zoo a folder of PEFT folders of one base"
         raise UsageError("the demo's adapters are not here", where=str(zoo), cure=cure)
+    from rich.console import Console  # here: no other command should wait for it
+
     console = Console(highlight=False, soft_wrap=True)
     named = arg.adapters_in(zoo)
     shelf = Shelf.create(output or Path(tempfile.mkdtemp(prefix="lorashelf-")) / "demo.shelf", new_settings(SLOTS))
@@ -58,10 +66,24 @@ def demo(
     console.rule("Do problem types gather?", align="left")
     _purities(console, {"online, K-Merge++": online, "offline, agglomerative": offline}, list(named), seed)
     _route_and_undo(console, shelf, order[-1])
+    if llm:
+        _on_a_model(console, named, examples, seed)
     console.rule("Yours to try", align="left")
     program = "lorashelf" if shutil.which("lorashelf") else sys.argv[0]
     for command in ("ls", "log", "route", "verify", "undo"):
         console.print(f"  {program} {command} {shelf.path}", markup=False)
+
+
+def _on_a_model(console: Console, named: Mapping[str, Adapter], examples: Path, seed: int) -> None:
+    """The second half; where the language model's packages are not installed, what would bring them."""
+    try:
+        from .demo_model import show_model
+
+        with tempfile.TemporaryDirectory(prefix="lorashelf-") as folder:
+            show_model(console, named, examples, Path(folder), seed)
+    except UsageError as error:
+        console.rule("On a language model: not here", align="left")
+        console.print(f"  {error.what}: {error.cure}", markup=False)
 
 
 def _arrive(console: Console, shelf: Shelf, task: str, adapter: Adapter) -> None:

@@ -1,4 +1,4 @@
-"""Commands on a shelf: init, add, update, cluster, remove, route, ls, log, verify, undo, gc."""
+"""Commands on a shelf: init, add, update, remove, route, ls, log, verify, undo, gc."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ import typer
 
 from .. import router
 from ..adapter import Adapter
-from ..errors import LorashelfError, ShelfError, UsageError
-from ..flow import plan_add, plan_cluster, plan_remove, plan_update
+from ..errors import LorashelfError, UsageError
+from ..flow import plan_add, plan_remove, plan_update
 from ..manifest import Plan
 from ..peft_format import read_adapter
-from ..policy import median_similarity
 from ..recipe import new_settings
 from ..shelf import Shelf
-from ..similarity import similarity
 from ..snapshot import Snapshot
-from ..tasks import read_task_file
+from ..tasks import fields_for
 from . import arguments as arg
 from .output import note, progress, score, show, size, table
 
-HeldOut = Annotated[Path | None, typer.Option("--held-out", help="Adapters whose median similarity is the threshold.")]
 Task = Annotated[str, typer.Argument(help="A task on the shelf.", metavar="TASK", show_default=False)]
 
 
@@ -36,7 +33,7 @@ def init(
         str, typer.Option("--policy", help="kmerge++, kmerge; half, random, oracle, all for experiments.")
     ] = "kmerge++",
     threshold: Annotated[str, typer.Option("--threshold", help="For kmerge++: a similarity, or 'auto'.")] = "auto",
-    held_out: HeldOut = None,
+    held_out: arg.HeldOut = None,
     merge: arg.Merge = "linear",
     parameter: arg.Parameters = None,
     rank: arg.Rank = None,
@@ -49,7 +46,7 @@ def init(
     json: arg.Json = False,
 ) -> None:
     """Make an empty shelf of K slots."""
-    limit = _held_out(held_out, threshold)
+    limit = arg.threshold(threshold, held_out)
     settings = new_settings(
         slots,
         bytes=bytes,
@@ -77,7 +74,10 @@ def add(
     type: Annotated[
         str | None, typer.Option("--type", help="Problem type; default: the name before the first '-'.")
     ] = None,
-    task_file: Annotated[Path | None, typer.Option("--task-file", help="A task.toml to store with the task.")] = None,
+    task_file: Annotated[
+        Path | None,
+        typer.Option("--task-file", help="The task.toml to store with a task, or a folder of task folders."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")] = False,
     assume_base: arg.AssumeBase = False,
     json: arg.Json = False,
@@ -85,13 +85,12 @@ def add(
     """Put adapters on the shelf, in order: each opens a free slot or is folded into the nearest."""
     if task is not None and len(adapters) > 1:
         raise UsageError(f"--task with {len(adapters)} adapters", cure="name each: NAME=ADAPTER")
-    details = read_task_file(task_file) if task_file else {}
     opened = Shelf(shelf)
     documents: list[dict[str, Any]] = []
     with contextlib.nullcontext() if dry_run else opened.writing(), _telling(documents):
         snapshot = opened.snapshot()
         for text in progress(adapters, "adding"):
-            plan = _planned(snapshot, text, task, type, details, assume_base)
+            plan = _planned(snapshot, text, task, type, task_file, assume_base)
             head = None if dry_run else opened.commit(plan)
             snapshot = snapshot.after(plan) if dry_run else opened.snapshot()
             documents.append({**plan.report, "head": head})
@@ -121,58 +120,6 @@ def update(
         plan = plan_update(opened.snapshot(), task, new, old, assume_base=assume_base)
         document = {**plan.report, "head": opened.commit(plan)}
     show(document, json, lambda d: f"{task}: replaced in slot {d['slot']}{_precision(d)}")
-
-
-def cluster(
-    adapters: arg.Adapters,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to make.", show_default=False)],
-    slots: arg.Slots,
-    method: Annotated[
-        str, typer.Option("--method", help="agglomerative, kmeans, kmeans_svd, random or single.", show_default=False)
-    ],
-    merge: arg.Merge = "linear",
-    parameter: arg.Parameters = None,
-    seed: arg.Seed = 0,
-    bytes: arg.Bytes = None,
-    policy: Annotated[str, typer.Option("--policy", help="The policy of later adds.")] = "kmerge++",
-    threshold: Annotated[str, typer.Option("--threshold", help="The threshold of later adds.")] = "auto",
-    held_out: HeldOut = None,
-    rank: arg.Rank = None,
-    dtype: arg.Dtype = None,
-    keep: arg.Keep = 1,
-    base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
-    base_alias: arg.Aliases = None,
-    assume_base: arg.AssumeBase = False,
-    restore_norm: arg.RestoreNorm = False,
-    json: arg.Json = False,
-) -> None:
-    """Cluster many adapters into K slots at once, and merge each cluster."""
-    if output.exists():
-        raise ShelfError(
-            "the output exists already", where=str(output), cure="choose another path; add works on a shelf"
-        )
-    settings = new_settings(
-        slots,
-        bytes=bytes,
-        policy=policy,
-        threshold=_held_out(held_out, threshold),
-        merge=merge,
-        seed=seed,
-        rank=rank,
-        dtype=dtype,
-        keep=keep,
-        parameters=arg.parameters(parameter),
-        base=base,
-        base_aliases=tuple(base_alias or ()),
-        restore_norm=restore_norm,
-    )
-    named = arg.read_named(adapters)
-    note_unknown_base(named)
-    made, plan = Shelf.create_with(
-        output, settings, lambda snapshot: plan_cluster(snapshot, named, method=method, assume_base=assume_base)
-    )
-    document = {**plan.report, "slots": router.slot_documents(made), "head": made.head}
-    show(document, json, lambda d: table(["slot", "members"], [(s["slot"], s["members"]) for s in d["slots"]]))
 
 
 def remove(
@@ -300,14 +247,6 @@ def note_unknown_base(named: Mapping[str, Adapter]) -> None:
             note(f"{name}: its config names no base model; only shapes can be checked")
 
 
-def _held_out(folder: Path | None, text: str) -> float | str:
-    if folder is None:
-        return arg.threshold(text)
-    if text != "auto":
-        raise UsageError("--threshold and --held-out exclude each other", cure="give one of them")
-    return median_similarity(similarity(list(arg.adapters_in(folder).values())))
-
-
 @contextlib.contextmanager
 def _telling(documents: list[dict[str, Any]]) -> Iterator[None]:
     """When a later adapter fails, say which ones are on the shelf already."""
@@ -321,11 +260,12 @@ def _telling(documents: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def _planned(
-    snapshot: Snapshot, text: str, task: str | None, kind: str | None, details: dict[str, Any], assume_base: bool
+    snapshot: Snapshot, text: str, task: str | None, kind: str | None, task_file: Path | None, assume_base: bool
 ) -> Plan:
     name, path = arg.adapter_path(text, task)
     adapter = read_adapter(path)
     note_unknown_base({name: adapter})
+    details = fields_for(task_file, name) if task_file else {}
     plan = plan_add(snapshot, adapter, name, type=kind, details=details, assume_base=assume_base)
     if plan.report["decision"] == "fold":
         averaged = "folded" if plan.report["merged"] else "already averaged in, so only routed"
@@ -358,7 +298,6 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     init: "lorashelf init my.shelf --slots 5 --dtype f16",
     add: "lorashelf add my.shelf adapters/gec-de adapters/qa-en  ·  lorashelf add my.shelf mail=out/run7 --dry-run",
     update: "lorashelf update my.shelf gec-de out/gec-de-v2 --was out/gec-de",
-    cluster: "lorashelf cluster adapters/* -o my.shelf --slots 5 --method agglomerative",
     remove: "lorashelf remove my.shelf gec-de --adapter adapters/gec-de",
     route: "lorashelf route my.shelf gec-de",
     ls: "lorashelf ls my.shelf",

@@ -140,18 +140,18 @@ def _masks(xs: Sequence[Adapter], present: list[int], path: str, seed: int) -> d
     return {name: side(name) for name in "ABW"}
 
 
-def unmerge(merged: Adapter, removed: Adapter, count: int, *, method: str) -> tuple[Adapter, float]:
+def unmerge(merged: Adapter, removed: Adapter, count: int, *, method: str, worn: int = 0) -> tuple[Adapter, float]:
     """Take one adapter out of the equal average of `count` ≥ 2, and the relative precision that its dtype leaves.
 
     With p the method's `average` and X the √|s|-scaled factors of each side, merged = n^-p Σ X, so the rest is
     (n - 1)^-p (n^p merged - X). Ranks, and modules, of which nothing but rounding is left on a side are dropped: cosine
-    would take them for an adapter. The precision is the rounding of `count - 1` folds, u √(n/2), magnified by the
-    subtraction. Raises NotReversible for a method that does not average.
+    would take them for an adapter. The precision is the rounding of `count - 1` folds and of `worn` steps more,
+    u √((n + worn)/2), magnified by the subtraction. Raises NotReversible for a method that does not average.
     """
     power = METHODS[method].average
     if power is None:
         raise NotReversible(f"a merge by {method} cannot be taken apart", cure="use linear or factor_mean")
-    rounding = UNIT_ROUNDOFF[merged.dtype] * math.sqrt(count / 2)
+    rounding = UNIT_ROUNDOFF[merged.dtype] * math.sqrt((count + worn) / 2)
     modules: dict[str, Factors] = {}
     empty: dict[str, Factors] = {}
     grown, left = np.zeros(2), np.zeros(2)

@@ -1,0 +1,194 @@
+"""The command that clusters: K slots from many adapters at once, with or without examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import typer
+
+from .. import atomic, router
+from ..adapter import Adapter
+from ..clustering import Searched, cluster_by_loss, drawn
+from ..d2c import Accept
+from ..errors import ShelfError, UsageError
+from ..flow import plan_cluster
+from ..recipe import Settings, new_settings
+from ..shelf import Shelf
+from ..tasks import FIELDS, Task, read_tasks
+from . import arguments as arg
+from .output import note, progress, show, table
+from .shelves import note_unknown_base
+
+D2C = "d2c"
+Init = Literal["random", "agglomerative"]
+
+
+def cluster(
+    adapters: arg.Adapters,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to make.", show_default=False)],
+    slots: arg.Slots,
+    method: Annotated[
+        str,
+        typer.Option("--method", help="d2c, agglomerative, kmeans, kmeans_svd, random or single.", show_default=False),
+    ],
+    merge: Annotated[
+        str | None,
+        typer.Option(
+            "--merge", help="Merge method (docs/methods.md); default linear, with d2c ties.", show_default=False
+        ),
+    ] = None,
+    parameter: arg.Parameters = None,
+    seed: arg.Seed = 0,
+    examples: Annotated[
+        Path | None, typer.Option("--examples", help="d2c: task folders named as the adapters (docs/tasks.md).")
+    ] = None,
+    base_model: arg.Base = None,
+    iterations: Annotated[int, typer.Option("--iterations", help="d2c: T, how many moves are tried.", min=0)] = 200,
+    per_task: Annotated[
+        int, typer.Option("--examples-per-task", help="d2c: n, drawn from the train split.", min=1)
+    ] = 10,
+    accept: Annotated[
+        str, typer.Option("--accept", help="d2c: whose loss must fall: the moved task's, or of all in both blocks.")
+    ] = "task",
+    init: Annotated[
+        str, typer.Option("--init", help="d2c: start from a random or an agglomerative partition.")
+    ] = "random",
+    keep_best: Annotated[
+        bool, typer.Option("--keep-best", help="d2c: end at the least total loss seen; measures more.")
+    ] = False,
+    journal: Annotated[
+        Path | None, typer.Option("--journal", help="d2c: where losses are kept; default OUTPUT.d2c.jsonl until done.")
+    ] = None,
+    device: arg.Device = None,
+    model_dtype: arg.ModelDtype = None,
+    bytes: arg.Bytes = None,
+    policy: Annotated[str, typer.Option("--policy", help="The policy of later adds.")] = "kmerge++",
+    threshold: Annotated[str, typer.Option("--threshold", help="The threshold of later adds.")] = "auto",
+    held_out: arg.HeldOut = None,
+    rank: arg.Rank = None,
+    dtype: arg.Dtype = None,
+    keep: arg.Keep = 1,
+    base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
+    base_alias: arg.Aliases = None,
+    assume_base: arg.AssumeBase = False,
+    restore_norm: arg.RestoreNorm = False,
+    json: arg.Json = False,
+) -> None:
+    """Cluster many adapters into K slots at once, and merge each cluster."""
+    if output.exists():
+        cure = "choose another path; add works on a shelf"
+        raise ShelfError("the output exists already", where=str(output), cure=cure)
+    settings = new_settings(
+        slots,
+        bytes=bytes,
+        policy=policy,
+        threshold=arg.threshold(threshold, held_out),
+        merge=merge or ("ties" if method == D2C else "linear"),
+        seed=seed,
+        rank=rank,
+        dtype=dtype,
+        keep=keep,
+        parameters=arg.parameters(parameter),
+        base=base,
+        base_aliases=tuple(base_alias or ()),
+        restore_norm=restore_norm,
+    )
+    _checked(method, examples, accept, init)
+    named = arg.read_named(adapters)
+    note_unknown_base(named)
+    tasks = read_tasks(examples) if examples else {}
+    kept = journal or output.with_name(output.name + ".d2c.jsonl")
+    searched = None
+    if method == D2C:
+        options = {"iterations": iterations, "accept": accept, "init": init, "keep_best": keep_best, "journal": kept}
+        searched = _searched(named, settings, tasks, per_task, (base_model, device, model_dtype), options)
+    details = {name: _stored(task) for name, task in tasks.items()}
+    found = searched.found if searched else None
+    made, plan = Shelf.create_with(
+        output,
+        settings,
+        lambda snapshot: plan_cluster(
+            snapshot, named, method=method, found=found, details=details, assume_base=assume_base
+        ),
+    )
+    if searched and journal is None:
+        atomic.remove(kept)
+    report = {**plan.report, **(searched.document() if searched else {})}
+    show({**report, "slots": router.slot_documents(made), "head": made.head}, json, _clustered)
+
+
+def _checked(method: str, examples: Path | None, accept: str, init: str) -> None:
+    """Refuse what the options of d2c cannot mean, before anything is read."""
+    faults = []
+    if method == D2C and examples is None:
+        faults.append("--method d2c needs --examples DIR")
+    for option, value, choices in (("--accept", accept, get_args(Accept)), ("--init", init, get_args(Init))):
+        if value not in choices:
+            faults.append(f"{option} is {value!r}; choose from {', '.join(choices)}")
+    if faults:
+        raise UsageError("; ".join(faults), cure="lorashelf cluster --help")
+
+
+def _searched(
+    named: Mapping[str, Adapter],
+    settings: Settings,
+    tasks: Mapping[str, Task],
+    per_task: int,
+    base: tuple[str | None, str | None, str | None],
+    options: Mapping[str, Any],
+) -> Searched:
+    """The search, on examples of the train splits; the validation splits, where all have one, are reported on."""
+    from ..backends.hf import HFBackend
+
+    absent = sorted(set(named) - set(tasks))
+    if absent:
+        cure = "a task folder a task, named as the task: NAME=ADAPTER names an adapter"
+        raise UsageError(f"no examples for {', '.join(absent)}", cure=cure)
+    name, device, dtype = base
+    backend = HFBackend.open(name, device=device, dtype=dtype)
+    backend.fits(named)
+    seed = settings.recipe.seed
+    sets, dropped = drawn(tasks, named, backend.fitting, "train", per_task, seed)
+    others = None
+    if all("validation" in tasks[task].splits for task in named):
+        others, beyond = drawn(tasks, named, backend.fitting, "validation", per_task, seed)
+        dropped += beyond
+    if dropped:
+        note(f"{dropped} examples are longer than the model's context and were left out")
+    return cluster_by_loss(
+        named,
+        settings.budget.slots,
+        settings.recipe,
+        backend,
+        sets,
+        held_out=others,
+        watch=lambda steps: progress(steps, "D2C"),
+        **options,
+    )
+
+
+def _stored(task: Task) -> dict[str, Any]:
+    """What the shelf keeps of a task folder: the fields of its task.toml."""
+    return {name: value for name in FIELDS if name != "type" and (value := getattr(task, name))}
+
+
+def _clustered(document: dict[str, Any]) -> list[Any]:
+    rows = [(slot["slot"], slot["members"]) for slot in document["slots"]]
+    shown: list[Any] = [table([">slot", "members"], rows)]
+    if "losses" in document:
+        loss, counts = document["loss"], document["losses"]
+        others = "" if loss["held_out"] is None else f", {loss['held_out']:.4f} on others"
+        shown.append(
+            f"{document['accepted']} of {document['proposals']} moves taken; mean loss {loss['search']:.4f} on the "
+            f"examples searched with{others}\n{counts['asked']} losses asked for, {counts['distinct']} distinct, "
+            f"{document['evaluations']} measured in this run"
+        )
+    return shown
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the command of this module."""
+    example = "Example:  lorashelf cluster adapters/* -o my.shelf --slots 5 --method d2c --examples tasks/"
+    app.command(epilog=example, rich_help_panel="The shelf")(cluster)

@@ -1,0 +1,112 @@
+"""The demo's second half: the same adapters on a real language model; a short D2C, a table of losses, answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ..adapter import Adapter
+from ..backend import mean_loss
+from ..backends.hf import HFBackend
+from ..clustering import cluster_by_loss
+from ..flow import merger, plan_add
+from ..partition import balanced
+from ..recipe import Recipe, new_settings
+from ..shelf import Shelf
+from ..tasks import ExampleSet, Task, read_tasks
+from .output import progress, table
+
+SLOTS, ITERATIONS = 4, 80
+SHOWN = "tone-en"
+DOZEN = (
+    "gec-en",
+    "gec-es",
+    "gec-it",
+    "qa-en",
+    "qa-es",
+    "qa-fr",
+    "reply-en",
+    "reply-fr",
+    "sum-en",
+    "sum-fr",
+    "tone-en",
+    "tone-fr",
+)
+Serving = Mapping[str, Adapter | None]
+
+
+def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, folder: Path, seed: int) -> None:
+    """Search with six examples a task, report on the other six; all methods merge `linear` into the same slots."""
+    tasks = read_tasks(examples)
+    names = [name for name in DOZEN if name in zoo and name in tasks]
+    adapters = {name: zoo[name] for name in names}
+    console.rule(f"On a language model: {len(names)} adapters, {SLOTS} slots", align="left")
+    backend = HFBackend.open()
+    console.print(f"  {backend.base.name}, {str(backend.base.model.dtype).removeprefix('torch.')}", markup=False)
+    sets = {split: {name: tasks[name].examples(split) for name in names} for split in ("train", "validation")}
+    recipe = Recipe(merge="linear", seed=seed)
+    searched = cluster_by_loss(
+        adapters,
+        SLOTS,
+        recipe,
+        backend,
+        sets["train"],
+        iterations=ITERATIONS,
+        watch=lambda steps: progress(steps, "  D2C"),
+    )
+    labels = balanced(len(names), SLOTS, seed)
+    drawn = [[n for n, label in zip(names, labels, strict=True) if label == c] for c in range(SLOTS)]
+    served: dict[str, Serving] = {
+        "zero-shot": dict.fromkeys(names),
+        "own adapter": adapters,
+        "random": _serving(drawn, merger(adapters, recipe)),
+        "K-Merge++": _arrived(folder / "model.shelf", adapters, seed),
+        "D2C": _serving(searched.found.blocks, merger(adapters, recipe)),
+    }
+    blocks = "  ·  ".join(" ".join(block) for block in searched.found.blocks)
+    console.print(
+        f"  D2C: {len(searched.found.moves)} of {searched.found.proposals} moves taken; "
+        f"{searched.asked} losses asked for, {searched.evaluations} measured; slots: {blocks}",
+        markup=False,
+    )
+    _loss_table(console, backend, served, sets["validation"])
+    _answers(console, backend, served, tasks[SHOWN if SHOWN in names else names[0]])
+
+
+def _serving(blocks: Sequence[Sequence[str]], merged: Callable[[Sequence[str]], Adapter]) -> Serving:
+    return {name: adapter for block in blocks for adapter in [merged(block)] for name in block}
+
+
+def _arrived(path: Path, adapters: Mapping[str, Adapter], seed: int) -> Serving:
+    """Which adapter serves each task once all arrived at a new shelf, in random order, under K-Merge++."""
+    snapshot = Shelf.create(path, new_settings(SLOTS, seed=seed)).snapshot()
+    for name in random.Random(seed).sample(sorted(adapters), len(adapters)):
+        snapshot = snapshot.after(plan_add(snapshot, adapters[name], name))
+    return {name: snapshot.adapter(slot) for slot in snapshot.manifest.slots for name in slot.members}
+
+
+def _loss_table(
+    console: Console, backend: HFBackend, served: Mapping[str, Serving], sets: Mapping[str, ExampleSet]
+) -> None:
+    console.rule("Loss of the answers, nats a token (examples the search has not seen)", align="left")
+    losses: dict[str, list[float]] = {method: [] for method in served}
+    for name in progress(list(sets), "  measuring"):
+        found = backend.nll([(serving[name], sets[name]) for serving in served.values()])
+        for method, each in zip(served, found, strict=True):
+            losses[method].append(mean_loss(each))
+    rows = [(name, *(f"{losses[m][i]:.3f}" for m in served)) for i, name in enumerate(sets)]
+    rows.append(("mean", *(f"{sum(values) / len(values):.3f}" for values in losses.values())))
+    console.print(table(["task", *(f">{method}" for method in served)], rows))
+
+
+def _answers(console: Console, backend: HFBackend, served: Mapping[str, Serving], task: Task) -> None:
+    example = task.splits["validation"][0]
+    console.rule(f"One answer each, {task.name}", align="left")
+    console.print(f"  {task.prompt} {example.input}", markup=False)
+    for method, serving in served.items():
+        [answer] = backend.answers(serving[task.name], task.prompt, [example.input], max_new_tokens=task.max_new_tokens)
+        console.print(f"  {method:11} → {answer!r}", markup=False)
+    console.print(f"  {'reference':11} → {example.output!r}", markup=False)

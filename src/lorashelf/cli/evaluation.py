@@ -1,0 +1,248 @@
+"""`lorashelf eval`: what a shelf, a folder of adapters or the bare base is worth on tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import recipe
+from ..adapter import Adapter, BaseId
+from ..backends.hf import HFBackend
+from ..errors import LorashelfError, UnknownName, UsageError
+from ..evaluation import Evaluation, metrics_of, prepare
+from ..journal import Journal, opened
+from ..peft_format import CONFIG_FILE
+from ..results import FILE, read_result, write_csv, write_result
+from ..router import storage
+from ..shelf import Shelf
+from ..tasks import Task, read_tasks
+from . import arguments as arg
+from .output import note, progress, show, table
+from .shelves import note_unknown_base
+
+OWN = "own"  # the folder of own adapters' results inside an output folder
+
+
+def evaluation(
+    data: Annotated[Path, typer.Option("--data", help="A folder of task folders, or one.", show_default=False)],
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A shelf, or a folder of PEFT folders named as the tasks; none: the bare base.",
+            metavar="[SHELF|ADAPTERS_DIR]",
+            show_default=False,
+        ),
+    ] = None,
+    base: arg.Base = None,
+    own: Annotated[
+        Path | None,
+        typer.Option("--own", help="The tasks' own adapters: an earlier result, or a folder of adapters to measure."),
+    ] = None,
+    zero_shot: Annotated[Path | None, typer.Option("--zero-shot", help="An earlier result of the bare base.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Only these: a,b,…")] = None,
+    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "validation",
+    limit: Annotated[int | None, typer.Option("--limit", help="At most so many examples a task, drawn.")] = None,
+    seed: arg.Seed = 0,
+    loss_only: Annotated[bool, typer.Option("--loss-only", help="Measure losses; generate nothing.")] = False,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write the table to this file as well.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Keep result and predictions here; an interrupted run goes on from it."),
+    ] = None,
+    device: arg.Device = None,
+    model_dtype: arg.ModelDtype = None,
+    json: arg.Json = False,
+) -> None:
+    """Measure loss and score of tasks: through a shelf's slots, with their own adapters, or with the bare base."""
+    options: dict[str, Any] = {"split": split, "limit": limit, "seed": seed, "loss_only": loss_only}
+    _check_parent(csv)
+    chosen = _chosen(read_tasks(data), tasks)
+    served = _served(target, chosen)
+    compared = _own(own, chosen), read_result(zero_shot) if zero_shot else None
+    metrics_of({name: chosen[name] for name in served.adapters.keys() & chosen.keys()}, **options)
+    with _kept(output) as journal:
+        backend = HFBackend.open(base, device=device, dtype=model_dtype)
+        result = _measured(backend, served, compared, chosen, options, journal, output)
+        if output is not None:
+            write_result(result, output)
+    for line in _notes(result, target):
+        note(line)
+    document = result.document()
+    if csv is not None:
+        write_csv(document, csv)
+    show(document, json, _tables)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Which adapter serves which task, what share of the adapters' bytes is kept, and other names of their base."""
+
+    adapters: Mapping[str, Adapter | None]
+    storage: float | None = None
+    aliases: frozenset[str] = frozenset()
+
+    def under(self, base: str) -> Mapping[str, Adapter | None]:
+        """The adapters, renamed to this base where the shelf declares the name another of its own."""
+        if base not in self.aliases:
+            return self.adapters
+        renamed = {id(x): replace(x, base=BaseId(base)) for x in self.adapters.values() if x is not None}
+        return {name: None if x is None else renamed[id(x)] for name, x in self.adapters.items()}
+
+
+def _chosen(tasks: Mapping[str, Task], names: str | None) -> Mapping[str, Task]:
+    if names is None:
+        return tasks
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in tasks]
+    if len(unknown) == 1:
+        raise UnknownName("task", unknown[0], sorted(tasks))
+    if unknown or not wanted:
+        what = f"unknown tasks {', '.join(unknown)}" if unknown else "--tasks names no task"
+        raise UsageError(what, cure=f"the data holds {', '.join(sorted(tasks))}")
+    return {name: tasks[name] for name in wanted}
+
+
+def _served(target: Path | None, tasks: Mapping[str, Task]) -> Served:
+    """The adapters of a shelf's slots, of a folder, or none at all."""
+    if target is None:
+        return Served(dict.fromkeys(tasks))
+    if not (target / recipe.FILE).exists() and not (target / "HEAD").exists():
+        return Served(_adapters_of(target, tasks), storage=1.0)
+    snapshot = Shelf(target).snapshot()
+    slots = {slot.slot: snapshot.adapter(slot) for slot in snapshot.manifest.slots}
+    routed = {name: snapshot.manifest.slot_of(unicodedata.normalize("NFC", name)) for name in tasks}
+    adapters = {name: slots[slot.slot] for name, slot in routed.items() if slot is not None}
+    if not adapters:
+        have = ", ".join(sorted(snapshot.manifest.tasks)) or "none"
+        cure = "a task's folder bears the name it has on the shelf"
+        raise UsageError(f"none of the tasks is on the shelf; it holds {have}", where=str(target), cure=cure)
+    return Served(adapters, storage(snapshot), frozenset(snapshot.settings.base_aliases))
+
+
+def _adapters_of(folder: Path, tasks: Mapping[str, Task]) -> dict[str, Adapter]:
+    """The adapters in a folder that bear a task's name, or the folder itself if it is one."""
+    one = (folder / CONFIG_FILE).exists()
+    folders = {folder.resolve().name: folder} if one else {name: folder / name for name in sorted(tasks)}
+    found = [f"{name}={path}" for name, path in folders.items() if name in tasks and (path / CONFIG_FILE).exists()]
+    if not found:
+        names = ", ".join(sorted(tasks))
+        cure = "give a shelf, or a folder of PEFT folders that bear the tasks' names"
+        raise UsageError(f"no adapter here for any of {names}", where=str(folder), cure=cure)
+    named = arg.read_named(found)
+    note_unknown_base(named)
+    return named
+
+
+def _own(path: Path | None, tasks: Mapping[str, Task]) -> Mapping[str, Any] | Served | None:
+    """What --own names: an earlier result's document, or adapters that are to be measured."""
+    if path is None:
+        return None
+    if path.is_dir() and not (path / FILE).exists():
+        return Served(_adapters_of(path, tasks))
+    return read_result(path)
+
+
+def _measured(
+    backend: HFBackend,
+    served: Served,
+    compared: tuple[Mapping[str, Any] | Served | None, Mapping[str, Any] | None],
+    tasks: Mapping[str, Task],
+    options: Mapping[str, Any],
+    journal: Journal,
+    output: Path | None,
+) -> Evaluation:
+    """The target's evaluation, and before that, where their folder is given, the own adapters'."""
+    own, zero_shot = compared
+    name = backend.base.name
+    prepared = prepare(backend, served.under(name), tasks, **options)
+    if isinstance(own, Served):
+        shared = {task: tasks[task] for task in tasks if task in served.adapters}
+        mine = prepare(backend, own.under(name), shared, **options)
+        separate = mine.measured(backend, journal, lambda units: progress(units, "own adapters"))
+        if output is not None:
+            write_result(separate, output / OWN)
+        own = separate.document()
+    result = prepared.measured(backend, journal, lambda units: progress(units, "measuring"))
+    return replace(result, storage=served.storage).compared(own, zero_shot)
+
+
+@contextlib.contextmanager
+def _kept(output: Path | None) -> Iterator[Journal]:
+    """The journal of the output folder; who interrupts is told what is kept."""
+    with opened(output) as journal:
+        try:
+            yield journal
+        except (LorashelfError, KeyboardInterrupt):
+            if journal.written:
+                note(
+                    f"{journal.written} results are kept in {output}: the same command goes on from there"
+                    if output
+                    else "nothing is kept: with -o FOLDER the same command would go on from here"
+                )
+            raise
+
+
+def _check_parent(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError("the table cannot be written there", where=str(path), cure="name a file in an existing folder")
+
+
+def _notes(result: Evaluation, target: Path | None) -> list[str]:
+    where = f"{target} has" if target else "there is"
+    left_out = [f"left out: {', '.join(result.left_out)}: {where} no adapter of this name"] if result.left_out else []
+    return [*left_out, *result.warnings]
+
+
+def _tables(document: dict[str, Any]) -> list[Any]:
+    compared = document["normalised"] is not None
+    columns = ["task", ">n", ">loss", *([">own", ">kept"] if compared else []), ">score", "", "metric"]
+    columns += [">own", ">S"] if compared else []
+    rows = [_row(name, entry, compared) for name, entry in document["tasks"].items()]
+    return [table(columns, rows), *_summary(document)]
+
+
+def _row(name: str, entry: Mapping[str, Any], compared: bool) -> list[str]:
+    interval = "" if entry["score"] is None else f"[{entry['low']:.1f}, {entry['high']:.1f}]"
+    kept = [_number(entry["own_loss"], 4), _number(entry["loss_kept"], 3)] if compared else []
+    share = [_number(entry["own_score"], 1), _number(entry["S"], 3)] if compared else []
+    score = [_number(entry["score"], 1), interval, entry["metric"] or "-"]
+    return [name, str(entry["n"]), _number(entry["loss"], 4), *kept, *score, *share]
+
+
+def _summary(document: Mapping[str, Any]) -> Sequence[str]:
+    parts = [f"{len(document['tasks'])} tasks: average loss {_number(document['average_loss'], 4)}"]
+    parts.append(f"average score {_number(document['average'], 1)}")
+    if document["normalised"] is not None:
+        parts += [
+            f"{name} {_number(document['normalised'][key], 3)}"
+            for name, key in (("S", "S"), ("loss kept", "loss_kept"))
+        ]
+    if document["storage"] is not None:
+        parts.append(f"storage {100 * document['storage']:.0f} %")
+    lines = [", ".join(parts)]
+    if document["normalised"] is not None:
+        for name, tasks in document["normalised"]["left_out"].items():
+            lines += [f"without {', '.join(tasks)}: {_WHY[name]}"] if tasks else []
+    return lines
+
+
+_WHY = {
+    "S": "no own score of at least 1 to compare with",
+    "loss_kept": "no own gain of at least 0.02 nats over zero-shot",
+}
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the command of this module."""
+    example = "Example:  lorashelf eval my.shelf --data tasks --own adapters --zero-shot zero.json -o out"
+    app.command("eval", epilog=example, rich_help_panel="Language model")(evaluation)

@@ -1,0 +1,121 @@
+"""The command that answers with the shelf: generate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..backends.base_model import cache_folder
+from ..backends.hf import HFBackend
+from ..errors import UsageError
+from ..generation import checked, service
+from ..prototypes import Choice, choose, examples_on, prototypes
+from ..shelf import Shelf
+from ..snapshot import Snapshot
+from ..tasks import ExampleSet, read_tasks
+from . import arguments as arg
+from .output import note, print_json
+
+
+def generate(
+    shelf: arg.ShelfPath,
+    task: Annotated[
+        str | None, typer.Argument(help="A task on the shelf; not with --auto.", metavar="[TASK]", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Argument(help="What is to be answered; none: stdin.", metavar="[TEXT]", show_default=False)
+    ] = None,
+    base: arg.Base = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The instruction, in place of the stored one.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="Most tokens of the answer; default: as stored, else 64.")
+    ] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="Choose the task from the text; needs --examples.")] = False,
+    examples: Annotated[
+        Path | None, typer.Option("--examples", help="Task folders whose train.jsonl show what each task is.")
+    ] = None,
+    device: arg.Device = None,
+    dtype: arg.ModelDtype = None,
+    json: arg.Json = False,
+) -> None:
+    """Answer a text with the slot that serves its task; the answer appears as it is written."""
+    snapshot = Shelf(shelf).snapshot()
+    task, text = _positionals(snapshot, task, text, auto)
+    shown = _shown(snapshot, examples, auto)
+    asked = None if task is None else service(snapshot, task, prompt=prompt, max_new_tokens=max_new_tokens)
+    question = _read(text)
+    backend = HFBackend.open(base, device=device, dtype=dtype)
+    choice = None
+    if asked is None:
+        choice = _chosen(backend, snapshot, shown, question)
+        instruction = prompt or snapshot.manifest.tasks[choice.task].get("prompt", shown[choice.task].instruction)
+        asked = service(snapshot, choice.task, prompt=instruction, max_new_tokens=max_new_tokens)
+    pieces = asked.stream(backend, question)
+    if json:
+        document = {"task": asked.task, "slot": asked.slot, "text": "".join(pieces), "base": backend.base_name}
+        print_json({**document, "auto": None if choice is None else asdict(choice)})
+    else:
+        _tell(pieces)
+
+
+def _positionals(snapshot: Snapshot, task: str | None, text: str | None, auto: bool) -> tuple[str | None, str | None]:
+    """TASK and TEXT; under --auto the only one is TEXT."""
+    if auto and text is not None:
+        raise UsageError("--auto chooses the task", cure="give the text alone, or leave --auto out")
+    if not auto and task is None:
+        raise UsageError(
+            "no task is named", cure=f"the shelf has {', '.join(sorted(snapshot.manifest.tasks)) or 'none'}"
+        )
+    return (None, task) if auto else (task, text)
+
+
+def _shown(snapshot: Snapshot, examples: Path | None, auto: bool) -> Mapping[str, ExampleSet]:
+    """The examples that --auto chooses by; tasks of the shelf without any are said."""
+    if not auto:
+        if examples is not None:
+            raise UsageError("--examples is for --auto", cure="add --auto, or leave --examples out")
+        return {}
+    if examples is None:
+        raise UsageError("--auto needs examples", cure="give a folder of task folders: --examples DIR")
+    found = examples_on(snapshot, read_tasks(examples))
+    if missing := sorted(snapshot.manifest.tasks.keys() - found.keys()):
+        note(f"without examples, so never chosen: {', '.join(missing)}")
+    return found
+
+
+def _chosen(backend: HFBackend, snapshot: Snapshot, shown: Mapping[str, ExampleSet], text: str) -> Choice:
+    known = prototypes(backend, shown, cache_folder() / "prototypes")
+    choice = choose(backend, known, snapshot, text)
+    others = ", ".join(f"{name} {confidence:.2f}" for name, confidence in choice.others.items()) or "none"
+    slot = f"slot {choice.slot} (confidence {choice.slot_confidence:.2f})"
+    note(f"chosen: {slot} for {choice.task} ({choice.confidence:.2f}); next: {others}")
+    return choice
+
+
+def _read(text: str | None) -> str:
+    """The text, or standard input whole without the last line's end."""
+    if text is None:
+        if sys.stdin.isatty():
+            note("the text to answer, then Ctrl-D:")
+        try:
+            text = sys.stdin.buffer.read().decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not UTF-8: {error}", cure="convert it (iconv)") from error
+    return checked(text)
+
+
+def _tell(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the command of this module."""
+    example = 'lorashelf generate my.shelf qa-de "…"  ·  lorashelf generate my.shelf my-email < notes.txt'
+    app.command(epilog=f"Example:  {example}", rich_help_panel="Language model")(generate)

@@ -1,0 +1,108 @@
+"""What an evaluation has measured so far, found again by all that a result depends on; in a folder, or in memory.
+
+    FOLDER/journal.jsonl    a line a result: {"digest", "result", "unit"}, canonical JSON, appended and fsynced
+    FOLDER/lock             held by the evaluation that writes here
+
+`unit` is a JSON document of everything the result depends on, `digest` that of [unit, result]. A result is found under
+exactly its unit, so other settings simply find nothing; a line that is torn or altered is passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import atomic
+from .digest import canonical_json, digest
+from .errors import UsageError
+
+FILE = "journal.jsonl"
+LOCK = "lock"
+_STAGED = re.compile(r"\.[0-9a-f]{16}")  # what atomic.replace_file leaves behind when it is killed
+
+
+class Journal:
+    """Results by unit. `kept` is the file that holds them, None in memory; open a folder with `opened`."""
+
+    def __init__(self, kept: Path | None = None) -> None:
+        self.kept = kept
+        self.written = 0
+        """How many results this journal was given, beside those it found."""
+        self._results: dict[bytes, Any] = {}
+        self._size = 0
+        if kept is not None:
+            self._read(kept)
+
+    def get(self, unit: Mapping[str, Any]) -> Any:
+        """The result of a unit, or None."""
+        return self._results.get(canonical_json(unit))
+
+    def put(self, unit: Mapping[str, Any], result: Any) -> None:
+        """Keep the result of a unit; it is on the disk when this returns. Raises DiskError."""
+        line = _line(unit, result)
+        if self.kept is not None:
+            atomic.append(self.kept, line, self._size)
+        self._size += len(line)
+        self._results[canonical_json(unit)] = json.loads(line)["result"]
+        self.written += 1
+
+    def _read(self, path: Path) -> None:
+        with atomic.refusals(path, "read"):
+            data = path.read_bytes() if path.exists() else b""
+        self._size = data.rfind(b"\n") + 1
+        for line in data[: self._size].splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                entry = json.loads(line)
+                if line == _line(entry["unit"], entry["result"]):
+                    self._results[canonical_json(entry["unit"])] = entry["result"]
+
+
+@contextlib.contextmanager
+def opened(folder: Path | None) -> Iterator[Journal]:
+    """The journal of a folder, made if need be and locked; None: one in memory.
+
+    Raises UsageError if the folder holds something else, or if another evaluation writes there; DiskError.
+    """
+    if folder is None:
+        yield Journal()
+        return
+    import filelock  # here: only an output folder needs it
+
+    _make(folder)
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    with atomic.refusals(folder / LOCK):
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            cure = "wait until it is done, or choose another folder"
+            raise UsageError("another evaluation writes into this folder", where=str(folder), cure=cure) from error
+    try:
+        for path in list(folder.rglob(".*")):
+            if _STAGED.fullmatch(path.name):
+                atomic.remove(path)
+        if not (folder / FILE).exists():
+            atomic.append(folder / FILE, b"", 0)
+        yield Journal(folder / FILE)
+    finally:
+        lock.release()
+
+
+def _make(folder: Path) -> None:
+    """The folder of an evaluation, new or from before."""
+    if not folder.exists():
+        atomic.make_parents(folder)
+        atomic.make_folder(folder)
+    with atomic.refusals(folder, "read"):
+        held = {path.name for path in folder.iterdir()}
+    if FILE not in held and held - {LOCK}:
+        cure = "choose a new folder, or that of an earlier evaluation"
+        raise UsageError("the output folder holds something else", where=str(folder), cure=cure)
+
+
+def _line(unit: Any, result: Any) -> bytes:
+    entry = {"digest": digest([canonical_json([unit, result])]), "unit": unit, "result": result}
+    return canonical_json(entry) + b"\n"

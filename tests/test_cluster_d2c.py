@@ -1,0 +1,187 @@
+"""lorashelf cluster --method d2c, whole, on a tiny random Llama: its document, its journal, its refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factory import tree
+from lorashelf import Shelf, read_adapter, write_adapter
+from lorashelf.backends.hf import HFBackend
+from lorashelf.cli import main
+from test_hf import random_adapter
+from tiny_base import tiny_base
+
+NAMES = ("gec-de", "gec-en", "qa-de", "qa-en", "sum-de")
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, five adapters of it, and a task folder for each."""
+    folder = tmp_path_factory.mktemp("house")
+    backend = HFBackend.open(str(tiny_base(folder / "base")), device="cpu", dtype="f32")
+    for i, name in enumerate(NAMES):
+        write_adapter(random_adapter(backend, seed=i), folder / "zoo" / name)
+        examples(folder / "tasks" / name, 6)
+    return folder
+
+
+def examples(folder: Path, count: int, *, validation: bool = True, text: str = "in") -> None:
+    folder.mkdir(parents=True)
+    (folder / "task.toml").write_text('prompt = "Mend:"\nmetric = "rouge_l"\nmax_new_tokens = 9\n')
+    for split in ("train", "validation")[: 1 + validation]:
+        lines = [{"input": f"{text} {i} {folder.name}", "output": f"out {i} {split}"} for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def run(capsys: pytest.CaptureFixture[str], house: Path, output: Path, *more: object) -> tuple[int, Any, str]:
+    words = ["cluster", *(house / "zoo" / name for name in NAMES), "-o", output, "--slots", 2, "--method", "d2c"]
+    words += ["--examples", house / "tasks", "--base", house / "base", "--iterations", 12, "--examples-per-task", 3]
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, [*words, *more]), "--json"])
+    printed = capsys.readouterr()
+    return int(exit_.value.code or 0), json.loads(printed.out), printed.err
+
+
+def test_the_document_and_the_shelf(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document, _ = run(capsys, house, tmp_path / "s")
+    assert code == 0
+    assert set(document["partition"]) == set(NAMES)
+    assert document["method"] == "d2c"
+    assert document["proposals"] == 12
+    assert document["losses"]["asked"] == 24
+    assert document["evaluations"] == document["losses"]["distinct"] <= 24
+    assert document["loss"]["held_out"] > 0
+    snapshot = Shelf(tmp_path / "s").snapshot()
+    assert document["head"] == snapshot.head
+    assert snapshot.settings.recipe.merge == "ties"
+    assert snapshot.manifest.tasks["qa-en"]["prompt"] == "Mend:"
+    assert snapshot.manifest.tasks["qa-en"]["max_new_tokens"] == 9
+    assert snapshot.manifest.tasks["qa-en"]["type"] == "qa"
+    assert list(tmp_path.iterdir()) == [tmp_path / "s"], "the journal goes once the shelf is there"
+    for slot in snapshot.manifest.slots:
+        if len(slot.members) == 1:
+            assert snapshot.adapter(slot).digest == read_adapter(house / "zoo" / slot.members[0]).digest
+
+
+def test_the_same_command_gives_the_same_shelf(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (run(capsys, house, tmp_path / name, "--seed", 5)[1] for name in "ab")
+    assert first["partition"] == second["partition"]
+    assert first["loss"] == second["loss"]
+    assert [s["object"] for s in first["slots"]] == [s["object"] for s in second["slots"]]
+
+
+def test_an_interrupted_search_is_taken_up(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(capsys, house, tmp_path / "whole")[1]
+    measure, calls = HFBackend.nll, []
+
+    def interrupted(self: HFBackend, pairs: Any) -> Any:
+        calls.append(len(pairs))
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return measure(self, pairs)
+
+    monkeypatch.setattr(HFBackend, "nll", interrupted)
+    code, document, _ = run(capsys, house, tmp_path / "s")
+    assert (code, document["error"]["kind"]) == (130, "interrupted")
+    assert [p.name for p in tmp_path.iterdir() if p.name != "whole"] == ["s.d2c.jsonl"]
+    monkeypatch.setattr(HFBackend, "nll", measure)
+    before = tree(tmp_path)
+    code, document, _ = run(capsys, house, tmp_path / "s", "--accept", "both")
+    assert code == 2
+    assert "accept differ" in document["error"]["message"]
+    assert tree(tmp_path) == before
+    code, resumed, _ = run(capsys, house, tmp_path / "s")
+    assert code == 0
+    assert resumed["partition"] == whole["partition"]
+    assert 0 < resumed["evaluations"] < whole["evaluations"]
+    assert resumed["evaluations"] + sum(calls[:4]) == whole["evaluations"]
+
+
+def test_a_named_journal_stays(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = tmp_path / "j.jsonl"
+    assert run(capsys, house, tmp_path / "a", "--journal", journal)[0] == 0
+    code, again, _ = run(capsys, house, tmp_path / "b", "--journal", journal)
+    assert code == 0
+    assert again["evaluations"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--accept", "all"], "--accept is 'all'"),
+        (["--init", "kmeans"], "--init is 'kmeans'"),
+        (["--base", "no/such/base/at all"], "is not there"),
+        (["--examples", "."], "no task folder here"),
+    ],
+)
+def test_options_that_cannot_be(
+    house: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, document, _ = run(capsys, house, tmp_path / "s", *options)
+    assert code in (2, 5)
+    assert said in document["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_are_needed_and_every_lacking_task_is_named(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples(tmp_path / "tasks" / "gec-de", 2)
+    examples(tmp_path / "tasks" / "gec-en", 2)
+    code, document, _ = run(capsys, house, tmp_path / "s", "--examples", tmp_path / "tasks")
+    assert code == 2
+    assert all(name in document["error"]["message"] for name in ("qa-de", "qa-en", "sum-de"))
+    words = ["cluster", str(house / "zoo" / "gec-de"), "-o", str(tmp_path / "s"), "--slots", "2", "--method", "d2c"]
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    assert "needs --examples" in capsys.readouterr().err
+
+
+def test_examples_that_do_not_fit_are_counted_or_refused(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in NAMES:
+        examples(tmp_path / "some" / name, 3)
+        examples(tmp_path / "none" / name, 3, text="x" * 512)
+    long = {"input": "x" * 512, "output": "y"}
+    with (tmp_path / "some" / "gec-de" / "train.jsonl").open("a") as handle:
+        handle.write(json.dumps(long) + "\n")
+    code, _, said = run(capsys, house, tmp_path / "a", "--examples", tmp_path / "some", "--examples-per-task", 4)
+    assert code == 0
+    assert "1 examples are longer than the model's context and were left out" in said
+    code, document, _ = run(capsys, house, tmp_path / "b", "--examples", tmp_path / "none")
+    assert code == 5
+    assert all(f"{name}: no example" in document["error"]["message"] for name in NAMES)
+
+
+def test_without_validation_examples_nothing_is_held_out(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in NAMES:
+        examples(tmp_path / "tasks" / name, 3, validation=False)
+    code, document, _ = run(capsys, house, tmp_path / "s", "--examples", tmp_path / "tasks")
+    assert code == 0
+    assert document["loss"]["held_out"] is None
+
+
+def test_adapters_of_another_size_are_refused_before_the_search(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_base(tmp_path / "gpt2", "gpt2")
+    code, document, _ = run(capsys, house, tmp_path / "s", "--base", other)
+    assert code == 3
+    assert "no linear layer of this name" in document["error"]["message"]
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,411 @@
+"""The transformers backend: equal to PEFT and to transformers' own loss; several architectures, and a real model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorashelf import Adapter, BaseId, Factors, Modules, read_adapter, write_adapter
+from lorashelf.backend import mean_loss
+from lorashelf.backends import base_model
+from lorashelf.backends import hf as hf_module
+from lorashelf.backends.base_model import open_base, template_of
+from lorashelf.backends.hf import HFBackend
+from lorashelf.errors import ModelError, ShapeMismatch, UsageError
+from lorashelf.tasks import Example, ExampleSet, read_tasks
+from tiny_base import ARCHITECTURES, tiny_base
+
+CONTEXT = 160
+TARGETS = {"gpt2": ("c_attn", "c_proj")}
+ROOT = Path(__file__).parent.parent
+SET = ExampleSet(
+    "mend-en",
+    "Mend:",
+    tuple(Example(f"a text {'long ' * (i % 5)}", f"an answer {'yes ' * (i % 3)}") for i in range(9)),
+)
+
+
+def small_base(folder: Path, architecture: str) -> Path:
+    """A tiny base; llama's has a chat template, the others none."""
+    return tiny_base(folder, architecture, context=CONTEXT, chat=architecture == "llama")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HFBackend]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        name: HFBackend.open(str(small_base(folder / name, name)), device="cpu", dtype="f32") for name in ARCHITECTURES
+    }
+
+
+def random_adapter(backend: HFBackend, architecture: str = "llama", seed: int = 0, rank: int = 3) -> Adapter:
+    """Random factors for the attention's projections, with a scale and a size that change the answers."""
+    rng = np.random.default_rng(seed)
+    names = TARGETS.get(architecture, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    modules = {}
+    for path, layer in backend.base.model.named_modules():
+        if path.rpartition(".")[2] in names and (there := hf_module.sizes(layer)):
+            dout, din = there
+            a, b = rng.standard_normal((rank, din)), rng.standard_normal((dout, rank))
+            modules[path] = Factors((0.2 * a).astype("f4"), (0.2 * b).astype("f4"), 2.0)
+    config = {"fan_in_fan_out": architecture == "gpt2", "task_type": "CAUSAL_LM"}
+    return Adapter(Modules(modules), BaseId(backend.base.name), "f32", config)
+
+
+def by_transformers(backend: HFBackend, model: Any, examples: ExampleSet) -> list[tuple[float, int]]:
+    """One example at a time, labels −100 on the query: the loss that transformers computes, times its tokens."""
+    found = []
+    template, tokenizer = backend.base.template, backend.base.tokenizer
+    for example in examples.examples:
+        query = tokenizer(template.query(examples.instruction, example.input), add_special_tokens=False).input_ids
+        answer = tokenizer(template.answer(example.output), add_special_tokens=False).input_ids
+        ids = torch.tensor([query + answer])
+        labels = torch.tensor([[-100] * len(query) + answer])
+        with torch.no_grad():
+            found.append((float(model(input_ids=ids, labels=labels).loss) * len(answer), len(answer)))
+    return found
+
+
+def peft_model(backend: HFBackend, adapter: Adapter, folder: Path) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    write_adapter(adapter, folder)
+    fresh = AutoModelForCausalLM.from_pretrained(backend.base.name, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21.2 asks transformers 5.23 under a name of old
+        return PeftModel.from_pretrained(fresh, str(folder)).eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_losses_are_those_of_transformers_and_of_peft(
+    bases: dict[str, HFBackend], architecture: str, tmp_path: Path
+) -> None:
+    backend = bases[architecture]
+    adapter = random_adapter(backend, architecture)
+    bare, adapted = backend.nll([(None, SET), (adapter, SET)])
+    model = peft_model(backend, adapter, tmp_path / "adapter")
+    with model.disable_adapter():
+        expected_bare = by_transformers(backend, model, SET)
+    expected = by_transformers(backend, model, SET)
+    for found, wanted in ((bare, expected_bare), (adapted, expected)):
+        assert [loss.tokens for loss in found] == [tokens for _, tokens in wanted]
+        np.testing.assert_allclose([loss.nll for loss in found], [nll for nll, _ in wanted], rtol=2e-4)
+    assert max(abs(x.nll / y.nll - 1) for x, y in zip(bare, adapted, strict=True)) > 0.01  # the adapter matters
+
+
+def test_the_comparison_sees_a_wrong_scale(bases: dict[str, HFBackend]) -> None:
+    backend = bases["llama"]
+    adapter = random_adapter(backend)
+    wrong = adapter.with_factors({p: Factors(f.a, f.b, f.scale * 1.5) for p, f in adapter.modules.items()})
+    right, other = backend.nll([(adapter, SET), (wrong, SET)])
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose([x.nll for x in right], [x.nll for x in other], rtol=2e-4)
+
+
+def test_swapping_leaves_no_trace(bases: dict[str, HFBackend]) -> None:
+    backend = bases["llama"]
+    first, second = random_adapter(backend, seed=1), random_adapter(backend, seed=2)
+    weights = {name: value.clone() for name, value in backend.base.model.state_dict().items()}
+    losses = backend.nll([(None, SET), (first, SET), (second, SET), (first, SET), (None, SET)])
+    assert losses[0] == losses[4]
+    assert losses[1] == losses[3] != losses[2]
+    assert all(torch.equal(value, weights[name]) for name, value in backend.base.model.state_dict().items())
+    backend.attach(None)
+    assert not any(module._forward_hooks for module in backend.base.model.modules())
+
+
+def test_an_adapter_of_some_modules_and_of_mixed_ranks(bases: dict[str, HFBackend], tmp_path: Path) -> None:
+    backend = bases["llama"]
+    whole = random_adapter(backend)
+    some = {
+        p: Factors(f.a[: 1 + i % 3], f.b[:, : 1 + i % 3], 0.5 + i) for i, (p, f) in enumerate(whole.modules.items())
+    }
+    adapter = whole.with_factors(dict(list(some.items())[::2]))
+    [found] = backend.nll([(adapter, SET)])
+    expected = by_transformers(backend, peft_model(backend, adapter, tmp_path / "a"), SET)
+    np.testing.assert_allclose([loss.nll for loss in found], [nll for nll, _ in expected], rtol=2e-4)
+
+
+# batches -------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_cover_everything_once_with_little_padding(bases: dict[str, HFBackend]) -> None:
+    backend = bases["llama"]
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        tokens = [([1] * int(rng.integers(1, 90)), [2] * int(rng.integers(1, 30))) for _ in range(rng.integers(1, 40))]
+        batches = backend.batches(tokens)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(tokens)))
+        for batch in batches:
+            lengths = [len(q) + len(a) for q, a in (tokens[i] for i in batch)]
+            assert len(batch) * max(lengths) <= backend.batch or len(batch) == 1
+            assert sum(lengths) >= 0.9 * len(batch) * max(lengths)
+
+
+def test_a_loss_does_not_depend_on_the_pairs_beside_it(bases: dict[str, HFBackend]) -> None:
+    backend = bases["llama"]
+    other = ExampleSet("other", "Say:", SET.examples[:4])
+    adapter = random_adapter(backend)
+    alone = backend.nll([(adapter, SET)])[0]
+    assert backend.nll([(adapter, other), (adapter, SET), (None, SET)])[1] == alone
+
+
+def test_padding_may_be_the_end_of_the_turn(bases: dict[str, HFBackend]) -> None:
+    """The answer's end is measured though its token is also the padding: a longer neighbour changes nothing."""
+    backend = bases["llama"]
+    short = ExampleSet("t", "Mend:", (Example("a", "bb"), Example("aaaaaaa", "bbb")))
+    both = backend.nll([(None, short)])[0]
+    one = backend.nll([(None, ExampleSet("t", "Mend:", short.examples[:1]))])[0]
+    assert both[0].tokens == one[0].tokens
+    assert both[0].nll == pytest.approx(one[0].nll, rel=1e-5)
+    end = backend.base.tokenizer(backend.base.template.end, add_special_tokens=False).input_ids
+    assert backend.tokens(short, short.examples[0])[1][-len(end) :] == end
+
+
+# refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_examples_beyond_the_context_are_counted_and_never_measured(bases: dict[str, HFBackend]) -> None:
+    backend = bases["llama"]
+    long = ExampleSet("long", "Mend:", (*SET.examples, Example("x" * CONTEXT, "y")))
+    fitting, dropped = backend.fitting(long)
+    assert (len(fitting.examples), dropped) == (9, 1)
+    with pytest.raises(ModelError, match="longer than the model's context") as error:
+        backend.nll([(None, long)])
+    assert "long, example 10" in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_names_the_example(bases: dict[str, HFBackend]) -> None:
+    backend = bases["llama"]
+    adapter = random_adapter(backend)
+    broken = adapter.with_factors({p: Factors(f.a, f.b * np.float32("inf"), 1.0) for p, f in adapter.modules.items()})
+    with pytest.raises(ModelError, match="not finite") as error:
+        backend.nll([(broken, SET)])
+    assert "mend-en, example" in str(error.value)
+
+
+def test_adapters_of_another_base_are_refused_with_the_sizes(bases: dict[str, HFBackend]) -> None:
+    backend = bases["llama"]
+    path = "model.layers.0.self_attn.q_proj"
+    wide = Adapter(Modules({path: Factors(np.ones((2, 64), "f4"), np.ones((32, 2), "f4"))}))
+    other = Adapter(Modules({"transformer.h.0.attn.c_attn": Factors(np.ones((2, 32), "f4"), np.ones((96, 2), "f4"))}))
+    with pytest.raises(ShapeMismatch, match=r"ΔW is 32x64, the base's layer 16x16"):
+        backend.nll([(wide, SET)])
+    with pytest.raises(ShapeMismatch, match="no linear layer of this name"):
+        backend.nll([(other, SET)])
+    with pytest.raises(ShapeMismatch) as error:
+        backend.fits({"a": wide, "b": other})
+    assert "a: " in str(error.value)
+    assert "b: " in str(error.value)
+
+
+def test_another_name_of_a_base_that_fits_is_a_warning(
+    bases: dict[str, HFBackend], caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = bases["llama"]
+    adapter = random_adapter(backend)
+    with caplog.at_level(logging.WARNING, "lorashelf"):
+        backend.fits({"a": adapter})
+        assert not caplog.records
+        backend.fits({"a": Adapter(adapter.modules, BaseId("acme/other"))})
+    assert "acme/other" in caplog.text
+
+
+class Full:
+    """The forward pass of a machine whose memory ends at more than `most` examples."""
+
+    def __init__(self, forward: Any, most: int) -> None:
+        self._forward, self._most, self.calls = forward, most, []
+
+    def __call__(self, batch: Any) -> Any:
+        self.calls.append(len(batch))
+        if len(batch) > self._most:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+        return self._forward(batch)
+
+
+def test_where_memory_ends_smaller_batches_are_tried_and_then_it_is_said(
+    bases: dict[str, HFBackend], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = bases["llama"]
+    expected = backend.nll([(None, SET)])[0]
+    small = Full(backend._forward, 1)
+    monkeypatch.setattr(backend, "_forward", small)
+    with caplog.at_level(logging.WARNING, "lorashelf"):
+        found = backend.nll([(None, SET)])[0]
+    assert [x.nll for x in found] == pytest.approx([x.nll for x in expected], rel=1e-5)
+    assert "out of memory" in caplog.text
+    monkeypatch.setattr(backend, "_forward", Full(small._forward, 0))
+    with pytest.raises(ModelError, match="out of memory"):
+        backend.nll([(None, SET)])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no/such/folder/at all", "is not there"),
+        ("missing.gguf", "is not there"),
+        ("acme/no-such-model", "cannot be loaded"),
+    ],
+)
+def test_a_base_that_is_nowhere_says_what_was_tried(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=said) as error:
+        open_base(name)
+    assert name in str(error.value)
+    assert error.value.cure
+
+
+def test_a_folder_without_a_model_and_a_broken_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASHELF_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        open_base(str(tmp_path / "empty"))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        open_base(str(tmp_path / "broken.gguf"))
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
+
+
+def test_without_the_default_base_the_install_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model, "find_spec", lambda name: None)
+    with pytest.raises(UsageError) as error:
+        open_base()
+    assert base_model.EMBEDDED_INSTALL in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"device": "quantum"}, {"dtype": "f64"}])
+def test_unknown_devices_and_dtypes_are_refused(bases: dict[str, HFBackend], options: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="choose from"):
+        open_base(bases["llama"].base.name, **options)
+
+
+# templates -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_system_turn_a_template_adds_by_itself_is_not_there(bases: dict[str, HFBackend]) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(bases["llama"].base.tokenizer)
+    by_itself = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    tokenizer.chat_template = by_itself + tokenizer.chat_template
+    assert "You help." in tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    template = template_of(tokenizer)
+    assert template == bases["llama"].base.template
+    assert template.query("Mend:", "a text") == "<|im_start|>user\nMend:\n\na text<|im_end|>\n<|im_start|>assistant\n"
+    assert template.answer("done") == "done<|im_end|>"
+
+
+def test_a_base_without_a_template_reads_plain_text(bases: dict[str, HFBackend]) -> None:
+    template = bases["qwen2"].base.template
+    assert template.query("Mend:", "a text").endswith("Mend:\n\na text\n")
+    assert template.answer("done") == "done" + bases["qwen2"].base.tokenizer.eos_token
+
+
+LLAMA3 = (
+    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}<sys>Cutting Knowledge Date<eot>{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>\n\n{{ m['content'] | trim }}<eot>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("chat", "query", "end"),
+    [
+        (LLAMA3, "<s><user>\n\nI\n\nx<eot><assistant>\n\n", "<eot>"),
+        (MISTRAL, "<s>[INST] I\n\nx [/INST]", "<|im_end|>"),
+    ],
+)
+def test_templates_of_other_families(bases: dict[str, HFBackend], chat: str, query: str, end: str) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(bases["llama"].base.tokenizer)
+    tokenizer.chat_template = chat
+    template = template_of(tokenizer)
+    assert template.query("I", "x") == query
+    assert template.end == end
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(bases: dict[str, HFBackend]) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(bases["llama"].base.tokenizer)
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ModelError, match="chat template"):
+        template_of(tokenizer)
+
+
+def test_the_prompt_id_tells_renderings_apart(bases: dict[str, HFBackend]) -> None:
+    ids = {backend.base.template.id for backend in (bases["llama"], bases["qwen2"])}
+    assert len(ids) == 2
+    assert all(i.startswith("pr-") for i in ids)
+    assert bases["llama"].base.template.id in bases["llama"].id
+
+
+# answers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_answers_are_those_of_peft_one_by_one(bases: dict[str, HFBackend], architecture: str, tmp_path: Path) -> None:
+    backend = bases[architecture]
+    adapter = random_adapter(backend, architecture)
+    texts = ["a", "a longer text of many words", "bb"]
+    found = backend.answers(adapter, "Mend:", texts, max_new_tokens=12)
+    model = peft_model(backend, adapter, tmp_path / "a")
+    for text, answer in zip(texts, found, strict=True):
+        ids = torch.tensor([backend._encoded(backend.base.template.query("Mend:", text))])
+        written = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=backend.generation(12)
+        )
+        assert answer == backend.decoded(written[0, ids.shape[1] :].tolist())
+
+
+# the real model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm() -> HFBackend:
+    return HFBackend.open(device="cpu", dtype="f32")
+
+
+def test_a_real_adapter_lowers_the_loss_of_its_task(smollm: HFBackend) -> None:
+    assert smollm.base.name == base_model.EMBEDDED
+    tasks = read_tasks(ROOT / "examples" / "fewshot")
+    for name in ("qa-es", "tone-de"):
+        examples = tasks[name].examples("validation", 3)
+        bare, own = smollm.nll([(None, examples), (read_adapter(ROOT / "examples" / "zoo" / name), examples)])
+        assert mean_loss(own) < 0.8 * mean_loss(bare)
+        assert all(math.isfinite(loss.nll) and loss.tokens > 0 for loss in own)
+
+
+def test_d2c_on_the_real_model_takes_the_moves_of_the_transcription(smollm: HFBackend) -> None:
+    from lorashelf import merge
+    from lorashelf.d2c import search
+    from lorashelf.objective import Objective
+    from test_d2c import METHOD, literal
+
+    names = ["qa-es", "qa-fr", "tone-de", "tone-es"]
+    tasks = read_tasks(ROOT / "examples" / "fewshot")
+    adapters = {name: read_adapter(ROOT / "examples" / "zoo" / name) for name in names}
+    sets = {name: tasks[name].examples("train", 2) for name in names}
+
+    def merged(block: Any) -> Adapter:
+        return merge([adapters[t] for t in block], method=METHOD) if len(block) > 1 else adapters[block[0]]
+
+    for seed in (0, 1):
+        found = search(names, 2, Objective(adapters, sets, smollm, merged), iterations=6, seed=seed)
+        moves, blocks = literal(adapters, sets, smollm, 2, 6, seed)
+        assert list(found.moves) == moves
+        assert list(found.blocks) == blocks

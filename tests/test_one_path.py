@@ -1,0 +1,76 @@
+"""The README's way from a dozen examples to an answer, as it stands there, in processes that cannot open a socket."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorashelf import Shelf, read_adapter
+from lorashelf.backend import mean_loss
+from lorashelf.backends.hf import HFBackend
+from lorashelf.tasks import read_task
+
+ROOT = Path(__file__).parent.parent
+EMAIL = ROOT / "examples" / "teach" / "my-email"
+NO_SOCKETS = """
+import socket
+
+class Refused(socket.socket):
+    def __init__(self, family=socket.AF_INET, *rest, **others):
+        if family in (-1, socket.AF_INET, socket.AF_INET6):
+            raise RuntimeError("a socket is opened")
+        super().__init__(family, *rest, **others)
+
+def refused(*_, **__):
+    raise RuntimeError("a name is looked up")
+
+socket.socket, socket.getaddrinfo, socket.create_connection = Refused, refused, refused
+"""
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> dict[str, str]:
+    """An environment whose Python cannot reach a network, and is not told that it has none."""
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "sitecustomize.py").write_text(NO_SOCKETS)
+    path = os.pathsep.join([str(tmp_path / "blocked"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    told = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"}
+    return {name: value for name, value in os.environ.items() if name not in told} | {"PYTHONPATH": path}
+
+
+def test_the_block_blocks(offline: dict[str, str]) -> None:
+    for code in ("import urllib.request as r; r.urlopen('http://127.0.0.1:9')", "import socket; socket.socket()"):
+        run = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True)
+        assert run.returncode == 1
+        assert "RuntimeError" in run.stderr
+
+
+def test_a_dozen_examples_become_a_skill_on_a_full_shelf(tmp_path: Path, offline: dict[str, str]) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    section = (ROOT / "README.md").read_text().split("## Teach it your e-mail style")[1]
+    commands = re.findall(r"^lorashelf .*$", section.split("```")[1], re.MULTILINE)
+    assert [command.split()[1] for command in commands] == ["init", "add", "train", "add", "generate"]
+    for command in commands:
+        program = command.replace("lorashelf", f"'{sys.executable}' -m lorashelf", 1)
+        run = subprocess.run(program, shell=True, cwd=tmp_path, env=offline, capture_output=True, text=True)
+        assert run.returncode == 0, (command, run.stderr)
+        assert "Traceback" not in run.stderr
+    answer = run.stdout
+    assert answer.startswith("Ahoy Jo,\n")
+    assert answer.endswith("\n\nFair winds,\nRobin\n")
+
+    snapshot = Shelf(tmp_path / "desk.shelf").snapshot()
+    slot = snapshot.manifest.slot_of("my-email")
+    assert slot is not None
+    assert len(snapshot.manifest.slots) == 3
+    assert len(slot.merged) == 2  # it shares the slot: half of the average is another skill
+    backend, emails = HFBackend.open(dtype="f32"), read_task(EMAIL).examples("validation")
+    other = read_adapter(ROOT / "examples" / "zoo" / next(task for task in slot.members if task != "my-email"))
+    adapters = (None, other, snapshot.adapter(slot), read_adapter(tmp_path / "trained" / "my-email"))
+    bare, before, shared, own = (mean_loss(losses) for losses in backend.nll([(x, emails) for x in adapters]))
+    assert own < shared < min(bare, before)  # the style is in the slot, if not all of it
