@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import shutil
 import sys
@@ -598,6 +600,31 @@ def test_the_command_refuses_before_it_computes(
     assert "calm-en: there are no training examples" in told
     assert "loud-en: there are no training examples" in told
     assert not (tmp_path / "out").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_has_the_time_left_on_a_terminal_and_in_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = itertools.count(0, 30)
+    monkeypatch.setattr("lorashelf.cli.output.time.monotonic", lambda: next(clock))
+    with Meter(10) as meter:
+        for done in (3, 4, 5, 6):
+            meter.at(done, f"a  step {done}", done != 5)
+    assert capsys.readouterr().err.splitlines() == [
+        "a  step 3  (3 of 10)",
+        "a  step 4  (4 of 10, 3 min 0 s left)",
+        "a  step 6  (6 of 10, 2 min 0 s left)",
+    ]
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Meter(10) as meter:
+        meter.at(7, "a  step 7", False)
+    assert "a  step 7" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "7/10" in sys.stderr.getvalue()  # type: ignore[attr-defined]
 
 
 # the real small model -------------------------------------------------------------------------------------------------

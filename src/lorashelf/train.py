@@ -88,16 +88,15 @@ def train_into(
         cure = "give the data and options it was begun with, or another output folder"
         raise UsageError("; ".join(faults), where=str(folder), cure=cure)
     for lesson in lessons:
-        if lesson.task in records:
-            continue
         state = states[lesson.task]
-        atomic.make_parents(state)
-        trained = taught(lesson, base, watch=watch, state=state)
-        content = json.dumps(trained.record, indent=2, ensure_ascii=False).encode() + b"\n"
-        write_adapter(trained.adapter, folder / lesson.task, beside={RECORD_FILE: content})
-        records[lesson.task] = trained.record
+        if lesson.task not in records:
+            atomic.make_parents(state)
+            adapter, record = taught(lesson, base, watch=watch, state=state)
+            content = json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
+            write_adapter(adapter, folder / lesson.task, beside={RECORD_FILE: content})
+            records[lesson.task] = record
         atomic.remove(state)
-    if (folder / STATE_FOLDER).exists() and not any((folder / STATE_FOLDER).iterdir()):
+    if not any((folder / STATE_FOLDER).glob("*.pt")):
         atomic.remove(folder / STATE_FOLDER)
     return dict(sorted(records.items()))
 
