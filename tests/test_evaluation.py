@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from lorashelf import evaluation as module
 from lorashelf.backend import Loss, QuadraticBackend
 from lorashelf.backends.base_model import EMBEDDED, BaseModel
 from lorashelf.backends.hf import HFBackend
+from lorashelf.cli import evaluation as command
 from lorashelf.cli import main
 from lorashelf.errors import MissingExtra, TaskNameError, UsageError
 from lorashelf.evaluation import Evaluation, Measured, Unit, evaluate, metrics_of
@@ -643,6 +645,30 @@ def test_another_base_name_is_warned_of_and_a_declared_one_is_not(
     write_adapter(replace(adapter, base=BaseId("")), tmp_path / "unknown" / "a-en")
     run(tmp_path / "unknown", *common, "--loss-only")
     assert "names no base model" in run.stderr  # type: ignore[attr-defined]
+
+
+def test_a_prompt_that_an_adapter_was_not_trained_under_is_said(
+    world: World, run: Run, common: list[object], tmp_path: Path
+) -> None:
+    here = world.backend.base.template.id
+    records = {"a-en": {"settings": {"prompt": "pr-other"}}, "b-en": {"settings": {"prompt": here}}, "c-xx": []}
+    for name, record in records.items():
+        content = {"training.json": json.dumps(record).encode()}
+        write_adapter(world.own[name], tmp_path / "adapters" / name, beside=content)
+    for words in ([tmp_path / "adapters"], [world.shelf, "--own", tmp_path / "adapters"]):
+        assert run(*words, *common, "--loss-only")[0] == 0
+        said = f"a-en: trained under the prompt rendering pr-other, measured under {here}"
+        assert run.stderr.strip() == said  # type: ignore[attr-defined]
+
+
+def test_progress_is_told_with_the_time_left(
+    world: World, run: Run, common: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "TELLING", 0.0)
+    run(*common)
+    lines = run.stderr.splitlines()  # type: ignore[attr-defined]
+    assert lines[0] == "measuring: loss of a-en  (0 of 5)"
+    assert re.fullmatch(r"measuring: loss of c-xx  \(4 of 5, \d+ s left\)", lines[4])
 
 
 def test_an_adapter_of_other_sizes_is_refused_before_anything_is_measured(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from json import loads as json_of
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,18 +18,20 @@ from .. import recipe
 from ..adapter import Adapter, BaseId
 from ..backends.hf import HFBackend
 from ..errors import LorashelfError, UnknownName, UsageError
-from ..evaluation import Evaluation, metrics_of, prepare
+from ..evaluation import Evaluation, Unit, metrics_of, prepare
 from ..journal import Journal, opened
 from ..peft_format import CONFIG_FILE
 from ..results import FILE, read_result, write_csv, write_result
 from ..router import storage
 from ..shelf import Shelf
 from ..tasks import Task, read_tasks
+from ..train import RECORD_FILE
 from . import arguments as arg
-from .output import note, progress, show, table
+from .output import Meter, note, show, table
 from .shelves import note_unknown_base
 
 OWN = "own"  # the folder of own adapters' results inside an output folder
+TELLING = 30.0  # seconds between lines of progress where there is no terminal
 
 
 def evaluation(
@@ -81,11 +86,13 @@ def evaluation(
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Which adapter serves which task, what share of the adapters' bytes is kept, and other names of their base."""
+    """Which adapter serves which task, what share of the adapters' bytes is kept, and what is known of them."""
 
     adapters: Mapping[str, Adapter | None]
     storage: float | None = None
     aliases: frozenset[str] = frozenset()
+    trained: Mapping[str, str] = field(default_factory=dict)
+    """Task → the prompt rendering its adapter was trained under, where a training record says it."""
 
     def under(self, base: str) -> Mapping[str, Adapter | None]:
         """The adapters, renamed to this base where the shelf declares the name another of its own."""
@@ -113,7 +120,7 @@ def _served(target: Path | None, tasks: Mapping[str, Task]) -> Served:
     if target is None:
         return Served(dict.fromkeys(tasks))
     if not (target / recipe.FILE).exists() and not (target / "HEAD").exists():
-        return Served(_adapters_of(target, tasks), storage=1.0)
+        return _adapters_of(target, tasks)
     snapshot = Shelf(target).snapshot()
     slots = {slot.slot: snapshot.adapter(slot) for slot in snapshot.manifest.slots}
     routed = {name: snapshot.manifest.slot_of(unicodedata.normalize("NFC", name)) for name in tasks}
@@ -125,18 +132,26 @@ def _served(target: Path | None, tasks: Mapping[str, Task]) -> Served:
     return Served(adapters, storage(snapshot), frozenset(snapshot.settings.base_aliases))
 
 
-def _adapters_of(folder: Path, tasks: Mapping[str, Task]) -> dict[str, Adapter]:
+def _adapters_of(folder: Path, tasks: Mapping[str, Task]) -> Served:
     """The adapters in a folder that bear a task's name, or the folder itself if it is one."""
     one = (folder / CONFIG_FILE).exists()
     folders = {folder.resolve().name: folder} if one else {name: folder / name for name in sorted(tasks)}
-    found = [f"{name}={path}" for name, path in folders.items() if name in tasks and (path / CONFIG_FILE).exists()]
+    found = {name: path for name, path in folders.items() if name in tasks and (path / CONFIG_FILE).exists()}
     if not found:
         names = ", ".join(sorted(tasks))
         cure = "give a shelf, or a folder of PEFT folders that bear the tasks' names"
         raise UsageError(f"no adapter here for any of {names}", where=str(folder), cure=cure)
-    named = arg.read_named(found)
+    named = arg.read_named([f"{name}={path}" for name, path in found.items()])
     note_unknown_base(named)
-    return named
+    prompts = {name: _trained_under(path) for name, path in found.items()}
+    return Served(named, storage=1.0, trained={name: prompt for name, prompt in prompts.items() if prompt is not None})
+
+
+def _trained_under(folder: Path) -> str | None:
+    """The prompt rendering that the training record in an adapter's folder states; None without one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(json_of((folder / RECORD_FILE).read_bytes())["settings"]["prompt"])
+    return None
 
 
 def _own(path: Path | None, tasks: Mapping[str, Task]) -> Mapping[str, Any] | Served | None:
@@ -144,7 +159,7 @@ def _own(path: Path | None, tasks: Mapping[str, Task]) -> Mapping[str, Any] | Se
     if path is None:
         return None
     if path.is_dir() and not (path / FILE).exists():
-        return Served(_adapters_of(path, tasks))
+        return _adapters_of(path, tasks)
     return read_result(path)
 
 
@@ -160,16 +175,30 @@ def _measured(
     """The target's evaluation, and before that, where their folder is given, the own adapters'."""
     own, zero_shot = compared
     name = backend.base.name
+    for task, prompt in {**served.trained, **(own.trained if isinstance(own, Served) else {})}.items():
+        if prompt != backend.base.template.id:
+            note(f"{task}: trained under the prompt rendering {prompt}, measured under {backend.base.template.id}")
     prepared = prepare(backend, served.under(name), tasks, **options)
     if isinstance(own, Served):
         shared = {task: tasks[task] for task in tasks if task in served.adapters}
         mine = prepare(backend, own.under(name), shared, **options)
-        separate = mine.measured(backend, journal, lambda units: progress(units, "own adapters"))
+        separate = mine.measured(backend, journal, partial(_shown, "own adapters"))
         if output is not None:
             write_result(separate, output / OWN)
         own = separate.document()
-    result = prepared.measured(backend, journal, lambda units: progress(units, "measuring"))
+    result = prepared.measured(backend, journal, partial(_shown, "measuring"))
     return replace(result, storage=served.storage).compared(own, zero_shot)
+
+
+def _shown(title: str, units: Sequence[Unit]) -> Iterator[Unit]:
+    """The units, with the time left on stderr: a bar on a terminal, else a line now and then."""
+    told = time.monotonic()
+    with Meter(len(units)) as meter:
+        for done, unit in enumerate(units):
+            due = time.monotonic() - told >= TELLING
+            told = time.monotonic() if due else told
+            meter.at(done, f"{title}: {unit.what} of {unit.task.name}", due)
+            yield unit
 
 
 @contextlib.contextmanager
