@@ -24,14 +24,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from lorashelf.metrics import loss_kept, metric, normalised, scored
-from lorashelf.metrics.kept import LEAST_GAIN
 
 from lorashelf import Adapter, Recipe, Shelf, new_settings, plan_add, plan_cluster, read_adapter
 from lorashelf.backend import Loss, mean_loss
 from lorashelf.backends.hf import HFBackend
 from lorashelf.d2c import search
 from lorashelf.flow import merger
+from lorashelf.metrics import loss_kept, metric, normalised, scored
+from lorashelf.metrics.kept import LEAST_GAIN
 from lorashelf.objective import Objective
 from lorashelf.tasks import ExampleSet, Task, read_tasks
 
