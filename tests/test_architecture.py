@@ -83,6 +83,7 @@ LATE = {  # import inside a function → why
     ("metrics.tokens", "fugashi"): "extra `metrics`; only for Japanese",
     ("metrics.tokens", "unidic_lite"): "likewise",
     ("metrics.tokens", "jieba"): "extra `metrics`; only for Chinese",
+    ("train", "importlib.metadata"): "a mail parser's worth of imports",
     ("shelf", "filelock"): "only writers need it, and it costs a third of the start",
     ("journal", "filelock"): "only with an output folder",
     ("cli.adapters", "report.heatmap"): "extra `report`",

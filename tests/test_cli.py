@@ -344,6 +344,17 @@ def test_hub_ids_come_from_the_local_cache(
     assert "cache" in document["error"]["message"]
 
 
+def test_a_command_is_found_in_the_module_that_is_imported_for_it() -> None:
+    from lorashelf.cli.app import MODULES, application
+
+    everything = {info.name or info.callback.__name__ for info in application().registered_commands}  # type: ignore[union-attr]
+    assert everything == {command for commands in MODULES.values() for command in commands}
+    for commands in MODULES.values():
+        for command in commands:
+            found = {info.name or info.callback.__name__ for info in application([command]).registered_commands}  # type: ignore[union-attr]
+            assert found == set(commands)
+
+
 def test_every_command_has_an_example_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

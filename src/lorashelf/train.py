@@ -13,7 +13,6 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -252,6 +251,8 @@ class _Run:
         adapter = self._best
         if adapter is None:  # for mypy: the last step is always looked at
             raise ModelError("no step was taken", where=lesson.task)
+        from importlib.metadata import version  # a mail parser's worth of imports
+
         zero = past.looks[0][1] if past.looks else None
         record = {
             "task": lesson.task,

@@ -9,7 +9,7 @@ import sys
 from typing import Any, NoReturn
 
 from ..errors import LorashelfError
-from .app import app
+from .app import application
 from .output import print_json
 
 __all__ = ["main"]
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _run(words: list[str]) -> int:
     try:
-        code = app(words, prog_name="lorashelf", standalone_mode=False)
+        code = application(words)(words, prog_name="lorashelf", standalone_mode=False)
         sys.stdout.flush()
     except LorashelfError as error:
         return _fail(words, error.exit_code, error.kind, str(error), error.cure)

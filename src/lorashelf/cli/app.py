@@ -1,22 +1,45 @@
-"""The application object, with every command entered."""
+"""The application: every command, or only those of the module that holds the command asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from types import MappingProxyType
 from typing import Annotated
 
 import typer
 
 from ..version import VERSION
-from . import adapters, clustering, demo, evaluation, generation, shelves, training
 
-app = typer.Typer(
-    name="lorashelf",
-    help="N LoRA adapters, K slots: merge them, keep them safe on disk, route every task to its slot.",
-    epilog="First steps:  lorashelf init S --slots 5  ·  lorashelf add S adapters/*  ·  lorashelf route S TASK",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+MODULES: Mapping[str, Sequence[str]] = MappingProxyType(
+    {
+        "shelves": ("init", "add", "update", "remove", "route", "ls", "log", "verify", "undo", "gc"),
+        "clustering": ("cluster",),
+        "adapters": ("show", "compare", "plan", "threshold", "merge"),
+        "training": ("train",),
+        "evaluation": ("eval",),
+        "generation": ("generate",),
+        "demo": ("demo",),
+    }
 )
+"""Module → its commands; what is not asked for is not imported, which is half of an `add`'s start."""
+
+
+def application(words: Sequence[str] = ()) -> typer.Typer:
+    """The command line for these words: with every command unless they begin with one that is known."""
+    app = typer.Typer(
+        name="lorashelf",
+        help="N LoRA adapters, K slots: merge them, keep them safe on disk, route every task to its slot.",
+        epilog="First steps:  lorashelf init S --slots 5  ·  lorashelf add S adapters/*  ·  lorashelf route S TASK",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_options)
+    asked = [name for name, commands in MODULES.items() if words and words[0] in commands]
+    for name in asked or MODULES:
+        import_module(f".{name}", __package__).enter(app)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -25,14 +48,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Options before the command."""
-
-
-for module in (shelves, clustering, adapters, training, evaluation, generation, demo):
-    module.enter(app)
