@@ -33,8 +33,9 @@ class HFBackend:
     """A base model that measures and answers with any adapter; `batch` is the most positions of one forward pass."""
 
     def __init__(self, base: BaseModel, *, batch: int | None = None) -> None:
-        self._torch, _ = libraries()
+        self._torch, transformers = libraries()
         self.base = base
+        base.model.generation_config = transformers.GenerationConfig()  # or its penalties would be added to ours
         self.batch = batch or (2048 if base.model.device.type == "cpu" else 16384)
         self.positions = {"tokens": 0, "padding": 0}
         """What the forward passes of `nll` saw so far: tokens, and padding beside them."""
