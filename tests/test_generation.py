@@ -110,6 +110,16 @@ def test_the_pieces_make_the_whole(shelf: Shelf, tiny: HFBackend) -> None:
     assert ["".join(stream(tiny, shelf.snapshot(), "mend", text)) for text in texts] == whole
 
 
+def test_answers_are_greedy_whatever_penalties_the_base_comes_with(tmp_path: Path) -> None:
+    folder = tiny_base(tmp_path / "base")
+    texts = [TEXT, "a", "other words"]
+    plain = HFBackend.open(str(folder), dtype="f32").answers(None, PROMPT, texts, max_new_tokens=30)
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}')
+    backend = HFBackend.open(str(folder), dtype="f32")
+    assert backend.answers(None, PROMPT, texts, max_new_tokens=30) == plain
+    assert ["".join(backend.stream(None, PROMPT, text, max_new_tokens=30)) for text in texts] == plain
+
+
 def test_pieces_come_as_the_model_writes(shelf: Shelf, tiny: HFBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
