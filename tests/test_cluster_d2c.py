@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from factory import tree
-from lorashelf import Shelf, read_adapter, write_adapter
+from lorashelf import BaseId, Shelf, read_adapter, write_adapter
 from lorashelf.backends.hf import HFBackend
 from lorashelf.cli import main
 from test_hf import random_adapter
@@ -165,6 +166,37 @@ def test_examples_that_do_not_fit_are_counted_or_refused(
     code, document, _ = run(capsys, house, tmp_path / "b", "--examples", tmp_path / "none")
     assert code == 5
     assert all(f"{name}: no example" in document["error"]["message"] for name in NAMES)
+
+
+def test_adapters_of_two_bases_are_refused_before_the_search(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = read_adapter(house / "zoo" / "qa-en")
+    write_adapter(replace(foreign, base=BaseId("acme/other")), tmp_path / "zoo" / "tone-en")
+    examples(tmp_path / "tasks" / "tone-en", 3)
+    for name in NAMES:
+        (tmp_path / "tasks" / name).symlink_to(house / "tasks" / name)
+    measure, calls = HFBackend.nll, []
+    monkeypatch.setattr(HFBackend, "nll", lambda self, pairs: calls.append(1) or measure(self, pairs))
+    more = (tmp_path / "zoo" / "tone-en", "--examples", tmp_path / "tasks")
+    code, document, _ = run(capsys, house, tmp_path / "s", *more)
+    assert (code, document["error"]["kind"]) == (3, "base_mismatch")
+    assert calls == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tasks", "zoo"]
+    assert run(capsys, house, tmp_path / "s", *more, "--assume-base")[0] == 0
+
+
+def test_what_a_task_file_says_is_stored(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in NAMES:
+        examples(tmp_path / "tasks" / name, 3)
+        toml = tmp_path / "tasks" / name / "task.toml"
+        toml.write_text(toml.read_text() + 'type = "odd"\nlanguage = "xx"\n')
+    code, _, _ = run(capsys, house, tmp_path / "s", "--examples", tmp_path / "tasks")
+    assert code == 0
+    stored = Shelf(tmp_path / "s").snapshot().manifest
+    assert {task["type"] for task in stored.tasks.values()} == {"odd"}
+    assert {task["language"] for task in stored.tasks.values()} == {"xx"}
+    assert {m.type for slot in stored.slots for m in slot.merged} == {"odd"}
 
 
 def test_without_validation_examples_nothing_is_held_out(

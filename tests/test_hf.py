@@ -275,6 +275,16 @@ def test_a_folder_without_a_model_and_a_broken_gguf(tmp_path: Path, monkeypatch:
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
 
 
+def test_two_fine_tunes_of_one_size_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names, sizes and headers, vocabulary included, are equal; a weight at the end is not."""
+    monkeypatch.setenv("LORASHELF_CACHE", str(tmp_path / "cache"))
+    for name, last in (("one", b"a"), ("two", b"b"), ("copy", b"a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "base.gguf").write_bytes(b"GGUF" + bytes(6_000_000) + last)
+    one, two, copy = (base_model.cached(tmp_path / name / "base.gguf") for name in ("one", "two", "copy"))
+    assert one == copy != two
+
+
 def test_without_the_default_base_the_install_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_model, "find_spec", lambda name: None)
     with pytest.raises(UsageError) as error:

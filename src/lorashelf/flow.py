@@ -15,7 +15,7 @@ from .errors import BaseMismatch, NotReversible, OverBudget, TaskNameError, Unkn
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, task_name
 from .parallel import beside
 from .policy import Decision, Fold, Open, Refuse
-from .recipe import Recipe
+from .recipe import Recipe, Settings
 from .similarity import similarity
 from .snapshot import Snapshot, check_budget
 from .version import VERSION
@@ -47,7 +47,7 @@ def plan_add(
     if not kind.isprintable():
         raise TaskNameError(f"problem type {kind!r} is not printable text", cure="give a plain word: --type TYPE")
     held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
-    base = _agreed_base(snapshot, {task: adapter}, assume_base)
+    base = _agreed_base(snapshot.settings, manifest.base, {task: adapter}, assume_base, str(snapshot.path))
     check_fit(content.one_base([*held.values(), adapter]), str(snapshot.path))
     with beside(lambda: adapter.digest):  # asked for below
         values = similarity([adapter], list(held.values()))[0] if held else []
@@ -156,7 +156,7 @@ def plan_update(
     recipe = snapshot.settings.recipe
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
-    base = _agreed_base(snapshot, {task: adapter}, assume_base)
+    base = _agreed_base(snapshot.settings, snapshot.manifest.base, {task: adapter}, assume_base, str(snapshot.path))
     others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
     check_fit(content.one_base([*others, adapter]), str(snapshot.path))
     record = content.entry(task, details["type"], adapter)
@@ -252,10 +252,8 @@ def plan_cluster(
     if snapshot.manifest.slots:
         raise UsageError("the shelf is not empty", where=str(snapshot.path), cure="cluster writes a new shelf")
     settings = snapshot.settings
-    named = _named(adapters)
-    base = _agreed_base(snapshot, named, assume_base)
+    named, base = together(adapters, settings, snapshot.manifest.base, assume_base=assume_base)
     tasks, xs = list(named), content.one_base(list(named.values()))
-    check_fit(xs)
     kinds = {task: (types or {}).get(task) or task.split("-")[0] for task in tasks}
     if found is None:
         indices = partition.partition(xs, settings.budget.slots, method=method, seed=settings.recipe.seed)
@@ -287,6 +285,19 @@ def plan_cluster(
     plan = _plan(snapshot, known, writes, cause, report)
     check_budget(snapshot, plan)
     return plan
+
+
+def together(
+    adapters: Mapping[str, Adapter], settings: Settings, stored: BaseId | None = None, *, assume_base: bool = False
+) -> tuple[dict[str, Adapter], BaseId | None]:
+    """The adapters by their names as stored, and the base that all agree on: what can be refused before a search.
+
+    Raises TaskNameError, BaseMismatch, ShapeMismatch.
+    """
+    named = _named(adapters)
+    base = _agreed_base(settings, stored, named, assume_base)
+    check_fit(content.one_base(list(named.values())))
+    return named, base
 
 
 def merger(adapters: Mapping[str, Adapter], recipe: Recipe) -> Callable[[Sequence[str]], Adapter]:
@@ -353,9 +364,10 @@ def _threshold(recipe: Recipe, seen: Sequence[float]) -> float | None:
     return policy.auto_threshold(seen) if recipe.threshold == "auto" else float(recipe.threshold)
 
 
-def _agreed_base(snapshot: Snapshot, adapters: Mapping[str, Adapter], assume: bool) -> BaseId | None:
+def _agreed_base(
+    settings: Settings, stored: BaseId | None, adapters: Mapping[str, Adapter], assume: bool, where: str | None = None
+) -> BaseId | None:
     """The shelf's base once these adapters are on it: the first known name. Raises BaseMismatch naming all others."""
-    settings, stored = snapshot.settings, snapshot.manifest.base
     base = stored if stored is not None and stored.name else BaseId(settings.base or "")
     equal = {settings.base, *settings.base_aliases}
     faults = []
@@ -373,5 +385,5 @@ def _agreed_base(snapshot: Snapshot, adapters: Mapping[str, Adapter], assume: bo
         cure = (
             "if these are one model under two names: --assume-base, or base_aliases in shelf.toml (init --base-alias)"
         )
-        raise BaseMismatch(faults, where=str(snapshot.path), cure=cure)
+        raise BaseMismatch(faults, where=where, cure=cure)
     return base if base.name else None

@@ -125,10 +125,7 @@ def _in_hub_cache(name: str) -> bool:
 def _dequantised(file: Path) -> Path:
     """The folder with a GGUF file's weights in float32 safetensors and its tokenizer; made once, appears whole."""
     torch, transformers = libraries()
-    stat = file.stat()
-    with file.open("rb") as handle:
-        key = digest([f"{stat.st_size}".encode(), handle.read(1 << 22)]).removeprefix("b2-")[:16]
-    folder = cache_folder() / f"{file.stem}-{key}"
+    folder = cached(file)
     if (folder / "config.json").exists():
         return folder
     if find_spec("gguf") is None:
@@ -137,7 +134,8 @@ def _dequantised(file: Path) -> Path:
     staged = atomic.staging_folder(folder.parent)
     try:
         with _quiet(transformers):
-            whole = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+            config = getattr(transformers, "GgufConfig", None)  # older versions know no other way than dequantising
+            whole = {"quantization_config": config(dequantize=True)} if config else {}
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, **whole
             )
@@ -150,6 +148,13 @@ def _dequantised(file: Path) -> Path:
     finally:
         atomic.remove(staged)
     return folder
+
+
+def cached(file: Path) -> Path:
+    """Where a GGUF file's weights are kept, by its whole content: two fine-tunes of a base differ in that only."""
+    with file.open("rb") as handle:
+        key = digest(iter(lambda: handle.read(1 << 22), b"")).removeprefix("b2-")[:16]
+    return cache_folder() / f"{file.stem}-{key}"
 
 
 def cache_folder() -> Path:
@@ -171,7 +176,8 @@ def _dtype(torch: Any, device: str, wanted: str | None) -> Any:
     dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
     if wanted is not None and wanted not in dtypes:
         raise UsageError(f"dtype {wanted!r} is unknown", cure=f"choose from {', '.join(dtypes)}")
-    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_amx_tile_supported}.get(device.partition(":")[0])
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name
+    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": tiles}.get(device.partition(":")[0])
     return dtypes[wanted or ("bf16" if fast is not None and fast() else "f32")]
 
 

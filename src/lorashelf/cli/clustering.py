@@ -13,10 +13,10 @@ from ..adapter import Adapter
 from ..clustering import Searched, cluster_by_loss, drawn
 from ..d2c import Accept
 from ..errors import ShelfError, UsageError
-from ..flow import plan_cluster
+from ..flow import plan_cluster, together
 from ..recipe import Settings, new_settings
 from ..shelf import Shelf
-from ..tasks import FIELDS, Task, read_tasks
+from ..tasks import Task, fields_for, read_tasks
 from . import arguments as arg
 from .output import note, progress, show, table
 from .shelves import note_unknown_base
@@ -98,19 +98,26 @@ def cluster(
     _checked(method, examples, accept, init)
     named = arg.read_named(adapters)
     note_unknown_base(named)
+    together(named, settings, assume_base=assume_base)
     tasks = read_tasks(examples) if examples else {}
     kept = journal or output.with_name(output.name + ".d2c.jsonl")
     searched = None
     if method == D2C:
         options = {"iterations": iterations, "accept": accept, "init": init, "keep_best": keep_best, "journal": kept}
         searched = _searched(named, settings, tasks, per_task, (base_model, device, model_dtype), options)
-    details = {name: _stored(task) for name, task in tasks.items()}
+    details = {name: fields_for(examples, name) for name in named} if examples else {}
     found = searched.found if searched else None
     made, plan = Shelf.create_with(
         output,
         settings,
         lambda snapshot: plan_cluster(
-            snapshot, named, method=method, found=found, details=details, assume_base=assume_base
+            snapshot,
+            named,
+            method=method,
+            found=found,
+            types={name: task.type for name, task in tasks.items()},
+            details=details,
+            assume_base=assume_base,
         ),
     )
     if searched and journal is None:
@@ -167,11 +174,6 @@ def _searched(
         watch=lambda steps: progress(steps, "D2C"),
         **options,
     )
-
-
-def _stored(task: Task) -> dict[str, Any]:
-    """What the shelf keeps of a task folder: the fields of its task.toml."""
-    return {name: value for name in FIELDS if name != "type" and (value := getattr(task, name))}
 
 
 def _clustered(document: dict[str, Any]) -> list[Any]:
