@@ -111,6 +111,10 @@ def dense(new: Path, *slots: Path) -> dict[str, Any]:
 
 def ours(new: Path, *slots: Path) -> dict[str, Any]:
     """The scores alone, by lorashelf: the newcomer read and checked, the slots mapped, as `plan_add` does."""
+    import concurrent.futures.thread  # noqa: F401 (this and the next at the first use of threads: imports count for neither side)
+
+    import threadpoolctl  # noqa: F401
+
     from lorashelf import read_adapter, similarity
 
     started = time.perf_counter(), time.process_time()

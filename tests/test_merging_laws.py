@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from lorashelf import (
 from lorashelf.errors import BaseMismatch, NotReversible, ShapeMismatch, UnknownName, UsageError
 from lorashelf.merging import MergeMethod, merge_measured, unmerge
 from lorashelf.merging.methods import CHOICES
+from lorashelf.parallel import WORKERS, each
 
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 AVERAGES = [m for m in METHODS.values() if m.average is not None]
@@ -50,6 +52,7 @@ UNPRUNED = {  # what a method with a density is at density 1
 }
 SAME = 1e-5  # relative: float32 sums in another order, one SVD
 OTHER = 1e-2
+driver = sys.modules["lorashelf.merging.merge"]  # the name is that of the function too
 STORED = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
@@ -391,6 +394,18 @@ def test_equal_magnitudes_are_cut_to_the_exact_count() -> None:
 
 
 # rank, dtype, base, finiteness, seeds -------------------------------------------------------------------------------
+
+
+@EVERY
+def test_modules_side_by_side_merge_to_the_same_bytes(method: MergeMethod, monkeypatch: pytest.MonkeyPatch) -> None:
+    xs = mixed(0)
+    alone = merge_measured(xs, method=method.name, rank=2, seed=5)
+    threads = []
+    monkeypatch.setattr(driver, "_LARGE", 0)
+    monkeypatch.setattr(driver, "each", lambda f, items, workers: threads.append(workers) or each(f, items, 3))
+    together = merge_measured(xs, method=method.name, rank=2, seed=5)
+    assert (together[0].digest, together[1]) == (alone[0].digest, alone[1])
+    assert threads == [1 if method.average is not None else WORKERS]
 
 
 @EVERY

@@ -19,6 +19,29 @@ def test_each_keeps_the_order_and_gives_blas_one_thread() -> None:
     assert blas_threads() == before
 
 
+def test_each_with_one_worker_stays_in_this_thread_and_takes_items_one_by_one() -> None:
+    begun: list[int] = []
+    results = parallel.each(lambda i: (begun.append(i), threading.get_ident()), range(5), workers=1)
+    assert next(results) == (None, threading.get_ident())
+    assert begun == [0]
+
+
+def test_each_drops_what_has_not_begun_when_it_is_closed() -> None:
+    begun: list[int] = []
+    go = threading.Event()
+
+    def work(i: int) -> None:
+        begun.append(i)
+        if i:
+            go.wait(10)
+
+    results = parallel.each(work, range(1000), workers=2)
+    next(results)
+    threading.Timer(0.2, go.set).start()
+    results.close()
+    assert len(begun) < 10
+
+
 def test_each_raises_what_an_item_raises() -> None:
     with pytest.raises(ZeroDivisionError):
         list(parallel.each(lambda i: 1 // i, [2, 1, 0]))

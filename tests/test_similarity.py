@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import TruncatedSVD
 
 from factory import dense, make_adapter
-from lorashelf import METRICS, Adapter, Factors, Modules, similarity
+from lorashelf import METRICS, Adapter, Factors, Modules, merge, read_adapter, similarity, write_adapter
 from lorashelf.errors import UnknownName, UsageError
 from lorashelf.similarity import principal_coordinates, raw_gram
 
@@ -83,6 +84,40 @@ def test_a_metric_equals_its_definition_on_dense_updates(metric: str, seed: int)
     np.testing.assert_allclose(similarity(xs, ys, metric), expected, atol=1e-6)
     expected = [[LITERAL[metric](x, y) for y in xs] for x in xs]
     np.testing.assert_allclose(similarity(xs, metric=metric), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", sorted(LITERAL))
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_adapters_in_files_compare_as_those_in_memory(metric: str, dtype: str, tmp_path: Path) -> None:
+    """Like modules of a file are compared as one array; of mixed ranks, or absent, they are not alike."""
+    xs = [
+        make_adapter(0, layers=12, dtype=dtype),
+        make_adapter(1, layers=12, rank=7, dtype=dtype),
+        make_adapter(2, layers=3, ranks={"q_proj": 2}, dtype=dtype),
+        merge([make_adapter(3, layers=12, dtype=dtype), make_adapter(4, layers=5, dtype=dtype)], method="cat"),
+    ]
+    read = []
+    for i, x in enumerate(xs):
+        write_adapter(x, tmp_path / str(i))
+        read.append(read_adapter(tmp_path / str(i)))
+    for i, x in enumerate(read):
+        expected = [LITERAL[metric](x, y) for y in read]
+        np.testing.assert_allclose(similarity([x], read, metric)[0], expected, atol=1e-6)
+        in_memory = similarity(
+            [x.with_factors(dict(x.modules))], [y.with_factors(dict(y.modules)) for y in read], metric
+        )
+        np.testing.assert_allclose(similarity([x], read, metric), in_memory, atol=1e-12, err_msg=str(i))
+
+
+@pytest.mark.parametrize("metric", sorted(LITERAL))
+def test_products_beyond_float32_and_ranks_beyond_the_dense_size_compare_too(metric: str) -> None:
+    for size, rank in ((1e7, 4), (1.0, 90)):
+        xs = [make_adapter(seed, rank=rank) for seed in range(3)]
+        xs = [
+            x.with_factors({p: Factors(f.a * size, f.b * size**2, size**-3) for p, f in x.modules.items()}) for x in xs
+        ]
+        expected = [LITERAL[metric](xs[0], y) for y in xs]
+        np.testing.assert_allclose(similarity(xs[:1], xs, metric)[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric", sorted(LITERAL))

@@ -165,6 +165,26 @@ def test_a_header_of_any_length_is_read_though_the_tensors_are_not_aligned(tmp_p
         np.testing.assert_array_equal(load_file(path)["x"].numpy(), values)
 
 
+def test_tensors_at_equal_distances_are_one_view_and_others_a_copy(tmp_path: Path) -> None:
+    rows = {f"layer{i}.{half}": torch.rand(2, 3) for i in range(5) for half in "ab"}
+    mixed = {"x0": torch.rand(2, 3), "x1": torch.rand(2, 3).to(torch.float16), "x2": torch.rand(2, 3)}
+    save_file(rows, tmp_path / "rows")
+    save_file(mixed, tmp_path / "mixed")
+    even, names = TensorFile(tmp_path / "rows"), [f"layer{i}.b" for i in range(5)]
+    for file, some, is_view in (
+        (even, names, True),
+        (even, names[1::2], True),
+        (even, names[:1], True),
+        (even, names[::-1], False),
+        (even, [names[0], names[1], names[3]], False),
+        (TensorFile(tmp_path / "mixed"), list(mixed), False),
+    ):
+        stack = file.stack(some)
+        np.testing.assert_array_equal(stack, np.stack([file.array(name).astype(np.float32) for name in some]))
+        assert stack.flags.owndata is not is_view, some
+        assert stack.flags.writeable is not is_view
+
+
 # faults -------------------------------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,26 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """n modules of one shape as arrays: a (n, r, din), b (n, dout, r) in float32, scales (n,)."""
+
+    a: NDArray[np.float32]
+    b: NDArray[np.float32]
+    scales: NDArray[np.float64]
+
+    @property
+    def shape(self) -> Shape:
+        """(dout, r, din) of each."""
+        return Shape(self.b.shape[1], self.a.shape[1], self.a.shape[2])
+
+    def __len__(self) -> int:
+        return len(self.scales)
+
+    def __getitem__(self, i: int) -> Factors:
+        return Factors(self.a[i], self.b[i], float(self.scales[i]))
+
+
+@dataclass(frozen=True, slots=True)
 class BaseId:
     """Which base model an adapter belongs to: PEFT's `base_model_name_or_path` and `revision`; "" is unknown."""
 
@@ -91,6 +111,11 @@ class Modules(Mapping[str, Factors]):
     def scales(self) -> Mapping[str, float]:
         """Module path → the factor s of ΔW = s B A."""
         return {path: factors.scale for path, factors in self._factors.items()}
+
+    def stack(self, paths: Sequence[str]) -> Stack:
+        """Modules of one shape as arrays."""
+        fs = [self[path] for path in paths]
+        return Stack(np.stack([f.a for f in fs]), np.stack([f.b for f in fs]), np.array([f.scale for f in fs]))
 
     def __getitem__(self, path: str) -> Factors:
         return self._factors[path]

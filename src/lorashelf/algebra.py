@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapter import Adapter, Factors, Modules, check_shapes, wider
+from .adapter import Adapter, Factors, Modules, Shape, Stack, check_shapes, wider
 from .errors import UsageError
 from .parallel import each
 
@@ -28,6 +28,7 @@ Square = NDArray[np.float64]
 _PANEL = 256  # rows of stacked factors multiplied at once: a panel and its product stay in the cache
 _SMALL = 10**6  # multiplications up to which OpenBLAS multiplies without packing
 _THIN = 100  # a side of a piece too short to be worth a call
+_RUN = 2**19  # values of either factor of a run of modules, 2 MB of float32
 _BLOCK = 2**22  # values of dense rows held at once, 16 MB of float32
 
 
@@ -43,7 +44,7 @@ def inner(x: Adapter, y: Adapter) -> float:
 
 def norm(x: Adapter) -> float:
     """The Frobenius norm √Σ_m ‖ΔW_m‖²; float64."""
-    return math.sqrt(sum(each(lambda path: _energy(x.modules[path]), x.modules)))
+    return math.sqrt(sum(each(lambda paths: float(squares(x.modules.stack(paths), np.float64).sum()), runs([x]))))
 
 
 def _energy(f: Factors) -> float:
@@ -96,24 +97,88 @@ def products(
     return result
 
 
-def squares(fs: Sequence[Factors | None], dtype: type[np.floating[Any]]) -> Vector:
-    """‖ΔW_i‖² of one module, (n,) float64: the diagonal of `products`, each on its own."""
-    found = np.zeros(len(fs))
-    for i, f in enumerate(fs):
-        if f is not None:
-            dout, rank, din = f.shape
-            small = rank * (dout + din) <= 2 * dout * din
-            with np.errstate(over="ignore", invalid="ignore"):
-                found[i] = _factored_square(f, dtype) * f.scale**2 if small else np.inf
-            if not np.isfinite(found[i]):
-                found[i] = products([f], None, dtype)[0, 0]
-    return np.maximum(found, 0.0)
+def row(
+    x: Adapter, ys: Sequence[Adapter], paths: Sequence[str], dtype: type[np.floating[Any]]
+) -> tuple[Square, Vector, Square]:
+    """⟨ΔW, ΔW'_j⟩ (n, m), ‖ΔW‖² (n,) and ‖ΔW'_j‖² (n, m) of n modules that `runs` put together; float64.
+
+    What `products` gives for one adapter against many, each of them read once.
+    """
+    inner, squared = np.zeros((len(paths), len(ys))), np.zeros((len(paths), len(ys)))
+    f = x.modules.stack(paths) if paths[0] in x.shapes else None
+    a_t = None if f is None else np.ascontiguousarray(f.a.swapaxes(1, 2), dtype)
+    for j, y in enumerate(ys):
+        if paths[0] in y.shapes:
+            g = y.modules.stack(paths)
+            squared[:, j] = squares(g, dtype)
+            if f is not None and a_t is not None:
+                inner[:, j] = _inners(f, a_t, g, dtype)
+    return inner, np.zeros(len(paths)) if f is None else squares(f, dtype), squared
+
+
+def runs(xs: Sequence[Adapter]) -> list[list[str]]:
+    """The union of the adapters' module paths in runs of one name in successive layers that have one shape (or are
+    absent) in each of the adapters, a run's factors small enough to stay in the cache.
+    """
+    shapes = [x.shapes for x in xs]
+    alike: dict[tuple[str, tuple[Shape | None, ...]], list[str]] = {}
+    for path in union(xs):
+        alike.setdefault((path.rpartition(".")[2], tuple(of.get(path) for of in shapes)), []).append(path)
+    found = []
+    for (_, key), paths in alike.items():
+        count = max(1, _RUN // max(f.rank * max(f.dout, f.din) for f in key if f))
+        found += [paths[i : i + count] for i in range(0, len(paths), count)]
+    return found
+
+
+def squares(f: Stack, dtype: type[np.floating[Any]]) -> Vector:
+    """‖ΔW‖² of stacked modules, (n,) float64: as `products` of each with itself."""
+    dout, rank, din = f.shape
+    if rank * (dout + din) <= 2 * (rank + 1) * dout * din:
+        a, b = f.a.astype(dtype, copy=False), f.b.astype(dtype, copy=False)
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = a @ a.swapaxes(1, 2)
+            product *= b.swapaxes(1, 2) @ b
+            found: Vector = np.maximum(product.sum(axis=(1, 2), dtype=np.float64) * f.scales**2, 0.0)
+        if np.isfinite(found).all():
+            return found
+    return np.array([max(float(products([f[i]], None, dtype)[0, 0]), 0.0) for i in range(len(f))])
+
+
+def _inners(f: Stack, a_t: NDArray[Any], g: Stack, dtype: type[np.floating[Any]]) -> Vector:
+    """⟨ΔW, ΔW'⟩ of stacked modules, (n,) float64; `a_t` is f.a with its sides exchanged, contiguous, in `dtype`."""
+    (dout, rank, din), other = f.shape, g.shape.rank
+    if rank * other * (dout + din) <= 2 * (rank + other + 2) * dout * din:
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = _in_pieces(g.a.astype(dtype, copy=False), a_t)
+            product *= _in_pieces(g.b.astype(dtype, copy=False).swapaxes(1, 2), f.b.astype(dtype, copy=False))
+            found: Vector = product.sum(axis=(1, 2), dtype=np.float64) * f.scales * g.scales
+        if np.isfinite(found).all():
+            return found
+    return np.array([products([f[i]], [g[i]], dtype)[0, 0] for i in range(len(f))])
+
+
+def _in_pieces(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """The products of wide (n, r', d) and tall (n, d, r) matrices, the long side cut into pieces that OpenBLAS
+    multiplies without packing: 3/5 of the time at rank 32.
+    """
+    (n, wide, length), tall = x.shape, y.shape[2]
+    width = _piece(length, wide * tall)
+    if width == length:
+        return np.asarray(x @ y)
+    pieces = x.reshape(n, wide, -1, width).swapaxes(1, 2) @ y.reshape(n, -1, width, tall)
+    return np.asarray(pieces.sum(axis=1))
+
+
+@cache
+def _piece(length: int, area: int) -> int:
+    """The largest divisor of the length with which a product is small; the length itself where pieces get thin."""
+    widths = range(min(length, _SMALL // area), _THIN, -1)
+    return next((width for width in widths if length % width == 0), length)
 
 
 def _factored_products(left: list[Factors], right: list[Factors], dtype: type[np.floating[Any]]) -> Square:
     symmetric = left is right
-    if len(left) == 1:  # nothing to share: to stack the factors would cost as much as their products
-        return np.array([[_factored_square(left[0], dtype)] if symmetric else _factored_row(left[0], right, dtype)])
     a = np.concatenate([f.a for f in left]).astype(dtype, copy=False)
     b = np.concatenate([f.b for f in left], axis=1).astype(dtype, copy=False)
     c = a if symmetric else np.concatenate([g.a for g in right]).astype(dtype, copy=False)
@@ -133,41 +198,6 @@ def _factored_products(left: list[Factors], right: list[Factors], dtype: type[np
         if symmetric:
             result[k:, i:k] = result[i:k, k:].T
     return result
-
-
-def _factored_square(f: Factors, dtype: type[np.floating[Any]]) -> float:
-    a, b = f.a.astype(dtype, copy=False), f.b.astype(dtype, copy=False)
-    product = a @ a.T
-    product *= b.T @ b
-    return float(product.sum(dtype=np.float64))
-
-
-def _factored_row(f: Factors, gs: list[Factors], dtype: type[np.floating[Any]]) -> list[float]:
-    a, b = np.ascontiguousarray(f.a.T, dtype), f.b.astype(dtype, copy=False)
-    row = []
-    for g in gs:
-        product = _in_pieces(g.a.astype(dtype, copy=False), a)
-        product *= _in_pieces(g.b.astype(dtype, copy=False).T, b)
-        row.append(float(product.sum(dtype=np.float64)))
-    return row
-
-
-def _in_pieces(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    """The product of a wide and a tall matrix, the long side cut into pieces that OpenBLAS multiplies without packing:
-    3/5 of the time at rank 32.
-    """
-    width = _piece(len(y), len(x) * y.shape[1])
-    if width == len(y):
-        return np.asarray(x @ y)
-    pieces = x.reshape(len(x), -1, width).swapaxes(0, 1) @ y.reshape(-1, width, y.shape[1])
-    return np.asarray(pieces.sum(axis=0))
-
-
-@cache
-def _piece(length: int, area: int) -> int:
-    """The largest divisor of the length with which a product is small; the length itself where pieces get thin."""
-    widths = range(min(length, _SMALL // area), _THIN, -1)
-    return next((width for width in widths if length % width == 0), length)
 
 
 def _offsets(fs: list[Factors]) -> NDArray[np.intp]:

@@ -46,10 +46,10 @@ def plan_add(
     kind = type or details.pop("type", None) or task.split("-")[0]
     if not kind.isprintable():
         raise TaskNameError(f"problem type {kind!r} is not printable text", cure="give a plain word: --type TYPE")
-    held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
-    base = _agreed_base(snapshot.settings, manifest.base, {task: adapter}, assume_base, str(snapshot.path))
-    check_fit(content.one_base([*held.values(), adapter]), str(snapshot.path))
     with beside(lambda: adapter.digest):  # asked for below
+        held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
+        base = _agreed_base(snapshot.settings, manifest.base, {task: adapter}, assume_base, str(snapshot.path))
+        check_fit(content.one_base([*held.values(), adapter]), str(snapshot.path))
         values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
     same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)

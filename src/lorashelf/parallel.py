@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -15,13 +15,19 @@ R = TypeVar("R")
 WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def each(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """What `function` gives for every item, in order: several items at a time, one BLAS thread each."""
+def each(function: Callable[[T], R], items: Iterable[T], workers: int = WORKERS) -> Generator[R, None, None]:
+    """What `function` gives for every item, in order: several items at a time, one BLAS thread each.
+
+    Closed early, it drops what has not begun.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
     from concurrent.futures import ThreadPoolExecutor  # here and below: readers start without
 
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(WORKERS) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
         yield from pool.map(function, items)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import atomic
-from .adapter import DTYPES, Adapter, BaseId, Factors, Matrix, Modules, Shape
+from .adapter import DTYPES, Adapter, BaseId, Factors, Matrix, Modules, Shape, Stack
 from .digest import digest
 from .errors import AdapterFormatError, UsageError
 from .parallel import beside
@@ -209,6 +210,11 @@ class _FileModules(Modules):
     def scales(self) -> Mapping[str, float]:
         return self._scales
 
+    def stack(self, paths: Sequence[str]) -> Stack:
+        a, b = (self._tensors.stack([self._halves[path][half] for path in paths]) for half in "AB")
+        scales = np.array([self._scales[path] for path in paths])
+        return Stack(a.astype("<f4", copy=False), b.astype("<f4", copy=False), scales)
+
     def __getitem__(self, path: str) -> Factors:
         a, b = (self._tensors.array(self._halves[path][half]) for half in "AB")
         return Factors(a.astype("<f4", copy=False), b.astype("<f4", copy=False), self._scales[path])
@@ -323,13 +329,15 @@ def _shapes(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]], faults
 def _bad_values(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     for pair in halves.values():
         for name in pair.values():
-            if tensors[name].dtype in STORED:
+            if tensors[name].dtype in STORED and 0 not in tensors[name].shape:
                 values = tensors.array(name)
-                finite = np.isfinite(values)
-                if not finite.all():
+                with np.errstate(invalid="ignore"):
+                    low, high = float(values.min()), float(values.max())  # NaN if any value is
+                if not math.isfinite(low - high):
                     kind = "NaN" if np.isnan(values).any() else "infinity"
-                    yield f"{name}: {values.size - int(finite.sum())} of {values.size} values are {kind}"
-                elif (largest := float(np.abs(values).max(initial=0.0))) > LARGEST_VALUE:
+                    bad = values.size - int(np.isfinite(values).sum())
+                    yield f"{name}: {bad} of {values.size} values are {kind}"
+                elif (largest := max(-low, high)) > LARGEST_VALUE:
                     yield f"{name}: holds {largest:.0e}; no trained factor does"
 
 

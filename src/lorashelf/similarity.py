@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adapter import Adapter, check_shapes
-from .algebra import Square, Vector, products, squares, union
+from .algebra import Square, Vector, products, row, runs, union
 from .parallel import each
 from .registry import Registry
 
 Metric = Callable[[Sequence[Adapter], "Sequence[Adapter] | None"], Square]
-Scored = tuple[Square, NDArray[np.bool_]]
+OfModule = Callable[[Square, Square, NDArray[np.float64]], Square]  # ⟨·,·⟩, and ‖·‖² of both sides that broadcast to it
 METRICS: Registry[Metric] = Registry("metric")
 
 
@@ -42,8 +42,8 @@ def cosine(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square
     positive scales and to the gauge (B G, G⁻¹ A). K-Merge, arXiv 2510.13537, eq. 2.
     """
 
-    def of_module(inner: Square, left: Vector, right: Vector) -> Square:
-        norms = np.sqrt(np.outer(left, right))
+    def of_module(inner: Square, left: Square, right: NDArray[np.float64]) -> Square:
+        norms = np.sqrt(left * right)
         return np.clip(np.divide(inner, norms, out=np.zeros_like(inner), where=norms > 0), -1.0, 1.0)
 
     return _module_mean(xs, ys, of_module, np.float32)
@@ -55,9 +55,9 @@ def l2(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
     there.
     """
 
-    def of_module(inner: Square, left: Vector, right: Vector) -> Square:
-        squared = left[:, None] + right[None, :] - 2 * inner
-        rounding = 1e-14 * (left[:, None] + right[None, :])  # what is left of a difference of equal numbers
+    def of_module(inner: Square, left: Square, right: NDArray[np.float64]) -> Square:
+        squared = left + right - 2 * inner
+        rounding = 1e-14 * (left + right)  # what is left of a difference of equal numbers
         distance: Square = np.sqrt(np.where(squared <= rounding, 0.0, squared))
         return 1.0 / (1.0 + distance)
 
@@ -83,29 +83,37 @@ def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, 
 def _module_mean(
     xs: Sequence[Adapter],
     ys: Sequence[Adapter] | None,
-    of_module: Callable[[Square, Vector, Vector], Square],
+    of_module: OfModule,
     dtype: type[np.float32] | type[np.float64],
 ) -> Square:
     """Mean of a per-module score over the modules that either side of a pair has."""
-    zs = xs if ys is None else ys
-
-    def scored(path: str) -> Scored:
+    if ys is not None:
+        return np.stack([_one_against(x, ys, of_module, dtype) for x in xs]) if xs else np.zeros((0, len(ys)))
+    total, count = np.zeros((len(xs), len(xs))), np.zeros((len(xs), len(xs)))
+    for path in union(xs):  # few large products: BLAS has threads of its own, and memory counts
         fs = [x.modules.get(path) for x in xs]
-        if ys is None:
-            inner = products(fs, None, dtype)
-            left = right = np.maximum(np.diagonal(inner), 0.0)
-            gs = fs
-        else:
-            gs = [y.modules.get(path) for y in ys]
-            inner = products(fs, gs, dtype)
-            left, right = squares(fs, dtype), squares(gs, dtype)
-        present = np.logical_or.outer([f is not None for f in fs], [g is not None for g in gs])
-        return np.where(present, of_module(inner, left, right), 0.0), present
+        inner = products(fs, None, dtype)
+        own = np.maximum(np.diagonal(inner), 0.0)
+        has = np.array([f is not None for f in fs])
+        present = has[:, None] | has
+        total += np.where(present, of_module(inner, own[:, None], own), 0.0)
+        count += present
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
-    total, count = np.zeros((len(xs), len(zs))), np.zeros((len(xs), len(zs)))
-    # One against many is many small products: modules side by side. A matrix is few large ones: there BLAS has threads
-    # of its own, and memory counts.
-    for scores, present in (each if len(xs) == 1 else map)(scored, union([*xs, *zs])):
+
+def _one_against(
+    x: Adapter, ys: Sequence[Adapter], of_module: OfModule, dtype: type[np.float32] | type[np.float64]
+) -> Vector:
+    """The means of one adapter against many, (m,): many small products, runs of modules side by side."""
+    shapes = [y.shapes for y in ys]
+
+    def scored(paths: Sequence[str]) -> tuple[Vector, NDArray[np.int_]]:
+        inner, own, others = row(x, ys, paths, dtype)
+        present = np.array([paths[0] in x.shapes or paths[0] in of for of in shapes])
+        return np.where(present, of_module(inner, own[:, None], others).sum(axis=0), 0.0), len(paths) * present
+
+    total, count = np.zeros(len(ys)), np.zeros(len(ys))
+    for scores, present in each(scored, runs([x, *ys])):
         total += scores
         count += present
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
@@ -126,8 +134,8 @@ def raw_gram(xs: Sequence[Adapter], quantile: float = 0.0) -> Square:
         rank = max(f.shape.rank for f in fs)
         for sides in ([f.a for f in fs], [f.b.T for f in fs]):
             rows = np.zeros((len(fs), rank, sides[0].shape[1]), dtype=np.float32)
-            for row, side, i in zip(rows, sides, present, strict=True):
-                row[: len(side)] = np.where(np.abs(side) > cuts[i], side, 0.0)
+            for values, side, i in zip(rows, sides, present, strict=True):
+                values[: len(side)] = np.where(np.abs(side) > cuts[i], side, 0.0)
             flat = rows.reshape(len(fs), -1)
             total[np.ix_(present, present)] += flat @ flat.T
     return total

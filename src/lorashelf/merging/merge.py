@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -14,9 +15,11 @@ from ..adapter import Adapter, Factors, check_fit
 from ..algebra import assemble, norm, truncate, truncate_dense, union
 from ..digest import canonical_json
 from ..errors import NotReversible, UsageError
+from ..parallel import WORKERS, each
 from . import factor
 from .methods import METHODS, Draw, MergeMethod, Tensor
 
+_LARGE = 2**17  # values of all adapters' factors of a module that are worth a thread
 UNIT_ROUNDOFF = {"f32": 2.0**-23, "f16": 2.0**-11, "bf16": 2.0**-8}  # of a fold: in f32 its arithmetic rounds too
 
 
@@ -58,22 +61,30 @@ def merge_measured(
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}; it must be at least 1")
     check_fit(xs)
-    modules: dict[str, Factors] = {}
-    dropped = kept = 0.0
-    for path in watch(union(xs)):
+    paths = union(xs)
+
+    def merged(path: str) -> tuple[Factors, float, float]:
         present = [i for i, x in enumerate(xs) if path in x.shapes]
         fs, share = [xs[i].modules[path] for i in present], [ws[i] for i in present]
         if len(xs) == 1:
-            merged = (replace(fs[0], scale=fs[0].scale * ws[0]), 0.0, 0.0)
-            cap = rank
+            cap, found = rank, (replace(fs[0], scale=fs[0].scale * ws[0]), 0.0, 0.0)
         else:
             cap = rank if rank is not None else _default_rank(chosen, fs)
-            merged = _merge_module(chosen, fs, share, _masks(xs, present, path, seed), cap, params)
-        if cap is not None and merged[0].shape.rank > cap:
-            merged = truncate(merged[0], cap)
-        modules[path] = merged[0]
-        dropped += merged[1]
-        kept += merged[2]
+            found = _merge_module(chosen, fs, share, _masks(xs, present, path, seed), cap, params)
+        return truncate(found[0], cap) if cap is not None and found[0].shape.rank > cap else found
+
+    # Averages wait for memory, small modules for Python: threads help neither.
+    largest = max(
+        (sum(s.rank * (s.dout + s.din) for x in xs if (s := x.shapes.get(path))) for path in paths), default=0
+    )
+    workers = WORKERS if chosen.average is None and largest >= _LARGE else 1
+    modules: dict[str, Factors] = {}
+    dropped = kept = 0.0
+    with contextlib.closing(each(merged, paths, workers)) as results:
+        for path, found in zip(watch(paths), results, strict=True):
+            modules[path], lost, left = found
+            dropped += lost
+            kept += left
     result = assemble(xs, modules)
     if dropped:
         kept = norm(result) ** 2
