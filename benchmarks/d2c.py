@@ -86,7 +86,7 @@ def main() -> int:
             timed = seconds(took)
         counts = [found.proposals, len(found.moves), len(asked), len(set(asked)), objective.measured]
         rows.append([f"seed {seed}", *map(str, counts), seconds(wall), timed])
-        print(f"seed {seed}: {wall:.0f} s", file=sys.stderr, flush=True)
+        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
     common.table(
         ["", "proposals", "moves", "losses asked", "distinct", "model evaluations", "wall", "plain wall"], rows
     )
