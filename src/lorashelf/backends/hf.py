@@ -22,6 +22,7 @@ from .base_model import BaseModel, libraries, open_base
 
 LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32
 MOST_PADDING = 0.1  # share of a batch's positions
+_ANSWERED = 4  # times as many positions as `batch` in a batch of answers, whose logits are at one position a row
 _CALL = 24  # positions that one forward pass costs beside its own, in balance with padding
 DEPTH = 2 / 3  # of the layers, where representations tell tasks apart best: docs/results.md
 _UNDECODED = "\ufffd"  # what a decoder shows for bytes that are no letter
@@ -90,11 +91,9 @@ class HFBackend:
         self.attach(adapter)
         queries = [self._encoded(self.base.template.query(instruction, text)) for text in texts]
         room = [int(min(max_new_tokens, self._context - len(query))) for query in queries]
-        roomy = [i for i in range(len(texts)) if room[i] == max_new_tokens]
-        together = self.batches([(queries[i], [0] * max_new_tokens) for i in roomy])
         alone = [[i] for i in range(len(texts)) if 0 < room[i] < max_new_tokens]
         answers = [""] * len(texts)
-        for members in [*([roomy[i] for i in batch] for batch in together), *alone]:
+        for members in [*self._together(queries, room, max_new_tokens), *alone]:
             ids, mask = self._padded([queries[i] for i in members], left=True)
             with self._torch.inference_mode():
                 written = self.base.model.generate(
@@ -103,6 +102,18 @@ class HFBackend:
             for index, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
                 answers[index] = self.decoded(row)
         return answers
+
+    def _together(self, queries: Sequence[list[int]], room: Sequence[int], count: int) -> list[list[int]]:
+        """Indices of the queries with room for `count` tokens, in batches by length as large as memory lets them be: a
+        step reads every weight, however many answers it is for.
+        """
+        batches: list[list[int]] = []
+        for i in sorted((i for i in range(len(queries)) if room[i] == count), key=lambda i: len(queries[i])):
+            positions = len(queries[i]) + count
+            if not batches or (len(batches[-1]) + 1) * positions > _ANSWERED * self.batch:
+                batches.append([])
+            batches[-1].append(i)
+        return batches
 
     def generation(self, max_new_tokens: int) -> Any:
         """Transformers' settings of greedy answering: stops at the end of the turn or of the text."""
