@@ -114,7 +114,9 @@ def test_answers_are_greedy_whatever_penalties_the_base_comes_with(tmp_path: Pat
     folder = tiny_base(tmp_path / "base")
     texts = [TEXT, "a", "other words"]
     plain = HFBackend.open(str(folder), dtype="f32").answers(None, PROMPT, texts, max_new_tokens=30)
-    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}')
+    (folder / "generation_config.json").write_text(
+        '{"eos_token_id": 1, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}'
+    )
     backend = HFBackend.open(str(folder), dtype="f32")
     assert backend.answers(None, PROMPT, texts, max_new_tokens=30) == plain
     assert ["".join(backend.stream(None, PROMPT, text, max_new_tokens=30)) for text in texts] == plain
@@ -191,7 +193,7 @@ def test_another_name_of_the_base_is_warned_of_another_size_refused(
     assert NAME in caplog.text
     assert tiny.base_name in caplog.text
     wide = HFBackend.open(str(tiny_base(tmp_path / "gpt2", "gpt2", context=CONTEXT)))
-    with pytest.raises(ShapeMismatch, match=r"q_proj: the base has no linear layer of this name"):
+    with pytest.raises(ShapeMismatch, match="q_proj and 1 more layers: the base has no linear layer of this name"):
         answer(wide, other.snapshot(), "mend", TEXT)
 
 

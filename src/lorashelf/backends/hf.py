@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ..adapter import Adapter, BaseId, Matrix
+from ..adapter import Adapter, BaseId, Factors, Matrix
 from ..backend import Loss, Pair
 from ..errors import ModelError, ShapeMismatch
 from ..tasks import Example, ExampleSet
-from .base_model import BaseModel, libraries, open_base
+from .base_model import BaseModel, fingerprint, libraries, open_base
 
 LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32
 MOST_PADDING = 0.1  # share of a batch's positions
@@ -28,6 +29,8 @@ DEPTH = 2 / 3  # of the layers, where representations tell tasks apart best: doc
 _UNDECODED = "\ufffd"  # what a decoder shows for bytes that are no letter
 _logger = logging.getLogger("lorashelf")
 Tokens = tuple[list[int], list[int]]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class HFBackend:
@@ -36,13 +39,20 @@ class HFBackend:
     def __init__(self, base: BaseModel, *, batch: int | None = None) -> None:
         self._torch, transformers = libraries()
         self.base = base
-        base.model.generation_config = transformers.GenerationConfig()  # or its penalties would be added to ours
+        own = getattr(base.model, "generation_config", None)
+        ends = getattr(own, "eos_token_id", None)  # its penalties would be added to ours, its stops are the model's
+        base.model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
         self.batch = batch or (2048 if base.model.device.type == "cpu" else 16384)
         self.positions = {"tokens": 0, "padding": 0}
         """What the forward passes of `nll` saw so far: tokens, and padding beside them."""
         self._linear = dict(base.model.named_modules())
         self._context = getattr(base.model.config, "max_position_embeddings", None) or math.inf
-        self._stops = sorted({self._end_token, base.tokenizer.eos_token_id} - {None})
+        end = self._encoded(base.template.end)
+        self._written_end = base.template.end if len(end) > 1 else ""
+        """The end of a turn that is no token: it is looked for in the text."""
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        self._stops = sorted({*(end if len(end) == 1 else ()), *ends, base.tokenizer.eos_token_id} - {None})
+        self._fingerprint = fingerprint(base.model)
         self._attached: Adapter | None = None
         self._hooks: list[Any] = []
 
@@ -53,8 +63,9 @@ class HFBackend:
 
     @property
     def id(self) -> str:
-        """Base, dtype and prompt rendering: what a loss depends on beside adapter and examples."""
-        return f"{self.base.name} {str(self.base.model.dtype).removeprefix('torch.')} {self.base.template.id}"
+        """Base, its weights, dtype and prompt rendering: what a loss depends on beside adapter and examples."""
+        dtype = str(self.base.model.dtype).removeprefix("torch.")
+        return f"{self.base.name} {self._fingerprint} {dtype} {self.base.template.id}"
 
     def fitting(self, examples: ExampleSet, longest: int | None = None) -> tuple[ExampleSet, int]:
         """The examples that fit with their answers into the context, or `longest` tokens, and how many do not."""
@@ -94,14 +105,21 @@ class HFBackend:
         alone = [[i] for i in range(len(texts)) if 0 < room[i] < max_new_tokens]
         answers = [""] * len(texts)
         for members in [*self._together(queries, room, max_new_tokens), *alone]:
-            ids, mask = self._padded([queries[i] for i in members], left=True)
-            with self._torch.inference_mode():
-                written = self.base.model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=self.generation(room[members[0]])
-                )
-            for index, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
+            greedy = partial(self._greedy, count=room[members[0]])
+            rows = self._sparing(greedy, [queries[i] for i in members])
+            for index, row in zip(members, rows, strict=True):
                 answers[index] = self.decoded(row)
         return answers
+
+    def _greedy(self, queries: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """The tokens that follow each query, by transformers."""
+        ids, mask = self._padded(queries, left=True)
+        with self._torch.inference_mode():
+            written = self.base.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=self.generation(count)
+            )
+        rows: list[list[int]] = written[:, ids.shape[1] :].tolist()
+        return rows
 
     def _together(self, queries: Sequence[list[int]], room: Sequence[int], count: int) -> list[list[int]]:
         """Indices of the queries with room for `count` tokens, in batches by length as large as memory lets them be: a
@@ -119,7 +137,7 @@ class HFBackend:
         """Transformers' settings of greedy answering: stops at the end of the turn or of the text."""
         _, transformers = libraries()
         return transformers.GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self._stops, pad_token_id=self._stops[0]
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self._stops or None, pad_token_id=self._pad
         )
 
     def decoded(self, row: Sequence[int]) -> str:
@@ -127,7 +145,12 @@ class HFBackend:
         cut = next((i for i, token in enumerate(row) if token in self._stops), len(row))
         decode = self.base.tokenizer.decode
         text: str = decode(row[:cut], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.strip()
+        return (text.partition(self._written_end)[0] if self._written_end else text).strip()
+
+    @property
+    def _pad(self) -> int:
+        """Any token will do: what it fills is masked."""
+        return self._stops[0] if self._stops else 0
 
     @property
     def base_name(self) -> str:
@@ -155,12 +178,20 @@ class HFBackend:
         shown = 0
         for token in tokens:
             row.append(token)
-            settled = self.decoded(row).rstrip(_UNDECODED).rstrip()
+            settled = self._settled(row)
             if len(settled) > shown:
                 yield settled[shown:]
                 shown = len(settled)
+            if self._written_end and self._written_end in self.base.tokenizer.decode(row):
+                break
         if rest := self.decoded(row)[shown:]:
             yield rest
+
+    def _settled(self, row: Sequence[int]) -> str:
+        """The text so far without what may still become a letter, or the end of the turn."""
+        text = self.decoded(row).rstrip(_UNDECODED).rstrip()
+        begun = (size for size in range(len(self._written_end) - 1, 0, -1) if text.endswith(self._written_end[:size]))
+        return text[: -next(begun, 0) or None].rstrip()
 
     def _written(self, adapter: Adapter | None, query: list[int], count: int) -> Iterator[int]:
         """At most `count` tokens, each the likeliest, up to the first stop. Raises ModelError where memory ends."""
@@ -199,22 +230,30 @@ class HFBackend:
         rows = [[*before, *self._encoded(text)][: int(min(self._context, 2**31))] for text in texts]
         layer = round(depth * self.base.model.config.get_text_config().num_hidden_layers)
         means = np.empty((len(texts), self.base.model.get_output_embeddings().weight.shape[1]), np.float32)
-        for members in self.batches([(row, []) for row in rows]):
-            ids, mask = self._padded([rows[i] for i in members])
+
+        def mean_states(some: Sequence[Sequence[int]]) -> list[Any]:
+            ids, mask = self._padded(some)
             with self._torch.inference_mode():
                 seen = self.base.model.base_model(
                     input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
                 ).hidden_states[layer]
-            for i, states in zip(members, seen, strict=True):
-                means[i] = states[len(before) : len(rows[i])].float().mean(dim=0).cpu().numpy()
+            pairs = zip(some, seen, strict=True)
+            return [states[len(before) : len(row)].float().mean(dim=0).cpu().numpy() for row, states in pairs]
+
+        for members in self.batches([(row, []) for row in rows]):
+            means[members] = self._sparing(mean_states, [rows[i] for i in members])
         return means
 
     # adapters ---------------------------------------------------------------------------------------------------
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
         """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
-        faults = [f"{name}: {fault}" for name, adapter in adapters.items() for fault in self._faults(adapter)]
-        if faults:
+        alike: dict[str, list[str]] = {}
+        for name, adapter in adapters.items():
+            for fault in self._faults(adapter):
+                alike.setdefault(fault, []).append(name)
+        if alike:
+            faults = [f"{_first_of(names, 'adapters')}: {fault}" for fault, names in alike.items()]
             raise ShapeMismatch(faults, where=f"base {self.base.name}", cure="give the base they were trained on")
         others = sorted({str(x.base) for x in adapters.values() if x.base.contradicts(BaseId(self.base.name))})
         if others:
@@ -227,35 +266,46 @@ class HFBackend:
         """
         if adapter is self._attached:
             return
-        if adapter is not None and (faults := list(self._faults(adapter))):
+        if adapter is not None and (faults := self._faults(adapter)):
             cure = f"give the base model it was trained on ({adapter.base})"
             raise ShapeMismatch(faults, where=f"base {self.base.name}", cure=cure)
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._attached = [], adapter
+        self._hooks, self._attached = [], None
         if adapter is None:
             return
-        kind = {"dtype": self.base.model.dtype, "device": self.base.model.device}
-        for path, factors in adapter.modules.items():
-            a = self._torch.tensor(factors.a).T.to(**kind)  # a copy: the file may be mapped read-only, and may go
-            b = (self._torch.tensor(factors.b).T * factors.scale).to(**kind)
-            self._hooks.append(self._linear[path].register_forward_hook(_added(a, b)))
+        added = {path: self._on_device(factors) for path, factors in adapter.modules.items()}  # all, or none is added
+        self._hooks = [self._linear[path].register_forward_hook(_added(a, b)) for path, (a, b) in added.items()]
+        self._attached = adapter
 
-    def _faults(self, adapter: Adapter) -> Iterator[str]:
+    def _on_device(self, f: Factors) -> tuple[Any, Any]:
+        """Aᵀ and s Bᵀ where the base is. Raises ModelError where memory ends."""
+        kind = {"dtype": self.base.model.dtype, "device": self.base.model.device}
+        try:
+            a = self._torch.tensor(f.a).T.to(**kind)  # a copy: the file may be mapped read-only, and may go
+            return a, (self._torch.tensor(f.b).T * f.scale).to(**kind)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            cure = "free memory, or give a smaller base"
+            raise ModelError("out of memory for an adapter", where=self.base.name, cure=cure) from error
+
+    def _faults(self, adapter: Adapter) -> list[str]:
+        """What does not fit, modules of one name and one fault together."""
+        alike: dict[tuple[str, str], list[str]] = {}
         for path, (dout, _, din) in adapter.shapes.items():
             layer = self._linear.get(path)
             there = None if layer is None else sizes(layer)
             if there is None:
-                yield f"{path}: the base has no linear layer of this name"
+                fault = "the base has no linear layer of this name"
             elif there != (dout, din):
-                yield f"{path}: ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}"
+                fault = f"ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}"
+            else:
+                continue
+            alike.setdefault((path.rpartition(".")[2], fault), []).append(path)
+        return [f"{_first_of(paths, 'layers')}: {fault}" for (_, fault), paths in alike.items()]
 
     # batches ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _end_token(self) -> int | None:
-        ids = self._encoded(self.base.template.end)
-        return ids[-1] if ids else None
 
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self.base.tokenizer(text, add_special_tokens=False).input_ids
@@ -293,22 +343,26 @@ class HFBackend:
     def _padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> tuple[Any, Any]:
         """(n, longest) token ids and the mask of what is no padding; the pad token may be any, it is masked."""
         longest = max(map(len, rows))
-        filled = [[self._stops[0]] * (longest - len(row)) for row in rows]
+        filled = [[self._pad] * (longest - len(row)) for row in rows]
         ids = [[*fill, *row] if left else [*row, *fill] for row, fill in zip(rows, filled, strict=True)]
         real = [[0] * len(f) + [1] * len(r) if left else [1] * len(r) + [0] * len(f) for r, f in zip(rows, filled)]
         make = self._torch.tensor
         return make(ids, device=self.base.model.device), make(real, device=self.base.model.device)
 
     def _measured(self, batch: Sequence[Tokens]) -> list[float]:
-        """The summed NLL of each answer of a batch; where memory ends, once more one by one."""
+        """The summed NLL of each answer of a batch."""
+        return self._sparing(self._forward, batch)
+
+    def _sparing(self, work: Callable[[Sequence[T]], Sequence[R]], batch: Sequence[T]) -> list[R]:
+        """What the work gives for a batch; where memory ends, once more one by one. Raises ModelError."""
         try:
-            return self._forward(batch)
+            return list(work(batch))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             _logger.warning("out of memory with %d examples in a batch; trying one at a time", len(batch))
         try:
-            return [loss for one in batch for loss in self._forward([one])]
+            return [found for one in batch for found in work([one])]
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -359,6 +413,11 @@ def _added(a: Any, b: Any) -> Any:
         return output.view(-1, b.shape[1]).addmm_(x @ a, b).view(output.shape)
 
     return hook
+
+
+def _first_of(names: Sequence[str], noun: str) -> str:
+    """The first name, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more {noun}" if len(names) > 1 else "")
 
 
 @contextmanager
