@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from factory import tree
 from lorashelf import BaseId, Shelf, read_adapter, write_adapter
 from lorashelf.backends.hf import HFBackend
-from lorashelf.cli import main
+from lorashelf.cli import main, output
 from test_hf import random_adapter
 from tiny_base import tiny_base
 
@@ -88,9 +89,10 @@ def test_an_interrupted_search_is_taken_up(
         return measure(self, pairs)
 
     monkeypatch.setattr(HFBackend, "nll", interrupted)
-    code, document, _ = run(capsys, house, tmp_path / "s")
+    code, document, said = run(capsys, house, tmp_path / "s")
     assert (code, document["error"]["kind"]) == (130, "interrupted")
     assert [p.name for p in tmp_path.iterdir() if p.name != "whole"] == ["s.d2c.jsonl"]
+    assert f"kept in {tmp_path / 's.d2c.jsonl'}" in said
     monkeypatch.setattr(HFBackend, "nll", measure)
     before = tree(tmp_path)
     code, document, _ = run(capsys, house, tmp_path / "s", "--accept", "both")
@@ -102,6 +104,26 @@ def test_an_interrupted_search_is_taken_up(
     assert resumed["partition"] == whole["partition"]
     assert 0 < resumed["evaluations"] < whole["evaluations"]
     assert resumed["evaluations"] + sum(calls[:4]) == whole["evaluations"]
+
+
+def test_a_second_search_in_one_journal_is_refused(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with filelock.FileLock(tmp_path / "s.d2c.jsonl.lock"):
+        code, document, _ = run(capsys, house, tmp_path / "s")
+    assert code == 2
+    assert "another search writes into this journal" in document["error"]["message"]
+    assert run(capsys, house, tmp_path / "s")[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_progress_is_told_where_there_is_no_terminal(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "TELLING", 0.0)
+    said = run(capsys, house, tmp_path / "s")[2]
+    assert "D2C: move 1 of 12 is tried  (0 of 12)" in said
+    assert " left)" in said
 
 
 def test_a_named_journal_stays(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +139,7 @@ def test_a_named_journal_stays(house: Path, tmp_path: Path, capsys: pytest.Captu
     [
         (["--accept", "all"], "--accept is 'all'"),
         (["--init", "kmeans"], "--init is 'kmeans'"),
+        (["--method", "d3c"], "did you mean 'd2c'?"),
         (["--base", "no/such/base/at all"], "is not there"),
         (["--examples", "."], "no task folder here"),
     ],

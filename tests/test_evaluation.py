@@ -22,8 +22,7 @@ from lorashelf import evaluation as module
 from lorashelf.backend import Loss, QuadraticBackend
 from lorashelf.backends.base_model import EMBEDDED, BaseModel
 from lorashelf.backends.hf import HFBackend
-from lorashelf.cli import evaluation as command
-from lorashelf.cli import main
+from lorashelf.cli import main, output
 from lorashelf.errors import MissingExtra, TaskNameError, UsageError
 from lorashelf.evaluation import Evaluation, Measured, Unit, evaluate, metrics_of
 from lorashelf.journal import Journal, opened
@@ -193,7 +192,7 @@ def direct_answers(world: World, model: Any, task: Task) -> list[str]:
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 max_new_tokens=NEW_TOKENS,
-                eos_token_id=end,
+                eos_token_id=[end, token_ids(world, "</s>")[0]],  # of the turn, and the one that the base names
                 pad_token_id=end,
             )[0, ids.shape[1] :]
         texts.append(world.backend.base.tokenizer.decode(row, skip_special_tokens=True).strip())
@@ -664,7 +663,7 @@ def test_a_prompt_that_an_adapter_was_not_trained_under_is_said(
 def test_progress_is_told_with_the_time_left(
     world: World, run: Run, common: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "TELLING", 0.0)
+    monkeypatch.setattr(output, "TELLING", 0.0)
     run(*common)
     lines = run.stderr.splitlines()  # type: ignore[attr-defined]
     assert lines[0] == "measuring: loss of a-en  (0 of 5)"
@@ -693,6 +692,8 @@ def test_examples_beyond_the_context_are_counted_never_silent(tmp_path: Path) ->
     assert found.document()["tasks"]["a"]["dropped"] == 1
     assert found.document()["tasks"]["a"]["n"] == 2
     assert found.warnings == ("a: 1 of 3 examples are longer than the model's context: left out",)
+    for seed in range(4):  # those that fit are drawn from
+        assert evaluate(backend, {"a": None}, {"a": task}, limit=1, seed=seed).document()["tasks"]["a"]["n"] == 1
     short = replace(task, splits={"validation": (examples[0], examples[2])})
     assert found.tasks["a"].loss == evaluate(backend, {"a": None}, {"a": short}).tasks["a"].loss
     long = replace(task, splits={"validation": examples[1:2]})

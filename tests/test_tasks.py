@@ -40,6 +40,7 @@ def test_every_faulty_line_is_named_with_file_line_and_field(tmp_path: Path) -> 
         '["a"]',
         '{"input": 3, "output": ""}',
         '{"input": "a", "output": "b", "references": "c"}',
+        '{"input": "a", "output": "b", "references": ["c", " "]}',
     ]
     with pytest.raises(TaskDataError) as error:
         read_task(task_folder(tmp_path / "t", lines))
@@ -50,10 +51,11 @@ def test_every_faulty_line_is_named_with_file_line_and_field(tmp_path: Path) -> 
         "line 4: 'input'",
         "line 4: 'output'",
         "line 5: 'references'",
+        "line 6: 'references'",
     ):
         assert f"train.jsonl {part}" in text
     assert error.value.exit_code == 5
-    assert len(error.value.faults) == 5
+    assert len(error.value.faults) == 6
 
 
 def test_an_empty_file_and_a_folder_without_examples_are_refused(tmp_path: Path) -> None:
@@ -64,6 +66,27 @@ def test_an_empty_file_and_a_folder_without_examples_are_refused(tmp_path: Path)
         read_task(tmp_path / "t")
     with pytest.raises(UsageError, match="no task folder"):
         read_tasks(tmp_path / "t" / "nowhere")
+
+
+def test_a_byte_order_mark_and_blank_lines_at_the_end_are_no_faults(tmp_path: Path) -> None:
+    folder = task_folder(tmp_path / "t", [])
+    line = b'{"input": "a", "output": "b"}'
+    (folder / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + line + b"\r\n\r\n\n")
+    assert read_task(folder).splits == {"train": (Example("a", "b"), Example("a", "b"))}
+    (folder / "train.jsonl").write_bytes(line + b"\n\n" + line + b"\n")
+    with pytest.raises(TaskDataError, match="line 2 is not JSON"):
+        read_task(folder)
+
+
+def test_a_linked_task_keeps_the_links_name(tmp_path: Path) -> None:
+    target = task_folder(tmp_path / "qa-de", ['{"input": "a", "output": "b"}'])
+    (tmp_path / "links").mkdir()
+    for name in ("my-qa", "your-qa"):
+        (tmp_path / "links" / name).symlink_to(target)
+    assert {name: task.name for name, task in read_tasks(tmp_path / "links").items()} == {
+        "my-qa": "my-qa",
+        "your-qa": "your-qa",
+    }
 
 
 def test_a_task_needs_a_prompt_and_known_fields(tmp_path: Path) -> None:

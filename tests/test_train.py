@@ -455,6 +455,13 @@ def test_a_loss_that_is_not_finite_names_task_step_and_example(tmp_path: Path) -
         train(validated, broken, QUICK)
 
 
+def test_weights_beyond_the_dtype_are_a_divergence(base: BaseModel, untouched: None) -> None:
+    with pytest.raises(ModelError, match="a weight is not finite") as caught:
+        train(make_task(), base, replace(QUICK, rate=1e30, steps=1, dtype="f16"))
+    assert "loud-en, step " in str(caught.value.where)
+    assert "--lr" in str(caught.value.cure)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(
     base: BaseModel, untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,9 +107,9 @@ def drawn(
         if split not in tasks[name].splits:
             faults.append(f"{name} has no {split}.jsonl")
             continue
-        sets[name], beyond = fitting(tasks[name].examples(split, limit, seed))
-        dropped += beyond
-        if not sets[name].examples:
+        fit, beyond = fitting(tasks[name].examples(split))
+        sets[name], dropped = fit.drawn(limit, seed), dropped + beyond
+        if not fit.examples:
             faults.append(f"{name}: no example of {split}.jsonl fits the model's context")
     if faults:
         raise TaskDataError(faults)

@@ -89,7 +89,7 @@ class Measured:
     adapter: str | None
     examples: ExampleSet
     dropped: int
-    """How many examples were left out because they are longer than the context."""
+    """How many examples of the split were left out because they are longer than the context."""
     losses: tuple[Loss, ...]
     answers: tuple[str, ...] | None = None
     score: Score | None = None
@@ -278,10 +278,10 @@ class Prepared:
             journal.put(unit.key(backend), unit.measured(backend))
         tasks, notes = {}, []
         for r in sorted(self.ready, key=lambda r: r.task.name):
-            name, count = r.task.name, len(r.examples.examples)
+            name, count = r.task.name, len(r.task.splits[self.settings["split"]])
             tasks[name] = _measured(r, [journal.get(u.key(backend)) for u in r.units()], self.settings["seed"])
             if r.dropped:
-                beyond = f"{r.dropped} of {r.dropped + count} examples are longer than the model's context"
+                beyond = f"{r.dropped} of {count} examples are longer than the model's context"
                 notes.append(f"{name}: {beyond}: left out")
         return Evaluation(tasks, self.settings, self.left_out, tuple(notes))
 
@@ -309,10 +309,10 @@ def prepare(
     metrics = metrics_of({name: tasks[name] for name in names}, **options)
     ready, faults = [], []
     for name in names:
-        examples, dropped = backend.fitting(tasks[name].examples(split, limit, seed))
-        if not examples.examples:
+        fitting, dropped = backend.fitting(tasks[name].examples(split))
+        if not fitting.examples:
             faults.append(f"{name}: all {dropped} examples are longer than the model's context")
-        ready.append(Ready(tasks[name], adapters[name], examples, dropped, metrics[name]))
+        ready.append(Ready(tasks[name], adapters[name], fitting.drawn(limit, seed), dropped, metrics[name]))
     if faults:
         raise _cannot_start(faults)
     served: dict[int, list[str]] = {}

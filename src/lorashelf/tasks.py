@@ -8,9 +8,10 @@ metric or none.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,14 @@ class ExampleSet:
         records = [[e.input, e.output, *e.references] for e in self.examples]
         return digest([canonical_json([self.instruction, records])])
 
+    def drawn(self, limit: int | None, seed: int = 0) -> ExampleSet:
+        """`limit` of the examples drawn by (seed, task), in their order; all where there are no more."""
+        if limit is None or limit >= len(self.examples):
+            return self
+        rng = np.random.default_rng([seed, *self.task.encode()])
+        chosen = rng.choice(len(self.examples), size=limit, replace=False)
+        return replace(self, examples=tuple(self.examples[i] for i in sorted(chosen)))
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -69,12 +78,7 @@ class Task:
         """The examples of a split, or `limit` of them drawn by (seed, task), in their order. Raises UnknownName."""
         if split not in self.splits:
             raise UnknownName(f"split of {self.name}", split, list(self.splits))
-        examples = self.splits[split]
-        if limit is not None and limit < len(examples):
-            rng = np.random.default_rng([seed, *self.name.encode()])
-            chosen = rng.choice(len(examples), size=limit, replace=False)
-            examples = tuple(examples[i] for i in sorted(chosen))
-        return ExampleSet(self.name, self.prompt, examples)
+        return ExampleSet(self.name, self.prompt, self.splits[split]).drawn(limit, seed)
 
 
 def read_task_file(path: str | Path) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def read_task(folder: str | Path) -> Task:
         faults.append(f"none of {', '.join(f'{split}.jsonl' for split in SPLITS)} is there")
     if faults:
         raise TaskDataError(faults, where=str(folder))
-    name = folder.resolve().name
+    name = os.path.basename(os.path.abspath(folder))  # a link's own name, as of adapters
     kind = fields.pop("type", name.split("-")[0])
     return Task(name=name, type=kind, splits=splits, **fields)
 
@@ -162,11 +166,11 @@ def read_tasks(folder: str | Path) -> dict[str, Task]:
 def _read_lines(path: Path, faults: list[str]) -> tuple[Example, ...]:
     examples = []
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         faults.append(f"{path.name} cannot be read: {error}")
         return ()
-    lines = text.removesuffix("\n").split("\n") if text.strip() else []  # U+2028 and such may stand inside a text
+    lines = text.rstrip("\r\n").split("\n") if text.strip() else []  # U+2028 and such may stand inside a text
     for number, line in enumerate(lines, 1):
         example = _example(line, f"{path.name} line {number}", faults)
         if example:
@@ -192,7 +196,7 @@ def _example(line: str, where: str, faults: list[str]) -> Example | None:
         elif _broken(record[name]):
             faults.append(f"{where}: {name!r} holds half a surrogate pair, which UTF-8 cannot")
     references = record.get("references", [])
-    if not isinstance(references, list) or not all(isinstance(item, str) for item in references):
+    if not isinstance(references, list) or not all(isinstance(item, str) and item.strip() for item in references):
         faults.append(f"{where}: 'references' is not a list of texts")
     elif any(map(_broken, references)):
         faults.append(f"{where}: 'references' holds half a surrogate pair, which UTF-8 cannot")

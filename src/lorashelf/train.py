@@ -23,7 +23,7 @@ from .backends.base_model import BaseModel, libraries
 from .backends.hf import HFBackend
 from .backends.trainee import Trainee
 from .curriculum import TrainSettings
-from .errors import ModelError, UsageError
+from .errors import AdapterFormatError, ModelError, UsageError
 from .lesson import Lesson, prepare
 from .peft_format import write_adapter
 from .tasks import Task
@@ -178,7 +178,10 @@ class _Run:
         step, looks, best = before.step + 1, before.looks, self._best
         looked: float | None = None
         if step % c.every == 0 or step == c.steps:
-            adapter = self.trainee.adapter(self.lesson.settings.dtype)
+            try:
+                adapter = self.trainee.adapter(self.lesson.settings.dtype)
+            except AdapterFormatError as error:
+                raise self._diverged("a weight", f"{error.faults[0]}") from error
             looked = self._look(step, adapter)
             if looked is None or before.best is None or looked < before.best[1]:
                 best = adapter

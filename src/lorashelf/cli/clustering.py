@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -12,13 +13,14 @@ from .. import atomic, router
 from ..adapter import Adapter
 from ..clustering import Searched, cluster_by_loss, drawn
 from ..d2c import Accept
-from ..errors import ShelfError, UsageError
+from ..errors import DiskError, ModelError, ShelfError, UnknownName, UsageError
 from ..flow import plan_cluster, together
+from ..partition import PARTITIONERS
 from ..recipe import Settings, new_settings
 from ..shelf import Shelf
 from ..tasks import Task, fields_for, read_tasks
 from . import arguments as arg
-from .output import note, progress, show, table
+from .output import counted, note, show, table
 from .shelves import note_unknown_base
 
 D2C = "d2c"
@@ -104,7 +106,8 @@ def cluster(
     searched = None
     if method == D2C:
         options = {"iterations": iterations, "accept": accept, "init": init, "keep_best": keep_best, "journal": kept}
-        searched = _searched(named, settings, tasks, per_task, (base_model, device, model_dtype), options)
+        with _alone(kept):
+            searched = _searched(named, settings, tasks, per_task, (base_model, device, model_dtype), options)
     details = {name: fields_for(examples, name) for name in named} if examples else {}
     found = searched.found if searched else None
     made, plan = Shelf.create_with(
@@ -128,6 +131,8 @@ def cluster(
 
 def _checked(method: str, examples: Path | None, accept: str, init: str) -> None:
     """Refuse what the options of d2c cannot mean, before anything is read."""
+    if method not in (D2C, *PARTITIONERS):
+        raise UnknownName("clustering method", method, [D2C, *PARTITIONERS])
     faults = []
     if method == D2C and examples is None:
         faults.append("--method d2c needs --examples DIR")
@@ -171,9 +176,32 @@ def _searched(
         backend,
         sets,
         held_out=others,
-        watch=lambda steps: progress(steps, "D2C"),
+        watch=lambda steps: counted(steps, lambda step: f"D2C: move {step + 1} of {len(steps)} is tried"),
         **options,
     )
+
+
+@contextlib.contextmanager
+def _alone(journal: Path) -> Iterator[None]:
+    """The journal is this search's alone; who interrupts is told that it stays. Raises UsageError, DiskError."""
+    import filelock  # here: only a search needs it
+
+    lock = filelock.FileLock(f"{journal}.lock", timeout=0)
+    with atomic.refusals(Path(lock.lock_file)):
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            cure = "wait until it is done, or name another --journal"
+            raise UsageError("another search writes into this journal", where=str(journal), cure=cure) from error
+    try:
+        yield
+    except (ModelError, DiskError, KeyboardInterrupt):
+        if journal.exists():
+            note(f"the losses measured so far are kept in {journal}: the same command goes on from there")
+        raise
+    finally:
+        atomic.remove(Path(lock.lock_file))  # before it is released: whoever comes then makes one of his own
+        lock.release()
 
 
 def _clustered(document: dict[str, Any]) -> list[Any]:

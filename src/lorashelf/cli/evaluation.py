@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,11 +27,10 @@ from ..shelf import Shelf
 from ..tasks import Task, read_tasks
 from ..train import RECORD_FILE
 from . import arguments as arg
-from .output import Meter, note, show, table
+from .output import counted, note, show, table
 from .shelves import note_unknown_base
 
 OWN = "own"  # the folder of own adapters' results inside an output folder
-TELLING = 30.0  # seconds between lines of progress where there is no terminal
 
 
 def evaluation(
@@ -135,7 +134,9 @@ def _served(target: Path | None, tasks: Mapping[str, Task]) -> Served:
 def _adapters_of(folder: Path, tasks: Mapping[str, Task]) -> Served:
     """The adapters in a folder that bear a task's name, or the folder itself if it is one."""
     one = (folder / CONFIG_FILE).exists()
-    folders = {folder.resolve().name: folder} if one else {name: folder / name for name in sorted(tasks)}
+    folders = (
+        {os.path.basename(os.path.abspath(folder)): folder} if one else {name: folder / name for name in sorted(tasks)}
+    )
     found = {name: path for name, path in folders.items() if name in tasks and (path / CONFIG_FILE).exists()}
     if not found:
         names = ", ".join(sorted(tasks))
@@ -182,23 +183,16 @@ def _measured(
     if isinstance(own, Served):
         shared = {task: tasks[task] for task in tasks if task in served.adapters}
         mine = prepare(backend, own.under(name), shared, **options)
-        separate = mine.measured(backend, journal, partial(_shown, "own adapters"))
+        separate = mine.measured(backend, journal, partial(counted, said=partial(_said, "own adapters")))
         if output is not None:
             write_result(separate, output / OWN)
         own = separate.document()
-    result = prepared.measured(backend, journal, partial(_shown, "measuring"))
+    result = prepared.measured(backend, journal, partial(counted, said=partial(_said, "measuring")))
     return replace(result, storage=served.storage).compared(own, zero_shot)
 
 
-def _shown(title: str, units: Sequence[Unit]) -> Iterator[Unit]:
-    """The units, with the time left on stderr: a bar on a terminal, else a line now and then."""
-    told = time.monotonic()
-    with Meter(len(units)) as meter:
-        for done, unit in enumerate(units):
-            due = time.monotonic() - told >= TELLING
-            told = time.monotonic() if due else told
-            meter.at(done, f"{title}: {unit.what} of {unit.task.name}", due)
-            yield unit
+def _said(title: str, unit: Unit) -> str:
+    return f"{title}: {unit.what} of {unit.task.name}"
 
 
 @contextlib.contextmanager

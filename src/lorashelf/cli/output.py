@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 T = TypeVar("T")
+TELLING = 30.0  # seconds between lines of progress where there is no terminal
 
 
 def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
@@ -93,6 +94,17 @@ class Meter:
         if telling:
             left = "" if done == first else f", {duration((now - since) * (self._total - done) / (done - first))} left"
             note(f"{text}  ({done} of {self._total}{left})")
+
+
+def counted(items: Sequence[T], said: Callable[[T], str]) -> Iterator[T]:
+    """The items, each said, with the time left on stderr: a bar on a terminal, else a line now and then."""
+    told = time.monotonic()
+    with Meter(len(items)) as meter:
+        for done, item in enumerate(items):
+            due = time.monotonic() - told >= TELLING
+            told = time.monotonic() if due else told
+            meter.at(done, said(item), due)
+            yield item
 
 
 def duration(seconds: float) -> str:
