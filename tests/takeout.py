@@ -340,6 +340,7 @@ CHECKS = [
                 "not isinstance(record.get(name), str) or not record[name].strip()",
                 "name not in record",
             ),
+            "a blank reference": ("isinstance(item, str) and item.strip()", "isinstance(item, str)"),
             "references that are no list": ("not isinstance(references, list) or not", "not"),
             "half a surrogate pair": ("elif _broken(record[name]):", "elif False:"),
             "lines are named by file and number": ('f"{path.name} line {number}"', '"a line"'),
@@ -348,7 +349,7 @@ CHECKS = [
     *checks(
         "backends/hf.py",
         LOSSES,
-        "beyond_the_context or not_finite or another_base or memory_ends",
+        "beyond_the_context or not_finite or another_base or memory_ends or attach_that_fails or told_apart",
         {
             "an example beyond the context": ("if len(query) + len(answer) > self._context:", OFF),
             "examples beyond the context are dropped": ("<= room)", "<= math.inf)"),
@@ -357,15 +358,14 @@ CHECKS = [
                 'where = f"{examples.task}, example {index + 1}: {shown!r}"',
                 'where = "an example"',
             ),
-            "adapters of another base": (
-                "if faults:\n            raise ShapeMismatch",
-                "if False:\n            raise ShapeMismatch",
+            "adapters of another base": ("if alike:\n            faults", "if False:\n            faults"),
+            "an adapter of another base": ("if adapter is not None and (faults := self._faults(adapter)):", OFF),
+            "out of memory: a smaller batch": ("for one in batch for found in work([one])", "for found in work(batch)"),
+            "an attach that fails": (
+                "self._hooks, self._attached = [], None\n",
+                "self._hooks, self._attached = [], adapter\n",
             ),
-            "an adapter of another base": ("if adapter is not None and (faults := list(self._faults(adapter))):", OFF),
-            "out of memory: a smaller batch": (
-                "for one in batch for loss in self._forward([one])",
-                "for loss in self._forward(batch)",
-            ),
+            "weights of one name": ("{self._fingerprint} ", ""),
             "out of memory: said": (
                 'shorter examples"\n            raise ModelError(',
                 'shorter examples"\n            raise RuntimeError(',
@@ -375,7 +375,7 @@ CHECKS = [
     *checks(
         "backends/base_model.py",
         LOSSES,
-        "nowhere or without or broken or unknown_devices or template",
+        "nowhere or without or broken or unknown_devices or template or damaged or no_base",
         {
             "a base that is nowhere": (
                 'if not re.fullmatch(r"[\\w.-]+(/[\\w.-]+)?", name) or name.endswith(".gguf"):',
@@ -387,10 +387,12 @@ CHECKS = [
                 "    finally:\n        atomic.remove(staged)",
                 "    finally:\n        pass",
             ),
+            "an adapter given as a base": ('if getattr(model, "_hf_peft_config_loaded", False):', OFF),
+            "a base that lacks weights": ("if lacking:", OFF),
             "no default base": ("if embedded is None:\n            what", "if False:\n            what"),
             "unknown devices": ("if wanted is not None and wanted.split", "if False and wanted.split"),
             "unknown dtypes": ("if wanted is not None and wanted not in dtypes:", OFF),
-            "a template that rewrites its turns": ("if not whole.startswith(told) or later.count(second) != 1:", OFF),
+            "a template that rewrites its turns": ("if not told.startswith(apart) or later != between:", OFF),
         },
     ),
     *checks(
@@ -398,7 +400,7 @@ CHECKS = [
         "tests/test_cluster_d2c.py",
         "lacking or fit",
         {
-            "no example that fits": ("if not sets[name].examples:", OFF),
+            "no example that fits": ("if not fit.examples:", OFF),
             "all tasks without examples at once": ("    if faults:\n        raise TaskDataError(faults)", "    pass"),
         },
     ),
@@ -423,7 +425,7 @@ CHECKS = [
                 "        except ZeroDivisionError as error:\n            faults",
             ),
             "no task in common": ("if not names:", OFF),
-            "no example within the context": ("if not examples.examples:", OFF),
+            "no example within the context": ("if not fitting.examples:", OFF),
         },
     ),
     *checks(

