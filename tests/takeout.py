@@ -365,7 +365,7 @@ CHECKS = [
                 "self._hooks, self._attached = [], None\n",
                 "self._hooks, self._attached = [], adapter\n",
             ),
-            "weights of one name": ("{self._fingerprint} ", ""),
+            "weights of one name": ("{self.weights} ", ""),
             "out of memory: said": (
                 'shorter examples"\n            raise ModelError(',
                 'shorter examples"\n            raise RuntimeError(',

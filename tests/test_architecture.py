@@ -93,6 +93,7 @@ LATE = {  # import inside a function → why
     ("backends.trainee", "peft"): "extra `llm`",
     ("cli.arguments", "huggingface_hub"): "extra `llm`",
     ("cli.clustering", "backends.hf"): "only with --method d2c",
+    ("cli.clustering", "filelock"): "likewise",
     ("cli.demo", "cli.demo_model"): "only without --no-llm",
     ("cli.arguments", "huggingface_hub.errors"): "extra `llm`",
     ("cli.demo", "rich.console"): "a tenth of the start, which no other command needs",

@@ -71,7 +71,7 @@ def prepare(tasks: Mapping[str, Task], base: BaseModel, settings: TrainSettings 
     backend = HFBackend(base)
     layers = tuple(target_layers(base.model, settings.targets))
     dtype = str(base.model.dtype).removeprefix("torch.")
-    known = {"base": base.name, "computed in": dtype, "prompt": base.template.id}
+    known = {"base": base.name, "weights": backend.weights, "computed in": dtype, "prompt": base.template.id}
     lessons, faults = [], []
     for name, task in sorted(tasks.items()):
         if "train" not in task.splits:

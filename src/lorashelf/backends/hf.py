@@ -52,7 +52,8 @@ class HFBackend:
         """The end of a turn that is no token: it is looked for in the text."""
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
         self._stops = sorted({*(end if len(end) == 1 else ()), *ends, base.tokenizer.eos_token_id} - {None})
-        self._fingerprint = fingerprint(base.model)
+        self.weights = fingerprint(base.model)
+        """Identifies the base's weights: two files may bear one name."""
         self._attached: Adapter | None = None
         self._hooks: list[Any] = []
 
@@ -65,7 +66,7 @@ class HFBackend:
     def id(self) -> str:
         """Base, its weights, dtype and prompt rendering: what a loss depends on beside adapter and examples."""
         dtype = str(self.base.model.dtype).removeprefix("torch.")
-        return f"{self.base.name} {self._fingerprint} {dtype} {self.base.template.id}"
+        return f"{self.base.name} {self.weights} {dtype} {self.base.template.id}"
 
     def fitting(self, examples: ExampleSet, longest: int | None = None) -> tuple[ExampleSet, int]:
         """The examples that fit with their answers into the context, or `longest` tokens, and how many do not."""
