@@ -232,6 +232,15 @@ CHECKS = [
         },
     ),
     *checks(
+        "flow.py",
+        SHELF,
+        "averaged_on",
+        {
+            "a damaged object: what is folded into": ("            checked.result()", "            pass"),
+            "a damaged object: what is taken apart": ("snapshot.check_bytes(slot)\n    return", "return"),
+        },
+    ),
+    *checks(
         "snapshot.py", SHELF, "link", {"links": ("if path.is_symlink():", OFF), "a link for an object": (LINK, "pass")}
     ),
     *checks(

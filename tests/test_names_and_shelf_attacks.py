@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from factory import make_adapter, write_peft
@@ -651,6 +652,40 @@ def test_an_object_that_cannot_be_read_stops_an_add(shelf: Shelf, tmp_path: Path
     code, said = command("add", shelf.path, tmp_path / "third")
     assert (code, str(folder) in said) == (4, True)
     assert state(tmp_path) == before
+
+
+def spoiled(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4] + np.array([np.nan], "<f4").tobytes())
+
+
+@pytest.mark.parametrize("damage", [lambda path: flip(path, -5), spoiled], ids=["another value", "NaN"])
+def test_a_damaged_object_is_not_averaged_on(shelf: Shelf, tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    edited(shelf, "slots = 3", "slots = 2")
+    folders = [write_peft(tmp_path / task, make_adapter(i)) for i, task in enumerate(("gec-de", "qa-en"))]
+    assert command("add", shelf.path, tmp_path / "third")[0] == 0
+    shared = next(slot for slot in shelf.snapshot().manifest.slots if len(slot.members) == 2)
+    task = next(task for task in shared.members if task != "third")
+    original = next(folder for folder in folders if folder.name == task)
+    for slot in shelf.snapshot().manifest.slots:
+        damage(shelf.snapshot().slot_path(slot) / "adapter_model.safetensors")
+    write_peft(tmp_path / "fourth", make_adapter(3))
+    before = state(tmp_path)
+    for words in (
+        ["add", shelf.path, tmp_path / "fourth"],
+        ["add", shelf.path, tmp_path / "fourth", "--dry-run"],
+        ["update", shelf.path, task, tmp_path / "fourth", "--was", original],
+        ["remove", shelf.path, task, "--adapter", original],
+    ):
+        code, said = command(*words)
+        assert (code, "have changed" in said, "cure:  lorashelf verify, then undo" in said) == (4, True, True), said
+        assert state(tmp_path) == before
+
+
+def test_what_is_only_planned_has_no_bytes_to_check(shelf: Shelf) -> None:
+    snapshot = shelf.snapshot()
+    for seed in (3, 4, 5):
+        snapshot = snapshot.after(plan_add(snapshot, make_adapter(seed), f"new-{seed}"))
+    assert len(snapshot.manifest.tasks) == 5
 
 
 def test_undo_to_an_object_that_is_gone_is_refused(shelf: Shelf, tmp_path: Path) -> None:

@@ -94,11 +94,23 @@ def _placed(
     if isinstance(decision, Open) and not isinstance(opening, OverBudget) and decision.slot == free:
         return decision, opening[1]
     if isinstance(decision, Fold) and {decision.slot, *decision.sources} <= scores.keys():
-        sources = [_content(snapshot, manifest.slot(i)) for i in decision.sources or (decision.slot,)]
-        return decision, content.fold(sources, adapter, record, recipe, decision.average)
+        return decision, _folded(snapshot, decision, adapter, record)
     raise UsageError(
         f"policy {recipe.policy!r} answered {decision}", cure="open view.free, or fold into slots with a score"
     )
+
+
+def _folded(snapshot: Snapshot, decision: Fold, adapter: Adapter, record: Merged) -> Content:
+    """What the slot holds after the fold. The bytes folded into are checked meanwhile: damage would pass for content
+    under the new object's id, and a merge that fails of it would blame the newcomer.
+    """
+    slots = [snapshot.manifest.slot(i) for i in decision.sources or (decision.slot,)]
+    with beside(lambda: snapshot.check_bytes(*slots)) as checked:
+        try:
+            sources = [_content(snapshot, slot) for slot in slots]
+            return content.fold(sources, adapter, record, snapshot.settings.recipe, decision.average)
+        finally:
+            checked.result()
 
 
 def _decided(
@@ -225,6 +237,7 @@ def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None,
         )
     if adapter.digest != digest:
         raise _another(task, adapter, digest)
+    snapshot.check_bytes(slot)
     return content.without(_content(snapshot, slot), digest, adapter, snapshot.settings.recipe)
 
 
