@@ -147,6 +147,27 @@ def test_ls_counts_slots_tasks_and_bytes(shelf: Path, zoo: dict[str, Path], run:
     assert listing["adapters"] == 4
     text = run("ls", shelf, as_json=False)[1]
     assert "4 adapters would take" in text
+    run("remove", shelf, "b-y")
+    assert "4 adapters (3 tasks routed) would take" in run("ls", shelf, as_json=False)[1]
+
+
+@pytest.mark.parametrize("policy", ["kmerge", "all"])
+def test_ls_compares_files_with_files_and_counts_an_adapter_once(
+    tmp_path: Path, zoo: dict[str, Path], run: Run, policy: str
+) -> None:
+    shelf = tmp_path / "s.shelf"
+    run("init", shelf, "--slots", 2, "--policy", policy)
+    for name, filled in (("a-x", 1), ("a-y", 2), ("b-x", 2), ("b-y", 2)):
+        assert run("add", shelf, zoo[name])[0] == 0
+        listing = run("ls", shelf)[1]
+        held = sum(slot["bytes"] for slot in listing["slots"])
+        assert len(listing["slots"]) == filled
+        assert listing["adapters"] == listing["tasks"]
+        apart = held * listing["tasks"] / filled  # all are of one size; a config says more or less
+        assert listing["adapter_bytes"] == (held if listing["tasks"] == filled else pytest.approx(apart, rel=0.01))
+    (Path(listing["slots"][0]["path"]) / "adapter_model.safetensors").write_bytes(b"")
+    assert run("ls", shelf)[1]["adapters"] == 4
+    assert run("verify", shelf)[0] == 4
 
 
 def test_update_replaces_alone_and_in_a_shared_slot(

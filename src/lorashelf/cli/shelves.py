@@ -231,10 +231,11 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     held = sum(slot["bytes"] for slot in document["slots"])
     apart = document["adapter_bytes"]
     share = f" ({100 * held / apart:.0f} %)" if apart else ""
+    routed = f" ({document['tasks']} tasks routed)" if document["tasks"] != document["adapters"] else ""
     room = f", budget {size(document['budget']['bytes'])}" if document["budget"]["bytes"] else ""
     return [
         table([">slot", ">rank", "dtype", ">size", ">merged", "members"], rows),
-        f"{document['adapters']} adapters would take {size(apart)}, the shelf takes {size(held)}{share}; "
+        f"{document['adapters']} adapters{routed} would take {size(apart)}, the shelf takes {size(held)}{share}; "
         f"on disk, with {document['budget']['keep']} state(s) of history, {size(document['bytes'])}{room}; "
         f"{len(rows)} of {document['budget']['slots']} slots filled",
     ]
