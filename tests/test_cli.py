@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 from factory import assert_same_delta, make_adapter, tree, write_peft
 from lorashelf import read_adapter
 from lorashelf.cli import main
+from lorashelf.cli.output import Meter
 
 Run = Callable[..., tuple[int, Any]]
 
@@ -125,6 +130,17 @@ def test_route_prints_the_folder_that_serves_a_task(shelf: Path, zoo: dict[str, 
     assert_same_delta(read_adapter(answer["path"]), read_adapter(zoo["a-x"]))
     assert run("route", shelf)[1] == {"a-x": answer}
     assert run("route", shelf, "a-x", as_json=False)[1].strip() == answer["path"]
+
+
+@pytest.mark.parametrize("name", [":id:-en", ":cat:", "[bold]x"])
+def test_a_name_is_printed_as_it_is(tmp_path: Path, run: Run, name: str) -> None:
+    shelf = tmp_path / f"{name}.shelf"
+    run("init", shelf, "--slots", 1)
+    assert run("add", shelf, write_peft(tmp_path / "one"), "--task", name)[0] == 0
+    path = run("route", shelf, name, as_json=False)[1]
+    assert (Path(path.rstrip("\n")) / "adapter_model.safetensors").is_file()
+    for command in ("route", "ls", "log"):
+        assert name in run(command, shelf, as_json=False)[1]
 
 
 def test_an_unknown_task_names_the_nearest(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
@@ -398,6 +414,46 @@ def test_interrupted_is_130_with_a_document(
     monkeypatch.setattr(lorashelf.cli.shelves, "plan_add", interrupt)
     code, document = run("add", shelf, zoo["a-x"])
     assert (code, document["error"]["kind"]) == (130, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("words", "unread", "code"),
+    [
+        ("ls nowhere --json", "stdout", 141),
+        ("ls nowhere", "stderr", 141),
+        ("nonsense", "stderr", 141),
+        ("--help", "stdout", 141),
+        ("ls nowhere", "stdout", 4),  # nothing is said there
+    ],
+)
+def test_a_reader_that_went_away_is_141_without_a_traceback(tmp_path: Path, words: str, unread: str, code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, unread: writer}
+    command = [sys.executable, "-m", "lorashelf", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, text=True, check=False, **streams)  # type: ignore[call-overload]
+    os.close(writer)
+    assert done.returncode == code
+    assert "Traceback" not in f"{done.stdout}{done.stderr}"
+
+
+def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Meter(2) as meter:
+        meter.at(1, "[/x] :cat:", telling=True)
+    assert "[/x] :cat:" in terminal.getvalue()
+
+
+def test_a_path_of_two_parts_without_the_hub_s_library(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    code, document = run("show", "adapters/absent")
+    assert code == 2
+    assert document["error"]["cure"] == "give an existing folder, or pip install 'lorashelf[llm]'"
 
 
 def test_version(run: Run) -> None:

@@ -29,14 +29,21 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(words: list[str]) -> int:
+    """The exit code, once everything is said, errors too."""
+    try:
+        return _answered(words)
+    except (BrokenPipeError, SystemExit):  # the second is what typer makes of the first
+        for stream in (sys.stdout, sys.stderr):  # the last flush, at exit, must find an open end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return _UNREAD
+
+
+def _answered(words: list[str]) -> int:
     try:
         code = application(words)(words, prog_name="lorashelf", standalone_mode=False)
         sys.stdout.flush()
     except LorashelfError as error:
         return _fail(words, error.exit_code, error.kind, str(error), error.cure)
-    except (BrokenPipeError, SystemExit):  # the second is what typer makes of the first
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush, at exit, must find an open end
-        return _UNREAD
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except Exception as error:
@@ -54,4 +61,5 @@ def _fail(words: list[str], code: int, kind: str, message: str, cure: str | None
     if "--json" in words:
         document: dict[str, Any] = {"error": {"kind": kind, "message": message, "cure": cure}}
         print_json(document)
+        sys.stdout.flush()
     return code
