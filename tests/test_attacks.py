@@ -476,6 +476,7 @@ def test_a_bad_config_is_refused(shelf: Shelf, tmp_path: Path, spoil: Spoil, fra
         {"target_modules": r".*\.(q|v)_proj"},
         {"target_modules": "all-linear"},
         {"exclude_modules": ["k_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"layers_pattern": "", "layers_to_transform": [0, 1]},
         {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {}},
         {"x_unknown_field": {"deep": [1]}},
     ],
