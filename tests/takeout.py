@@ -228,9 +228,10 @@ CHECKS = [
         {
             "a task name that is taken": ("if task in manifest.tasks:", OFF),
             "a task name given twice": ("if len(named) < len(adapters):", OFF),
-            "a problem type that is no text": ("if not kind.isprintable():", OFF),
+            "a problem type in cluster": ("task: problem_type((types or {})", "task: ((types or {})"),
         },
     ),
+    *checks("manifest.py", SHELF, "type", {"a problem type that is no text": ("if not on_one_line(kind):", OFF)}),
     *checks(
         "flow.py",
         SHELF,

@@ -143,6 +143,7 @@ GOOD_NAMES = [
     "gec-fr",
     "日本語",
     "grammaire-été",
+    "می\u200cنویسد-fa",
     "🎉",
     "two words",
     "-x",
@@ -237,6 +238,10 @@ def test_an_unknown_task_is_answered_with_the_nearest(shelf: Shelf, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["a\udcff", "\x1b[2J"], ids=repr)
 def test_a_problem_type_that_is_no_text_is_refused(shelf: Shelf, tmp_path: Path, kind: str) -> None:
     before = state(tmp_path)
+    with pytest.raises(TaskNameError, match="is not printable text"):
+        plan_cluster(
+            Shelf(tmp_path / "empty.shelf").snapshot(), {"x": make_adapter()}, method="single", types={"x": kind}
+        )
     code, said = command("add", shelf.path, tmp_path / "third", "--type", kind)
     assert (code, repr(kind) in said) == (2, True), said
     assert state(tmp_path) == before

@@ -12,7 +12,7 @@ from .adapter import Adapter, BaseId, check_fit
 from .content import Content
 from .d2c import Found
 from .errors import BaseMismatch, NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
-from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, task_name
+from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, problem_type, task_name
 from .parallel import beside
 from .policy import Decision, Fold, Open, Refuse
 from .recipe import Recipe, Settings
@@ -43,9 +43,7 @@ def plan_add(
         cure = "choose another name, or lorashelf update / remove the task first"
         raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
     details = dict(details or {})
-    kind = type or details.pop("type", None) or task.split("-")[0]
-    if not kind.isprintable():
-        raise TaskNameError(f"problem type {kind!r} is not printable text", cure="give a plain word: --type TYPE")
+    kind = problem_type(type or details.pop("type", None) or task.split("-")[0])
     with beside(lambda: adapter.digest):  # asked for below
         held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
         base = _agreed_base(snapshot.settings, manifest.base, {task: adapter}, assume_base, str(snapshot.path))
@@ -267,7 +265,7 @@ def plan_cluster(
     settings = snapshot.settings
     named, base = together(adapters, settings, snapshot.manifest.base, assume_base=assume_base)
     tasks, xs = list(named), content.one_base(list(named.values()))
-    kinds = {task: (types or {}).get(task) or task.split("-")[0] for task in tasks}
+    kinds = {task: problem_type((types or {}).get(task) or task.split("-")[0]) for task in tasks}
     if found is None:
         indices = partition.partition(xs, settings.budget.slots, method=method, seed=settings.recipe.seed)
         blocks = [[tasks[i] for i in block] for block in indices]
