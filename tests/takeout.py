@@ -231,6 +231,12 @@ CHECKS = [
             "a problem type in cluster": ("task: problem_type((types or {})", "task: ((types or {})"),
         },
     ),
+    *checks(
+        "flow.py",
+        "tests/test_cli.py",
+        "update",
+        {"an update of another adapter": ("if was is not None and was.digest", "if False and was.digest")},
+    ),
     *checks("manifest.py", SHELF, "type", {"a problem type that is no text": ("if not on_one_line(kind):", OFF)}),
     *checks(
         "flow.py",

@@ -105,7 +105,11 @@ def test_a_refusal_is_exit_4_with_no_slot_and_the_head_unchanged(
     assert code == 4
     assert document["decision"] == "refuse"
     assert document["slot"] is None
-    assert document["reason"]
+    assert re.fullmatch(
+        r"there is no room for a slot of its own, and none to fold into; the shelf would take \d+ bytes, "
+        r"the budget is 3000; raise budget.bytes by \d+, lower keep, .*",
+        document["reason"],
+    )
     assert {k: v for k, v in tree(tmp_path / "tiny").items() if k != "lock"} == before
 
 
@@ -202,6 +206,10 @@ def test_update_replaces_alone_and_in_a_shared_slot(
     assert code == 0
     assert document["slot"] == shared["slot"]
     alone = next(s for s in run("ls", shelf)[1]["slots"] if len(s["members"]) == 1)
+    before = tree(shelf)
+    code, document = run("update", shelf, alone["members"][0], new, "--was", zoo[task])
+    assert (code, "this is not the adapter of" in document["error"]["message"]) == (4, True)
+    assert tree(shelf) == before
     assert run("update", shelf, alone["members"][0], new)[0] == 0
     assert_same_delta(read_adapter(run("route", shelf, alone["members"][0])[1]["path"]), make_adapter(99))
 
@@ -272,8 +280,10 @@ def test_cluster_writes_a_shelf_and_numbers_blocks_by_their_first_task(
 
 def test_a_failed_cluster_leaves_nothing(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
     before = tree(tmp_path)
-    code, _ = run("cluster", *zoo.values(), "-o", tmp_path / "c", "--slots", 2, "--method", "random", "--bytes", 2000)
+    words = [*zoo.values(), "-o", tmp_path / "c", "--slots", 2, "--method", "random"]
+    code, document = run("cluster", *words, "--bytes", 2000)
     assert code == 4
+    assert f"where: {tmp_path / 'c'}\n  cure:  raise budget.bytes" in document["error"]["message"]
     assert tree(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["zoo"]
 

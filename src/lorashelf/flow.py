@@ -164,6 +164,8 @@ def plan_update(
     task = unicodedata.normalize("NFC", task)
     slot, details = located(snapshot, task)
     recipe = snapshot.settings.recipe
+    if was is not None and was.digest != details["digest"]:
+        raise _another(task, was, details["digest"])
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
     base = _agreed_base(snapshot.settings, snapshot.manifest.base, {task: adapter}, assume_base, str(snapshot.path))
@@ -233,8 +235,6 @@ def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None,
         raise NotReversible(
             "the adapter is averaged with others", cure=f"give the original with {option} to take it out"
         )
-    if adapter.digest != digest:
-        raise _another(task, adapter, digest)
     snapshot.check_bytes(slot)
     return content.without(_content(snapshot, slot), digest, adapter, snapshot.settings.recipe)
 

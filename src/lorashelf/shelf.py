@@ -101,8 +101,10 @@ class Shelf:
             plan = planner(shelf.snapshot())
             shelf.commit(plan)
             atomic.publish(staged, path)
-        except BaseException:
+        except BaseException as error:
             atomic.remove(staged)
+            if isinstance(error, LorashelfError) and error.where:
+                error.where = error.where.replace(str(staged), str(path))  # the name that the caller knows
             raise
         return cls(path, clock).snapshot(), plan
 

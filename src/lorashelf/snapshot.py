@@ -139,10 +139,8 @@ def _what_fits(plan: Plan, excess: int) -> str:
     fixed = sum(planned[slot] for slot in plan.writes) - values
     rank = max((x.rank for x in plan.writes.values()), default=0)
     fits = int((values - excess) * rank / values) if values else 0
-    advice = f"rank {fits} in this dtype would fit (rank = {fits} in shelf.toml, init --rank); " if fits >= 1 else ""
-    return (
-        f"{advice}or raise budget.bytes by {excess}, lower keep, or choose a narrower dtype ({fixed} bytes are headers)"
-    )
+    advice = f"rank {fits} in this dtype would fit (rank = {fits} in shelf.toml, init --rank); or " if fits >= 1 else ""
+    return f"{advice}raise budget.bytes by {excess}, lower keep, or choose a narrower dtype ({fixed} bytes are headers)"
 
 
 def log_entry(identity: str, manifest: Manifest) -> dict[str, Any]:
