@@ -157,12 +157,24 @@ CHECKS = [
     ),
     *checks("cli/arguments.py", ADAPTER, "cluster", {"every adapter's faults": ("in error.faults]", "in ()]")}),
     *checks(
+        "cli/adapters.py",
+        ADAPTER,
+        "merge_refuses",
+        {"an output that exists, before the work": ("if output.exists():", OFF)},
+    ),
+    *checks(
+        "recipe.py",
+        SHELF,
+        "lines",
+        {"unknown keys beside bad values": ("faults += _faults(settings)", "faults = faults or _faults(settings)")},
+    ),
+    *checks(
         "adapter.py",
         ADAPTER,
         "shape or base or merge",
         {
             "shapes that disagree": ("if (shape.dout, shape.din) != (other.dout, other.din):", OFF),
-            "another base model in a merge": ("if others:", OFF),
+            "another base model in a merge": ("for other in others]", "for other in ()]"),
             "another revision": ("return bool(self.name and other.name and stated and", "return bool(False and"),
         },
     ),
@@ -173,6 +185,7 @@ CHECKS = [
         {
             "another base model": ("if offered.contradicts(base) and not declared and not assume:", OFF),
             "a base declared equal": (" and not declared and not assume:", " and not assume:"),
+            "shapes beside a base": ("refuse(faults, [*held, *adapters.values()]", "refuse(faults, []"),
             "a base assumed": (" and not declared and not assume:", " and not declared:"),
         },
     ),

@@ -505,10 +505,10 @@ def test_a_bad_line_of_shelf_toml_is_refused_with_its_number(shelf: Shelf, name:
 
 
 def test_all_bad_lines_are_named_at_once(shelf: Shelf) -> None:
-    lines = [
-        edited(shelf, *BAD_LINES[name][:2]) for name in ("no slots", "keep negative", "seed negative", "threshold NaN")
-    ]
-    expected = ["slots is 0", "keep is -1", "seed is -1", "threshold is nan"]
+    first = edited(shelf, "[budget]", "colour = 1\nbase = 5\n[budget]")
+    names = ("no slots", "keep negative", "seed negative", "threshold NaN")
+    lines = [first, first + 1, *(edited(shelf, *BAD_LINES[name][:2]) for name in names)]
+    expected = ["unknown key 'colour'", "base is 5", "slots is 0", "keep is -1", "seed is -1", "threshold is nan"]
     refused(
         shelf,
         ShelfConfigError,

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from . import content, partition, policy
-from .adapter import Adapter, BaseId, check_fit
+from .adapter import Adapter, BaseId, refuse
 from .content import Content
 from .d2c import Found
-from .errors import BaseMismatch, NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
+from .errors import NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, problem_type, task_name
 from .parallel import beside
 from .policy import Decision, Fold, Open, Refuse
@@ -46,8 +46,7 @@ def plan_add(
     kind = problem_type(type or details.pop("type", None) or task.split("-")[0])
     with beside(lambda: adapter.digest):  # asked for below
         held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
-        base = _agreed_base(snapshot.settings, manifest.base, {task: adapter}, assume_base, str(snapshot.path))
-        check_fit(content.one_base([*held.values(), adapter]), str(snapshot.path))
+        base = _agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
         values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
     same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
@@ -168,9 +167,8 @@ def plan_update(
         raise _another(task, was, details["digest"])
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
-    base = _agreed_base(snapshot.settings, snapshot.manifest.base, {task: adapter}, assume_base, str(snapshot.path))
     others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
-    check_fit(content.one_base([*others, adapter]), str(snapshot.path))
+    base = _agreed_base(snapshot, {task: adapter}, others, assume_base)
     record = content.entry(task, details["type"], adapter)
     precision = None
     if slot.members == (task,):
@@ -306,9 +304,7 @@ def together(
     Raises TaskNameError, BaseMismatch, ShapeMismatch.
     """
     named = _named(adapters)
-    base = _agreed_base(settings, stored, named, assume_base)
-    check_fit(content.one_base(list(named.values())))
-    return named, base
+    return named, _one_base(settings, stored, named, [], assume_base)
 
 
 def merger(adapters: Mapping[str, Adapter], recipe: Recipe) -> Callable[[Sequence[str]], Adapter]:
@@ -376,9 +372,22 @@ def _threshold(recipe: Recipe, seen: Sequence[float]) -> float | None:
 
 
 def _agreed_base(
-    settings: Settings, stored: BaseId | None, adapters: Mapping[str, Adapter], assume: bool, where: str | None = None
+    snapshot: Snapshot, adapters: Mapping[str, Adapter], held: Sequence[Adapter], assume: bool
 ) -> BaseId | None:
-    """The shelf's base once these adapters are on it: the first known name. Raises BaseMismatch naming all others."""
+    return _one_base(snapshot.settings, snapshot.manifest.base, adapters, held, assume, str(snapshot.path))
+
+
+def _one_base(
+    settings: Settings,
+    stored: BaseId | None,
+    adapters: Mapping[str, Adapter],
+    held: Sequence[Adapter],
+    assume: bool,
+    where: str | None = None,
+) -> BaseId | None:
+    """The shelf's base once these adapters are on it: the first known name. Raises BaseMismatch naming all others, and
+    every shape that disagrees with the rest or with those `held`; ShapeMismatch if it is shapes only.
+    """
     base = stored if stored is not None and stored.name else BaseId(settings.base or "")
     equal = {settings.base, *settings.base_aliases}
     faults = []
@@ -392,9 +401,6 @@ def _agreed_base(
         declared = offered.name != base.name and offered.name in equal
         if offered.contradicts(base) and not declared and not assume:
             faults.append(f"{task}: trained on {offered}, expected is {base}")
-    if faults:
-        cure = (
-            "if these are one model under two names: --assume-base, or base_aliases in shelf.toml (init --base-alias)"
-        )
-        raise BaseMismatch(faults, where=where, cure=cure)
+    cure = "if these are one model under two names: --assume-base, or base_aliases in shelf.toml (init --base-alias)"
+    refuse(faults, [*held, *adapters.values()], where, cure)
     return base if base.name else None
