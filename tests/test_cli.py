@@ -96,6 +96,18 @@ def test_add_takes_many_in_order_and_stops_at_the_first_refusal(tmp_path: Path, 
     assert run("verify", tmp_path / "small") == (0, {"ok": True, "problems": []})
 
 
+def test_what_was_added_before_a_fault_is_in_the_error_document(
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    code, document = run("add", shelf, zoo["a-x"], zoo["a-y"], tmp_path / "absent", zoo["b-x"])
+    assert (code, document["error"]["kind"]) == (3, "adapter_format")
+    assert [d["task"] for d in document["added"]] == ["a-x", "a-y"]
+    assert document["added"][-1]["head"] == run("ls", shelf)[1]["head"]
+    assert list(run("route", shelf)[1]) == ["a-x", "a-y"]
+    assert run("add", shelf, zoo["b-x"], tmp_path / "absent", "--dry-run")[1]["added"] == []
+    assert run("ls", tmp_path / "absent")[1].keys() == {"error"}
+
+
 def test_a_refusal_is_exit_4_with_no_slot_and_the_head_unchanged(
     tmp_path: Path, zoo: dict[str, Path], run: Run
 ) -> None:
@@ -251,6 +263,21 @@ def test_undo_twice_is_redo_and_the_log_tells(shelf: Path, zoo: dict[str, Path],
     assert run("ls", shelf)[1]["slots"] == full
     operations = [entry["operation"] for entry in run("log", shelf)[1]]
     assert operations == ["init", "add", "add", "undo", "undo"]
+
+
+def test_undo_says_which_tasks_are_served_otherwise(
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    run("add", shelf, zoo["a-x"], zoo["a-y"])
+    run("update", shelf, "a-x", write_peft(tmp_path / "new", make_adapter(99)))
+    document = run("undo", shelf)[1]
+    assert (document["changed"], document["slots"]) == (["a-x"], [0])
+    folded = run("add", shelf, zoo["b-x"])[1]
+    document = run("undo", shelf)[1]
+    assert document["changed"] == sorted(folded["members"])  # who shares the slot is served as before again
+    assert document["slots"] == [folded["slot"]]
+    text = run("undo", shelf, as_json=False)[1]
+    assert f"tasks changed: {', '.join(document['changed'])};" in text
 
 
 def test_undo_to_a_state_that_is_not_kept_is_refused(shelf: Path, zoo: dict[str, Path], run: Run) -> None:

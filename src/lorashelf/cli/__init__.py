@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..errors import LorashelfError
@@ -43,7 +45,7 @@ def _answered(words: list[str]) -> int:
         code = application(words)(words, prog_name="lorashelf", standalone_mode=False)
         sys.stdout.flush()
     except LorashelfError as error:
-        return _fail(words, error.exit_code, error.kind, str(error), error.cure)
+        return _fail(words, error.exit_code, error.kind, str(error), error.cure, error.done)
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except Exception as error:
@@ -56,10 +58,17 @@ def _answered(words: list[str]) -> int:
     return int(code or 0)
 
 
-def _fail(words: list[str], code: int, kind: str, message: str, cure: str | None) -> int:
+def _fail(
+    words: list[str],
+    code: int,
+    kind: str,
+    message: str,
+    cure: str | None,
+    done: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
     print(f"lorashelf: {message}", file=sys.stderr)
     if "--json" in words:
-        document: dict[str, Any] = {"error": {"kind": kind, "message": message, "cure": cure}}
+        document: dict[str, Any] = {"error": {"kind": kind, "message": message, "cure": cure}, **done}
         print_json(document)
         sys.stdout.flush()
     return code
