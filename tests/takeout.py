@@ -347,9 +347,11 @@ CHECKS = [
             "the torn last line of the log": ('data[: data.rfind(b"\\n") + 1].splitlines()', "data.splitlines()"),
             "the torn last line is cut off": ("keep=whole)", "keep=len(data))"),
             "garbage in the log": (
-                "self._logged()\n        except (ShelfError, DiskError)",
+                "problems += _history_problems(snapshot, self._logged())\n        except (ShelfError, DiskError)",
                 "pass\n        except (ShelfError, DiskError)",
             ),
+            "a line taken out of the log": ("if lacking is not None:", OFF),
+            "a line of the log that cannot be": ("if count > 1 or not 0 <= number <= head)", "if False)"),
         },
     ),
     *checks(

@@ -41,6 +41,7 @@ from lorashelf.errors import (
     TaskNameError,
     UsageError,
 )
+from lorashelf.snapshot import log_line
 from test_attacks import command, state
 
 
@@ -757,6 +758,28 @@ def test_a_line_of_garbage_in_the_log_is_reported(shelf: Shelf, tmp_path: Path, 
         assert (code, "log.jsonl" in said) == (4, True)
     assert state(tmp_path) == before
     assert command("add", shelf.path, tmp_path / "third")[0] == 0  # history only: nothing depends on it
+
+
+def test_a_line_that_was_taken_out_of_the_log_or_altered_is_reported(shelf: Shelf, tmp_path: Path) -> None:
+    for seed in range(3, 6):
+        shelf.commit(plan_add(shelf.snapshot(), make_adapter(seed), f"new-{seed}"))
+    log = shelf.path / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    kept = shelf.path / "manifests" / f"{shelf.snapshot().manifest.parent}.json"
+    logged_and_kept = log_line(kept.stem, shelf.snapshot().ancestors[kept.stem])  # a crash between append and delete
+    log.write_bytes(b"".join([*lines, lines[1], logged_and_kept]))
+    assert shelf.verify() == []
+    for index, line in enumerate(lines):
+        log.write_bytes(b"".join(other for other in lines if other != line))
+        assert shelf.verify() == [f"log.jsonl: the line of sequence {index} is missing"]
+        altered = line.replace(b'"sequence":%d' % index, b'"sequence":%d' % (index + 1))
+        log.write_bytes(b"".join(altered if other == line else other for other in lines))
+        assert len(shelf.verify()) == 2
+    log.unlink()
+    assert shelf.verify() == ["log.jsonl: the line of sequence 0 is missing"]
+    code, said = command("verify", shelf.path)
+    assert (code, "sequence 0 is missing" in said) == (4, True)
+    assert command("add", shelf.path, tmp_path / "third")[0] == 0  # history only
 
 
 def test_a_log_that_is_a_folder_stops_writers_and_is_reported(shelf: Shelf) -> None:

@@ -182,7 +182,10 @@ def log(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
 
 
 def verify(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
-    """Check every stored byte against its hash, and every route."""
+    """Check every object and kept manifest against its hash, every route, and that no state is missing from the log.
+
+    The lines of log.jsonl and the settings in shelf.toml are under no hash: a change that could have been written is not noticed.
+    """
     problems = Shelf(shelf).verify()
     show({"ok": not problems, "problems": problems}, json, lambda d: "\n".join(d["problems"]) or "ok")
     if problems:
