@@ -104,8 +104,8 @@ class Shelf:
             atomic.publish(staged, path)
         except BaseException as error:
             atomic.remove(staged)
-            if isinstance(error, LorashelfError) and error.where:
-                error.where = error.where.replace(str(staged), str(path))  # the name that the caller knows
+            if isinstance(error, LorashelfError) and str(staged) in (error.where or ""):
+                error.where = str(path)  # what the caller knows
             raise
         return cls(path, clock).snapshot(), plan
 

@@ -184,7 +184,7 @@ def log(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
 def verify(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
     """Check every object and kept manifest against its hash, every route, and that no state is missing from the log.
 
-    The lines of log.jsonl and the settings in shelf.toml are under no hash: a change that could have been written is not noticed.
+    What is under no hash: the lines of log.jsonl, the settings of shelf.toml.
     """
     problems = Shelf(shelf).verify()
     show({"ok": not problems, "problems": problems}, json, lambda d: "\n".join(d["problems"]) or "ok")
