@@ -157,12 +157,24 @@ CHECKS = [
     ),
     *checks("cli/arguments.py", ADAPTER, "cluster", {"every adapter's faults": ("in error.faults]", "in ()]")}),
     *checks(
+        "cli/adapters.py",
+        ADAPTER,
+        "merge_refuses",
+        {"an output that exists, before the work": ("if output.exists():", OFF)},
+    ),
+    *checks(
+        "recipe.py",
+        SHELF,
+        "lines",
+        {"unknown keys beside bad values": ("faults += _faults(settings)", "faults = faults or _faults(settings)")},
+    ),
+    *checks(
         "adapter.py",
         ADAPTER,
         "shape or base or merge",
         {
             "shapes that disagree": ("if (shape.dout, shape.din) != (other.dout, other.din):", OFF),
-            "another base model in a merge": ("if others:", OFF),
+            "another base model in a merge": ("for other in others]", "for other in ()]"),
             "another revision": ("return bool(self.name and other.name and stated and", "return bool(False and"),
         },
     ),
@@ -173,6 +185,7 @@ CHECKS = [
         {
             "another base model": ("if offered.contradicts(base) and not declared and not assume:", OFF),
             "a base declared equal": (" and not declared and not assume:", " and not assume:"),
+            "shapes beside a base": ("refuse(faults, [*held, *adapters.values()]", "refuse(faults, []"),
             "a base assumed": (" and not declared and not assume:", " and not declared:"),
         },
     ),
@@ -228,7 +241,23 @@ CHECKS = [
         {
             "a task name that is taken": ("if task in manifest.tasks:", OFF),
             "a task name given twice": ("if len(named) < len(adapters):", OFF),
-            "a problem type that is no text": ("if not kind.isprintable():", OFF),
+            "a problem type in cluster": ("task: problem_type((types or {})", "task: ((types or {})"),
+        },
+    ),
+    *checks(
+        "flow.py",
+        "tests/test_cli.py",
+        "update",
+        {"an update of another adapter": ("if was is not None and was.digest", "if False and was.digest")},
+    ),
+    *checks("manifest.py", SHELF, "type", {"a problem type that is no text": ("if not on_one_line(kind):", OFF)}),
+    *checks(
+        "flow.py",
+        SHELF,
+        "averaged_on",
+        {
+            "a damaged object: what is folded into": ("            checked.result()", "            pass"),
+            "a damaged object: what is taken apart": ("snapshot.check_bytes(slot)\n    return", "return"),
         },
     ),
     *checks(
@@ -318,9 +347,11 @@ CHECKS = [
             "the torn last line of the log": ('data[: data.rfind(b"\\n") + 1].splitlines()', "data.splitlines()"),
             "the torn last line is cut off": ("keep=whole)", "keep=len(data))"),
             "garbage in the log": (
-                "self._logged()\n        except (ShelfError, DiskError)",
+                "problems += _history_problems(snapshot, self._logged())\n        except (ShelfError, DiskError)",
                 "pass\n        except (ShelfError, DiskError)",
             ),
+            "a line taken out of the log": ("if lacking is not None:", OFF),
+            "a line of the log that cannot be": ("if count > 1 or not 0 <= number <= head)", "if False)"),
         },
     ),
     *checks(

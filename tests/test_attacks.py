@@ -476,6 +476,7 @@ def test_a_bad_config_is_refused(shelf: Shelf, tmp_path: Path, spoil: Spoil, fra
         {"target_modules": r".*\.(q|v)_proj"},
         {"target_modules": "all-linear"},
         {"exclude_modules": ["k_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"layers_pattern": "", "layers_to_transform": [0, 1]},
         {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {}},
         {"x_unknown_field": {"deep": [1]}},
     ],
@@ -586,6 +587,50 @@ def test_another_shape_is_refused_whatever_the_base_is_called(shelf: Shelf, tmp_
             method="random",
         )
     assert state(shelf.path) == before
+
+
+def test_another_base_and_other_shapes_are_named_together(shelf: Shelf, tmp_path: Path) -> None:
+    shapes = {f"{Q}.lora_A.weight": ones(4, 20), f"{V}.lora_B.weight": ones(9, 4)}
+    write_peft(tmp_path / "a", make_adapter(0))
+    tensors(shapes)(tmp_path / "b")
+    written = json.loads((tmp_path / "b" / CONFIG).read_text())
+    (tmp_path / "b" / CONFIG).write_text(json.dumps({**written, "base_model_name_or_path": "acme/other"}))
+    fragments = ["3 faults", "trained on acme/other", "q_proj: ΔW is 12x20", "v_proj: ΔW is 9x16", "separate shelves"]
+    refused(shelf, tmp_path / "b", BaseMismatch, *fragments)
+    before = state(tmp_path)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for words in (
+        ["merge", *folders, "-o", tmp_path / "out", "--method", "linear"],
+        ["cluster", *folders, "-o", tmp_path / "new.shelf", "--slots", 2, "--method", "random"],
+    ):
+        code, said = command(*words)
+        assert (code, [part for part in fragments if part not in said]) == (3, []), said
+    assert state(tmp_path) == before
+    shelf.commit(plan_add(shelf.snapshot(), make_adapter(1), "second"))
+    with pytest.raises(BaseMismatch, match="3 faults"):
+        plan_update(shelf.snapshot(), "second", read_adapter(tmp_path / "b"))
+
+
+def test_merge_names_every_adapter_that_it_cannot_read(tmp_path: Path) -> None:
+    good = write_peft(tmp_path / "good")
+    config(use_dora=True)(tmp_path / "one")
+    before = state(tmp_path)
+    words = ["-o", tmp_path / "out", "--method", "factor_mean"]
+    code, said = command("merge", good, tmp_path / "absent", f"x={tmp_path / 'one'}", *words)
+    assert (code, "absent: cannot be read" in said, "x: use_dora is set" in said) == (3, True, True), said
+    assert state(tmp_path) == before
+    assert command("merge", good, good, *words)[0] == 0  # twice is a weight
+    assert_same_delta(read_adapter(tmp_path / "out"), read_adapter(good))
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seed", -1), ("--rank", 0), ("--rank", 2**60)])
+def test_merge_refuses_what_cannot_be_before_it_reads(tmp_path: Path, option: str, value: int) -> None:
+    words = ["merge", tmp_path / "absent", "-o", tmp_path / "out", "--method", "linear"]
+    code, said = command(*words, option, value)
+    assert (code, f"{option[2:]} is {value}" in said) == (2, True), said
+    (tmp_path / "out").mkdir()
+    code, said = command(*words)
+    assert (code, "the output exists already" in said, str(tmp_path / "out") in said) == (2, True, True), said
 
 
 @pytest.mark.parametrize(

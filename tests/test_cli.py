@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 from factory import assert_same_delta, make_adapter, tree, write_peft
 from lorashelf import read_adapter
 from lorashelf.cli import main
+from lorashelf.cli.output import Meter
 
 Run = Callable[..., tuple[int, Any]]
 
@@ -91,6 +96,18 @@ def test_add_takes_many_in_order_and_stops_at_the_first_refusal(tmp_path: Path, 
     assert run("verify", tmp_path / "small") == (0, {"ok": True, "problems": []})
 
 
+def test_what_was_added_before_a_fault_is_in_the_error_document(
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    code, document = run("add", shelf, zoo["a-x"], zoo["a-y"], tmp_path / "absent", zoo["b-x"])
+    assert (code, document["error"]["kind"]) == (3, "adapter_format")
+    assert [d["task"] for d in document["added"]] == ["a-x", "a-y"]
+    assert document["added"][-1]["head"] == run("ls", shelf)[1]["head"]
+    assert list(run("route", shelf)[1]) == ["a-x", "a-y"]
+    assert run("add", shelf, zoo["b-x"], tmp_path / "absent", "--dry-run")[1]["added"] == []
+    assert run("ls", tmp_path / "absent")[1].keys() == {"error"}
+
+
 def test_a_refusal_is_exit_4_with_no_slot_and_the_head_unchanged(
     tmp_path: Path, zoo: dict[str, Path], run: Run
 ) -> None:
@@ -100,7 +117,11 @@ def test_a_refusal_is_exit_4_with_no_slot_and_the_head_unchanged(
     assert code == 4
     assert document["decision"] == "refuse"
     assert document["slot"] is None
-    assert document["reason"]
+    assert re.fullmatch(
+        r"there is no room for a slot of its own, and none to fold into; the shelf would take \d+ bytes, "
+        r"the budget is 3000; raise budget.bytes by \d+, lower keep, .*",
+        document["reason"],
+    )
     assert {k: v for k, v in tree(tmp_path / "tiny").items() if k != "lock"} == before
 
 
@@ -127,6 +148,17 @@ def test_route_prints_the_folder_that_serves_a_task(shelf: Path, zoo: dict[str, 
     assert run("route", shelf, "a-x", as_json=False)[1].strip() == answer["path"]
 
 
+@pytest.mark.parametrize("name", [":id:-en", ":cat:", "[bold]x"])
+def test_a_name_is_printed_as_it_is(tmp_path: Path, run: Run, name: str) -> None:
+    shelf = tmp_path / f"{name}.shelf"
+    run("init", shelf, "--slots", 1)
+    assert run("add", shelf, write_peft(tmp_path / "one"), "--task", name)[0] == 0
+    path = run("route", shelf, name, as_json=False)[1]
+    assert (Path(path.rstrip("\n")) / "adapter_model.safetensors").is_file()
+    for command in ("route", "ls", "log"):
+        assert name in run(command, shelf, as_json=False)[1]
+
+
 def test_an_unknown_task_names_the_nearest(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
     run("add", shelf, zoo["a-x"])
     code, document = run("route", shelf, "a-z")
@@ -147,6 +179,27 @@ def test_ls_counts_slots_tasks_and_bytes(shelf: Path, zoo: dict[str, Path], run:
     assert listing["adapters"] == 4
     text = run("ls", shelf, as_json=False)[1]
     assert "4 adapters would take" in text
+    run("remove", shelf, "b-y")
+    assert "4 adapters (3 tasks routed) would take" in run("ls", shelf, as_json=False)[1]
+
+
+@pytest.mark.parametrize("policy", ["kmerge", "all"])
+def test_ls_compares_files_with_files_and_counts_an_adapter_once(
+    tmp_path: Path, zoo: dict[str, Path], run: Run, policy: str
+) -> None:
+    shelf = tmp_path / "s.shelf"
+    run("init", shelf, "--slots", 2, "--policy", policy)
+    for name, filled in (("a-x", 1), ("a-y", 2), ("b-x", 2), ("b-y", 2)):
+        assert run("add", shelf, zoo[name])[0] == 0
+        listing = run("ls", shelf)[1]
+        held = sum(slot["bytes"] for slot in listing["slots"])
+        assert len(listing["slots"]) == filled
+        assert listing["adapters"] == listing["tasks"]
+        apart = held * listing["tasks"] / filled  # all are of one size; a config says more or less
+        assert listing["adapter_bytes"] == (held if listing["tasks"] == filled else pytest.approx(apart, rel=0.01))
+    (Path(listing["slots"][0]["path"]) / "adapter_model.safetensors").write_bytes(b"")
+    assert run("ls", shelf)[1]["adapters"] == 4
+    assert run("verify", shelf)[0] == 4
 
 
 def test_update_replaces_alone_and_in_a_shared_slot(
@@ -165,6 +218,10 @@ def test_update_replaces_alone_and_in_a_shared_slot(
     assert code == 0
     assert document["slot"] == shared["slot"]
     alone = next(s for s in run("ls", shelf)[1]["slots"] if len(s["members"]) == 1)
+    before = tree(shelf)
+    code, document = run("update", shelf, alone["members"][0], new, "--was", zoo[task])
+    assert (code, "this is not the adapter of" in document["error"]["message"]) == (4, True)
+    assert tree(shelf) == before
     assert run("update", shelf, alone["members"][0], new)[0] == 0
     assert_same_delta(read_adapter(run("route", shelf, alone["members"][0])[1]["path"]), make_adapter(99))
 
@@ -208,6 +265,21 @@ def test_undo_twice_is_redo_and_the_log_tells(shelf: Path, zoo: dict[str, Path],
     assert operations == ["init", "add", "add", "undo", "undo"]
 
 
+def test_undo_says_which_tasks_are_served_otherwise(
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    run("add", shelf, zoo["a-x"], zoo["a-y"])
+    run("update", shelf, "a-x", write_peft(tmp_path / "new", make_adapter(99)))
+    document = run("undo", shelf)[1]
+    assert (document["changed"], document["slots"]) == (["a-x"], [0])
+    folded = run("add", shelf, zoo["b-x"])[1]
+    document = run("undo", shelf)[1]
+    assert document["changed"] == sorted(folded["members"])  # who shares the slot is served as before again
+    assert document["slots"] == [folded["slot"]]
+    text = run("undo", shelf, as_json=False)[1]
+    assert f"tasks changed: {', '.join(document['changed'])};" in text
+
+
 def test_undo_to_a_state_that_is_not_kept_is_refused(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
     first = (shelf / "HEAD").read_text().strip()
     run("add", shelf, *zoo.values())
@@ -235,8 +307,10 @@ def test_cluster_writes_a_shelf_and_numbers_blocks_by_their_first_task(
 
 def test_a_failed_cluster_leaves_nothing(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
     before = tree(tmp_path)
-    code, _ = run("cluster", *zoo.values(), "-o", tmp_path / "c", "--slots", 2, "--method", "random", "--bytes", 2000)
+    words = [*zoo.values(), "-o", tmp_path / "c", "--slots", 2, "--method", "random"]
+    code, document = run("cluster", *words, "--bytes", 2000)
     assert code == 4
+    assert f"where: {tmp_path / 'c'}\n  cure:  raise budget.bytes" in document["error"]["message"]
     assert tree(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["zoo"]
 
@@ -377,6 +451,46 @@ def test_interrupted_is_130_with_a_document(
     monkeypatch.setattr(lorashelf.cli.shelves, "plan_add", interrupt)
     code, document = run("add", shelf, zoo["a-x"])
     assert (code, document["error"]["kind"]) == (130, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("words", "unread", "code"),
+    [
+        ("ls nowhere --json", "stdout", 141),
+        ("ls nowhere", "stderr", 141),
+        ("nonsense", "stderr", 141),
+        ("--help", "stdout", 141),
+        ("ls nowhere", "stdout", 4),  # nothing is said there
+    ],
+)
+def test_a_reader_that_went_away_is_141_without_a_traceback(tmp_path: Path, words: str, unread: str, code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, unread: writer}
+    command = [sys.executable, "-m", "lorashelf", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, text=True, check=False, **streams)  # type: ignore[call-overload]
+    os.close(writer)
+    assert done.returncode == code
+    assert "Traceback" not in f"{done.stdout}{done.stderr}"
+
+
+def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Meter(2) as meter:
+        meter.at(1, "[/x] :cat:", telling=True)
+    assert "[/x] :cat:" in terminal.getvalue()
+
+
+def test_a_path_of_two_parts_without_the_hub_s_library(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    code, document = run("show", "adapters/absent")
+    assert code == 2
+    assert document["error"]["cure"] == "give an existing folder, or pip install 'lorashelf[llm]'"
 
 
 def test_version(run: Run) -> None:

@@ -43,7 +43,17 @@ def test_all_slots_are_used_and_types_gather_for_nine_of_ten_seeds(
 
 
 def test_the_story_is_told_from_arrival_to_undo(tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "lorashelf", "demo", "--no-llm", "--zoo", str(ZOO), "-o", str(tmp_path / "demo.shelf")]
+    run = [
+        sys.executable,
+        "-m",
+        "lorashelf",
+        "demo",
+        "--no-llm",
+        "--zoo",
+        str(ZOO),
+        "-o",
+        str(tmp_path / ":id: demo.shelf"),
+    ]
     told = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     for part in (
         "opens slot",
@@ -56,8 +66,8 @@ def test_the_story_is_told_from_arrival_to_undo(tmp_path: Path) -> None:
     ):
         assert part in told
     assert "verify: ok" in told
-    assert str(tmp_path / "demo.shelf") in told
-    assert Shelf(tmp_path / "demo.shelf").verify() == []
+    assert str(tmp_path / ":id: demo.shelf") in told
+    assert Shelf(tmp_path / ":id: demo.shelf").verify() == []
 
 
 def test_purity_of_blocks_by_hand() -> None:
@@ -100,6 +110,20 @@ def test_the_second_half_on_a_real_model(
     assert len(losses["mean"]) == 5
     for method in ("zero-shot", "own adapter", "random", "K-Merge++", "D2C", "reference"):
         assert f"  {method:11} →" in told
+
+
+def test_without_scikit_learn_the_offline_part_says_what_brings_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--no-llm", "--zoo", str(ZOO), "-o", str(tmp_path / "demo.shelf")])
+    told = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "left out: this partition method needs scikit-learn: pip install 'lorashelf[cluster]'" in told
+    assert "online, K-Merge++: purity" in told
+    assert "Yours to try" in told
 
 
 def test_without_the_language_model_the_second_half_says_what_brings_it(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from factory import make_adapter, write_peft
@@ -40,6 +41,7 @@ from lorashelf.errors import (
     TaskNameError,
     UsageError,
 )
+from lorashelf.snapshot import log_line
 from test_attacks import command, state
 
 
@@ -142,6 +144,7 @@ GOOD_NAMES = [
     "gec-fr",
     "日本語",
     "grammaire-été",
+    "می\u200cنویسد-fa",
     "🎉",
     "two words",
     "-x",
@@ -236,6 +239,10 @@ def test_an_unknown_task_is_answered_with_the_nearest(shelf: Shelf, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["a\udcff", "\x1b[2J"], ids=repr)
 def test_a_problem_type_that_is_no_text_is_refused(shelf: Shelf, tmp_path: Path, kind: str) -> None:
     before = state(tmp_path)
+    with pytest.raises(TaskNameError, match="is not printable text"):
+        plan_cluster(
+            Shelf(tmp_path / "empty.shelf").snapshot(), {"x": make_adapter()}, method="single", types={"x": kind}
+        )
     code, said = command("add", shelf.path, tmp_path / "third", "--type", kind)
     assert (code, repr(kind) in said) == (2, True), said
     assert state(tmp_path) == before
@@ -499,10 +506,10 @@ def test_a_bad_line_of_shelf_toml_is_refused_with_its_number(shelf: Shelf, name:
 
 
 def test_all_bad_lines_are_named_at_once(shelf: Shelf) -> None:
-    lines = [
-        edited(shelf, *BAD_LINES[name][:2]) for name in ("no slots", "keep negative", "seed negative", "threshold NaN")
-    ]
-    expected = ["slots is 0", "keep is -1", "seed is -1", "threshold is nan"]
+    first = edited(shelf, "[budget]", "colour = 1\nbase = 5\n[budget]")
+    names = ("no slots", "keep negative", "seed negative", "threshold NaN")
+    lines = [first, first + 1, *(edited(shelf, *BAD_LINES[name][:2]) for name in names)]
+    expected = ["unknown key 'colour'", "base is 5", "slots is 0", "keep is -1", "seed is -1", "threshold is nan"]
     refused(
         shelf,
         ShelfConfigError,
@@ -653,6 +660,40 @@ def test_an_object_that_cannot_be_read_stops_an_add(shelf: Shelf, tmp_path: Path
     assert state(tmp_path) == before
 
 
+def spoiled(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4] + np.array([np.nan], "<f4").tobytes())
+
+
+@pytest.mark.parametrize("damage", [lambda path: flip(path, -5), spoiled], ids=["another value", "NaN"])
+def test_a_damaged_object_is_not_averaged_on(shelf: Shelf, tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    edited(shelf, "slots = 3", "slots = 2")
+    folders = [write_peft(tmp_path / task, make_adapter(i)) for i, task in enumerate(("gec-de", "qa-en"))]
+    assert command("add", shelf.path, tmp_path / "third")[0] == 0
+    shared = next(slot for slot in shelf.snapshot().manifest.slots if len(slot.members) == 2)
+    task = next(task for task in shared.members if task != "third")
+    original = next(folder for folder in folders if folder.name == task)
+    for slot in shelf.snapshot().manifest.slots:
+        damage(shelf.snapshot().slot_path(slot) / "adapter_model.safetensors")
+    write_peft(tmp_path / "fourth", make_adapter(3))
+    before = state(tmp_path)
+    for words in (
+        ["add", shelf.path, tmp_path / "fourth"],
+        ["add", shelf.path, tmp_path / "fourth", "--dry-run"],
+        ["update", shelf.path, task, tmp_path / "fourth", "--was", original],
+        ["remove", shelf.path, task, "--adapter", original],
+    ):
+        code, said = command(*words)
+        assert (code, "have changed" in said, "cure:  lorashelf verify, then undo" in said) == (4, True, True), said
+        assert state(tmp_path) == before
+
+
+def test_what_is_only_planned_has_no_bytes_to_check(shelf: Shelf) -> None:
+    snapshot = shelf.snapshot()
+    for seed in (3, 4, 5):
+        snapshot = snapshot.after(plan_add(snapshot, make_adapter(seed), f"new-{seed}"))
+    assert len(snapshot.manifest.tasks) == 5
+
+
 def test_undo_to_an_object_that_is_gone_is_refused(shelf: Shelf, tmp_path: Path) -> None:
     gone = object_of(shelf)
     shelf.commit(plan_remove(shelf.snapshot(), "gec-de"))
@@ -717,6 +758,28 @@ def test_a_line_of_garbage_in_the_log_is_reported(shelf: Shelf, tmp_path: Path, 
         assert (code, "log.jsonl" in said) == (4, True)
     assert state(tmp_path) == before
     assert command("add", shelf.path, tmp_path / "third")[0] == 0  # history only: nothing depends on it
+
+
+def test_a_line_that_was_taken_out_of_the_log_or_altered_is_reported(shelf: Shelf, tmp_path: Path) -> None:
+    for seed in range(3, 6):
+        shelf.commit(plan_add(shelf.snapshot(), make_adapter(seed), f"new-{seed}"))
+    log = shelf.path / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    kept = shelf.path / "manifests" / f"{shelf.snapshot().manifest.parent}.json"
+    logged_and_kept = log_line(kept.stem, shelf.snapshot().ancestors[kept.stem])  # a crash between append and delete
+    log.write_bytes(b"".join([*lines, lines[1], logged_and_kept]))
+    assert shelf.verify() == []
+    for index, line in enumerate(lines):
+        log.write_bytes(b"".join(other for other in lines if other != line))
+        assert shelf.verify() == [f"log.jsonl: the line of sequence {index} is missing"]
+        altered = line.replace(b'"sequence":%d' % index, b'"sequence":%d' % (index + 1))
+        log.write_bytes(b"".join(altered if other == line else other for other in lines))
+        assert len(shelf.verify()) == 2
+    log.unlink()
+    assert shelf.verify() == ["log.jsonl: the line of sequence 0 is missing"]
+    code, said = command("verify", shelf.path)
+    assert (code, "sequence 0 is missing" in said) == (4, True)
+    assert command("add", shelf.path, tmp_path / "third")[0] == 0  # history only
 
 
 def test_a_log_that_is_a_folder_stops_writers_and_is_reported(shelf: Shelf) -> None:

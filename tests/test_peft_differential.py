@@ -21,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from factory import SHAPES, dense, make_adapter
-from lorashelf import METHODS, Adapter, Factors, Modules, combine, merge, read_adapter, write_adapter
+from lorashelf import METHODS, Adapter, Factors, Modules, combine, compress, merge, read_adapter, write_adapter
 from lorashelf.adapter import DTYPES
 from lorashelf.errors import AdapterFormatError, UsageError
 from lorashelf.merging import unmerge
@@ -125,6 +125,7 @@ CONFIGS: dict[str, LoraConfig] = {
     "a pattern of targets": lora(r"model\.layers\.1\.self_attn\.(q|o)_proj"),
     "all linear": lora("all-linear", r=2),
     "one layer": lora(layers_to_transform=[1]),
+    "one layer, whatever it is called": lora(layers_to_transform=[1], layers_pattern=""),
     "a module left out": lora(exclude_modules=["model.layers.0.self_attn.q_proj"]),
     "ranks": lora(rank_pattern={"q_proj": 2, "model.layers.1.self_attn.v_proj": 6}),
     "alphas": lora(alpha_pattern={"v_proj": 1, "layers.0.self_attn.q_proj": 64}),
@@ -318,6 +319,48 @@ def test_what_is_left_after_one_is_taken_out_loads_with_the_modules_of_the_other
     rest, _ = unmerge(merge(xs, method="linear"), xs[0], 2, method="linear")
     write_adapter(rest, tmp_path / "rest")
     assert_deltas(dense(xs[1]), peft_deltas(loaded(tmp_path / "rest")))
+
+
+def one_alpha_deltas(folder: Path) -> Deltas:
+    """Every ΔW for a reader of `lora_alpha` and the tensors alone, as llama.cpp's converter is."""
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    modules = read_adapter(folder).modules.items()
+    return {path: alpha / len(f.a) * (f.b.astype(np.float64) @ f.a) for path, f in modules}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_what_is_merged_has_one_alpha_for_all_ranks(method: str, tmp_path: Path) -> None:
+    configs = {
+        "first": lora(rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
+        "second": lora(rank_pattern={"q_proj": 3}, use_rslora=True),
+        "third": lora(["q_proj", "o_proj"], r=1),
+    }
+    xs = read_all(trained(configs), tmp_path / "saved", list(configs))
+    held = {"merged": merge(xs, method=method)}
+    if METHODS[method].average is not None:
+        held["rest"], _ = unmerge(held["merged"], xs[2], 3, method=method)
+        assert len({shape.rank for shape in held["rest"].shapes.values()}) > 1
+    for name, adapter in held.items():
+        write_adapter(adapter, tmp_path / name)
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["alpha_pattern"] == {}
+        assert_deltas(dense(adapter), one_alpha_deltas(tmp_path / name))
+        assert_deltas(dense(adapter), peft_deltas(loaded(tmp_path / name)))
+
+
+def test_an_adapter_merged_with_itself_gets_one_alpha(tmp_path: Path) -> None:
+    x = read_adapter(saved(trained({"default": CONFIGS["rslora of ranks and alphas"]}), tmp_path / "saved"))
+    write_adapter(x, tmp_path / "alone")
+    with pytest.raises(AssertionError):
+        assert_deltas(dense(x), one_alpha_deltas(tmp_path / "alone"))
+    write_adapter(merge([x, x], method="factor_mean"), tmp_path / "twice")
+    assert_deltas(dense(x), one_alpha_deltas(tmp_path / "twice"))
+
+
+def test_an_init_that_refuses_some_ranks_is_not_written_back(tmp_path: Path) -> None:
+    x = read_adapter(saved(trained({"default": lora(init_lora_weights="orthogonal")}), tmp_path / "saved"))
+    small, _ = compress(x, 3)
+    write_adapter(small, tmp_path / "small")
+    assert_deltas(dense(small), peft_deltas(loaded(tmp_path / "small")))
 
 
 # what PEFT merges, merged -------------------------------------------------------------------------------------------

@@ -173,21 +173,31 @@ class Adapter:
 
 
 def check_fit(xs: Sequence[Adapter], where: str | None = None) -> None:
-    """Raise BaseMismatch or ShapeMismatch unless all belong together: known base names agree, and `check_shapes`."""
-    check_shapes(xs, where)
+    """Raise BaseMismatch or ShapeMismatch unless all belong together: known base names agree, and so do shapes."""
     known = [x.base for x in xs if x.base.name]
     others = sorted({str(base) for base in known if base.contradicts(known[0])})
-    if others:
-        cure = "if these are one model under two names, declare it: --assume-base, or --base-alias NAME at init"
-        faults = [f"trained on {other}, the others on {known[0]}" for other in others]
-        raise BaseMismatch(faults, where=where, cure=cure)
+    cure = "if these are one model under two names, declare it: --assume-base, or --base-alias NAME at init"
+    refuse([f"trained on {other}, the others on {known[0]}" for other in others], xs, where, cure)
 
 
-def check_shapes(xs: Sequence[Adapter], where: str | None = None) -> None:
+def check_shapes(xs: Sequence[Adapter]) -> None:
     """Raise ShapeMismatch unless a module that two adapters share has the same din and dout in both.
 
     Ranks may differ, and so may the sets of modules.
     """
+    refuse([], xs)
+
+
+def refuse(bases: Sequence[str], xs: Sequence[Adapter], where: str | None = None, cure: str | None = None) -> None:
+    """Raise BaseMismatch if there are faults of bases, ShapeMismatch if only shapes disagree; either names them all."""
+    shapes = _shape_faults(xs)
+    if shapes:  # then no declaration of a base helps
+        cure = "these adapters belong to bases of different sizes: keep them on separate shelves"
+    if bases or shapes:
+        raise (BaseMismatch if bases else ShapeMismatch)([*bases, *shapes], where=where, cure=cure)
+
+
+def _shape_faults(xs: Sequence[Adapter]) -> list[str]:
     expected: dict[str, Shape] = {}
     faults = set()
     for x in xs:
@@ -195,6 +205,4 @@ def check_shapes(xs: Sequence[Adapter], where: str | None = None) -> None:
             other = expected.setdefault(path, shape)
             if (shape.dout, shape.din) != (other.dout, other.din):
                 faults.add(f"{path}: ΔW is {shape.dout}x{shape.din}, elsewhere {other.dout}x{other.din}")
-    if faults:
-        cure = "these adapters belong to bases of different sizes: keep them on separate shelves"
-        raise ShapeMismatch(sorted(faults), where=where, cure=cure)
+    return sorted(faults)

@@ -28,7 +28,8 @@ The number is the exit status of the command line. All faults of one adapter are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class LorashelfError(Exception):
@@ -42,6 +43,8 @@ class LorashelfError(Exception):
         self.what = what
         self.where = where
         self.cure = cure
+        self.done: Mapping[str, Any] = {}
+        """What was carried out before it failed, for the error's document."""
 
     def __str__(self) -> str:
         where = f"\n  where: {self.where}" if self.where else ""

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from . import content, partition, policy
-from .adapter import Adapter, BaseId, check_fit
+from .adapter import Adapter, BaseId, refuse
 from .content import Content
 from .d2c import Found
-from .errors import BaseMismatch, NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
-from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, task_name
+from .errors import NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
+from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, problem_type, task_name
 from .parallel import beside
 from .policy import Decision, Fold, Open, Refuse
 from .recipe import Recipe, Settings
@@ -43,13 +43,10 @@ def plan_add(
         cure = "choose another name, or lorashelf update / remove the task first"
         raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
     details = dict(details or {})
-    kind = type or details.pop("type", None) or task.split("-")[0]
-    if not kind.isprintable():
-        raise TaskNameError(f"problem type {kind!r} is not printable text", cure="give a plain word: --type TYPE")
+    kind = problem_type(type or details.pop("type", None) or task.split("-")[0])
     with beside(lambda: adapter.digest):  # asked for below
         held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
-        base = _agreed_base(snapshot.settings, manifest.base, {task: adapter}, assume_base, str(snapshot.path))
-        check_fit(content.one_base([*held.values(), adapter]), str(snapshot.path))
+        base = _agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
         values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
     same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
@@ -94,11 +91,23 @@ def _placed(
     if isinstance(decision, Open) and not isinstance(opening, OverBudget) and decision.slot == free:
         return decision, opening[1]
     if isinstance(decision, Fold) and {decision.slot, *decision.sources} <= scores.keys():
-        sources = [_content(snapshot, manifest.slot(i)) for i in decision.sources or (decision.slot,)]
-        return decision, content.fold(sources, adapter, record, recipe, decision.average)
+        return decision, _folded(snapshot, decision, adapter, record)
     raise UsageError(
         f"policy {recipe.policy!r} answered {decision}", cure="open view.free, or fold into slots with a score"
     )
+
+
+def _folded(snapshot: Snapshot, decision: Fold, adapter: Adapter, record: Merged) -> Content:
+    """What the slot holds after the fold. The bytes folded into are checked meanwhile: damage would pass for content
+    under the new object's id, and a merge that fails of it would blame the newcomer.
+    """
+    slots = [snapshot.manifest.slot(i) for i in decision.sources or (decision.slot,)]
+    with beside(lambda: snapshot.check_bytes(*slots)) as checked:
+        try:
+            sources = [_content(snapshot, slot) for slot in slots]
+            return content.fold(sources, adapter, record, snapshot.settings.recipe, decision.average)
+        finally:
+            checked.result()
 
 
 def _decided(
@@ -154,11 +163,12 @@ def plan_update(
     task = unicodedata.normalize("NFC", task)
     slot, details = located(snapshot, task)
     recipe = snapshot.settings.recipe
+    if was is not None and was.digest != details["digest"]:
+        raise _another(task, was, details["digest"])
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
-    base = _agreed_base(snapshot.settings, snapshot.manifest.base, {task: adapter}, assume_base, str(snapshot.path))
     others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
-    check_fit(content.one_base([*others, adapter]), str(snapshot.path))
+    base = _agreed_base(snapshot, {task: adapter}, others, assume_base)
     record = content.entry(task, details["type"], adapter)
     precision = None
     if slot.members == (task,):
@@ -223,8 +233,7 @@ def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None,
         raise NotReversible(
             "the adapter is averaged with others", cure=f"give the original with {option} to take it out"
         )
-    if adapter.digest != digest:
-        raise _another(task, adapter, digest)
+    snapshot.check_bytes(slot)
     return content.without(_content(snapshot, slot), digest, adapter, snapshot.settings.recipe)
 
 
@@ -254,7 +263,7 @@ def plan_cluster(
     settings = snapshot.settings
     named, base = together(adapters, settings, snapshot.manifest.base, assume_base=assume_base)
     tasks, xs = list(named), content.one_base(list(named.values()))
-    kinds = {task: (types or {}).get(task) or task.split("-")[0] for task in tasks}
+    kinds = {task: problem_type((types or {}).get(task) or task.split("-")[0]) for task in tasks}
     if found is None:
         indices = partition.partition(xs, settings.budget.slots, method=method, seed=settings.recipe.seed)
         blocks = [[tasks[i] for i in block] for block in indices]
@@ -295,9 +304,7 @@ def together(
     Raises TaskNameError, BaseMismatch, ShapeMismatch.
     """
     named = _named(adapters)
-    base = _agreed_base(settings, stored, named, assume_base)
-    check_fit(content.one_base(list(named.values())))
-    return named, base
+    return named, _one_base(settings, stored, named, [], assume_base)
 
 
 def merger(adapters: Mapping[str, Adapter], recipe: Recipe) -> Callable[[Sequence[str]], Adapter]:
@@ -365,9 +372,22 @@ def _threshold(recipe: Recipe, seen: Sequence[float]) -> float | None:
 
 
 def _agreed_base(
-    settings: Settings, stored: BaseId | None, adapters: Mapping[str, Adapter], assume: bool, where: str | None = None
+    snapshot: Snapshot, adapters: Mapping[str, Adapter], held: Sequence[Adapter], assume: bool
 ) -> BaseId | None:
-    """The shelf's base once these adapters are on it: the first known name. Raises BaseMismatch naming all others."""
+    return _one_base(snapshot.settings, snapshot.manifest.base, adapters, held, assume, str(snapshot.path))
+
+
+def _one_base(
+    settings: Settings,
+    stored: BaseId | None,
+    adapters: Mapping[str, Adapter],
+    held: Sequence[Adapter],
+    assume: bool,
+    where: str | None = None,
+) -> BaseId | None:
+    """The shelf's base once these adapters are on it: the first known name. Raises BaseMismatch naming all others, and
+    every shape that disagrees with the rest or with those `held`; ShapeMismatch if it is shapes only.
+    """
     base = stored if stored is not None and stored.name else BaseId(settings.base or "")
     equal = {settings.base, *settings.base_aliases}
     faults = []
@@ -381,9 +401,6 @@ def _agreed_base(
         declared = offered.name != base.name and offered.name in equal
         if offered.contradicts(base) and not declared and not assume:
             faults.append(f"{task}: trained on {offered}, expected is {base}")
-    if faults:
-        cure = (
-            "if these are one model under two names: --assume-base, or base_aliases in shelf.toml (init --base-alias)"
-        )
-        raise BaseMismatch(faults, where=where, cure=cure)
+    cure = "if these are one model under two names: --assume-base, or base_aliases in shelf.toml (init --base-alias)"
+    refuse(faults, [*held, *adapters.values()], where, cure)
     return base if base.name else None

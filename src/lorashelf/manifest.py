@@ -213,6 +213,18 @@ class Plan:
         return replace(self.manifest, slots=slots, cause={**self.manifest.cause, "time": time})
 
 
+def on_one_line(text: str) -> bool:
+    """Whether a text is without control characters, line breaks and halves of surrogate pairs; joiners are letters."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
+
+
+def problem_type(kind: str) -> str:
+    """The type of a task. Raises TaskNameError where it would break a line."""
+    if not on_one_line(kind):
+        raise TaskNameError(f"problem type {kind!r} is not printable text", cure="give a plain word: --type TYPE")
+    return kind
+
+
 def task_name(name: str) -> str:
     """A task name in NFC. Raises TaskNameError for an empty one, '/', '..', control characters, line breaks, over 255
     bytes.
@@ -225,7 +237,7 @@ def task_name(name: str) -> str:
         faults.append("has a slash")
     if ".." in normal or normal == ".":
         faults.append("has '..' or is '.'")
-    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in normal):
+    if not on_one_line(normal):
         faults.append("has a control character or a line break")
     if len(normal.encode(errors="surrogatepass")) > 255:
         faults.append("is longer than 255 bytes")

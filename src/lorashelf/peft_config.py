@@ -60,7 +60,7 @@ def _in_layers(config: Mapping[str, Any], path: str) -> bool:
     layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
     if layers is None or layers == []:
         return True
-    patterns = [patterns] if isinstance(patterns, str) else patterns or []
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or []
     rules = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]  # the first number is the layer's
     found = next((match for rule in rules if (match := re.match(rf"{rule}\.(\d+)\.", path))), None)
     return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
@@ -157,6 +157,8 @@ def written_config(adapter: Adapter) -> dict[str, Any]:
     alpha, alpha_pattern = _as_pattern(alphas)
     config: dict[str, Any] = {"peft_type": "LORA", "task_type": None} | dict(adapter.config)
     config |= dict.fromkeys(TARGET_FIELDS)
+    if not isinstance(config.get("init_lora_weights", True), bool):
+        config["init_lora_weights"] = True  # an init that fits the source's ranks may refuse others; it is loaded over
     config |= {
         "base_model_name_or_path": adapter.base.name or None,
         "revision": adapter.base.revision,

@@ -70,7 +70,7 @@ class View:
 
 Policy = Callable[[Scores, View], Decision]
 POLICIES: Registry[Policy] = Registry("policy")
-NO_ROOM = "no slot is free and there is none to fold into"
+NO_ROOM = "there is no room for a slot of its own, and none to fold into"
 
 
 def policy(name: str) -> Callable[[Policy], Policy]:

@@ -134,16 +134,17 @@ def read_toml(path: Path) -> Settings:
     faults += [(name, f"unknown key {name!r}") for name in document]
     if not isinstance(base, str | None):
         faults.append(("base", f"base is {base!r}, not a string"))
+        base = None
     if not isinstance(aliases, list) or not all(isinstance(item, str) for item in aliases):
         faults.append(("base_aliases", f"base_aliases is {aliases!r}, not a list of strings"))
+        aliases = []
     if "slots" not in budget:
         faults.append(("budget", "budget.slots is missing"))
-    if not faults:
-        settings = Settings(Budget(**budget), Recipe(**recipe), base, tuple(aliases))
-        faults = _faults(settings)
-        if not faults:
-            return settings
-    raise config_error(path, text, faults)
+    settings = Settings(Budget(**{"slots": 1, **budget}), Recipe(**recipe), base, tuple(aliases))
+    faults += _faults(settings)
+    if faults:
+        raise config_error(path, text, faults)
+    return settings
 
 
 def config_error(path: Path, text: str, faults: list[tuple[str, str]]) -> ShelfConfigError:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .adapter import DTYPES
+from .errors import CorruptShelf
 from .flow import located
 from .manifest import Slot
 from .snapshot import Snapshot
@@ -28,25 +29,40 @@ def slot_documents(snapshot: Snapshot) -> list[Mapping[str, Any]]:
 
 
 def listing(snapshot: Snapshot) -> dict[str, Any]:
-    """The document of `ls`: slots, tasks, bytes, budget, head; what the averaged adapters would take at equal dtype."""
-    slots = snapshot.manifest.slots
-    apart = sum(m.parameters * DTYPES[slot.dtype].itemsize for slot in slots for m in slot.merged)
+    """The document of `ls`: slots, tasks, bytes, budget, head; what the averaged adapters would take apart."""
+    apart = _apart(snapshot)
     return {
         "slots": slot_documents(snapshot),
         "tasks": len(snapshot.manifest.tasks),
         "bytes": snapshot.bytes,
         "budget": snapshot.settings.budget.document(),
         "head": snapshot.head,
-        "adapters": sum(len(slot.merged) for slot in slots),
-        "adapter_bytes": apart,
+        "adapters": len(apart),
+        "adapter_bytes": sum(apart.values()),
     }
 
 
 def storage(snapshot: Snapshot) -> float | None:
-    """Bytes of the head's slot objects over those of the adapters averaged in, at equal dtype; None if it is empty."""
+    """Bytes of the head's slot objects over what the adapters averaged in would take apart; None if it is empty."""
     document = listing(snapshot)
     held = sum(slot["bytes"] for slot in document["slots"])
     return held / document["adapter_bytes"] if document["adapter_bytes"] else None
+
+
+def _apart(snapshot: Snapshot) -> dict[str, int]:
+    """Digest → bytes of every adapter averaged in, were it stored alone in the dtype of its slot: its values, and
+    beside them as much as its slot's files hold.
+    """
+    apart: dict[str, int] = {}
+    for slot in snapshot.manifest.slots:
+        width = DTYPES[slot.dtype].itemsize
+        try:
+            beside = slot.bytes - snapshot.adapter(slot).parameters * width
+        except CorruptShelf:  # a damaged shelf is listed all the same
+            beside = 0
+        for entry in slot.merged:
+            apart.setdefault(entry.digest, entry.parameters * width + beside)
+    return apart
 
 
 def _answer(snapshot: Snapshot, task: str, slot: Slot) -> dict[str, Any]:

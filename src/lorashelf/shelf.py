@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -101,8 +102,10 @@ class Shelf:
             plan = planner(shelf.snapshot())
             shelf.commit(plan)
             atomic.publish(staged, path)
-        except BaseException:
+        except BaseException as error:
             atomic.remove(staged)
+            if isinstance(error, LorashelfError) and str(staged) in (error.where or ""):
+                error.where = str(path)  # what the caller knows
             raise
         return cls(path, clock).snapshot(), plan
 
@@ -129,7 +132,9 @@ class Shelf:
         return Snapshot(self.path, head, manifest, settings, ancestors)
 
     def log(self) -> list[dict[str, Any]]:
-        """Every operation since the shelf was made, oldest first: {id, sequence, parent, …cause}."""
+        """Every operation since the shelf was made, oldest first: {id, sequence, operation, time, version} and, where
+        it has them, {task, decision, slot, to}. Lines of log.jsonl are under no hash.
+        """
         snapshot = self.snapshot()
         with atomic.refusals(self.path, "read"):
             entries = {entry["id"]: entry for entry in self._logged()}
@@ -138,7 +143,11 @@ class Shelf:
         return sorted(entries.values(), key=lambda entry: int(entry["sequence"]))
 
     def verify(self) -> list[str]:
-        """Re-derive every hash from what is on disk; the problems found, in sentences. Changes nothing."""
+        """Re-derive every hash from what is on disk; the problems found, in sentences. Changes nothing.
+
+        Objects and manifests are hashed. log.jsonl and shelf.toml are not: the log is checked for states that are
+        missing, the settings for what cannot be.
+        """
         problems: list[str] = []
         try:
             snapshot = self.snapshot()
@@ -157,7 +166,7 @@ class Shelf:
             ]
         try:
             with atomic.refusals(self.path, "read"):
-                self._logged()
+                problems += _history_problems(snapshot, self._logged())
         except (ShelfError, DiskError) as error:
             problems.append(f"{error.what}; {error.where}; {error.cure}")
         return problems
@@ -407,6 +416,19 @@ class Shelf:
         except ShelfError as error:
             return [f"slot {slot.slot}: {error.what}"]
         return []
+
+
+def _history_problems(snapshot: Snapshot, logged: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What shows that lines of the log were taken out or altered: states 0 to the head's must be there, each once."""
+    kept = {snapshot.head: snapshot.manifest, **snapshot.ancestors}
+    found = {entry["id"]: entry["sequence"] for entry in logged}
+    found |= {identity: manifest.sequence for identity, manifest in kept.items()}
+    counts, head = Counter(found.values()), snapshot.manifest.sequence
+    lacking = next((number for number in range(head + 1) if number not in counts), None)
+    if lacking is not None:
+        yield f"log.jsonl: the line of sequence {lacking} is missing"
+    for number in sorted(number for number, count in counts.items() if count > 1 or not 0 <= number <= head):
+        yield f"log.jsonl: sequence {number} cannot be, or stands in lines of several states"
 
 
 def _find(snapshot: Snapshot, prefix: str) -> str:

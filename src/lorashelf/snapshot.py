@@ -14,7 +14,7 @@ from .atomic import refusals
 from .digest import canonical_json
 from .errors import AdapterFormatError, CorruptShelf, OverBudget
 from .manifest import PENDING, Manifest, Plan, Slot
-from .peft_format import CONFIG_FILE, TENSOR_FILE, read_adapter
+from .peft_format import CONFIG_FILE, TENSOR_FILE, object_digest, read_adapter
 from .recipe import Settings
 
 HEAD_BYTES = 68  # a digest and a newline
@@ -52,6 +52,18 @@ class Snapshot:
             raise CorruptShelf(
                 f"slot {slot.slot}: {error.what}", where=str(path), cure="lorashelf verify, then undo"
             ) from error
+
+    def check_bytes(self, *slots: Slot) -> None:
+        """Raise CorruptShelf unless the stored bytes of these slots are those that their objects are named by."""
+        for slot in slots:
+            if slot.slot in self.pending:
+                continue
+            with refusals(self.path, "read"):
+                path = self.slot_path(slot)
+                found = object_digest(path)
+            if found != slot.object:
+                what = f"slot {slot.slot}: the bytes of objects/{slot.object} have changed"
+                raise CorruptShelf(what, where=str(path), cure="lorashelf verify, then undo")
 
     def after(self, plan: Plan) -> Snapshot:
         """The shelf as it would be after this plan, with nothing written. Plans made on it cannot be committed."""
@@ -127,10 +139,8 @@ def _what_fits(plan: Plan, excess: int) -> str:
     fixed = sum(planned[slot] for slot in plan.writes) - values
     rank = max((x.rank for x in plan.writes.values()), default=0)
     fits = int((values - excess) * rank / values) if values else 0
-    advice = f"rank {fits} in this dtype would fit (rank = {fits} in shelf.toml, init --rank); " if fits >= 1 else ""
-    return (
-        f"{advice}or raise budget.bytes by {excess}, lower keep, or choose a narrower dtype ({fixed} bytes are headers)"
-    )
+    advice = f"rank {fits} in this dtype would fit (rank = {fits} in shelf.toml, init --rank); or " if fits >= 1 else ""
+    return f"{advice}raise budget.bytes by {excess}, lower keep, or choose a narrower dtype ({fixed} bytes are headers)"
 
 
 def log_entry(identity: str, manifest: Manifest) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..errors import LorashelfError
@@ -29,14 +31,21 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(words: list[str]) -> int:
+    """The exit code, once everything is said, errors too."""
+    try:
+        return _answered(words)
+    except (BrokenPipeError, SystemExit):  # the second is what typer makes of the first
+        for stream in (sys.stdout, sys.stderr):  # the last flush, at exit, must find an open end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return _UNREAD
+
+
+def _answered(words: list[str]) -> int:
     try:
         code = application(words)(words, prog_name="lorashelf", standalone_mode=False)
         sys.stdout.flush()
     except LorashelfError as error:
-        return _fail(words, error.exit_code, error.kind, str(error), error.cure)
-    except (BrokenPipeError, SystemExit):  # the second is what typer makes of the first
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush, at exit, must find an open end
-        return _UNREAD
+        return _fail(words, error.exit_code, error.kind, str(error), error.cure, error.done)
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except Exception as error:
@@ -49,9 +58,17 @@ def _run(words: list[str]) -> int:
     return int(code or 0)
 
 
-def _fail(words: list[str], code: int, kind: str, message: str, cure: str | None) -> int:
+def _fail(
+    words: list[str],
+    code: int,
+    kind: str,
+    message: str,
+    cure: str | None,
+    done: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
     print(f"lorashelf: {message}", file=sys.stderr)
     if "--json" in words:
-        document: dict[str, Any] = {"error": {"kind": kind, "message": message, "cure": cure}}
+        document: dict[str, Any] = {"error": {"kind": kind, "message": message, "cure": cure}, **done}
         print_json(document)
+        sys.stdout.flush()
     return code

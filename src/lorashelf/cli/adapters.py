@@ -97,11 +97,15 @@ def merge_adapters(
     json: arg.Json = False,
 ) -> None:
     """Merge adapters into one PEFT folder."""
-    xs = [read_adapter(arg.adapter_path(text)[1]) for text in adapters]
+    if output.exists():
+        raise UsageError("the output exists already", where=str(output), cure="choose another folder or delete it")
+    checked = new_settings(
+        1, merge=method, parameters=arg.parameters(parameter), rank=rank, dtype=dtype, seed=seed
+    ).recipe
+    xs = [adapter for _, adapter in arg.read_each(adapters)]
     note_unknown_base(dict(zip(adapters, xs, strict=True)))
     if assume_base:
         xs = [replace(x, base=xs[0].base) for x in xs]
-    checked = new_settings(1, merge=method, parameters=arg.parameters(parameter), dtype=dtype).recipe
     merged, error = merge_measured(
         xs,
         _weights(weights),

@@ -76,7 +76,9 @@ def _folder(text: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
-        raise MissingExtra(f"there is no folder {text!r}; as a hub id it", "huggingface_hub", "llm") from error
+        missing = MissingExtra(f"there is no folder {text!r}; as a hub id it", "huggingface_hub", "llm")
+        missing.cure = f"give an existing folder, or {missing.cure}"
+        raise missing from error
     try:
         return Path(snapshot_download(text, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError) as error:
@@ -84,25 +86,30 @@ def _folder(text: str) -> Path:
         raise AdapterFormatError([f"{text!r} is neither a folder nor a hub id in the cache"], cure=cure) from error
 
 
-def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
-    """Task name → adapter for several ADAPTER arguments. Raises TaskNameError for a name given twice; all faulty
-    adapters are named.
-    """
-    named: dict[str, Adapter] = {}
+def read_each(texts: Sequence[str]) -> list[tuple[str, Adapter]]:
+    """The task name and the adapter of every ADAPTER argument. Raises AdapterFormatError with the faults of all."""
+    found: list[tuple[str, Adapter]] = []
     faults: list[str] = []
-    repeated: list[str] = []
     for text in texts:
-        name, path = adapter_path(text)
-        if name in named:
-            repeated.append(name)
-            continue
+        name = text
         try:
-            named[name] = read_adapter(path)
+            name, path = adapter_path(text)
+            found.append((name, read_adapter(path)))
         except AdapterError as error:
             faults += [f"{name}: {fault}" for fault in error.faults]
     if faults:
         raise AdapterFormatError(faults, cure="mend or leave out these adapters")
-    if repeated:
+    return found
+
+
+def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
+    """Task name → adapter for several ADAPTER arguments. Raises TaskNameError for a name given twice, and as
+    `read_each`.
+    """
+    found = read_each(texts)
+    named = dict(found)
+    if len(named) < len(found):
+        repeated = [name for name in named if sum(other == name for other, _ in found) > 1]
         raise TaskNameError(f"task names given twice: {', '.join(repeated)}", cure="name them apart: NAME=ADAPTER")
     return named
 

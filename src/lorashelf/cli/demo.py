@@ -19,7 +19,7 @@ import typer
 
 from .. import router
 from ..adapter import Adapter
-from ..errors import UsageError
+from ..errors import MissingExtra, UsageError
 from ..flow import plan_add, plan_cluster
 from ..recipe import new_settings
 from ..shelf import Shelf
@@ -52,7 +52,7 @@ def demo(
         raise UsageError("the demo's adapters are not here", where=str(zoo), cure=cure)
     from rich.console import Console  # here: no other command should wait for it
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     named = arg.adapters_in(zoo)
     shelf = Shelf.create(output or Path(tempfile.mkdtemp(prefix="lorashelf-")) / "demo.shelf", new_settings(SLOTS))
     matrix = similarity(list(named.values()))
@@ -62,9 +62,9 @@ def demo(
         _arrive(console, shelf, task, named[task])
     online = [slot.members for slot in shelf.snapshot().manifest.slots]
     _shelf_table(console, shelf.snapshot(), named, matrix)
-    offline = _cluster(console, named)
+    offline = _offline(console, named)
     console.rule("Do problem types gather?", align="left")
-    _purities(console, {"online, K-Merge++": online, "offline, agglomerative": offline}, list(named), seed)
+    _purities(console, {"online, K-Merge++": online, **offline}, list(named), seed)
     _route_and_undo(console, shelf, order[-1])
     if llm:
         _on_a_model(console, named, examples, seed)
@@ -112,8 +112,17 @@ def _shelf_table(console: Console, snapshot: Snapshot, named: Mapping[str, Adapt
     console.print(table([">slot", ">similarity inside", ">to the others", ">size", "members"], rows))
 
 
-def _cluster(console: Console, named: Mapping[str, Adapter]) -> Blocks:
+def _offline(console: Console, named: Mapping[str, Adapter]) -> Mapping[str, Blocks]:
+    """The same adapters at once; where what clusters them is not installed, what would bring it."""
     console.rule("The same adapters clustered offline (average linkage)", align="left")
+    try:
+        return {"offline, agglomerative": _cluster(console, named)}
+    except MissingExtra as error:
+        console.print(f"  left out: {error.what}: {error.cure}")
+        return {}
+
+
+def _cluster(console: Console, named: Mapping[str, Adapter]) -> Blocks:
     with tempfile.TemporaryDirectory(prefix="lorashelf-") as folder:
         made, _ = Shelf.create_with(
             Path(folder) / "clustered.shelf",

@@ -23,7 +23,7 @@ def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
         return
     from rich.console import Console  # here and below: a tenth of the start, which --json never needs
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000  # a pipe gets whole lines
     shown = view(document)
@@ -73,7 +73,12 @@ class Meter:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             console = Console(stderr=True)
             self._bar = Progress(*columns, console=console, transient=True, speed_estimate_period=600)
             self._row = self._bar.add_task("", total=self._total)

@@ -13,7 +13,7 @@ from .. import router
 from ..adapter import Adapter
 from ..errors import LorashelfError, UsageError
 from ..flow import plan_add, plan_remove, plan_update
-from ..manifest import Plan
+from ..manifest import Manifest, Plan
 from ..peft_format import read_adapter
 from ..recipe import new_settings
 from ..shelf import Shelf
@@ -182,7 +182,10 @@ def log(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
 
 
 def verify(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
-    """Check every stored byte against its hash, and every route."""
+    """Check every object and kept manifest against its hash, every route, and that no state is missing from the log.
+
+    What is under no hash: the lines of log.jsonl, the settings of shelf.toml.
+    """
     problems = Shelf(shelf).verify()
     show({"ok": not problems, "problems": problems}, json, lambda d: "\n".join(d["problems"]) or "ok")
     if problems:
@@ -201,12 +204,14 @@ def undo(
     before = opened.snapshot()
     head = opened.undo(to)
     after = opened.snapshot()
-    undone = sorted(set(before.manifest.tasks) ^ set(after.manifest.tasks))
+    served, served_before = _served(after.manifest), _served(before.manifest)
+    undone = sorted(t for t in served | served_before if served.get(t) != served_before.get(t))
     document = {
         "head": head,
         "to": after.manifest.cause["to"],
         "tasks": sorted(after.manifest.tasks),
         "changed": undone,
+        "slots": _changed_slots(before.manifest, after.manifest),
     }
     reach = f"undo reaches {len(after.ancestors)} states back" if after.ancestors else "nothing further back is kept"
     show(
@@ -231,10 +236,11 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     held = sum(slot["bytes"] for slot in document["slots"])
     apart = document["adapter_bytes"]
     share = f" ({100 * held / apart:.0f} %)" if apart else ""
+    routed = f" ({document['tasks']} tasks routed)" if document["tasks"] != document["adapters"] else ""
     room = f", budget {size(document['budget']['bytes'])}" if document["budget"]["bytes"] else ""
     return [
         table([">slot", ">rank", "dtype", ">size", ">merged", "members"], rows),
-        f"{document['adapters']} adapters would take {size(apart)}, the shelf takes {size(held)}{share}; "
+        f"{document['adapters']} adapters{routed} would take {size(apart)}, the shelf takes {size(held)}{share}; "
         f"on disk, with {document['budget']['keep']} state(s) of history, {size(document['bytes'])}{room}; "
         f"{len(rows)} of {document['budget']['slots']} slots filled",
     ]
@@ -252,10 +258,12 @@ def _telling(documents: list[dict[str, Any]]) -> Iterator[None]:
     """When a later adapter fails, say which ones are on the shelf already."""
     try:
         yield
-    except (LorashelfError, KeyboardInterrupt):
-        done = [d["task"] for d in documents if d["head"]]
+    except (LorashelfError, KeyboardInterrupt) as error:
+        done = [d for d in documents if d["head"]]
         if done:
-            note(f"added before that, and kept: {', '.join(done)}")
+            note(f"added before that, and kept: {', '.join(d['task'] for d in done)}")
+        if isinstance(error, LorashelfError):
+            error.done = {"added": done}
         raise
 
 
@@ -284,6 +292,16 @@ def _added(document: dict[str, Any]) -> str:
     )
     beside = f" with {', '.join(with_others)}" if with_others else ""
     return f"{document['task']}: {where}{beside} (best score {score(best)}{limit})"
+
+
+def _served(manifest: Manifest) -> dict[str, tuple[int, str, str]]:
+    """Task → what it is served by: slot, object, and the digest of its own adapter."""
+    return {t: (s.slot, s.object, manifest.tasks[t]["digest"]) for s in manifest.slots for t in s.members}
+
+
+def _changed_slots(before: Manifest, after: Manifest) -> list[int]:
+    """The slots that are not what they were, by id."""
+    return sorted({slot.slot for slot in set(before.slots) ^ set(after.slots)})
 
 
 def _precision(document: dict[str, Any]) -> str:

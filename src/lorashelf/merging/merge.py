@@ -35,8 +35,8 @@ def merge(
     """Merge adapters of one base into one, by a registered method.
 
     `weights` (n,) default to 1/n or 1 as the method declares; `rank` caps the rank stored (never pads). A single
-    adapter comes back with w ΔW from every method. The result has the widest input dtype. Raises UsageError,
-    BaseMismatch, ShapeMismatch, UnknownName.
+    adapter comes back with w ΔW from every method. The result has the widest input dtype, and of several adapters one
+    alpha for all ranks. Raises UsageError, BaseMismatch, ShapeMismatch, UnknownName.
     """
     return merge_measured(xs, weights, method=method, rank=rank, seed=seed, **params)[0]
 
@@ -85,7 +85,7 @@ def merge_measured(
             modules[path], lost, left = found
             dropped += lost
             kept += left
-    result = assemble(xs, modules)
+    result = assemble(xs, modules if len(xs) == 1 else _one_alpha(modules))
     if dropped:
         kept = norm(result) ** 2
     return result, math.sqrt(dropped / (dropped + kept)) if dropped else 0.0
@@ -115,6 +115,18 @@ def _merge_module(
         a = method.rule([r * f.a for r, f in zip(root_a, fs, strict=True)], weights, masks["A"], **params)
         b = method.rule([abs(r) * f.b for r, f in zip(root_a, fs, strict=True)], weights, masks["B"], **params)
     return Factors(a, b), 0.0, 0.0
+
+
+def _one_alpha(modules: dict[str, Factors]) -> dict[str, Factors]:
+    """Modules of scale 1 with the largest rank for the alpha of all, so that ΔW = alpha / r · B A is read alike where
+    an alpha of each module's own is passed over (llama.cpp's converter).
+    """
+    alpha = max((f.shape.rank for f in modules.values()), default=1)
+    scaled = {}
+    for path, f in modules.items():
+        root = np.float32(math.sqrt(alpha / f.shape.rank))
+        scaled[path] = f if root == 1 else Factors(f.a / root, f.b / root, alpha / f.shape.rank)
+    return scaled
 
 
 def _weights(xs: Sequence[Adapter], weights: Sequence[float] | None, method: MergeMethod) -> list[float]:
@@ -183,7 +195,7 @@ def unmerge(merged: Adapter, removed: Adapter, count: int, *, method: str, worn:
             left += [np.sum(after[0][kept] ** 2), np.sum(after[1][:, kept] ** 2)]
         else:
             empty[path] = Factors(np.zeros_like(held.a[:1]), np.zeros_like(held.b[:, :1]))
-    rest = merged.with_factors(modules or empty)
+    rest = merged.with_factors(_one_alpha(modules or empty))
     if not modules:
         return rest, 0.0
     return rest, float(rounding * np.linalg.norm(np.sqrt(grown / left)))
