@@ -365,7 +365,13 @@ def arrivals(tmp_path: Path) -> list[Path]:
 def adding(shelf: Path, adapters: list[Path], *options: str) -> tuple[subprocess.Popen[str], str]:
     """A process that is adding: it has committed at least once; and the head by then."""
     first = (shelf / "HEAD").read_text()
-    command = [sys.executable, "-m", "lorashelf", "add", str(shelf), *map(str, adapters), *options]
+    program = (
+        "import signal\n"
+        "from lorashelf.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background has it ignored
+        "main()"
+    )
+    command = [sys.executable, "-c", program, "add", str(shelf), *map(str, adapters), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while (head := (shelf / "HEAD").read_text()) == first:
