@@ -10,6 +10,7 @@ code is released, the newcomer's once and each slot's in turn.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -111,10 +112,8 @@ def dense(new: Path, *slots: Path) -> dict[str, Any]:
 
 def ours(new: Path, *slots: Path) -> dict[str, Any]:
     """The scores alone, by lorashelf: the newcomer read and checked, the slots mapped, as `plan_add` does."""
-    import concurrent.futures.thread  # noqa: F401 (this and the next at the first use of threads: imports count for neither side)
-
-    import threadpoolctl  # noqa: F401
-
+    for name in ("concurrent.futures.thread", "threadpoolctl"):  # at the first use of threads
+        importlib.import_module(name)
     from lorashelf import read_adapter, similarity
 
     started = time.perf_counter(), time.process_time()

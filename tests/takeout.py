@@ -183,9 +183,16 @@ CHECKS = [
         ADAPTER,
         "base",
         {
-            "another base model": ("if offered.contradicts(base) and not declared and not assume:", OFF),
-            "a base declared equal": (" and not declared and not assume:", " and not assume:"),
             "shapes beside a base": ("refuse(faults, [*held, *adapters.values()]", "refuse(faults, []"),
+        },
+    ),
+    *checks(
+        "recipe.py",
+        ADAPTER,
+        "base",
+        {
+            "another base model": ("if other.contradicts(base) and not declared and not assume:", OFF),
+            "a base declared equal": (" and not declared and not assume:", " and not assume:"),
             "a base assumed": (" and not declared and not assume:", " and not declared:"),
         },
     ),
@@ -260,15 +267,7 @@ CHECKS = [
             "a damaged object: what is taken apart": ("snapshot.check_bytes(slot)\n    return", "return"),
         },
     ),
-    *checks(
-        "snapshot.py", SHELF, "link", {"links": ("if path.is_symlink():", OFF), "a link for an object": (LINK, "pass")}
-    ),
-    *checks(
-        "snapshot.py",
-        SHELF,
-        "link",
-        {"a link for an object": ("no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)", "pass")},
-    ),
+    *checks("snapshot.py", SHELF, "link", {"a link for an object": (LINK, "pass")}),
     *checks(
         "shelf.py",
         SHELF,
@@ -278,7 +277,15 @@ CHECKS = [
             "a link for a manifest": ("no_links(path)\n        try:\n            data", "try:\n            data"),
         },
     ),
-    *checks("atomic.py", SHELF, "link", {"what a swept link leads to": (" and not path.is_symlink():", ":")}),
+    *checks(
+        "atomic.py",
+        SHELF,
+        "link",
+        {
+            "links": ("        if path.is_symlink():\n            cure", "        if False:\n            cure"),
+            "what a swept link leads to": (" and not path.is_symlink():", ":"),
+        },
+    ),
     *checks(
         "manifest.py",
         SHELF,
@@ -344,12 +351,20 @@ CHECKS = [
         SHELF,
         "log",
         {
-            "the torn last line of the log": ('data[: data.rfind(b"\\n") + 1].splitlines()', "data.splitlines()"),
-            "the torn last line is cut off": ("keep=whole)", "keep=len(data))"),
             "garbage in the log": (
-                "problems += _history_problems(snapshot, self._logged())\n        except (ShelfError, DiskError)",
-                "pass\n        except (ShelfError, DiskError)",
+                "problems += self._history.problems({snapshot.head: snapshot.manifest, **snapshot.ancestors})",
+                "pass",
             ),
+        },
+    ),
+    *checks(
+        "history.py",
+        SHELF,
+        "log",
+        {
+            "the torn last line of the log": ('data[: data.rfind(b"\\n") + 1].splitlines()', "data.splitlines()"),
+            "the torn last line is cut off": ("keep=self._whole())", "keep=self.path.stat().st_size)"),
+            "a log that is no file": ("if self.path.exists() and not self.path.is_file():", OFF),
             "a line taken out of the log": ("if lacking is not None:", OFF),
             "a line of the log that cannot be": ("if count > 1 or not 0 <= number <= head)", "if False)"),
         },
@@ -380,7 +395,7 @@ CHECKS = [
     *checks(
         "backends/hf.py",
         LOSSES,
-        "beyond_the_context or not_finite or another_base or memory_ends or attach_that_fails or told_apart",
+        "beyond_the_context or not_finite or memory_ends or told_apart",
         {
             "an example beyond the context": ("if len(query) + len(answer) > self._context:", OFF),
             "examples beyond the context are dropped": ("<= room)", "<= math.inf)"),
@@ -389,17 +404,24 @@ CHECKS = [
                 'where = f"{examples.task}, example {index + 1}: {shown!r}"',
                 'where = "an example"',
             ),
-            "adapters of another base": ("if alike:\n            faults", "if False:\n            faults"),
-            "an adapter of another base": ("if adapter is not None and (faults := self._faults(adapter)):", OFF),
             "out of memory: a smaller batch": ("for one in batch for found in work([one])", "for found in work(batch)"),
-            "an attach that fails": (
-                "self._hooks, self._attached = [], None\n",
-                "self._hooks, self._attached = [], adapter\n",
-            ),
             "weights of one name": ("{self.weights} ", ""),
             "out of memory: said": (
                 'shorter examples"\n            raise ModelError(',
                 'shorter examples"\n            raise RuntimeError(',
+            ),
+        },
+    ),
+    *checks(
+        "backends/attachment.py",
+        LOSSES,
+        "another_base or attach_that_fails",
+        {
+            "adapters of another base": ("if alike:\n            faults", "if False:\n            faults"),
+            "an adapter of another base": ("if adapter is not None and (faults := self._faults(adapter)):", OFF),
+            "an attach that fails": (
+                "self._hooks, self._attached = [], None\n",
+                "self._hooks, self._attached = [], adapter\n",
             ),
         },
     ),
@@ -412,8 +434,8 @@ CHECKS = [
                 'if not re.fullmatch(r"[\\w.-]+(/[\\w.-]+)?", name) or name.endswith(".gguf"):',
                 OFF,
             ),
-            "a base that cannot be loaded": ("raise _unloadable(shown, str(folder), error) from error", "raise"),
-            "a GGUF file that cannot be read": ("raise _unloadable(file.name, str(file), error) from error", "raise"),
+            "a base that cannot be loaded": ("with _loading(transformers, shown, folder):", "if True:"),
+            "a GGUF file that cannot be read": ("with _loading(transformers, file.name, file):", "if True:"),
             "a broken GGUF leaves nothing": (
                 "    finally:\n        atomic.remove(staged)",
                 "    finally:\n        pass",

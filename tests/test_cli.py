@@ -466,9 +466,9 @@ def test_interrupted_is_130_with_a_document(
 def test_a_reader_that_went_away_is_141_without_a_traceback(tmp_path: Path, words: str, unread: str, code: int) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, unread: writer}
+    out, err = ((writer if name == unread else subprocess.PIPE) for name in ("stdout", "stderr"))
     command = [sys.executable, "-m", "lorashelf", *words.split()]
-    done = subprocess.run(command, cwd=tmp_path, text=True, check=False, **streams)  # type: ignore[call-overload]
+    done = subprocess.run(command, cwd=tmp_path, text=True, check=False, stdout=out, stderr=err)
     os.close(writer)
     assert done.returncode == code
     assert "Traceback" not in f"{done.stdout}{done.stderr}"

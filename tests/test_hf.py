@@ -16,8 +16,7 @@ import torch
 
 from lorashelf import Adapter, BaseId, Factors, Modules, read_adapter, write_adapter
 from lorashelf.backend import mean_loss
-from lorashelf.backends import base_model
-from lorashelf.backends import hf as hf_module
+from lorashelf.backends import attachment, base_model
 from lorashelf.backends.base_model import open_base, template_of
 from lorashelf.backends.hf import HFBackend
 from lorashelf.errors import ModelError, ShapeMismatch, UsageError
@@ -53,7 +52,7 @@ def random_adapter(backend: HFBackend, architecture: str = "llama", seed: int = 
     names = TARGETS.get(architecture, ("q_proj", "k_proj", "v_proj", "o_proj"))
     modules = {}
     for path, layer in backend.base.model.named_modules():
-        if path.rpartition(".")[2] in names and (there := hf_module.sizes(layer)):
+        if path.rpartition(".")[2] in names and (there := attachment.sizes(layer)):
             dout, din = there
             a, b = rng.standard_normal((rank, din)), rng.standard_normal((dout, rank))
             modules[path] = Factors((0.2 * a).astype("f4"), (0.2 * b).astype("f4"), 2.0)
@@ -237,7 +236,7 @@ def test_an_attach_that_fails_leaves_the_bare_base(
         return torch.from_numpy(np.array(values))
 
     with monkeypatch.context() as patched:
-        patched.setattr(backend, "_torch", type("Scarce", (), {"tensor": staticmethod(scarce)}))
+        patched.setattr(backend._attachment, "_torch", type("Scarce", (), {"tensor": staticmethod(scarce)}))
         with pytest.raises(ModelError, match="out of memory for an adapter"):
             backend.attach(adapter)
     assert backend.nll([(adapter, SET)]) == [right]

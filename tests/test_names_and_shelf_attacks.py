@@ -22,6 +22,7 @@ from factory import make_adapter, write_peft
 from lorashelf import (
     LorashelfError,
     Shelf,
+    history,
     new_settings,
     plan_add,
     plan_cluster,
@@ -41,7 +42,6 @@ from lorashelf.errors import (
     TaskNameError,
     UsageError,
 )
-from lorashelf.snapshot import log_line
 from test_attacks import command, state
 
 
@@ -766,7 +766,8 @@ def test_a_line_that_was_taken_out_of_the_log_or_altered_is_reported(shelf: Shel
     log = shelf.path / "log.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     kept = shelf.path / "manifests" / f"{shelf.snapshot().manifest.parent}.json"
-    logged_and_kept = log_line(kept.stem, shelf.snapshot().ancestors[kept.stem])  # a crash between append and delete
+    # a crash between append and delete
+    logged_and_kept = history.line(kept.stem, shelf.snapshot().ancestors[kept.stem])
     log.write_bytes(b"".join([*lines, lines[1], logged_and_kept]))
     assert shelf.verify() == []
     for index, line in enumerate(lines):

@@ -120,6 +120,9 @@ class Modules(Mapping[str, Factors]):
     def __getitem__(self, path: str) -> Factors:
         return self._factors[path]
 
+    def __contains__(self, path: object) -> bool:
+        return path in self._factors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._factors)
 

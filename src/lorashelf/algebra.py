@@ -105,10 +105,10 @@ def row(
     What `products` gives for one adapter against many, each of them read once.
     """
     inner, squared = np.zeros((len(paths), len(ys))), np.zeros((len(paths), len(ys)))
-    f = x.modules.stack(paths) if paths[0] in x.shapes else None
+    f = x.modules.stack(paths) if paths[0] in x.modules else None
     a_t = None if f is None else np.ascontiguousarray(f.a.swapaxes(1, 2), dtype)
     for j, y in enumerate(ys):
-        if paths[0] in y.shapes:
+        if paths[0] in y.modules:
             g = y.modules.stack(paths)
             squared[:, j] = squares(g, dtype)
             if f is not None and a_t is not None:

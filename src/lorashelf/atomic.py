@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .errors import DiskError
+from .errors import CorruptShelf, DiskError
 
 _CURES = {
     errno.ENOSPC: "free some space; what was there before is unchanged",
@@ -144,3 +144,11 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def no_links(*paths: Path) -> None:
+    """Raise CorruptShelf if one of the paths is a symbolic link: it could lead out of the shelf."""
+    for path in paths:
+        if path.is_symlink():
+            cure = "a shelf holds its own files: put the file itself there"
+            raise CorruptShelf("a link stands where a file of the shelf should be", where=str(path), cure=cure)

@@ -388,19 +388,7 @@ def _one_base(
     """The shelf's base once these adapters are on it: the first known name. Raises BaseMismatch naming all others, and
     every shape that disagrees with the rest or with those `held`; ShapeMismatch if it is shapes only.
     """
-    base = stored if stored is not None and stored.name else BaseId(settings.base or "")
-    equal = {settings.base, *settings.base_aliases}
-    faults = []
-    for task, adapter in adapters.items():
-        offered = adapter.base
-        only_alias = base.name in settings.base_aliases and not settings.base
-        if not base.name or (only_alias and offered.name and offered.name not in equal):
-            base = offered
-        if offered.name == base.name and base.revision is None:
-            base = offered
-        declared = offered.name != base.name and offered.name in equal
-        if offered.contradicts(base) and not declared and not assume:
-            faults.append(f"{task}: trained on {offered}, expected is {base}")
+    base, faults = settings.agreed(stored, {task: x.base for task, x in adapters.items()}, assume)
     cure = "if these are one model under two names: --assume-base, or base_aliases in shelf.toml (init --base-alias)"
     refuse(faults, [*held, *adapters.values()], where, cure)
-    return base if base.name else None
+    return base

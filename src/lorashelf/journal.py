@@ -75,25 +75,32 @@ def opened(folder: Path | None) -> Iterator[Journal]:
     if folder is None:
         yield Journal()
         return
-    import filelock  # here: only an output folder needs it
-
     _make(folder)
-    lock = filelock.FileLock(folder / LOCK, timeout=0)
-    with atomic.refusals(folder / LOCK):
-        try:
-            lock.acquire()
-        except filelock.Timeout as error:
-            cure = "wait until it is done, or choose another folder"
-            raise UsageError("another evaluation writes into this folder", where=str(folder), cure=cure) from error
-    try:
+    cure = "wait until it is done, or choose another folder"
+    with sole(folder / LOCK, "another evaluation writes into this folder", folder, cure):
         for path in list(folder.rglob(".*")):
             if _STAGED.fullmatch(path.name):
                 atomic.remove(path)
         if not (folder / FILE).exists():
             atomic.append(folder / FILE, b"", 0)
         yield Journal(folder / FILE)
+
+
+@contextlib.contextmanager
+def sole(lock: Path, what: str, where: Path, cure: str) -> Iterator[None]:
+    """Hold a lock file. Raises UsageError in these words where another process holds it; DiskError."""
+    import filelock  # here: only what is kept in a file needs it
+
+    held = filelock.FileLock(lock, timeout=0)
+    with atomic.refusals(lock):
+        try:
+            held.acquire()
+        except filelock.Timeout as error:
+            raise UsageError(what, where=str(where), cure=cure) from error
+    try:
+        yield
     finally:
-        lock.release()
+        held.release()
 
 
 def _make(folder: Path) -> None:

@@ -219,6 +219,9 @@ class _FileModules(Modules):
         a, b = (self._tensors.array(self._halves[path][half]) for half in "AB")
         return Factors(a.astype("<f4", copy=False), b.astype("<f4", copy=False), self._scales[path])
 
+    def __contains__(self, path: object) -> bool:
+        return path in self._shapes  # without reading a tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 

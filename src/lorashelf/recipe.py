@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .adapter import DTYPES
+from .adapter import DTYPES, BaseId
 from .errors import LorashelfError, NewerFormat, ShelfConfigError, UsageError
 from .merging import METHODS
 from .policy import POLICIES
@@ -69,6 +69,25 @@ class Settings:
     base: str | None = None
     """A constraint: only adapters of this base (or of an alias) are accepted."""
     base_aliases: tuple[str, ...] = ()
+
+    def agreed(
+        self, stored: BaseId | None, offered: Mapping[str, BaseId], assume: bool = False
+    ) -> tuple[BaseId | None, list[str]]:
+        """The base of a shelf with these settings once adapters of the offered bases (task → base) are on it: the first
+        known name; and a sentence for every one that contradicts it, undeclared, unless that is to be assumed.
+        """
+        base = stored if stored is not None and stored.name else BaseId(self.base or "")
+        equal, faults = {self.base, *self.base_aliases}, []
+        for task, other in offered.items():
+            only_alias = base.name in self.base_aliases and not self.base
+            if not base.name or (only_alias and other.name and other.name not in equal):
+                base = other
+            if other.name == base.name and base.revision is None:
+                base = other
+            declared = other.name != base.name and other.name in equal
+            if other.contradicts(base) and not declared and not assume:
+                faults.append(f"{task}: trained on {other}, expected is {base}")
+        return base if base.name else None, faults
 
     def checked(self) -> Settings:
         """Itself, or UsageError naming every value that cannot be."""

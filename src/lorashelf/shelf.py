@@ -7,16 +7,15 @@ Readers need no lock. A writer holds `lock`; killed at any point, the shelf open
 from __future__ import annotations
 
 import contextlib
-import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from . import atomic, recipe
+from . import atomic, history, recipe
 from .adapter import Adapter
+from .atomic import no_links
 from .digest import is_digest
 from .errors import (
     CorruptShelf,
@@ -33,7 +32,7 @@ from .errors import (
 from .manifest import PENDING, PENDING_TIME, Manifest, Plan, Slot, manifest_id
 from .peft_format import CONFIG_FILE, TENSOR_FILE, object_digest, write_files
 from .recipe import Settings
-from .snapshot import Snapshot, check_budget, log_entry, log_line, no_links
+from .snapshot import Snapshot, check_budget
 from .version import VERSION
 
 LOCK_SECONDS = 10.0
@@ -52,6 +51,7 @@ class Shelf:
         """Open an existing shelf. Raises ShelfNotFound, and on `snapshot` whatever is wrong with its content."""
         self.path = Path(path)
         self._clock = clock
+        self._history = history.History(self.path)
         self._lock: Any = None
         with atomic.refusals(self.path, "read"):
             found = (self.path / "HEAD").exists()
@@ -137,9 +137,9 @@ class Shelf:
         """
         snapshot = self.snapshot()
         with atomic.refusals(self.path, "read"):
-            entries = {entry["id"]: entry for entry in self._logged()}
+            entries = {told["id"]: told for told in self._history.entries()}
         for identity, manifest in [*snapshot.ancestors.items(), (snapshot.head, snapshot.manifest)]:
-            entries[identity] = log_entry(identity, manifest)
+            entries[identity] = history.entry(identity, manifest)
         return sorted(entries.values(), key=lambda entry: int(entry["sequence"]))
 
     def verify(self) -> list[str]:
@@ -159,14 +159,9 @@ class Shelf:
                 if slot.object not in checked:
                     checked.add(slot.object)
                     problems += self._object_problems(snapshot, slot)
-            routed = [task for slot in manifest.slots for task in slot.members]
-            problems += [f"task {task!r} is routed to no slot" for task in manifest.tasks if task not in routed]
-            problems += [
-                f"task {task!r} is routed twice" for task in sorted({t for t in routed if routed.count(t) > 1})
-            ]
         try:
             with atomic.refusals(self.path, "read"):
-                problems += _history_problems(snapshot, self._logged())
+                problems += self._history.problems({snapshot.head: snapshot.manifest, **snapshot.ancestors})
         except (ShelfError, DiskError) as error:
             problems.append(f"{error.what}; {error.where}; {error.cure}")
         return problems
@@ -255,10 +250,7 @@ class Shelf:
             no_links(self.path / folder)
             if not (self.path / folder).exists():
                 atomic.make_folder(self.path / folder)
-        log = self.path / "log.jsonl"
-        no_links(log)
-        if log.exists() and not log.is_file():
-            raise CorruptShelf("log.jsonl is not a file", where=str(log), cure="move it away")
+        self._history.check()
 
     # inside -----------------------------------------------------------------------------------------------------
 
@@ -363,7 +355,7 @@ class Shelf:
         gone = []
         leaving = chain[snapshot.settings.budget.keep :]
         if leaving:
-            self._append_log(reversed(leaving))
+            self._history.append(reversed(leaving))
         for path in sorted((self.path / "manifests").iterdir()):
             if path.name.removesuffix(".json") not in kept:
                 atomic.remove(path)
@@ -375,31 +367,6 @@ class Shelf:
                 atomic.remove(path)
                 gone.append(f"objects/{path.name}")
         return gone
-
-    def _append_log(self, manifests: Any) -> None:
-        path = self.path / "log.jsonl"
-        no_links(path)
-        data = path.read_bytes() if path.exists() else b""
-        whole = data.rfind(b"\n") + 1  # a line that a crash tore is not history: its manifest is still there
-        atomic.append(path, b"".join(log_line(identity, manifest) for identity, manifest in manifests), keep=whole)
-
-    def _logged(self) -> list[dict[str, Any]]:
-        path = self.path / "log.jsonl"
-        if not path.exists():
-            return []
-        no_links(path)
-        data = path.read_bytes()
-        entries = []
-        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                entry = None
-            if not isinstance(entry, dict) or not is_digest(entry.get("id")) or type(entry.get("sequence")) is not int:
-                cure = "delete this line; the log is history only"
-                raise CorruptShelf(f"line {number} of log.jsonl is no log entry", where=str(path), cure=cure)
-            entries.append(entry)
-        return entries
 
     def _object_problems(self, snapshot: Snapshot, slot: Slot) -> list[str]:
         try:
@@ -416,19 +383,6 @@ class Shelf:
         except ShelfError as error:
             return [f"slot {slot.slot}: {error.what}"]
         return []
-
-
-def _history_problems(snapshot: Snapshot, logged: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What shows that lines of the log were taken out or altered: states 0 to the head's must be there, each once."""
-    kept = {snapshot.head: snapshot.manifest, **snapshot.ancestors}
-    found = {entry["id"]: entry["sequence"] for entry in logged}
-    found |= {identity: manifest.sequence for identity, manifest in kept.items()}
-    counts, head = Counter(found.values()), snapshot.manifest.sequence
-    lacking = next((number for number in range(head + 1) if number not in counts), None)
-    if lacking is not None:
-        yield f"log.jsonl: the line of sequence {lacking} is missing"
-    for number in sorted(number for number, count in counts.items() if count > 1 or not 0 <= number <= head):
-        yield f"log.jsonl: sequence {number} cannot be, or stands in lines of several states"
 
 
 def _find(snapshot: Snapshot, prefix: str) -> str:

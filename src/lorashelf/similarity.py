@@ -105,11 +105,10 @@ def _one_against(
     x: Adapter, ys: Sequence[Adapter], of_module: OfModule, dtype: type[np.float32] | type[np.float64]
 ) -> Vector:
     """The means of one adapter against many, (m,): many small products, runs of modules side by side."""
-    shapes = [y.shapes for y in ys]
 
     def scored(paths: Sequence[str]) -> tuple[Vector, NDArray[np.int_]]:
         inner, own, others = row(x, ys, paths, dtype)
-        present = np.array([paths[0] in x.shapes or paths[0] in of for of in shapes])
+        present = np.array([paths[0] in x.modules or paths[0] in y.modules for y in ys])
         return np.where(present, of_module(inner, own[:, None], others).sum(axis=0), 0.0), len(paths) * present
 
     total, count = np.zeros(len(ys)), np.zeros(len(ys))

@@ -7,18 +7,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from .adapter import DTYPES, Adapter
-from .atomic import refusals
-from .digest import canonical_json
+from .atomic import no_links, refusals
 from .errors import AdapterFormatError, CorruptShelf, OverBudget
+from .history import FILE as LOG
+from .history import History
+from .history import line as log_line
 from .manifest import PENDING, Manifest, Plan, Slot
 from .peft_format import CONFIG_FILE, TENSOR_FILE, object_digest, read_adapter
 from .recipe import Settings
 
 HEAD_BYTES = 68  # a digest and a newline
-_SWEPT = ("HEAD", "log.jsonl", "manifests", "objects", "tmp")  # what a commit rewrites or sweeps
+_SWEPT = ("HEAD", LOG, "manifests", "objects", "tmp")  # what a commit rewrites or sweeps
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Snapshot:
         return (
             sum(others.values())
             + HEAD_BYTES
-            + _log_size(self.path / "log.jsonl", appended=bool(leaving))
+            + History(self.path).size(appended=bool(leaving))
             + sum(len(log_line(identity, manifest)) for identity, manifest in leaving)
             + len(plan.manifest.encode())
             + sum(len(manifest.encode()) for _, manifest in window)
@@ -141,37 +142,3 @@ def _what_fits(plan: Plan, excess: int) -> str:
     fits = int((values - excess) * rank / values) if values else 0
     advice = f"rank {fits} in this dtype would fit (rank = {fits} in shelf.toml, init --rank); or " if fits >= 1 else ""
     return f"{advice}raise budget.bytes by {excess}, lower keep, or choose a narrower dtype ({fixed} bytes are headers)"
-
-
-def log_entry(identity: str, manifest: Manifest) -> dict[str, Any]:
-    """What the log keeps of a manifest: its id and its cause, without scores."""
-    cause = {
-        k: v
-        for k, v in manifest.cause.items()
-        if k in ("operation", "task", "decision", "slot", "to", "time", "version")
-    }
-    return {"id": identity, "sequence": manifest.sequence, **cause}
-
-
-def log_line(identity: str, manifest: Manifest) -> bytes:
-    """One line of log.jsonl."""
-    return canonical_json(log_entry(identity, manifest)) + b"\n"
-
-
-def _size(path: Path) -> int:
-    return path.lstat().st_size if path.exists() else 0
-
-
-def _log_size(path: Path, appended: bool) -> int:
-    """The log's size, once lines are `appended` without what a crash tore off."""
-    if not appended or not path.exists():
-        return _size(path)
-    return path.read_bytes().rfind(b"\n") + 1
-
-
-def no_links(*paths: Path) -> None:
-    """Raise CorruptShelf if one of the paths is a symbolic link: it could lead out of the shelf."""
-    for path in paths:
-        if path.is_symlink():
-            cure = "a shelf holds its own files: put the file itself there"
-            raise CorruptShelf("a link stands where a file of the shelf should be", where=str(path), cure=cure)

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import atomic
 from ..digest import canonical_json, digest
-from ..errors import DiskError, MissingExtra, ModelError, UsageError
+from ..errors import MissingExtra, ModelError, UsageError
 from ..prompt import Template
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -48,15 +48,10 @@ def open_base(name: str | None = None, *, device: str | None = None, dtype: str 
     folder = _dequantised(source) if source.suffix == ".gguf" else source
     chosen = _device(torch, device)
     kind = _dtype(torch, chosen, dtype)
-    try:
-        with _quiet(transformers):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            model = _whole(transformers, folder, dtype=kind)
-            model = model.to(chosen).eval().requires_grad_(False)
-    except ModelError:
-        raise
-    except Exception as error:  # what a damaged folder makes the libraries raise is of any kind
-        raise _unloadable(shown, str(folder), error) from error
+    with _loading(transformers, shown, folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = _whole(transformers, folder, dtype=kind)
+        model = model.to(chosen).eval().requires_grad_(False)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put it on its base, silently
         cure = "give the base model that its adapter_config.json names, and the adapter where adapters are asked for"
         raise ModelError("this is an adapter, not a base model", where=shown, cure=cure)
@@ -175,7 +170,7 @@ def _dequantised(file: Path) -> Path:
     atomic.make_parents(folder)
     staged = atomic.staging_folder(folder.parent)
     try:
-        with _quiet(transformers):
+        with _loading(transformers, file.name, file):
             config = getattr(transformers, "GgufConfig", None)  # older versions know no other way than dequantising
             whole = {"quantization_config": config(dequantize=True)} if config else {}
             model = _whole(transformers, file.parent, gguf_file=file.name, dtype=torch.float32, **whole)
@@ -183,10 +178,6 @@ def _dequantised(file: Path) -> Path:
             transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)
         if not folder.exists():
             atomic.publish(staged, folder)
-    except (ModelError, DiskError):
-        raise
-    except Exception as error:  # as in open_base
-        raise _unloadable(file.name, str(file), error) from error
     finally:
         atomic.remove(staged)
     return folder
@@ -225,13 +216,17 @@ def _dtype(torch: Any, device: str, wanted: str | None) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Transformers' own progress bars off: they would stand among ours."""
+def _loading(transformers: Any, name: str, source: Path) -> Iterator[None]:
+    """Transformers' own progress bars off: they would stand among ours; whatever it raises is a ModelError."""
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file makes the libraries below raise errors of any kind
+        raise _unloadable(name, str(source), error) from error
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -1,7 +1,4 @@
-"""Losses and answers of a transformers model with an adapter's factors on its linear layers; the base is never copied.
-
-The update is added behind each adapted layer, y + (x Aᵀ)(s Bᵀ), by a hook; a swap replaces small tensors only.
-"""
+"""Losses and answers of a transformers model with an adapter's factors on its linear layers; the base is not copied."""
 
 from __future__ import annotations
 
@@ -15,10 +12,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..adapter import Adapter, BaseId, Factors, Matrix
+from ..adapter import Adapter, Matrix
 from ..backend import Loss, Pair
-from ..errors import ModelError, ShapeMismatch
+from ..errors import ModelError
 from ..tasks import Example, ExampleSet
+from .attachment import Attachment, out_of_memory
 from .base_model import BaseModel, fingerprint, libraries, open_base
 
 LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32
@@ -45,7 +43,6 @@ class HFBackend:
         self.batch = batch or (2048 if base.model.device.type == "cpu" else 16384)
         self.positions = {"tokens": 0, "padding": 0}
         """What the forward passes of `nll` saw so far: tokens, and padding beside them."""
-        self._linear = dict(base.model.named_modules())
         self._context = getattr(base.model.config, "max_position_embeddings", None) or math.inf
         end = self._encoded(base.template.end)
         self._written_end = base.template.end if len(end) > 1 else ""
@@ -54,8 +51,7 @@ class HFBackend:
         self._stops = sorted({*(end if len(end) == 1 else ()), *ends, base.tokenizer.eos_token_id} - {None})
         self.weights = fingerprint(base.model)
         """Identifies the base's weights: two files may bear one name."""
-        self._attached: Adapter | None = None
-        self._hooks: list[Any] = []
+        self._attachment = Attachment(base)
 
     @classmethod
     def open(cls, name: str | None = None, *, device: str | None = None, dtype: str | None = None) -> HFBackend:
@@ -67,6 +63,14 @@ class HFBackend:
         """Base, its weights, dtype and prompt rendering: what a loss depends on beside adapter and examples."""
         dtype = str(self.base.model.dtype).removeprefix("torch.")
         return f"{self.base.name} {self.weights} {dtype} {self.base.template.id}"
+
+    def fits(self, adapters: Mapping[str, Adapter]) -> None:
+        """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
+        self._attachment.fits(adapters)
+
+    def attach(self, adapter: Adapter | None) -> None:
+        """Put an adapter in place of the one before; None is the bare base. Raises ShapeMismatch, ModelError."""
+        self._attachment.attach(adapter)
 
     def fitting(self, examples: ExampleSet, longest: int | None = None) -> tuple[ExampleSet, int]:
         """The examples that fit with their answers into the context, or `longest` tokens, and how many do not."""
@@ -245,67 +249,6 @@ class HFBackend:
             means[members] = self._sparing(mean_states, [rows[i] for i in members])
         return means
 
-    # adapters ---------------------------------------------------------------------------------------------------
-
-    def fits(self, adapters: Mapping[str, Adapter]) -> None:
-        """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
-        alike: dict[str, list[str]] = {}
-        for name, adapter in adapters.items():
-            for fault in self._faults(adapter):
-                alike.setdefault(fault, []).append(name)
-        if alike:
-            faults = [f"{_first_of(names, 'adapters')}: {fault}" for fault, names in alike.items()]
-            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure="give the base they were trained on")
-        others = sorted({str(x.base) for x in adapters.values() if x.base.contradicts(BaseId(self.base.name))})
-        if others:
-            _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self.base.name, ", ".join(others))
-
-    def attach(self, adapter: Adapter | None) -> None:
-        """Put an adapter's factors behind the base's linear layers, in place of the one before; None is the bare base.
-
-        Raises ShapeMismatch, naming every module that the base lacks or has in another size.
-        """
-        if adapter is self._attached:
-            return
-        if adapter is not None and (faults := self._faults(adapter)):
-            cure = f"give the base model it was trained on ({adapter.base})"
-            raise ShapeMismatch(faults, where=f"base {self.base.name}", cure=cure)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._attached = [], None
-        if adapter is None:
-            return
-        added = {path: self._on_device(factors) for path, factors in adapter.modules.items()}  # all, or none is added
-        self._hooks = [self._linear[path].register_forward_hook(_added(a, b)) for path, (a, b) in added.items()]
-        self._attached = adapter
-
-    def _on_device(self, f: Factors) -> tuple[Any, Any]:
-        """Aᵀ and s Bᵀ where the base is. Raises ModelError where memory ends."""
-        kind = {"dtype": self.base.model.dtype, "device": self.base.model.device}
-        try:
-            a = self._torch.tensor(f.a).T.to(**kind)  # a copy: the file may be mapped read-only, and may go
-            return a, (self._torch.tensor(f.b).T * f.scale).to(**kind)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            cure = "free memory, or give a smaller base"
-            raise ModelError("out of memory for an adapter", where=self.base.name, cure=cure) from error
-
-    def _faults(self, adapter: Adapter) -> list[str]:
-        """What does not fit, modules of one name and one fault together."""
-        alike: dict[tuple[str, str], list[str]] = {}
-        for path, (dout, _, din) in adapter.shapes.items():
-            layer = self._linear.get(path)
-            there = None if layer is None else sizes(layer)
-            if there is None:
-                fault = "the base has no linear layer of this name"
-            elif there != (dout, din):
-                fault = f"ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}"
-            else:
-                continue
-            alike.setdefault((path.rpartition(".")[2], fault), []).append(path)
-        return [f"{_first_of(paths, 'layers')}: {fault}" for (_, fault), paths in alike.items()]
-
     # batches ----------------------------------------------------------------------------------------------------
 
     def _encoded(self, text: str) -> list[int]:
@@ -406,21 +349,6 @@ class HFBackend:
         )
 
 
-def _added(a: Any, b: Any) -> Any:
-    """A hook that adds (x a) b to a layer's output, a (din, r), b (r, dout)."""
-
-    def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-        x = inputs[0].reshape(-1, a.shape[0])
-        return output.view(-1, b.shape[1]).addmm_(x @ a, b).view(output.shape)
-
-    return hook
-
-
-def _first_of(names: Sequence[str], noun: str) -> str:
-    """The first name, and how many more there are."""
-    return names[0] + (f" and {len(names) - 1} more {noun}" if len(names) > 1 else "")
-
-
 @contextmanager
 def _head_at(model: Any, row: Any, column: Any) -> Iterator[None]:
     """The head sees only the positions (row, column): logits become (1, n, vocabulary), whatever the model does."""
@@ -433,17 +361,3 @@ def _head_at(model: Any, row: Any, column: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def sizes(layer: Any) -> tuple[int, int] | None:
-    """(dout, din) of a linear layer (torch's, quantised ones, GPT-2's Conv1D), None for any other."""
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return layer.out_features, layer.in_features
-    if type(layer).__name__ == "Conv1D":
-        return layer.weight.shape[1], layer.weight.shape[0]
-    return None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ended, on any device."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "not enough memory" in str(error)

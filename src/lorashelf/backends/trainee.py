@@ -20,8 +20,9 @@ from ..curriculum import Curriculum
 from ..errors import MissingExtra, ModelError, UsageError
 from ..peft_format import rounded
 from ..tasks import ExampleSet
+from .attachment import out_of_memory, sizes
 from .base_model import libraries
-from .hf import HFBackend, Tokens, out_of_memory, sizes
+from .hf import HFBackend, Tokens
 
 LARGEST_GRADIENT = 1.0  # its norm is clipped to this
 _NAME = "default"  # PEFT's name of the only adapter

@@ -15,6 +15,7 @@ from ..clustering import Searched, cluster_by_loss, drawn
 from ..d2c import Accept
 from ..errors import DiskError, ModelError, ShelfError, UnknownName, UsageError
 from ..flow import plan_cluster, together
+from ..journal import sole
 from ..partition import PARTITIONERS
 from ..recipe import Settings, new_settings
 from ..shelf import Shelf
@@ -184,24 +185,16 @@ def _searched(
 @contextlib.contextmanager
 def _alone(journal: Path) -> Iterator[None]:
     """The journal is this search's alone; who interrupts is told that it stays. Raises UsageError, DiskError."""
-    import filelock  # here: only a search needs it
-
-    lock = filelock.FileLock(f"{journal}.lock", timeout=0)
-    with atomic.refusals(Path(lock.lock_file)):
+    lock, cure = journal.with_name(journal.name + ".lock"), "wait until it is done, or name another --journal"
+    with sole(lock, "another search writes into this journal", journal, cure):
         try:
-            lock.acquire()
-        except filelock.Timeout as error:
-            cure = "wait until it is done, or name another --journal"
-            raise UsageError("another search writes into this journal", where=str(journal), cure=cure) from error
-    try:
-        yield
-    except (ModelError, DiskError, KeyboardInterrupt):
-        if journal.exists():
-            note(f"the losses measured so far are kept in {journal}: the same command goes on from there")
-        raise
-    finally:
-        atomic.remove(Path(lock.lock_file))  # before it is released: whoever comes then makes one of his own
-        lock.release()
+            yield
+        except (ModelError, DiskError, KeyboardInterrupt):
+            if journal.exists():
+                note(f"the losses measured so far are kept in {journal}: the same command goes on from there")
+            raise
+        finally:
+            atomic.remove(lock)  # before it is released: whoever comes then makes one of his own
 
 
 def _clustered(document: dict[str, Any]) -> list[Any]:

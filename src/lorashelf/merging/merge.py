@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -64,7 +65,7 @@ def merge_measured(
     paths = union(xs)
 
     def merged(path: str) -> tuple[Factors, float, float]:
-        present = [i for i, x in enumerate(xs) if path in x.shapes]
+        present = [i for i, x in enumerate(xs) if path in x.modules]
         fs, share = [xs[i].modules[path] for i in present], [ws[i] for i in present]
         if len(xs) == 1:
             cap, found = rank, (replace(fs[0], scale=fs[0].scale * ws[0]), 0.0, 0.0)
@@ -74,10 +75,10 @@ def merge_measured(
         return truncate(found[0], cap) if cap is not None and found[0].shape.rank > cap else found
 
     # Averages wait for memory, small modules for Python: threads help neither.
-    largest = max(
-        (sum(s.rank * (s.dout + s.din) for x in xs if (s := x.shapes.get(path))) for path in paths), default=0
-    )
-    workers = WORKERS if chosen.average is None and largest >= _LARGE else 1
+    values = Counter[str]()
+    for x in xs:
+        values.update({path: s.rank * (s.dout + s.din) for path, s in x.shapes.items()})
+    workers = WORKERS if chosen.average is None and max(values.values(), default=0) >= _LARGE else 1
     modules: dict[str, Factors] = {}
     dropped = kept = 0.0
     with contextlib.closing(each(merged, paths, workers)) as results:

@@ -1,0 +1,112 @@
+"""An adapter on a base's linear layers: y + (x Aᵀ)(s Bᵀ) by a hook behind each; the base is never changed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..adapter import Adapter, BaseId, Factors
+from ..errors import ModelError, ShapeMismatch
+from .base_model import BaseModel, libraries
+
+_logger = logging.getLogger("lorashelf")
+
+
+class Attachment:
+    """The one place of a base model where an adapter is, or none; a swap replaces small tensors only."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._torch, _ = libraries()
+        self._base = base
+        self._layers = dict(base.model.named_modules())
+        self._attached: Adapter | None = None
+        self._hooks: list[Any] = []
+
+    def fits(self, adapters: Mapping[str, Adapter]) -> None:
+        """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
+        alike: dict[str, list[str]] = {}
+        for name, adapter in adapters.items():
+            for fault in self._faults(adapter):
+                alike.setdefault(fault, []).append(name)
+        if alike:
+            faults = [f"{_first_of(names, 'adapters')}: {fault}" for fault, names in alike.items()]
+            raise ShapeMismatch(faults, where=f"base {self._base.name}", cure="give the base they were trained on")
+        others = sorted({str(x.base) for x in adapters.values() if x.base.contradicts(BaseId(self._base.name))})
+        if others:
+            _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self._base.name, ", ".join(others))
+
+    def attach(self, adapter: Adapter | None) -> None:
+        """Put an adapter's factors behind the base's linear layers, in place of the one before; None is the bare base.
+
+        Raises ShapeMismatch, naming every module that the base lacks or has in another size.
+        """
+        if adapter is self._attached:
+            return
+        if adapter is not None and (faults := self._faults(adapter)):
+            cure = f"give the base model it was trained on ({adapter.base})"
+            raise ShapeMismatch(faults, where=f"base {self._base.name}", cure=cure)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._attached = [], None
+        if adapter is None:
+            return
+        added = {path: self._on_device(factors) for path, factors in adapter.modules.items()}  # all, or none is added
+        self._hooks = [self._layers[path].register_forward_hook(_added(a, b)) for path, (a, b) in added.items()]
+        self._attached = adapter
+
+    def _on_device(self, f: Factors) -> tuple[Any, Any]:
+        """Aᵀ and s Bᵀ where the base is. Raises ModelError where memory ends."""
+        kind = {"dtype": self._base.model.dtype, "device": self._base.model.device}
+        try:
+            a = self._torch.tensor(f.a).T.to(**kind)  # a copy: the file may be mapped read-only, and may go
+            return a, (self._torch.tensor(f.b).T * f.scale).to(**kind)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            cure = "free memory, or give a smaller base"
+            raise ModelError("out of memory for an adapter", where=self._base.name, cure=cure) from error
+
+    def _faults(self, adapter: Adapter) -> list[str]:
+        """What does not fit, modules of one name and one fault together."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for path, (dout, _, din) in adapter.shapes.items():
+            layer = self._layers.get(path)
+            there = None if layer is None else sizes(layer)
+            if there is None:
+                fault = "the base has no linear layer of this name"
+            elif there != (dout, din):
+                fault = f"ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}"
+            else:
+                continue
+            alike.setdefault((path.rpartition(".")[2], fault), []).append(path)
+        return [f"{_first_of(paths, 'layers')}: {fault}" for (_, fault), paths in alike.items()]
+
+
+def _added(a: Any, b: Any) -> Any:
+    """A hook that adds (x a) b to a layer's output, a (din, r), b (r, dout)."""
+
+    def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        x = inputs[0].reshape(-1, a.shape[0])
+        return output.view(-1, b.shape[1]).addmm_(x @ a, b).view(output.shape)
+
+    return hook
+
+
+def _first_of(names: Sequence[str], noun: str) -> str:
+    """The first name, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more {noun}" if len(names) > 1 else "")
+
+
+def sizes(layer: Any) -> tuple[int, int] | None:
+    """(dout, din) of a linear layer (torch's, quantised ones, GPT-2's Conv1D), None for any other."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return layer.out_features, layer.in_features
+    if type(layer).__name__ == "Conv1D":
+        return layer.weight.shape[1], layer.weight.shape[0]
+    return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ended, on any device."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "not enough memory" in str(error)

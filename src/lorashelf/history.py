@@ -1,0 +1,91 @@
+"""log.jsonl: a line for every state that is not kept any more. History only, under no hash; docs/format.md."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import atomic
+from .digest import canonical_json, is_digest
+from .errors import CorruptShelf
+from .manifest import Manifest
+
+FILE = "log.jsonl"
+_TOLD = ("operation", "task", "decision", "slot", "to", "time", "version")
+
+
+class History:
+    """The log in a shelf's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+
+    def check(self) -> None:
+        """Raise CorruptShelf unless lines can be appended."""
+        atomic.no_links(self.path)
+        if self.path.exists() and not self.path.is_file():
+            raise CorruptShelf(f"{FILE} is not a file", where=str(self.path), cure="move it away")
+
+    def append(self, states: Iterable[tuple[str, Manifest]]) -> None:
+        """A line for each (id, manifest). A line that a crash tore is no history, its manifest is still there: it is
+        cut off. Raises CorruptShelf, DiskError.
+        """
+        atomic.no_links(self.path)
+        added = b"".join(line(identity, manifest) for identity, manifest in states)
+        atomic.append(self.path, added, keep=self._whole())
+
+    def size(self, appended: bool) -> int:
+        """Bytes; once lines are `appended`, without what a crash tore off."""
+        if not self.path.exists():
+            return 0
+        return self._whole() if appended else self.path.lstat().st_size
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The lines as documents, oldest first. Raises CorruptShelf for what is no entry, OSError."""
+        if not self.path.exists():
+            return []
+        atomic.no_links(self.path)
+        data = self.path.read_bytes()
+        found = []
+        for number, text in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+            try:
+                told = json.loads(text)
+            except (ValueError, RecursionError):
+                told = None
+            if not isinstance(told, dict) or not is_digest(told.get("id")) or type(told.get("sequence")) is not int:
+                cure = "delete this line; the log is history only"
+                raise CorruptShelf(f"line {number} of {FILE} is no log entry", where=str(self.path), cure=cure)
+            found.append(told)
+        return found
+
+    def problems(self, kept: Mapping[str, Manifest]) -> Iterator[str]:
+        """What shows that lines were taken out or altered: states 0 to the newest kept must be there, each once.
+
+        Raises as `entries`.
+        """
+        found = {told["id"]: told["sequence"] for told in self.entries()}
+        found |= {identity: manifest.sequence for identity, manifest in kept.items()}
+        counts, head = Counter(found.values()), max(manifest.sequence for manifest in kept.values())
+        lacking = next((number for number in range(head + 1) if number not in counts), None)
+        if lacking is not None:
+            yield f"{FILE}: the line of sequence {lacking} is missing"
+        for number in sorted(number for number, count in counts.items() if count > 1 or not 0 <= number <= head):
+            yield f"{FILE}: sequence {number} cannot be, or stands in lines of several states"
+
+    def _whole(self) -> int:
+        """Where the last whole line ends."""
+        return self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0
+
+
+def entry(identity: str, manifest: Manifest) -> dict[str, Any]:
+    """What the log keeps of a manifest: its id and its cause, without scores."""
+    cause = {name: value for name, value in manifest.cause.items() if name in _TOLD}
+    return {"id": identity, "sequence": manifest.sequence, **cause}
+
+
+def line(identity: str, manifest: Manifest) -> bytes:
+    """One line of the log."""
+    return canonical_json(entry(identity, manifest)) + b"\n"
