@@ -71,6 +71,7 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
 FACES = {"", "__main__"}  # the package itself and its runner see everything
 LATE = {  # import inside a function → why
     ("atomic", "fcntl"): "macOS only",
+    ("adapter", "ml_dtypes"): "a tenth of the start, which only bf16 needs",
     ("errors", "difflib"): "only when an error is raised",
     ("parallel", "concurrent.futures"): "with logging a tenth of the start, which readers never need",
     ("parallel", "threadpoolctl"): "likewise",
@@ -92,6 +93,7 @@ LATE = {  # import inside a function → why
     ("backends.base_model", "transformers"): "extra `llm`",
     ("backends.base_model", "huggingface_hub"): "extra `llm`",
     ("backends.trainee", "peft"): "extra `llm`",
+    ("cli.shelves", "tasks"): "only with --task-file",
     ("cli.arguments", "huggingface_hub"): "extra `llm`",
     ("cli.clustering", "backends.hf"): "only with --method d2c",
     ("cli.demo", "cli.demo_model"): "only without --no-llm",

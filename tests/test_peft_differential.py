@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from factory import SHAPES, dense, make_adapter
 from lorashelf import METHODS, Adapter, Factors, Modules, combine, compress, merge, read_adapter, write_adapter
-from lorashelf.adapter import DTYPES
+from lorashelf.adapter import WIDTHS, numpy_dtype
 from lorashelf.errors import AdapterFormatError, UsageError
 from lorashelf.merging import unmerge
 from lorashelf.merging.merge import _masks
@@ -219,7 +219,7 @@ def rounded(x: Adapter, dtype: str) -> Deltas:
     """ΔW of the factors rounded to a dtype."""
 
     def stored(side: np.ndarray) -> np.ndarray:
-        return side.astype(DTYPES[dtype]).astype(np.float32)
+        return side.astype(numpy_dtype(dtype)).astype(np.float32)
 
     return dense(x.with_factors({p: Factors(stored(f.a), stored(f.b), f.scale) for p, f in x.modules.items()}))
 
@@ -234,7 +234,7 @@ WRITTEN: dict[str, Adapter] = {
 }
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("dtype", list(WIDTHS))
 @pytest.mark.parametrize("adapter", WRITTEN.values(), ids=list(WRITTEN))
 def test_an_adapter_that_we_write_loads_in_peft_as_the_same_update(
     adapter: Adapter, dtype: str, tmp_path: Path

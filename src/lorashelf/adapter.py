@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,9 +15,19 @@ from .digest import canonical_json, digest
 from .errors import BaseMismatch, ShapeMismatch
 
 Matrix = NDArray[np.float32]
-DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
-    {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype(ml_dtypes.bfloat16)}
-)
+WIDTHS: Mapping[str, int] = MappingProxyType({"f32": 4, "f16": 2, "bf16": 2})
+"""Storage dtype → bytes a value."""
+
+
+@cache
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """A storage dtype as NumPy's, little-endian."""
+    if dtype != "bf16":
+        return np.dtype(f"<f{WIDTHS[dtype]}")
+    import ml_dtypes
+
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
 
 
 def wider(dtypes: list[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .adapter import DTYPES
+from .adapter import WIDTHS
 from .errors import UsageError
 
 PAPERS = "r 32, alpha 128, rate 5e-5, one epoch over thousands of examples"
@@ -59,8 +59,8 @@ class TrainSettings:
                 faults.append(f"{name} is {value}, not a positive number")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout is {self.dropout}, not in [0, 1)")
-        if self.dtype not in DTYPES:
-            faults.append(f"dtype is {self.dtype!r}, not one of {', '.join(DTYPES)}")
+        if self.dtype not in WIDTHS:
+            faults.append(f"dtype is {self.dtype!r}, not one of {', '.join(WIDTHS)}")
         if self.steps is not None and self.epochs is not None:
             faults.append("steps and epochs are both given: one says how long")
         if faults:

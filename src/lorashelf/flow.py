@@ -5,12 +5,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import content, partition, policy
 from .adapter import Adapter, BaseId, refuse
 from .content import Content
-from .d2c import Found
 from .errors import NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, problem_type, task_name
 from .parallel import beside
@@ -19,6 +18,9 @@ from .recipe import Recipe, Settings
 from .similarity import similarity
 from .snapshot import Snapshot, check_budget
 from .version import VERSION
+
+if TYPE_CHECKING:
+    from .d2c import Found
 
 MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold
 

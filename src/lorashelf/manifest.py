@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .adapter import DTYPES, Adapter, BaseId
+from .adapter import WIDTHS, Adapter, BaseId
 from .digest import canonical_json, digest, is_digest
 from .errors import CorruptShelf, NewerFormat, TaskNameError
 from .recipe import FORMAT
@@ -161,7 +161,7 @@ def _check_types(document: dict[str, Any]) -> None:
         and (base is None or (type(base["name"]) is str and isinstance(base["revision"], str | None)))
         and all(type(number) is int and number >= 0 for number in ids)
         and len(set(ids)) == len(ids)
-        and all(is_digest(slot["object"]) and slot["encoding"] == "peft" and slot["dtype"] in DTYPES for slot in slots)
+        and all(is_digest(slot["object"]) and slot["encoding"] == "peft" and slot["dtype"] in WIDTHS for slot in slots)
         and all(type(slot[name]) is int and slot[name] > 0 for slot in slots for name in ("rank", "bytes"))
         and all(type(slot[name]) is list for slot in slots for name in ("members", "merged"))
         and all(_number(slot["error"]) and _number(slot["restored"]) and slot["restored"] > 0 for slot in slots)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import atomic
-from .adapter import DTYPES, Adapter, BaseId, Factors, Matrix, Modules, Shape, Stack
+from .adapter import WIDTHS, Adapter, BaseId, Factors, Matrix, Modules, Shape, Stack, numpy_dtype
 from .digest import digest
 from .errors import AdapterFormatError, UsageError
 from .parallel import beside
@@ -167,7 +167,7 @@ def rounded(adapter: Adapter) -> Adapter:
 
 def _stored(values: Matrix, dtype: str, name: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(values, dtype=DTYPES[dtype])
+        stored = np.ascontiguousarray(values, dtype=numpy_dtype(dtype))
     if not np.isfinite(stored).all():
         largest = float(np.abs(values).max())
         raise AdapterFormatError(
@@ -185,7 +185,7 @@ def encode(adapter: Adapter) -> Encoded:
         described.append((f"base_model.model.{path}.lora_B.weight", dtype, (dout, rank)))
     header = encode_header(described)
     config = (json.dumps(written_config(adapter), indent=2, ensure_ascii=False) + "\n").encode()
-    values = adapter.parameters * DTYPES[adapter.dtype].itemsize
+    values = adapter.parameters * WIDTHS[adapter.dtype]
     return Encoded(adapter, config, header, len(config) + len(header) + values)
 
 

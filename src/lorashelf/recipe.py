@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .adapter import DTYPES, BaseId
+from .adapter import WIDTHS, BaseId
 from .errors import LorashelfError, NewerFormat, ShelfConfigError, UsageError
 from .merging import METHODS
 from .policy import POLICIES
@@ -203,8 +203,8 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
     for name, value in (("dtype", recipe.dtype), ("policy", recipe.policy), ("merge", recipe.merge)):
         if not isinstance(value, str) and not (name == "dtype" and value is None):
             faults.append((name, f"{name} is {value!r}, not a name"))
-    if isinstance(recipe.dtype, str) and recipe.dtype not in DTYPES:
-        faults.append(("dtype", f"dtype is {recipe.dtype!r}; choose from {', '.join(DTYPES)}"))
+    if isinstance(recipe.dtype, str) and recipe.dtype not in WIDTHS:
+        faults.append(("dtype", f"dtype is {recipe.dtype!r}; choose from {', '.join(WIDTHS)}"))
     number = isinstance(recipe.threshold, int | float) and type(recipe.threshold) is not bool
     if recipe.threshold != "auto" and not (number and abs(recipe.threshold) <= 1):  # type: ignore[arg-type]
         faults.append(("threshold", f"threshold is {recipe.threshold!r}; a number from -1 to 1, or 'auto'"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .adapter import DTYPES
+from .adapter import WIDTHS
 from .errors import CorruptShelf
 from .flow import located
 from .manifest import Slot
@@ -55,7 +55,7 @@ def _apart(snapshot: Snapshot) -> dict[str, int]:
     """
     apart: dict[str, int] = {}
     for slot in snapshot.manifest.slots:
-        width = DTYPES[slot.dtype].itemsize
+        width = WIDTHS[slot.dtype]
         try:
             beside = slot.bytes - snapshot.adapter(slot).parameters * width
         except CorruptShelf:  # a damaged shelf is listed all the same

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .adapter import DTYPES, Adapter
+from .adapter import WIDTHS, Adapter
 from .atomic import no_links, refusals
 from .errors import AdapterFormatError, CorruptShelf, OverBudget
 from .history import FILE as LOG
@@ -136,7 +136,7 @@ def check_budget(snapshot: Snapshot, plan: Plan) -> None:
 def _what_fits(plan: Plan, excess: int) -> str:
     """The largest rank at which the planned objects would fit; headers and configs do not shrink with the rank."""
     planned = {slot.slot: slot.bytes for slot in plan.manifest.slots}
-    values = sum(x.parameters * DTYPES[x.dtype].itemsize for x in plan.writes.values())
+    values = sum(x.parameters * WIDTHS[x.dtype] for x in plan.writes.values())
     fixed = sum(planned[slot] for slot in plan.writes) - values
     rank = max((x.rank for x in plan.writes.values()), default=0)
     fits = int((values - excess) * rank / values) if values else 0

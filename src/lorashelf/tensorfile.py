@@ -15,21 +15,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from .adapter import numpy_dtype
 from .errors import AdapterFormatError
 
 MAX_HEADER = 100 * 2**20  # bytes; safetensors' own cap
 STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
 _WIDTHS = {dtype: width for width, dtypes in _SIZES.items() for dtype in dtypes.split()}
-_NUMPY: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +58,9 @@ class TensorFile(Mapping[str, Entry]):
         """The tensor as stored (f32, f16 or bf16), a view of the mapped file."""
         entry = self._entries[name]
         count = math.prod(entry.shape)
-        flat = np.frombuffer(self._map, dtype=_NUMPY[entry.dtype], count=count, offset=self._offset + entry.start)
+        flat = np.frombuffer(
+            self._map, dtype=numpy_dtype(STORED[entry.dtype]), count=count, offset=self._offset + entry.start
+        )
         return flat.reshape(entry.shape)
 
     def stack(self, names: Sequence[str]) -> NDArray[Any]:

@@ -18,7 +18,6 @@ from ..peft_format import read_adapter
 from ..recipe import new_settings
 from ..shelf import Shelf
 from ..snapshot import Snapshot
-from ..tasks import fields_for
 from . import arguments as arg
 from .output import note, progress, score, show, size, table
 
@@ -273,7 +272,11 @@ def _planned(
     name, path = arg.adapter_path(text, task)
     adapter = read_adapter(path)
     note_unknown_base({name: adapter})
-    details = fields_for(task_file, name) if task_file else {}
+    details: Mapping[str, Any] = {}
+    if task_file:
+        from ..tasks import fields_for
+
+        details = fields_for(task_file, name)
     plan = plan_add(snapshot, adapter, name, type=kind, details=details, assume_base=assume_base)
     if plan.report["decision"] == "fold":
         averaged = "folded" if plan.report["merged"] else "already averaged in, so only routed"
