@@ -267,6 +267,7 @@ CHECKS = [
             "a damaged object: what is taken apart": ("snapshot.check_bytes(slot)\n    return", "return"),
         },
     ),
+    *checks("snapshot.py", SHELF, "verify", {"a changed byte of an object": ("if found != slot.object:", OFF)}),
     *checks("snapshot.py", SHELF, "link", {"a link for an object": (LINK, "pass")}),
     *checks(
         "shelf.py",
@@ -304,10 +305,24 @@ CHECKS = [
             "HEAD is no text": ("except (OSError, UnicodeDecodeError) as error:", "except OSError as error:"),
             "slots below what is filled": ("if settings.budget.slots < need:", OFF),
             "a base that contradicts the content": ("if settings.base and stored", "if False and stored"),
-            "a changed byte of an object": ("if found != slot.object:", OFF),
             "undo to an object that is gone": ("if not snapshot.slot_path(slot).is_dir():", OFF),
             "undo to a state that several mean": ("if len(found) > 1:", OFF),
             "a path that is in use": ("if path.exists() and (not path.is_dir() or any(path.iterdir())):", OFF),
+        },
+    ),
+    *checks(
+        "manifest.py",
+        "tests/test_format.py",
+        "energies",
+        {"energies that cannot be": ("if _packed(values) != text or not all(", "if not all(")},
+    ),
+    *checks(
+        "snapshot.py",
+        "tests/test_format.py",
+        "energies",
+        {
+            "energies of other values": ("if slot.energies and not (known", "if False and not (known"),
+            "energies of other modules": ("if len(slot.energies) == len(adapter.modules):", "if slot.energies:"),
         },
     ),
     *checks("cli/shelves.py", SHELF, "verify", {"verify ends with 4": ("if problems:", OFF)}),

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from factory import make_adapter
+from factory import dense, make_adapter
 from lorashelf import Adapter, BaseId, Factors, Manifest, Modules, Shelf, new_settings, plan_add, plan_remove
+from lorashelf.digest import canonical_json
 from lorashelf.errors import CorruptShelf
+from lorashelf.manifest import manifest_id
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
+
+
+def packed(values: Sequence[float]) -> str:
+    return base64.b64encode(np.array(values, "<f8").tobytes()).decode()
+
+
+def unpacked(text: str) -> list[float]:
+    return [float(value) for value in np.frombuffer(base64.b64decode(text), "<f8")]
 
 
 def clock() -> datetime:
@@ -89,3 +103,71 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         for name, text in actual(golden_shelf(Path(folder) / "golden.shelf")).items():
             print(f"<!-- golden: {name} -->\n```\n{text}```\n")
+
+
+def filled(path: Path) -> Shelf:
+    shelf = Shelf.create(path, new_settings(2, policy="kmerge"), clock)
+    for i, task in enumerate(("a", "b", "c")):
+        shelf.commit(plan_add(shelf.snapshot(), make_adapter(i, dtype="f16"), task))
+    return shelf
+
+
+def rewritten(shelf: Shelf, change: Callable[[dict[str, Any]], None]) -> None:
+    """The head's manifest changed, under its new id."""
+    document = json.loads(shelf.snapshot().manifest.encode())
+    for slot in document["slots"]:
+        change(slot)
+    data = canonical_json(document)
+    (shelf.path / "manifests" / f"{manifest_id(data)}.json").write_bytes(data)
+    (shelf.path / "HEAD").write_text(f"{manifest_id(data)}\n")
+
+
+def test_energies_are_those_of_the_bytes_stored(tmp_path: Path) -> None:
+    snapshot = filled(tmp_path / "s").snapshot()
+    for slot in snapshot.manifest.slots:
+        exact = [
+            float(np.sum(np.square(w, dtype=np.float64))) for _, w in sorted(dense(snapshot.adapter(slot)).items())
+        ]
+        assert slot.energies == pytest.approx(exact, rel=1e-6)
+        assert "energies" not in slot.document()  # answers are for people and programs, not for the next fold
+
+
+def test_a_shelf_without_energies_goes_on_and_gets_them_where_it_writes(tmp_path: Path) -> None:
+    shelf, arriving = filled(tmp_path / "s"), make_adapter(9, dtype="f16")
+    expected = plan_add(shelf.snapshot(), arriving, "new").report
+    rewritten(shelf, lambda slot: slot.pop("energies"))
+    plan = plan_add(shelf.snapshot(), arriving, "new")
+    assert plan.report["scores"] == pytest.approx(expected["scores"], abs=1e-7)
+    assert shelf.verify() == []
+    shelf.commit(plan)
+    assert {bool(slot.energies) for slot in shelf.snapshot().manifest.slots} == {True, False}
+
+
+def test_the_next_fold_takes_energies_from_the_manifest(tmp_path: Path) -> None:
+    shelf, arriving = filled(tmp_path / "s"), make_adapter(9, dtype="f16")
+    scores = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
+    rewritten(shelf, lambda slot: slot.update(energies=packed([4 * value for value in unpacked(slot["energies"])])))
+    halved = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
+    assert halved == pytest.approx({slot: score / 2 for slot, score in scores.items()}, abs=1e-7)
+    assert shelf.verify() == [
+        f"slot {slot.slot}: the manifest's energies are not those of objects/{slot.object}"
+        for slot in shelf.snapshot().manifest.slots
+    ]
+
+
+def test_energies_of_another_number_of_modules_are_passed_over_and_seen_by_verify(tmp_path: Path) -> None:
+    shelf, arriving = filled(tmp_path / "s"), make_adapter(9, dtype="f16")
+    scores = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
+    rewritten(shelf, lambda slot: slot.update(energies=packed(unpacked(slot["energies"])[1:])))
+    assert plan_add(shelf.snapshot(), arriving, "new").report["scores"] == pytest.approx(scores, abs=1e-7)
+    assert len(shelf.verify()) == 2
+
+
+@pytest.mark.parametrize(
+    "energies", ["AAAA", "%%%", "AAAAAABAM0A", "é", 3, None, packed([-1.0]), packed([float("nan")]), packed([np.inf])]
+)
+def test_energies_that_cannot_be_are_refused(tmp_path: Path, energies: Any) -> None:
+    shelf = filled(tmp_path / "s")
+    rewritten(shelf, lambda slot: slot.update(energies=energies))
+    with pytest.raises(CorruptShelf, match="manifest cannot be read"):
+        shelf.snapshot()

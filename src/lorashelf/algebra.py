@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,15 @@ def inner(x: Adapter, y: Adapter) -> float:
 def norm(x: Adapter) -> float:
     """The Frobenius norm √Σ_m ‖ΔW_m‖²; float64."""
     return math.sqrt(sum(each(lambda paths: float(squares(x.modules.stack(paths), np.float64).sum()), runs([x]))))
+
+
+def energies(x: Adapter) -> Mapping[str, float]:
+    """‖ΔW_m‖² of every module by its path, by float32 products (see `products`): found once, kept with the modules."""
+    if x.modules.energies is None:
+        parts = runs([x])
+        found = each(lambda paths: squares(x.modules.stack(paths), np.float32).tolist(), parts)
+        x.modules.energies = dict(sorted(zip(chain(*parts), chain(*found), strict=True)))
+    return x.modules.energies
 
 
 def _energy(f: Factors) -> float:
@@ -102,7 +112,7 @@ def row(
 ) -> tuple[Square, Vector, Square]:
     """⟨ΔW, ΔW'_j⟩ (n, m), ‖ΔW‖² (n,) and ‖ΔW'_j‖² (n, m) of n modules that `runs` put together; float64.
 
-    What `products` gives for one adapter against many, each of them read once.
+    What `products` gives for one adapter against many, each of them read once; energies that are known are taken.
     """
     inner, squared = np.zeros((len(paths), len(ys))), np.zeros((len(paths), len(ys)))
     f = x.modules.stack(paths) if paths[0] in x.modules else None
@@ -110,10 +120,18 @@ def row(
     for j, y in enumerate(ys):
         if paths[0] in y.modules:
             g = y.modules.stack(paths)
-            squared[:, j] = squares(g, dtype)
+            squared[:, j] = _squares(y, paths, g, dtype)
             if f is not None and a_t is not None:
                 inner[:, j] = _inners(f, a_t, g, dtype)
-    return inner, np.zeros(len(paths)) if f is None else squares(f, dtype), squared
+    return inner, np.zeros(len(paths)) if f is None else _squares(x, paths, f, dtype), squared
+
+
+def _squares(x: Adapter, paths: Sequence[str], f: Stack, dtype: type[np.floating[Any]]) -> Vector:
+    """`squares`, or what is known of them."""
+    known = x.modules.energies
+    if known is None or dtype is not np.float32:
+        return squares(f, dtype)
+    return np.array([known[path] for path in paths])
 
 
 def runs(xs: Sequence[Adapter]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from .adapter import Adapter, BaseId, Factors, wider
-from .algebra import compress, norm
+from .algebra import compress, energies, norm
 from .errors import AdapterFormatError, NotReversible
 from .manifest import PENDING, Merged, Slot
 from .merging import METHODS, merge_measured, unmerge
@@ -45,6 +46,7 @@ class Content:
             average=self.average,
             restored=self.restored,
             worn=self.worn,
+            energies=tuple(energies(self.adapter).values()),
         )
 
     @property
@@ -55,7 +57,7 @@ class Content:
 
 def entry(task: str, kind: str, adapter: Adapter) -> Merged:
     """The record of an adapter that is to be stored. Raises AdapterFormatError if ΔW is absurdly large."""
-    size = norm(adapter)
+    size = math.sqrt(sum(energies(adapter).values()))
     if size > LARGEST_NORM:
         raise AdapterFormatError(
             [f"{task}: ‖ΔW‖ is {size:.1e}"], cure="no trained adapter is that large: train it again"

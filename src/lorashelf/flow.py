@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import content, partition, policy
 from .adapter import Adapter, BaseId, refuse
+from .algebra import energies
 from .content import Content
 from .errors import NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, problem_type, task_name
@@ -49,6 +50,7 @@ def plan_add(
     with beside(lambda: adapter.digest):  # asked for below
         held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
         base = _agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
+        energies(adapter)  # likewise
         values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
     same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
@@ -107,7 +109,9 @@ def _folded(snapshot: Snapshot, decision: Fold, adapter: Adapter, record: Merged
     with beside(lambda: snapshot.check_bytes(*slots)) as checked:
         try:
             sources = [_content(snapshot, slot) for slot in slots]
-            return content.fold(sources, adapter, record, snapshot.settings.recipe, decision.average)
+            new = content.fold(sources, adapter, record, snapshot.settings.recipe, decision.average)
+            energies(new.adapter)  # asked for below
+            return new
         finally:
             checked.result()
 

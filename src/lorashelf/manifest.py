@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 import unicodedata
-from collections.abc import Mapping
+from binascii import a2b_base64, b2a_base64
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -51,11 +54,18 @@ class Slot:
     encoding: str = "peft"
     worn: int = 0
     """How many roundings the content has seen beyond those of folding `merged`: two for every adapter taken out."""
+    energies: tuple[float, ...] = ()
+    """‖ΔW‖² of every module of the object, in the order of their paths; empty where an older build wrote it."""
 
     def document(self) -> dict[str, Any]:
-        """As in a manifest and in every JSON answer; `worn` only where it is not 0."""
+        """As in every JSON answer: without energies, and `worn` only where it is not 0."""
         document = asdict(self) | {"merged": [asdict(entry) for entry in self.merged], "members": list(self.members)}
+        del document["energies"]
         return document if self.worn else {key: value for key, value in document.items() if key != "worn"}
+
+    def stored(self) -> dict[str, Any]:
+        """As in a manifest."""
+        return self.document() | ({"energies": _packed(self.energies)} if self.energies else {})
 
     @property
     def digests(self) -> frozenset[str]:
@@ -90,7 +100,7 @@ class Manifest:
             "base": None if self.base is None else {"name": self.base.name, "revision": self.base.revision},
             "recipe": dict(self.recipe),
             "budget": dict(self.budget),
-            "slots": [slot.document() for slot in self.slots],
+            "slots": [slot.stored() for slot in self.slots],
             "tasks": {name: dict(value) for name, value in self.tasks.items()},
             "arrived": self.arrived,
             "scores": list(self.scores),
@@ -183,7 +193,21 @@ def _number(value: Any) -> bool:
 
 def _slot(document: dict[str, Any]) -> Slot:
     merged = tuple(Merged(**entry) for entry in document["merged"])
-    return Slot(**{**document, "merged": merged, "members": tuple(document["members"])})
+    energies = _unpacked(document.get("energies", ""))
+    return Slot(**{**document, "merged": merged, "members": tuple(document["members"]), "energies": energies})
+
+
+def _packed(values: Sequence[float]) -> str:
+    """float64, little-endian, in base64."""
+    return b2a_base64(struct.pack(f"<{len(values)}d", *values), newline=False).decode()
+
+
+def _unpacked(text: str) -> tuple[float, ...]:
+    data = a2b_base64(text)
+    values = struct.unpack(f"<{len(data) // 8}d", data[: len(data) // 8 * 8])
+    if _packed(values) != text or not all(0 <= value < math.inf for value in values):
+        raise ValueError("energies are not what lorashelf writes")
+    return values
 
 
 def manifest_id(data: bytes) -> str:

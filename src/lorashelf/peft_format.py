@@ -162,7 +162,7 @@ def rounded(adapter: Adapter) -> Adapter:
             for half, values in (("A", f.a), ("B", f.b))
         )
         modules[path] = Factors(a, b, f.scale)
-    return adapter.with_factors(modules)
+    return adapter if adapter.dtype == "f32" else adapter.with_factors(modules)
 
 
 def _stored(values: Matrix, dtype: str, name: str) -> NDArray[Any]:

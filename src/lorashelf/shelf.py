@@ -29,8 +29,8 @@ from .errors import (
     UnknownName,
     UsageError,
 )
-from .manifest import PENDING, PENDING_TIME, Manifest, Plan, Slot, manifest_id
-from .peft_format import CONFIG_FILE, TENSOR_FILE, object_digest, write_files
+from .manifest import PENDING, PENDING_TIME, Manifest, Plan, manifest_id
+from .peft_format import write_files
 from .recipe import Settings
 from .snapshot import Snapshot, check_budget
 from .version import VERSION
@@ -158,7 +158,7 @@ class Shelf:
             for slot in manifest.slots:
                 if slot.object not in checked:
                     checked.add(slot.object)
-                    problems += self._object_problems(snapshot, slot)
+                    problems += snapshot.problems(slot)
         try:
             with atomic.refusals(self.path, "read"):
                 problems += self._history.problems({snapshot.head: snapshot.manifest, **snapshot.ancestors})
@@ -367,22 +367,6 @@ class Shelf:
                 atomic.remove(path)
                 gone.append(f"objects/{path.name}")
         return gone
-
-    def _object_problems(self, snapshot: Snapshot, slot: Slot) -> list[str]:
-        try:
-            path = snapshot.slot_path(slot)
-            found = object_digest(path)
-            if found != slot.object:
-                return [f"slot {slot.slot}: the bytes of objects/{slot.object} have changed"]
-            snapshot.adapter(slot)
-            size = sum((path / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
-            if size != slot.bytes:
-                return [f"slot {slot.slot}: objects/{slot.object} has {size} bytes, the manifest says {slot.bytes}"]
-        except OSError as error:
-            return [f"slot {slot.slot}: objects/{slot.object}: {error.strerror}"]
-        except ShelfError as error:
-            return [f"slot {slot.slot}: {error.what}"]
-        return []
 
 
 def _find(snapshot: Snapshot, prefix: str) -> str:

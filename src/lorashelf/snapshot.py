@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .adapter import WIDTHS, Adapter
+from .algebra import energies
 from .atomic import no_links, refusals
-from .errors import AdapterFormatError, CorruptShelf, OverBudget
+from .errors import AdapterFormatError, CorruptShelf, DiskError, OverBudget, ShelfError
 from .history import FILE as LOG
 from .history import History
 from .history import line as log_line
@@ -48,11 +50,14 @@ class Snapshot:
         with refusals(self.path, "read"):
             path = self.slot_path(slot)
         try:
-            return read_adapter(path, check_values=False)
+            adapter = read_adapter(path, check_values=False)
         except AdapterFormatError as error:
             raise CorruptShelf(
                 f"slot {slot.slot}: {error.what}", where=str(path), cure="lorashelf verify, then undo"
             ) from error
+        if len(slot.energies) == len(adapter.modules):
+            adapter.modules.energies = dict(zip(adapter.modules, slot.energies, strict=True))
+        return adapter
 
     def check_bytes(self, *slots: Slot) -> None:
         """Raise CorruptShelf unless the stored bytes of these slots are those that their objects are named by."""
@@ -65,6 +70,25 @@ class Snapshot:
             if found != slot.object:
                 what = f"slot {slot.slot}: the bytes of objects/{slot.object} have changed"
                 raise CorruptShelf(what, where=str(path), cure="lorashelf verify, then undo")
+
+    def problems(self, slot: Slot) -> list[str]:
+        """What is wrong with the object of a slot, in sentences: its bytes, their number, their energies."""
+        stored = f"objects/{slot.object}"
+        try:
+            self.check_bytes(slot)
+            path = self.slot_path(slot)
+            known = self.adapter(slot).modules.energies
+            with refusals(path, "read"):
+                size = sum((path / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
+            if size != slot.bytes:
+                return [f"slot {slot.slot}: {stored} has {size} bytes, the manifest says {slot.bytes}"]
+            if slot.energies and not (known and _alike(known, energies(read_adapter(path)))):
+                return [f"slot {slot.slot}: the manifest's energies are not those of {stored}"]
+        except DiskError as error:
+            return [f"slot {slot.slot}: {stored}: {error.what}"]
+        except ShelfError as error:
+            return [f"slot {slot.slot}: {error.what.removeprefix(f'slot {slot.slot}: ')}"]
+        return []
 
     def after(self, plan: Plan) -> Snapshot:
         """The shelf as it would be after this plan, with nothing written. Plans made on it cannot be committed."""
@@ -142,3 +166,8 @@ def _what_fits(plan: Plan, excess: int) -> str:
     fits = int((values - excess) * rank / values) if values else 0
     advice = f"rank {fits} in this dtype would fit (rank = {fits} in shelf.toml, init --rank); or " if fits >= 1 else ""
     return f"{advice}raise budget.bytes by {excess}, lower keep, or choose a narrower dtype ({fixed} bytes are headers)"
+
+
+def _alike(known: Mapping[str, float], found: Mapping[str, float]) -> bool:
+    """Whether energies agree, but for how another machine rounds."""
+    return all(math.isclose(known[path], value, rel_tol=1e-6) for path, value in found.items())
