@@ -133,8 +133,8 @@ def test_the_factored_and_the_dense_way_give_the_same_products(
     left = [random_factors(rng, rank, dout, din) for _ in range(2)]
     right = [random_factors(rng, rank + 1, dout, din) for _ in range(others)]
     for gs in (left, right):
-        factored = algebra._factored_products(left, gs, np.float64)
-        plain = algebra._dense_products(left, gs, np.float64)
+        factored = algebra._factored_products(left, gs, np.float64)[0]
+        plain = algebra._dense_products(left, gs)
         lengths = [[np.linalg.norm(reference(f)) for f in fs] for fs in (left, gs)]
         # what cancels inside ⟨ΔW, ΔW'⟩ = Σ (BᵀB')∘(AA'ᵀ) is of the size of the factors, not of ΔW
         factors = [[np.linalg.norm(f.a) * np.linalg.norm(f.b) for f in fs] for fs in (left, gs)]
@@ -146,7 +146,8 @@ def test_many_adapters_are_multiplied_in_panels_with_the_same_result() -> None:
     fs = [random_factors(rng, rank, 40, 50, 0.5) for rank in (100, 7, 200, 300, 1, 90, 60)]
     assert len(algebra._panels(algebra._offsets(fs))) > 2
     expected = reference_products(fs, fs)
-    for block in (algebra._factored_products(fs, fs, np.float64), algebra._factored_products(fs, list(fs), np.float64)):
+    for others in (fs, list(fs)):
+        block, _ = algebra._factored_products(fs, others, np.float64)
         np.testing.assert_allclose(block * 0.25, expected, rtol=1e-10, atol=1e-8)
 
 
@@ -155,8 +156,8 @@ def test_dense_products_of_many_rows_are_summed_block_by_block(monkeypatch: pyte
     fs = [random_factors(rng, 5, 17, 6) for _ in range(3)]
     monkeypatch.setattr(algebra, "_BLOCK", 6 * 6 * 4)
     heights, plain = [], algebra._dense_rows
-    monkeypatch.setattr(algebra, "_dense_rows", lambda fs, rows, d: heights.append(rows) or plain(fs, rows, d))
-    np.testing.assert_allclose(algebra._dense_products(fs, fs, np.float64), reference_products(fs, fs), rtol=1e-10)
+    monkeypatch.setattr(algebra, "_dense_rows", lambda fs, rows: heights.append(rows) or plain(fs, rows))
+    np.testing.assert_allclose(algebra._dense_products(fs, fs), reference_products(fs, fs), rtol=1e-10)
     assert heights == [slice(start, start + 4) for start in (0, 4, 8, 12, 16)]
 
 
@@ -168,6 +169,57 @@ def test_the_cheaper_way_is_taken(count: int, rank: int, dout: int, din: int) ->
     fs = [random_factors(np.random.default_rng(i), rank, dout, din) for i in range(count)]
     with pytest.MonkeyPatch.context() as patch:
         assert takes_dense_way(fs, patch) == (factored > dense_way)
+
+
+@given(st.integers(1, 60), st.integers(1, 30), st.integers(1, 30))
+def test_stacked_modules_take_the_way_that_single_ones_take(rank: int, dout: int, din: int) -> None:
+    fs = [random_factors(np.random.default_rng(i), rank, dout, din, 0.5) for i in range(3)]
+    stack = Adapter(Modules(dict(zip("abc", fs, strict=True)))).modules.stack("abc")
+    taken, plain = [], algebra._dense_products
+    for dtype, tolerance in ((np.float32, 2e-6), (np.float64, 1e-12)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(algebra, "_dense_products", lambda *given: taken.append(True) or plain(*given))
+            found = algebra.squares(stack, dtype)
+        np.testing.assert_allclose(found, [np.sum(reference(f) ** 2) for f in fs], rtol=tolerance)
+    dense_way = rank**2 * (dout + din) > 4 * (rank + 1) * dout * din
+    assert len(taken) == (6 if dense_way else 0)
+
+
+def cancelling(drift: float, seed: int) -> Factors:
+    """What PEFT makes of PiSSA: A = [A₁; A₀], B = [B₁, -B₀], the second half the first before training."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((16, 256)), rng.standard_normal((256, 16))
+    moved = [side * (1 + drift * rng.standard_normal(side.shape)) for side in (a, b)]
+    return Factors(np.concatenate([moved[0], a]).astype("f4"), np.concatenate([moved[1], -b], axis=1).astype("f4"))
+
+
+@pytest.mark.parametrize("drift", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_where_ranks_cancel_float32_is_not_trusted(drift: float) -> None:
+    fs = [cancelling(drift, 0), cancelling(drift, 1), random_factors(np.random.default_rng(2), 32, 256, 256)]
+    deltas = [f.b.astype("f8") @ f.a.astype("f8") for f in fs]
+    exact = np.array([[np.sum(x * y) for y in deltas] for x in deltas])
+    lengths = np.sqrt(np.diagonal(exact))
+    np.testing.assert_allclose(
+        algebra.products(fs, None, np.float32), exact, atol=1e-6 * np.outer(lengths, lengths).min()
+    )
+    xs = [Adapter(Modules({"m": f})) for f in fs]
+    for i, x in enumerate(xs):
+        assert algebra.energies(x)["m"] == pytest.approx(exact[i, i], rel=1e-5)
+        inner_products, _, squared = algebra.row(x, xs, ["m"], np.float32)
+        np.testing.assert_allclose(
+            inner_products[0] / (lengths[i] * lengths), exact[i] / (lengths[i] * lengths), atol=2e-6
+        )
+        np.testing.assert_allclose(squared[0], lengths**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "other"), [(1e-12, 1e-12), (1e-2, 1e-22), (1e-22, 1e-2), (1e-22, 1e6), (1e9, 1e9)])
+def test_energies_and_cosines_beyond_float32_s_range(side: float, other: float) -> None:
+    f = random_factors(np.random.default_rng(0), 4, 12, 16)
+    x = Adapter(Modules({"m": Factors(f.a * np.float32(side), f.b * np.float32(other))}))
+    exact = float(np.sum((x.modules["m"].b.astype("f8") @ x.modules["m"].a.astype("f8")) ** 2))
+    assert algebra.energies(x)["m"] == pytest.approx(exact, rel=1e-5)
+    assert algebra.row(x, [x], ["m"], np.float32)[0][0, 0] == pytest.approx(exact, rel=1e-5)
+    assert algebra.products([x.modules["m"]] * 2, None, np.float32) == pytest.approx(np.full((2, 2), exact), rel=1e-5)
 
 
 def test_the_update_of_a_huge_module_is_never_formed() -> None:

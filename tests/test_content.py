@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from factory import assert_same_delta, dense, make_adapter
-from lorashelf import METHODS, Adapter, BaseId, Factors, combine, compress, merge, norm, write_adapter
+from lorashelf import (
+    METHODS,
+    Adapter,
+    BaseId,
+    Factors,
+    Modules,
+    combine,
+    compress,
+    merge,
+    norm,
+    read_adapter,
+    write_adapter,
+)
 from lorashelf.content import Content, block, entry, fold, one_base, scaled, single, without
 from lorashelf.errors import NotReversible
 from lorashelf.manifest import PENDING, Merged
@@ -320,6 +334,42 @@ def test_a_merge_that_cancels_out_is_not_restored() -> None:
     assert silent.restored == 1.0
     assert norm(silent.adapter) == 0.0
     assert all(np.isfinite(delta).all() for c in (content, silent) for delta in dense(c.adapter).values())
+
+
+def test_what_has_no_norm_restores_none() -> None:
+    """B = 0 on one side, A = 0 on the other: nothing to restore, though `linear`'s cross terms are something."""
+    x, y = make_adapter(0), make_adapter(1)
+    left = x.with_factors({p: Factors(f.a, f.b * 0, f.scale) for p, f in x.modules.items()})
+    right = y.with_factors({p: Factors(f.a * 0, f.b, f.scale) for p, f in y.modules.items()})
+    content = folded([left, right], replace(LINEAR, restore_norm=True))
+    assert norm(content.adapter) > 0
+    assert content.restored == 1.0
+
+
+@pytest.mark.parametrize(("side", "other"), [(1e-12, 1e-12), (1e-2, 1e-22)])
+def test_tiny_adapters_have_a_norm(side: float, other: float) -> None:
+    f = Factors(np.full((4, 16), side, np.float32), np.full((12, 4), other, np.float32))
+    x = Adapter(Modules({"m.0": f}), BaseId("acme/tiny"))
+    assert record(x).norm == pytest.approx(norm(x), rel=1e-5)
+    assert folded([x, x], replace(LINEAR, restore_norm=True)).restored == pytest.approx(0.5, rel=1e-5)
+
+
+def test_copies_in_a_block_count_once() -> None:
+    x, y = make_adapter(0), make_adapter(1)
+    content = block([x, y, x], [record(x), record(y), record(x)], LINEAR)
+    assert [entry.digest for entry in content.merged] == [x.digest, y.digest]
+    assert_same_delta(content.adapter, block([x, y], [record(x), record(y)], LINEAR).adapter)
+    alone = block([x, x], [record(x)] * 2, LINEAR)
+    assert (alone.adapter.digest, len(alone.merged)) == (x.digest, 1)
+
+
+def test_scales_are_those_that_an_alpha_gives_back(tmp_path: Path) -> None:
+    """rsLoRA with a rank that is no power of two: no alpha / 20 is 8 / sqrt(20) to the last bit."""
+    x = make_adapter(0, rank=20, scale=8 / math.sqrt(20))
+    write_adapter(rounded(x), tmp_path / "x")
+    assert read_adapter(tmp_path / "x").digest == rounded(x).digest != x.digest
+    y = make_adapter(0, rank=16, scale=8 / math.sqrt(16))
+    assert rounded(y) is y
 
 
 # small parts --------------------------------------------------------------------------------------------------------

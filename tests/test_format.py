@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,21 @@ import numpy as np
 import pytest
 
 from factory import dense, make_adapter
-from lorashelf import Adapter, BaseId, Factors, Manifest, Modules, Shelf, new_settings, plan_add, plan_remove
+from lorashelf import (
+    Adapter,
+    BaseId,
+    Factors,
+    Manifest,
+    Modules,
+    Shelf,
+    new_settings,
+    norm,
+    plan_add,
+    plan_remove,
+    plan_update,
+)
 from lorashelf.digest import canonical_json
-from lorashelf.errors import CorruptShelf
+from lorashelf.errors import CorruptShelf, TaskNameError, UsageError
 from lorashelf.manifest import manifest_id
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
@@ -171,3 +184,83 @@ def test_energies_that_cannot_be_are_refused(tmp_path: Path, energies: Any) -> N
     rewritten(shelf, lambda slot: slot.update(energies=energies))
     with pytest.raises(CorruptShelf, match="manifest cannot be read"):
         shelf.snapshot()
+
+
+def test_energies_of_another_writer_and_of_huge_values_hold(tmp_path: Path) -> None:
+    shelf = filled(tmp_path / "s")
+    exact = {slot.slot: norm(shelf.snapshot().adapter(slot)) for slot in shelf.snapshot().manifest.slots}
+    rewritten(shelf, lambda slot: slot.update(energies=packed([v * (1 + 1e-5) for v in unpacked(slot["energies"])])))
+    assert shelf.verify() == []
+    assert sorted(exact) == [0, 1]
+    sum_of_halves = new_settings(1, policy="kmerge", merge="dare_linear", parameters={"density": 0.1})
+    grown = Shelf.create(tmp_path / "huge", sum_of_halves, clock)
+    for seed in range(2):  # merged values beyond what an adapter may arrive with
+        x = make_adapter(seed, scale=1.0)
+        modules = {p: Factors(f.a * np.float32(1e8), f.b * np.float32(1e-9)) for p, f in x.modules.items()}
+        grown.commit(plan_add(grown.snapshot(), x.with_factors(modules), f"t-{seed}"))
+    assert grown.verify() == []
+
+
+@pytest.mark.parametrize("ranks", ["cancel", "cancel to nothing"])
+def test_energies_hold_where_ranks_cancel(tmp_path: Path, ranks: str) -> None:
+    f = next(iter(make_adapter(0).modules.values()))
+    moved = f.a if ranks == "cancel to nothing" else f.a * np.float32(1.001)
+    pair = Factors(np.concatenate([moved, f.a]), np.concatenate([f.b, -f.b], axis=1), 2.0)
+    shelf = Shelf.create(tmp_path / "s", new_settings(1), clock)
+    shelf.commit(plan_add(shelf.snapshot(), Adapter(Modules({"m.0": pair}), BaseId("acme/tiny")), "a"))
+    assert shelf.verify() == []
+
+
+def test_nothing_becomes_the_head_that_cannot_be_read_again(tmp_path: Path) -> None:
+    shelf = filled(tmp_path / "s")
+    before = shelf.snapshot()
+    plan = plan_add(before, make_adapter(9, dtype="f16"), "new")
+    broken = replace(plan.manifest, slots=tuple(replace(slot, restored=0.0) for slot in plan.manifest.slots))
+    with pytest.raises(CorruptShelf):
+        shelf.commit(replace(plan, manifest=broken))
+    assert shelf.snapshot().head == before.head
+    assert shelf.verify() == []
+
+
+def test_an_object_that_is_there_already_counts_once(tmp_path: Path) -> None:
+    x, y = make_adapter(0), make_adapter(1)
+    shelf = Shelf.create(tmp_path / "s", new_settings(1, policy="kmerge", keep=2), clock)
+    shelf.commit(plan_add(shelf.snapshot(), x, "a"))
+    shelf.commit(plan_update(shelf.snapshot(), "a", y))
+    snapshot = shelf.snapshot()
+    plan = plan_update(snapshot, "a", x)
+    predicted = snapshot.at_rest(plan)
+    assert snapshot.at_rest(plan, hashed=False) == predicted + plan.manifest.slots[0].bytes
+    toml = (shelf.path / "shelf.toml").read_text()
+    (shelf.path / "shelf.toml").write_text(toml.replace("# bytes: room", f"bytes = {predicted + 200} # room"))
+    plan = plan_update(shelf.snapshot(), "a", x)
+    predicted = shelf.snapshot().at_rest(plan)
+    shelf.commit(plan)
+    assert shelf.snapshot().bytes == predicted
+
+
+def test_the_rank_that_would_fit_fits(tmp_path: Path) -> None:
+    """Of modules of several ranks, the small ones keep theirs."""
+    rng = np.random.default_rng(0)
+    sizes = {"m.0": 32, **{f"m.{i}": 4 for i in range(1, 9)}}
+    modules = {
+        path: Factors(rng.standard_normal((r, 64)).astype("f4"), rng.standard_normal((64, r)).astype("f4"))
+        for path, r in sizes.items()
+    }
+    x = Adapter(Modules(modules), BaseId("acme/tiny"))
+    refused = plan_add(Shelf.create(tmp_path / "s", new_settings(1, bytes=30_000), clock).snapshot(), x, "a").refused
+    assert refused
+    fits = re.search(r"rank (\d+) in this dtype would fit", refused)
+    assert fits, refused
+    for rank, name in ((int(fits[1]), "fitting"), (int(fits[1]) + 1, "too much")):
+        shelf = Shelf.create(tmp_path / name, new_settings(1, bytes=30_000, rank=rank), clock)
+        assert (plan_add(shelf.snapshot(), x, "a").refused is None) == (name == "fitting")
+
+
+@pytest.mark.parametrize("value", [2**60, float("nan"), "\ud800", Path("x")])
+def test_details_that_json_cannot_hold_are_refused(tmp_path: Path, value: Any) -> None:
+    snapshot = filled(tmp_path / "s").snapshot()
+    with pytest.raises(UsageError, match="details of task 'new' cannot be stored"):
+        plan_add(snapshot, make_adapter(9), "new", details={"max_new_tokens": value})
+    with pytest.raises(TaskNameError):
+        plan_add(snapshot, make_adapter(9), "new", type=3)  # type: ignore[arg-type]

@@ -125,6 +125,7 @@ CONFIGS: dict[str, LoraConfig] = {
     "a pattern of targets": lora(r"model\.layers\.1\.self_attn\.(q|o)_proj"),
     "all linear": lora("all-linear", r=2),
     "one layer": lora(layers_to_transform=[1]),
+    "one layer, by a pattern with a group": lora(layers_to_transform=[1], layers_pattern="(layers|h)"),
     "one layer, whatever it is called": lora(layers_to_transform=[1], layers_pattern=""),
     "a module left out": lora(exclude_modules=["model.layers.0.self_attn.q_proj"]),
     "ranks": lora(rank_pattern={"q_proj": 2, "model.layers.1.self_attn.v_proj": 6}),

@@ -5,8 +5,9 @@
     best rank ρ       = SVD of R_B R_Aᵀ with B = Q_B R_B, Aᵀ = Q_A R_A
 
 Where ranks are so large that the dense form costs less, the dense form is taken, a block of rows at a time. Data are
-float32; `inner`, `norm`, `gram` and `compress` compute in float64 throughout. `products` also offers float32 products
-of the factors (their sums are float64 all the same): half the time, and on cosines within 1e-7.
+float32; `inner`, `norm`, `gram` and `compress` compute in float64 throughout. Cosines and energies multiply factors in
+float32 (their sums are float64 all the same): half the time, and on cosines within 1e-6 (measured: 1e-9 to 2e-7). Where
+that would not hold, because ranks cancel each other or values are out of float32's range, float64 is taken there too.
 """
 
 from __future__ import annotations
@@ -30,17 +31,15 @@ _PANEL = 256  # rows of stacked factors multiplied at once: a panel and its prod
 _SMALL = 10**6  # multiplications up to which OpenBLAS multiplies without packing
 _THIN = 100  # a side of a piece too short to be worth a call
 _RUN = 2**19  # values of either factor of a run of modules, 2 MB of float32
-_BLOCK = 2**22  # values of dense rows held at once, 16 MB of float32
+_BLOCK = 2**21  # values of dense rows held at once, 16 MB of float64
+_CANCELS = 4.0  # terms of a sum may be this much larger than the sum itself: beyond, float32 loses digits
+_TINY = 1e-15  # sums of float32 products below this may have underflown
 
 
 def inner(x: Adapter, y: Adapter) -> float:
     """The inner product Σ_m ⟨ΔW_m, ΔW'_m⟩ over the modules both have; float64. Cost r r' (dout + din) a module."""
     check_shapes([x, y])
-    return sum(
-        float(products([x.modules[path]], [y.modules[path]], np.float64)[0, 0])
-        for path in x.modules
-        if path in y.shapes
-    )
+    return sum(float(products([x.modules[path]], [y.modules[path]])[0, 0]) for path in x.modules if path in y.modules)
 
 
 def norm(x: Adapter) -> float:
@@ -57,9 +56,21 @@ def energies(x: Adapter) -> Mapping[str, float]:
     return x.modules.energies
 
 
+def energies_hold(x: Adapter) -> bool:
+    """Whether the energies kept with the modules are theirs: to 1e-4, where ranks cancel to 1e-12 of the ranks' own."""
+    if x.modules.energies is None:
+        return False
+    for path, f in x.modules.items():
+        sides = np.sum(f.a.astype(np.float64) ** 2, axis=1), np.sum(f.b.astype(np.float64) ** 2, axis=0)
+        rounding = 1e-12 * float(sides[0] @ sides[1]) * f.scale**2
+        if not math.isclose(x.modules.energies[path], _energy(f), rel_tol=1e-4, abs_tol=rounding):
+            return False
+    return True
+
+
 def _energy(f: Factors) -> float:
     """‖ΔW‖² of one module, float64."""
-    return max(float(products([f], None, np.float64)[0, 0]), 0.0)
+    return max(float(products([f])[0, 0]), 0.0)
 
 
 def gram(xs: Sequence[Adapter]) -> Square:
@@ -67,7 +78,7 @@ def gram(xs: Sequence[Adapter]) -> Square:
     check_shapes(xs)
     total = np.zeros((len(xs), len(xs)))
     for path in union(xs):
-        total += products([x.modules.get(path) for x in xs], None, np.float64)
+        total += products([x.modules.get(path) for x in xs])
     return total
 
 
@@ -77,13 +88,10 @@ def union(xs: Sequence[Adapter]) -> list[str]:
 
 
 def products(
-    fs: Sequence[Factors | None], gs: Sequence[Factors | None] | None = None, dtype: type[np.floating[Any]] = np.float32
+    fs: Sequence[Factors | None], gs: Sequence[Factors | None] | None = None, dtype: type[np.floating[Any]] = np.float64
 ) -> Square:
-    """⟨ΔW_i, ΔW'_j⟩ of one module, (n, m) float64; `None` stands for ΔW = 0. Without `gs`, of `fs` with itself.
-
-    The products of factors run in `dtype`, every sum over ranks in float64. The cheaper of the factored and the dense
-    way is taken: (Σr)(Σr')(dout + din) against (Σr + Σr' + 2 n m) dout din, the dense one counted double for the memory
-    it moves.
+    """⟨ΔW_i, ΔW'_j⟩ of one module, (n, m) float64; `None` stands for ΔW = 0. Without `gs`, of `fs` with itself, and
+    then with `dtype` float32 as the head of this file says.
     """
     hs = fs if gs is None else gs
     rows = [i for i, f in enumerate(fs) if f is not None]
@@ -95,16 +103,24 @@ def products(
     right = left if gs is None else [g for g in gs if g is not None]
     dout, _, din = left[0].shape
     ranks, others = sum(f.shape.rank for f in left), sum(g.shape.rank for g in right)
-    factored = ranks * others * (dout + din)
-    dense = 2 * (ranks + others + 2 * len(left) * len(right)) * dout * din
-    cheaper = _factored_products if factored <= dense else _dense_products
-    with np.errstate(over="ignore", invalid="ignore"):
-        block = cheaper(left, right, dtype)
-    if not np.isfinite(block).all():  # beyond float32
-        block = cheaper(left, right, np.float64)
+    if not _factored(ranks, others, len(left) * len(right), dout, din):
+        block = _dense_products(left, right)
+    elif gs is None and dtype is np.float32:
+        block, sound = _factored_products(left, right, np.float32)
+        if not sound.all():
+            block, _ = _factored_products(left, right, np.float64)
+    else:
+        block, _ = _factored_products(left, right, np.float64)
     block *= np.outer([f.scale for f in left], [g.scale for g in right])
     result[np.ix_(rows, columns)] = block
     return result
+
+
+def _factored(ranks: int, others: int, pairs: int, dout: int, din: int) -> bool:
+    """Whether the factored way costs no more: R R' (dout + din) against (R + R' + 2 pairs) dout din, the dense one
+    counted double for the memory it moves.
+    """
+    return ranks * others * (dout + din) <= 2 * (ranks + others + 2 * pairs) * dout * din
 
 
 def row(
@@ -116,14 +132,15 @@ def row(
     """
     inner, squared = np.zeros((len(paths), len(ys))), np.zeros((len(paths), len(ys)))
     f = x.modules.stack(paths) if paths[0] in x.modules else None
+    own = np.zeros(len(paths)) if f is None else _squares(x, paths, f, dtype)
     a_t = None if f is None else np.ascontiguousarray(f.a.swapaxes(1, 2), dtype)
     for j, y in enumerate(ys):
         if paths[0] in y.modules:
             g = y.modules.stack(paths)
             squared[:, j] = _squares(y, paths, g, dtype)
             if f is not None and a_t is not None:
-                inner[:, j] = _inners(f, a_t, g, dtype)
-    return inner, np.zeros(len(paths)) if f is None else _squares(x, paths, f, dtype), squared
+                inner[:, j] = _inners(f, a_t, g, dtype, np.sqrt(own * squared[:, j]))
+    return inner, own, squared
 
 
 def _squares(x: Adapter, paths: Sequence[str], f: Stack, dtype: type[np.floating[Any]]) -> Vector:
@@ -152,28 +169,42 @@ def runs(xs: Sequence[Adapter]) -> list[list[str]]:
 def squares(f: Stack, dtype: type[np.floating[Any]]) -> Vector:
     """‖ΔW‖² of stacked modules, (n,) float64: as `products` of each with itself."""
     dout, rank, din = f.shape
-    if rank * (dout + din) <= 2 * (rank + 1) * dout * din:
-        a, b = f.a.astype(dtype, copy=False), f.b.astype(dtype, copy=False)
-        with np.errstate(over="ignore", invalid="ignore"):
-            product = a @ a.swapaxes(1, 2)
-            product *= b.swapaxes(1, 2) @ b
-            found: Vector = np.maximum(product.sum(axis=(1, 2), dtype=np.float64) * f.scales**2, 0.0)
-        if np.isfinite(found).all():
-            return found
-    return np.array([max(float(products([f[i]], None, dtype)[0, 0]), 0.0) for i in range(len(f))])
+    if not _factored(rank, rank, 1, dout, din):
+        return np.array([_energy(f[i]) for i in range(len(f))])
+    a, b = f.a.astype(dtype, copy=False), f.b.astype(dtype, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found, sound = _energies(a @ a.swapaxes(1, 2), b.swapaxes(1, 2) @ b)
+        found = np.maximum(found * f.scales**2, 0.0)
+    for i in np.flatnonzero(~sound).tolist() if dtype is np.float32 else ():
+        found[i] = _energy(f[i])
+    return found
 
 
-def _inners(f: Stack, a_t: NDArray[Any], g: Stack, dtype: type[np.floating[Any]]) -> Vector:
-    """⟨ΔW, ΔW'⟩ of stacked modules, (n,) float64; `a_t` is f.a with its sides exchanged, contiguous, in `dtype`."""
+def _energies(a: NDArray[Any], b: NDArray[Any]) -> tuple[Vector, NDArray[np.bool_]]:
+    """Σ (A Aᵀ) ∘ (Bᵀ B) of stacked Gram matrices, and whether float32 is enough for it."""
+    product = a * b
+    found, terms = product.sum(axis=(1, 2), dtype=np.float64), np.abs(product).sum(axis=(1, 2), dtype=np.float64)
+    sides = np.minimum(np.trace(a, axis1=1, axis2=2), np.trace(b, axis1=1, axis2=2))
+    return found, np.isfinite(terms) & (terms <= _CANCELS * found) & (np.minimum(terms, sides) > _TINY)
+
+
+def _inners(f: Stack, a_t: NDArray[Any], g: Stack, dtype: type[np.floating[Any]], bounds: Vector) -> Vector:
+    """⟨ΔW, ΔW'⟩ of stacked modules, (n,) float64; `a_t` is f.a with its sides exchanged, contiguous, in `dtype`;
+    `bounds` (n,) are ‖ΔW‖ ‖ΔW'‖, beside which the result has to be exact.
+    """
     (dout, rank, din), other = f.shape, g.shape.rank
-    if rank * other * (dout + din) <= 2 * (rank + other + 2) * dout * din:
-        with np.errstate(over="ignore", invalid="ignore"):
-            product = _in_pieces(g.a.astype(dtype, copy=False), a_t)
-            product *= _in_pieces(g.b.astype(dtype, copy=False).swapaxes(1, 2), f.b.astype(dtype, copy=False))
-            found: Vector = product.sum(axis=(1, 2), dtype=np.float64) * f.scales * g.scales
-        if np.isfinite(found).all():
-            return found
-    return np.array([products([f[i]], [g[i]], dtype)[0, 0] for i in range(len(f))])
+    if not _factored(rank, other, 1, dout, din):
+        return np.array([products([f[i]], [g[i]])[0, 0] for i in range(len(f))])
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = _in_pieces(g.a.astype(dtype, copy=False), a_t)
+        product *= _in_pieces(g.b.astype(dtype, copy=False).swapaxes(1, 2), f.b.astype(dtype, copy=False))
+        scales = f.scales * g.scales
+        found: Vector = product.sum(axis=(1, 2), dtype=np.float64) * scales
+        terms = np.abs(product).sum(axis=(1, 2), dtype=np.float64) * np.abs(scales)
+        sound = (terms <= _CANCELS * bounds) & (bounds > _TINY * np.abs(scales)) | (bounds == 0)
+    for i in np.flatnonzero(~sound).tolist() if dtype is np.float32 else ():
+        found[i] = products([f[i]], [g[i]])[0, 0]
+    return found
 
 
 def _in_pieces(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
@@ -195,27 +226,35 @@ def _piece(length: int, area: int) -> int:
     return next((width for width in widths if length % width == 0), length)
 
 
-def _factored_products(left: list[Factors], right: list[Factors], dtype: type[np.floating[Any]]) -> Square:
+def _factored_products(
+    left: list[Factors], right: list[Factors], dtype: type[np.floating[Any]]
+) -> tuple[Square, NDArray[np.bool_]]:
+    """The products without scales; of adapters with themselves also for which of them float32 is enough, (n,)."""
     symmetric = left is right
     a = np.concatenate([f.a for f in left]).astype(dtype, copy=False)
     b = np.concatenate([f.b for f in left], axis=1).astype(dtype, copy=False)
     c = a if symmetric else np.concatenate([g.a for g in right]).astype(dtype, copy=False)
     d = b if symmetric else np.concatenate([g.b for g in right], axis=1).astype(dtype, copy=False)
     row, column = _offsets(left), _offsets(right)
-    result = np.empty((len(left), len(right)))
-    for i, k in _panels(row):
-        rows = slice(row[i], row[k])
-        for j, stop in ((i, k), (k, len(right))) if symmetric else ((0, len(right)),):  # the rest follows from symmetry
-            if j == stop:
-                continue
-            columns = slice(column[j], column[stop])
-            product = a[rows] @ c[columns].T  # of a panel with itself: half the work
-            product *= b[:, rows].T @ d[:, columns]
-            sums = np.add.reduceat(product, column[j:stop] - column[j], axis=1, dtype=np.float64)
-            result[i:k, j:stop] = np.add.reduceat(sums, row[i:k] - row[i], axis=0)
-        if symmetric:
-            result[k:, i:k] = result[i:k, k:].T
-    return result
+    result, sound = np.empty((len(left), len(right))), np.ones(len(left), np.bool_)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for i, k in _panels(row):
+            rows = slice(row[i], row[k])
+            for j, stop in ((i, k), (k, len(right))) if symmetric else ((0, len(right)),):  # the rest by symmetry
+                if j == stop:
+                    continue
+                columns = slice(column[j], column[stop])
+                of_a, of_b = a[rows] @ c[columns].T, b[:, rows].T @ d[:, columns]  # with itself: half the work
+                if symmetric and j == i:
+                    for q in range(i, k):
+                        own = np.s_[None, row[q] - row[i] : row[q + 1] - row[i], row[q] - row[i] : row[q + 1] - row[i]]
+                        sound[q] = _energies(of_a[own], of_b[own])[1][0]
+                of_a *= of_b
+                sums = np.add.reduceat(of_a, column[j:stop] - column[j], axis=1, dtype=np.float64)
+                result[i:k, j:stop] = np.add.reduceat(sums, row[i:k] - row[i], axis=0)
+            if symmetric:
+                result[k:, i:k] = result[i:k, k:].T
+    return (result + result.T) / 2 if symmetric else result, sound
 
 
 def _offsets(fs: list[Factors]) -> NDArray[np.intp]:
@@ -232,19 +271,19 @@ def _panels(offsets: NDArray[np.intp]) -> list[tuple[int, int]]:
     return runs
 
 
-def _dense_products(left: list[Factors], right: list[Factors], dtype: type[np.floating[Any]]) -> Square:
+def _dense_products(left: list[Factors], right: list[Factors]) -> Square:
     dout, _, din = left[0].shape
     step = max(1, _BLOCK // (din * (len(left) + len(right))))
     result = np.zeros((len(left), len(right)))
     for start in range(0, dout, step):
-        x = _dense_rows(left, slice(start, start + step), dtype)
-        y = x if left is right else _dense_rows(right, slice(start, start + step), dtype)
+        x = _dense_rows(left, slice(start, start + step))
+        y = x if left is right else _dense_rows(right, slice(start, start + step))
         result += x @ y.T
     return result
 
 
-def _dense_rows(fs: list[Factors], rows: slice, dtype: type[np.floating[Any]]) -> NDArray[Any]:
-    return np.stack([(f.b[rows].astype(dtype) @ f.a.astype(dtype)).ravel() for f in fs])
+def _dense_rows(fs: list[Factors], rows: slice) -> NDArray[Any]:
+    return np.stack([(f.b[rows].astype(np.float64) @ f.a.astype(np.float64)).ravel() for f in fs])
 
 
 def combine(xs: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -256,7 +295,7 @@ def combine(xs: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     check_shapes(xs)
     modules = {}
     for path in union(xs):
-        present = [(x.modules[path], w) for x, w in zip(xs, weights, strict=True) if path in x.shapes]
+        present = [(x.modules[path], w) for x, w in zip(xs, weights, strict=True) if path in x.modules]
         modules[path] = concatenated([f for f, _ in present], [w for _, w in present])
     return assemble(xs, modules)
 

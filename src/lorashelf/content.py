@@ -107,7 +107,11 @@ def fold(
 
 
 def block(adapters: Sequence[Adapter], records: Sequence[Merged], recipe: Recipe) -> Content:
-    """Several adapters merged at once with the method's default weights; one alone is stored as it is."""
+    """Several adapters merged at once with the method's default weights, copies once; one alone is stored as it is."""
+    first: dict[str, tuple[Adapter, Merged]] = {}
+    for x, m in zip(adapters, records, strict=True):
+        first.setdefault(m.digest, (x, m))
+    adapters, records = [x for x, _ in first.values()], [m for _, m in first.values()]
     if len(adapters) == 1:
         return single(adapters[0], records[0], recipe)
     method = METHODS[recipe.merge]
@@ -153,10 +157,12 @@ def _restored(content: Content, recipe: Recipe) -> Content:
     """With `restore_norm`, several adapters' merge scaled to their mean norm; the factor is divided out before the next
     fold.
     """
-    size = norm(content.adapter) if recipe.restore_norm and len(content.merged) > 1 else 0.0
-    if not size:
+    if not recipe.restore_norm or len(content.merged) < 2:
         return content
-    factor = float(np.mean([m.norm for m in content.merged])) / size
+    size, wanted = norm(content.adapter), float(np.mean([m.norm for m in content.merged]))
+    factor = wanted / size if size else 0.0
+    if not 0.0 < factor < math.inf:  # nothing to restore, or nothing to restore it with
+        return content
     return replace(content, adapter=scaled(content.adapter, factor), restored=factor)
 
 

@@ -11,6 +11,7 @@ from . import content, partition, policy
 from .adapter import Adapter, BaseId, refuse
 from .algebra import energies
 from .content import Content
+from .digest import canonical_json
 from .errors import NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, problem_type, task_name
 from .parallel import beside
@@ -45,7 +46,7 @@ def plan_add(
     if task in manifest.tasks:
         cure = "choose another name, or lorashelf update / remove the task first"
         raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
-    details = dict(details or {})
+    details = _storable(task, details or {})
     kind = problem_type(type or details.pop("type", None) or task.split("-")[0])
     with beside(lambda: adapter.digest):  # asked for below
         held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
@@ -285,7 +286,7 @@ def plan_cluster(
         base=base,
         slots=tuple(slots),
         tasks={
-            task: {**(details or {}).get(task, {}), "type": kinds[task], "digest": x.digest}
+            task: {**_storable(task, (details or {}).get(task, {})), "type": kinds[task], "digest": x.digest}
             for task, x in zip(tasks, xs, strict=True)
         },
         arrived=len(xs),
@@ -300,6 +301,17 @@ def plan_cluster(
     plan = _plan(snapshot, known, writes, cause, report)
     check_budget(snapshot, plan)
     return plan
+
+
+def _storable(task: str, details: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored with a task, as a copy. Raises UsageError where JSON cannot hold it."""
+    try:
+        canonical_json(dict(details))
+    except ValueError as error:
+        raise UsageError(
+            f"details of task {task!r} cannot be stored: {error}", cure="give plain JSON values"
+        ) from error
+    return dict(details)
 
 
 def together(
@@ -329,10 +341,11 @@ def _named(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
 
 def _block(xs: Mapping[str, Adapter], kinds: Mapping[str, str], block: Sequence[str], recipe: Recipe) -> Content:
-    """The merge of a block's adapters in the order of their names, copies once."""
-    distinct = sorted({xs[task].digest: task for task in sorted(block, reverse=True)}.values())
-    records = [content.entry(task, kinds[task], xs[task]) for task in distinct]
-    return content.block([xs[task] for task in distinct], records, recipe)
+    """The merge of a block's adapters in the order of their names."""
+    tasks = sorted(block)
+    return content.block(
+        [xs[task] for task in tasks], [content.entry(task, kinds[task], xs[task]) for task in tasks], recipe
+    )
 
 
 def located(snapshot: Snapshot, task: str) -> tuple[Slot, Mapping[str, Any]]:

@@ -62,8 +62,8 @@ def _in_layers(config: Mapping[str, Any], path: str) -> bool:
         return True
     patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or []
     rules = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]  # the first number is the layer's
-    found = next((match for rule in rules if (match := re.match(rf"{rule}\.(\d+)\.", path))), None)
-    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    found = next((match for rule in rules if (match := re.match(rf"{rule}\.(?P<idx>\d+)\.", path))), None)
+    return found is not None and int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def config_faults(config: Mapping[str, Any]) -> Iterator[str]:
@@ -173,8 +173,13 @@ def written_config(adapter: Adapter) -> dict[str, Any]:
     return dict(sorted(config.items()))
 
 
+def stored_scale(scale: float, rank: int) -> float:
+    """What a written scale comes back as: itself, or, where no alpha / rank is, its neighbour."""
+    return _alpha(scale, rank) / rank
+
+
 def _alpha(scale: float, rank: float) -> float:
-    """The alpha with alpha / rank == scale to the last bit, a whole number where it can be."""
+    """The alpha whose alpha / rank is the scale to the last bit, or nearest to it; a whole number where it can be."""
     alpha = scale * rank
     around = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((candidate for candidate in around if candidate / rank == scale), alpha)

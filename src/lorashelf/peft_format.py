@@ -19,7 +19,7 @@ from .adapter import WIDTHS, Adapter, BaseId, Factors, Matrix, Modules, Shape, S
 from .digest import digest
 from .errors import AdapterFormatError, UsageError
 from .parallel import beside
-from .peft_config import RESOLVED, config_faults, resolved_scales, unmatched, written_config
+from .peft_config import RESOLVED, config_faults, resolved_scales, stored_scale, unmatched, written_config
 from .tensorfile import STORED, TensorFile, encode_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -103,7 +103,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, beside: Mapping[str, by
 def write_files(adapter: Adapter, folder: Path) -> str:
     """Write both files into an existing folder, synced; returns their object digest (see `object_digest`)."""
     encoded = encode(adapter)
-    with beside(lambda: digest(encoded.chunks())) as identity:  # to hash takes as long as to write and sync
+    with beside(encoded.digest) as identity:  # to hash takes as long as to write and sync
         atomic.write_file(folder / CONFIG_FILE, [encoded.config])
         atomic.write_file(folder / TENSOR_FILE, encoded.tensor_chunks())
     return identity.result()
@@ -138,8 +138,11 @@ class Encoded:
     header: bytes
     size: int
 
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """What the object digest is taken over."""
+    def digest(self) -> str:
+        """The object digest: what `object_digest` of the written folder is."""
+        return digest(self._chunks())
+
+    def _chunks(self) -> Iterator[bytes | memoryview]:
         yield _length(len(self.config))
         yield self.config
         yield _length(self.size - len(self.config))
@@ -154,15 +157,20 @@ class Encoded:
 
 
 def rounded(adapter: Adapter) -> Adapter:
-    """The adapter as it comes back from a disk: factors rounded to its dtype. Raises AdapterFormatError on overflow."""
-    modules = {}
+    """The adapter as it comes back from a disk: factors rounded to its dtype, scales to what an alpha gives back. One
+    that is there already is returned as it is, still read lazily. Raises AdapterFormatError on overflow.
+    """
+    shapes, resolved = adapter.shapes, adapter.modules.scales
+    scales = {path: stored_scale(resolved[path], shape.rank) for path, shape in shapes.items()}
+    there, modules = adapter.dtype == "f32" and scales == resolved, {}
     for path, f in adapter.modules.items():
         a, b = (
             _stored(values, adapter.dtype, f"{path}.lora_{half}").astype("<f4", copy=False)
             for half, values in (("A", f.a), ("B", f.b))
         )
-        modules[path] = Factors(a, b, f.scale)
-    return adapter if adapter.dtype == "f32" else adapter.with_factors(modules)
+        if not there:
+            modules[path] = Factors(a, b, scales[path])
+    return adapter if there else adapter.with_factors(modules)
 
 
 def _stored(values: Matrix, dtype: str, name: str) -> NDArray[Any]:

@@ -236,6 +236,7 @@ class Shelf:
             for slot in restored.slots:
                 if not snapshot.slot_path(slot).is_dir():
                     raise NotReversible(f"the object of slot {slot.slot} is gone", where=str(snapshot.slot_path(slot)))
+            self._sweep_staging()
             with self._nothing_left():
                 return self._advance(restored)
 
@@ -319,6 +320,7 @@ class Shelf:
         """Write the manifest, move HEAD (this is the commit), then delete what is out of reach."""
         data = manifest.encode()
         identity = manifest_id(data)
+        Manifest.decode(data, str(self._manifest_path(identity)))  # nothing becomes the head that cannot be read again
         staged = self.path / "tmp" / f".{identity}.json"
         atomic.remove(staged)
         atomic.write_file(staged, [data])

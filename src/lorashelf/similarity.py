@@ -128,7 +128,7 @@ def raw_gram(xs: Sequence[Adapter], quantile: float = 0.0) -> Square:
     cuts = [_magnitude(x, quantile) if quantile else -1.0 for x in xs]
     total = np.zeros((len(xs), len(xs)))
     for path in union(xs):
-        present = [i for i, x in enumerate(xs) if path in x.shapes]
+        present = [i for i, x in enumerate(xs) if path in x.modules]
         fs = [xs[i].modules[path] for i in present]
         rank = max(f.shape.rank for f in fs)
         for sides in ([f.a for f in fs], [f.b.T for f in fs]):

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .adapter import WIDTHS, Adapter
-from .algebra import energies
+from .algebra import energies_hold
 from .atomic import no_links, refusals
-from .errors import AdapterFormatError, CorruptShelf, DiskError, OverBudget, ShelfError
+from .errors import AdapterFormatError, CorruptShelf, DiskError, LorashelfError, OverBudget
 from .history import FILE as LOG
 from .history import History
 from .history import line as log_line
 from .manifest import PENDING, Manifest, Plan, Slot
-from .peft_format import CONFIG_FILE, TENSOR_FILE, object_digest, read_adapter
+from .peft_format import CONFIG_FILE, TENSOR_FILE, encode, object_digest, read_adapter
 from .recipe import Settings
 
 HEAD_BYTES = 68  # a digest and a newline
@@ -77,16 +76,16 @@ class Snapshot:
         try:
             self.check_bytes(slot)
             path = self.slot_path(slot)
-            known = self.adapter(slot).modules.energies
+            adapter = self.adapter(slot)
             with refusals(path, "read"):
                 size = sum((path / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
             if size != slot.bytes:
                 return [f"slot {slot.slot}: {stored} has {size} bytes, the manifest says {slot.bytes}"]
-            if slot.energies and not (known and _alike(known, energies(read_adapter(path)))):
+            if slot.energies and not energies_hold(adapter):
                 return [f"slot {slot.slot}: the manifest's energies are not those of {stored}"]
         except DiskError as error:
             return [f"slot {slot.slot}: {stored}: {error.what}"]
-        except ShelfError as error:
+        except LorashelfError as error:
             return [f"slot {slot.slot}: {error.what.removeprefix(f'slot {slot.slot}: ')}"]
         return []
 
@@ -107,13 +106,21 @@ class Snapshot:
         """Every byte under the shelf."""
         return sum(self._files().values())
 
-    def at_rest(self, plan: Plan) -> int:
-        """Every byte under the shelf once this plan is committed and what it makes unreachable is deleted."""
+    def at_rest(self, plan: Plan, *, hashed: bool = True) -> int:
+        """Every byte under the shelf once this plan is committed and what it makes unreachable is deleted.
+
+        To know an object that is there already it has to be `hashed`; without, at least as many bytes.
+        """
         history = [(self.head, self.manifest), *self.ancestors.items()]
         window, leaving = history[: self.settings.budget.keep], history[self.settings.budget.keep :]
         unwritten = [slot for slot in plan.manifest.slots if slot.slot not in plan.writes]
         slots = [*unwritten, *(slot for _, manifest in window for slot in manifest.slots)]
-        objects = {slot.object if slot.object != PENDING else (slot.slot, slot.merged): slot.bytes for slot in slots}
+        objects: dict[object, int] = {
+            slot.object if slot.object != PENDING else (slot.slot, slot.merged): slot.bytes for slot in slots
+        }
+        for slot in plan.manifest.slots:
+            if slot.slot in plan.writes:
+                objects[encode(plan.writes[slot.slot]).digest() if hashed else (slot.slot,)] = slot.bytes
         others = {name: size for name, size in self._files().items() if name.parts[0] not in _SWEPT}
         return (
             sum(others.values())
@@ -123,7 +130,6 @@ class Snapshot:
             + len(plan.manifest.encode())
             + sum(len(manifest.encode()) for _, manifest in window)
             + sum(objects.values())
-            + sum(slot.bytes for slot in plan.manifest.slots if slot.slot in plan.writes)
         )
 
     def _files(self) -> dict[Path, int]:
@@ -146,7 +152,7 @@ def check_budget(snapshot: Snapshot, plan: Plan) -> None:
             where=str(snapshot.path),
             cure="raise budget.slots in shelf.toml, or merge into fewer slots",
         )
-    if budget.bytes is None:
+    if budget.bytes is None or snapshot.at_rest(plan, hashed=False) <= budget.bytes:
         return
     total = snapshot.at_rest(plan)
     if total > budget.bytes:
@@ -160,14 +166,19 @@ def check_budget(snapshot: Snapshot, plan: Plan) -> None:
 def _what_fits(plan: Plan, excess: int) -> str:
     """The largest rank at which the planned objects would fit; headers and configs do not shrink with the rank."""
     planned = {slot.slot: slot.bytes for slot in plan.manifest.slots}
-    values = sum(x.parameters * WIDTHS[x.dtype] for x in plan.writes.values())
+    largest = max((x.rank for x in plan.writes.values()), default=0)
+    values = _values(plan, largest)
     fixed = sum(planned[slot] for slot in plan.writes) - values
-    rank = max((x.rank for x in plan.writes.values()), default=0)
-    fits = int((values - excess) * rank / values) if values else 0
+    ranks = range(largest, 0, -1)
+    fits = next((rank for rank in ranks if _values(plan, rank) <= values - excess), 0)
     advice = f"rank {fits} in this dtype would fit (rank = {fits} in shelf.toml, init --rank); or " if fits >= 1 else ""
     return f"{advice}raise budget.bytes by {excess}, lower keep, or choose a narrower dtype ({fixed} bytes are headers)"
 
 
-def _alike(known: Mapping[str, float], found: Mapping[str, float]) -> bool:
-    """Whether energies agree, but for how another machine rounds."""
-    return all(math.isclose(known[path], value, rel_tol=1e-6) for path, value in found.items())
+def _values(plan: Plan, rank: int) -> int:
+    """Bytes of the planned objects' values, cut to a rank."""
+    return sum(
+        min(shape.rank, rank) * (shape.dout + shape.din) * WIDTHS[x.dtype]
+        for x in plan.writes.values()
+        for shape in x.shapes.values()
+    )

@@ -115,6 +115,7 @@ def update(
     """Replace a task's adapter, in its slot."""
     opened = Shelf(shelf)
     new, old = _read(adapter), _read(was) if was else None
+    note_unknown_base({task: new})
     with opened.writing():
         plan = plan_update(opened.snapshot(), task, new, old, assume_base=assume_base)
         document = {**plan.report, "head": opened.commit(plan)}
@@ -200,9 +201,10 @@ def undo(
 ) -> None:
     """Go back to the state before (as a new state: undo again is redo)."""
     opened = Shelf(shelf)
-    before = opened.snapshot()
-    head = opened.undo(to)
-    after = opened.snapshot()
+    with opened.writing():  # nobody commits in between
+        before = opened.snapshot()
+        head = opened.undo(to)
+        after = opened.snapshot()
     served, served_before = _served(after.manifest), _served(before.manifest)
     undone = sorted(t for t in served | served_before if served.get(t) != served_before.get(t))
     document = {

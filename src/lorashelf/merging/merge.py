@@ -182,7 +182,7 @@ def unmerge(merged: Adapter, removed: Adapter, count: int, *, method: str, worn:
     for path, held in merged.modules.items():
         before = [side * count**power for side in _rooted(held)]
         after = [side.copy() for side in before]
-        if path in removed.shapes:
+        if path in removed.modules:
             for side, taken in zip(after, _rooted(removed.modules[path]), strict=True):
                 side[: taken.shape[0], : taken.shape[1]] -= taken
         kept = np.logical_and(
