@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format lint types tests docs wheel fix clean
+.PHONY: demo test check format lint types docs wheel fix clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,7 +28,7 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/python -m pytest
 
-check: format lint types tests docs wheel
+check: format lint types test docs wheel
 
 format: .venv/dev
 	$(BIN)/ruff format --check .
@@ -38,8 +38,6 @@ lint: .venv/dev
 
 types: .venv/dev
 	$(BIN)/mypy
-
-tests: test
 
 docs: .venv/dev
 	$(BIN)/python docs/generate.py --check

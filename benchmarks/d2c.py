@@ -58,7 +58,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     adapters, sets = chosen(options.zoo, options.data)
     names = sorted(adapters)
-    backend = HFBackend.open()
+    backend = HFBackend.open(dtype="f32")
     merge = merger(adapters, Recipe(merge="ties", dtype="f32"))
     rows, equal, ratios = [], True, []
     for seed in map(int, options.seeds.split(",")):

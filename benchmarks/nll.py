@@ -33,7 +33,7 @@ def main() -> int:
     from lorashelf.tasks import ExampleSet, read_tasks
 
     torch.set_num_threads(options.threads)
-    backend = HFBackend.open()
+    backend = HFBackend.open(dtype="f32")
     adapters = list(common.random_adapters(2, LAYERS, SHAPES))
     sets = [
         ExampleSet(name, task.prompt, tuple(e for split in task.splits.values() for e in split))

@@ -51,7 +51,7 @@ def embedder(out: Path | None, depth: float) -> Embed:
         if file is not None and file.exists():
             return np.load(file)
         if not backend:
-            backend.append(HFBackend.open())
+            backend.append(HFBackend.open(dtype="f32"))
         found = backend[0].embed(texts, depth)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

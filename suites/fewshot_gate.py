@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--examples", type=Path, default=EXAMPLES, help="a folder of task folders")
     parser.add_argument("--base", help="the base model; default SmolLM2-135M-Instruct")
     options = parser.parse_args()
-    backend = HFBackend.open(options.base)
+    backend = HFBackend.open(options.base, dtype="f32")
     failing = []
     print("| task | zero-shot | own | gain |")
     print("|---|---|---|---|")

@@ -88,7 +88,7 @@ class Suite:
         names = sorted(set(self.tasks) & {path.name for path in options.zoo.iterdir() if path.is_dir()})
         self.names = [name for name in names if not options.tasks or name in options.tasks.split(",")]
         self.adapters = {name: read_adapter(options.zoo / name) for name in self.names}
-        self.backend = HFBackend.open(options.base)
+        self.backend = HFBackend.open(options.base, dtype="f32")
         self.k, self.out, self.limit = options.slots, options.output, options.examples
         self.merges = options.merges.split(",")
         self.iterations = [int(t) for t in options.iterations.split(",")]

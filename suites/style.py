@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, default=Path("examples/zoo"))
     parser.add_argument("--partners", default="gec-it,reply-fr,sum-de,qa-en,tone-es")
     options = parser.parse_args()
-    backend, task, style = HFBackend.open(), read_task(TEACH), read_adapter(options.adapter)
+    backend, task, style = HFBackend.open(dtype="f32"), read_task(TEACH), read_adapter(options.adapter)
     emails = task.examples("validation")
     texts = [NOTE, *(example.input for example in emails.examples)]
 

@@ -257,7 +257,9 @@ CHECKS = [
         "update",
         {"an update of another adapter": ("if was is not None and was.digest", "if False and was.digest")},
     ),
-    *checks("manifest.py", SHELF, "type", {"a problem type that is no text": ("if not on_one_line(kind):", OFF)}),
+    *checks(
+        "manifest.py", SHELF, "type", {"a problem type that is no text": ("or not on_one_line(kind):", "or False:")}
+    ),
     *checks(
         "flow.py",
         SHELF,
@@ -292,7 +294,7 @@ CHECKS = [
         SHELF,
         "manifest",
         {
-            "a manifest that cannot be": ("_check_types(document)\n            return", "return"),
+            "a manifest that cannot be": ("if faults := list(_faults(document)):", OFF),
             "a manifest of a newer format": ('if document["format"] > FORMAT:', OFF),
         },
     ),
@@ -311,6 +313,31 @@ CHECKS = [
         },
     ),
     *checks(
+        "shelf.py",
+        "tests/test_format.py",
+        "head",
+        {
+            "a head that cannot be read again": (
+                "Manifest.decode(data, str(self._manifest_path(identity)))  #",
+                "pass  #",
+            )
+        },
+    ),
+    *checks(
+        "flow.py",
+        "tests/test_format.py",
+        "details",
+        {
+            "details that JSON cannot hold": ("        canonical_json(dict(details))\n", "        pass\n"),
+        },
+    ),
+    *checks(
+        "content.py",
+        "tests/test_content.py",
+        "norm",
+        {"a norm of 0 to restore": ("if not 0.0 < factor < math.inf:", "if not size:")},
+    ),
+    *checks(
         "manifest.py",
         "tests/test_format.py",
         "energies",
@@ -321,7 +348,7 @@ CHECKS = [
         "tests/test_format.py",
         "energies",
         {
-            "energies of other values": ("if slot.energies and not (known", "if False and not (known"),
+            "energies of other values": ("if slot.energies and not energies_hold(", "if False and not energies_hold("),
             "energies of other modules": ("if len(slot.energies) == len(adapter.modules):", "if slot.energies:"),
         },
     ),
@@ -406,6 +433,12 @@ CHECKS = [
             "half a surrogate pair": ("elif _broken(record[name]):", "elif False:"),
             "lines are named by file and number": ('f"{path.name} line {number}"', '"a line"'),
         },
+    ),
+    *checks(
+        "backends/trainee.py",
+        "tests/test_train.py",
+        "gradient",
+        {"a gradient that is not finite": ("if math.isfinite(norm):", "if True:")},
     ),
     *checks(
         "backends/hf.py",

@@ -448,6 +448,12 @@ BAD_CONFIGS: dict[str, tuple[Spoil, str]] = {
         )
     },
     "target_modules is a number": field("target_modules", 5, "target_modules is 5, neither"),
+    "every field of the targets at once": (
+        config(target_modules=5, layers_to_transform="x", layers_pattern=3),
+        "  - target_modules is 5, neither a list of names nor a pattern\n"
+        "  - layers_to_transform is 'x', neither a number nor a list of numbers\n"
+        "  - layers_pattern is 3",
+    ),
     "target_modules with a number": field("target_modules", ["q_proj", 5], "target_modules is ['q_proj', 5]"),
     "targets match no module": field("target_modules", ["k_proj"], "matches no module of the file"),
     "no target at all": field("target_modules", [], "matches no module of the file"),

@@ -19,8 +19,16 @@ def blocks(document: str, language: str) -> list[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files(document: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text()):
-        assert (document.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)", document.read_text()):
+        led = document.parent / target if target else document
+        assert led.exists(), target
+        assert not anchor or anchor in anchors(led), f"{target}#{anchor}"
+
+
+def anchors(document: Path) -> set[str]:
+    """A heading's words in lower case, joined by hyphens, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def run_python(code: str, folder: Path) -> str:
@@ -42,6 +50,7 @@ def test_the_readme_commands_run(tmp_path: Path) -> None:
     commands = [
         line.split("#")[0] for line in blocks("README.md", "bash")[1].splitlines() if line.startswith("lorashelf")
     ]
+    assert len(commands) == 4
     for command in commands:
         program = command.replace("lorashelf", f"{sys.executable} -m lorashelf", 1)
         run = subprocess.run(program, shell=True, cwd=tmp_path, capture_output=True, text=True)

@@ -9,7 +9,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -34,7 +34,6 @@ from lorashelf import (
 )
 from lorashelf.errors import BaseMismatch, NotReversible, ShapeMismatch, UnknownName, UsageError
 from lorashelf.merging import MergeMethod, merge_measured, unmerge
-from lorashelf.merging.methods import CHOICES
 from lorashelf.parallel import WORKERS, each
 
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
@@ -65,9 +64,19 @@ def difference(x: Adapter, y: Adapter) -> float:
 
 def variants(method: MergeMethod, **fixed: Any) -> list[dict[str, Any]]:
     """Every choice among a method's named options, with those of `fixed` that it knows."""
-    names = [name for name in method.parameters if name in CHOICES]
+    names = [name for name in method.parameters if method.choices(name)]
     known = {name: value for name, value in fixed.items() if name in method.parameters}
-    return [{**known, **dict(zip(names, c))} for c in itertools.product(*(CHOICES[name] for name in names))]
+    return [{**known, **dict(zip(names, c))} for c in itertools.product(*map(method.choices, names))]
+
+
+def test_choices_are_those_of_the_annotation() -> None:
+    def rule(tensors: Any, weights: Any, draw: Any, *, free: str = "a", one: Literal["x", "y"] = "x") -> Any:
+        return tensors[0]
+
+    method = replace(METHODS["ties"], rule=rule, parameters={"free": "a", "one": "x"})
+    assert method.checked({"free": "anything", "one": "y"}) == {"free": "anything", "one": "y"}
+    with pytest.raises(UsageError, match="free is 3, not a text; one is 'z'; choose from x, y"):
+        method.checked({"free": 3, "one": "z"})
 
 
 def votes(method: MergeMethod) -> bool:

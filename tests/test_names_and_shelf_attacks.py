@@ -416,6 +416,15 @@ def test_a_forged_manifest_that_cannot_be_is_refused(shelf: Shelf, place: tuple[
     refused(shelf, CorruptShelf, "manifest cannot be read", f"where: {path}")
 
 
+def test_all_fields_that_cannot_be_are_named_at_once(shelf: Shelf) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["arrived"] = "x"
+        document["slots"][1] |= {"rank": 0, "encoding": "zip"}
+
+    forged(shelf, change)
+    refused(shelf, CorruptShelf, "not what lorashelf writes: arrived, slots[1]: encoding, slots[1]: rank")
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"[]", b"5", b"{}", b"{'format': 1}", b"\xff", b"[" * 100_000], ids=lambda d: d[:9]
 )

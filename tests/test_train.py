@@ -465,10 +465,27 @@ def test_weights_beyond_the_dtype_are_a_divergence(base: BaseModel, untouched: N
 def test_a_gradient_that_is_not_finite_changes_nothing(
     base: BaseModel, untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainee, "update", lambda trainee, rate: float("inf"))
+    gradients, update, states = Trainee._gradients, Trainee.update, []
+
+    def spoiled(trainee: Trainee, *given: Any) -> list[float]:
+        losses = gradients(trainee, *given)
+        next(p for p in trainee._parameters.values() if p.grad is not None).grad.view(-1)[0] = float("inf")
+        return losses
+
+    def watched(trainee: Trainee, rate: float) -> float:
+        before = trainee.state()
+        norm = update(trainee, rate)
+        states.append((before, trainee.state()))
+        return norm
+
+    monkeypatch.setattr(Trainee, "_gradients", spoiled)
+    monkeypatch.setattr(Trainee, "update", watched)
     with pytest.raises(ModelError) as caught:
         train(make_task(), base, QUICK)
     assert str(caught.value.where).startswith("loud-en, step 1, examples ")
+    ((before, after),) = states
+    assert before["optimizer"] == after["optimizer"]
+    assert all(torch.equal(values, after["parameters"][name]) for name, values in before["parameters"].items())
 
 
 def test_where_memory_ends_examples_are_taken_one_by_one(

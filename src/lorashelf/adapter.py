@@ -187,12 +187,12 @@ class Adapter:
         return replace(self, modules=Modules(factors))
 
 
-def check_fit(xs: Sequence[Adapter], where: str | None = None) -> None:
+def check_fit(xs: Sequence[Adapter]) -> None:
     """Raise BaseMismatch or ShapeMismatch unless all belong together: known base names agree, and so do shapes."""
     known = [x.base for x in xs if x.base.name]
     others = sorted({str(base) for base in known if base.contradicts(known[0])})
     cure = "if these are one model under two names, declare it: --assume-base, or --base-alias NAME at init"
-    refuse([f"trained on {other}, the others on {known[0]}" for other in others], xs, where, cure)
+    refuse([f"trained on {other}, the others on {known[0]}" for other in others], xs, None, cure)
 
 
 def check_shapes(xs: Sequence[Adapter]) -> None:

@@ -19,9 +19,8 @@
     │   ├── OverBudget            4  the result does not fit into the slots or the bytes
     │   └── NotReversible         4  the history needed to take something back is gone
     ├── DiskError             4  the file system refused: full, read-only, no permission
-    ├── ModelError            5  the language model, or an evaluation with it, failed
-    │   └── TaskDataError         5  the examples of a task cannot be read
-    └── ExportError           6  a slot cannot be written in the wanted format
+    └── ModelError            5  the language model, or an evaluation with it, failed
+        └── TaskDataError         5  the examples of a task cannot be read
 
 The number is the exit status of the command line. All faults of one adapter are raised at once, in `faults`.
 """
@@ -203,10 +202,3 @@ class TaskDataError(ModelError):
     def __init__(self, faults: Sequence[str], *, where: str | None = None) -> None:
         self.faults = tuple(faults)
         super().__init__("; ".join(self.faults), where=where, cure='a line is {"input": "…", "output": "…"}')
-
-
-class ExportError(LorashelfError):
-    """A slot cannot be written in the wanted format."""
-
-    exit_code = 6
-    kind = "export"

@@ -7,7 +7,7 @@ import math
 import struct
 import unicodedata
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -119,7 +119,7 @@ class Manifest:
             if document["format"] > FORMAT:
                 raise NewerFormat(f"manifest of format {document['format']}", where=where, cure="upgrade lorashelf")
             base = document["base"]
-            _check_types(document)
+            _check(document)
             return Manifest(
                 parent=document["parent"],
                 sequence=document["sequence"],
@@ -156,35 +156,64 @@ class Manifest:
         return tuple(slot for slot in self.slots if slot.slot != slot_id)
 
 
-def _check_types(document: dict[str, Any]) -> None:
-    """Raise ValueError where a manifest, whatever its digest, could not have been written by `Manifest.document`."""
-    slots, tasks, base = document["slots"], document["tasks"], document["base"]
-    records = [entry for slot in slots for entry in slot["merged"]]
-    routed = sorted(task for slot in slots for task in slot["members"])
-    ids = [slot["slot"] for slot in slots]
-    sound = (
-        document["format"] == FORMAT
-        and all(type(document[name]) is int for name in ("sequence", "arrived"))
-        and all(type(document[name]) is dict for name in ("recipe", "budget", "cause", "tasks"))
-        and all(type(document[name]) is list for name in ("slots", "scores"))
-        and (document["parent"] is None or is_digest(document["parent"]))
-        and (base is None or (type(base["name"]) is str and isinstance(base["revision"], str | None)))
-        and all(type(number) is int and number >= 0 for number in ids)
-        and len(set(ids)) == len(ids)
-        and all(is_digest(slot["object"]) and slot["encoding"] == "peft" and slot["dtype"] in WIDTHS for slot in slots)
-        and all(type(slot[name]) is int and slot[name] > 0 for slot in slots for name in ("rank", "bytes"))
-        and all(type(slot[name]) is list for slot in slots for name in ("members", "merged"))
-        and all(_number(slot["error"]) and _number(slot["restored"]) and slot["restored"] > 0 for slot in slots)
-        and all(slot["average"] is None or type(slot["average"]) is str for slot in slots)
-        and all(type(slot.get("worn", 0)) is int and slot.get("worn", 0) >= 0 for slot in slots)
-        and all(_number(entry[name]) for entry in records for name in ("weight", "norm", "rank", "parameters"))
-        and all(is_digest(entry["digest"]) and type(entry["task"]) is str for entry in records)
-        and all(type(value) is dict and is_digest(value["digest"]) for value in tasks.values())
-        and all(_number(score) for score in document["scores"])
-        and routed == sorted(tasks)
+def _check(document: dict[str, Any]) -> None:
+    if faults := list(_faults(document)):
+        raise ValueError(f"not what lorashelf writes: {', '.join(faults)}")
+
+
+def _faults(document: dict[str, Any]) -> Iterator[str]:
+    """The fields that a manifest, whatever its digest, could not have had from `Manifest.document`."""
+    kinds = {"sequence": int, "arrived": int, "slots": list, "scores": list}
+    kinds |= dict.fromkeys(("recipe", "budget", "cause", "tasks"), dict)
+    wrong = [name for name, kind in kinds.items() if type(document[name]) is not kind]
+    yield from wrong
+    base, parent = document["base"], document["parent"]
+    if document["format"] != FORMAT:
+        yield "format"
+    if not (parent is None or is_digest(parent)):
+        yield "parent"
+    if not (base is None or (type(base["name"]) is str and isinstance(base["revision"], str | None))):
+        yield "base"
+    if not {"slots", "scores", "tasks"}.isdisjoint(wrong):
+        return
+    if not all(_number(score) for score in document["scores"]):
+        yield "scores"
+    yield from (
+        f"tasks: {n}" for n, v in document["tasks"].items() if type(v) is not dict or not is_digest(v["digest"])
     )
-    if not sound:
-        raise ValueError("a field is not what lorashelf writes")
+    for place, slot in enumerate(document["slots"]):
+        yield from (f"slots[{place}]: {field}" for field in _slot_faults(slot))
+    ids, routed = (
+        [slot["slot"] for slot in document["slots"]],
+        [t for slot in document["slots"] for t in slot["members"]],
+    )
+    if len(set(ids)) < len(ids):
+        yield "slots: a number twice"
+    if sorted(routed) != sorted(document["tasks"]):
+        yield "members: not the tasks, each once"
+
+
+def _slot_faults(slot: dict[str, Any]) -> Iterator[str]:
+    sound = {
+        "slot": type(slot["slot"]) is int and slot["slot"] >= 0,
+        "object": is_digest(slot["object"]),
+        "encoding": slot["encoding"] == "peft",
+        "dtype": slot["dtype"] in WIDTHS,
+        "rank": type(slot["rank"]) is int and slot["rank"] > 0,
+        "bytes": type(slot["bytes"]) is int and slot["bytes"] > 0,
+        "members": type(slot["members"]) is list and all(type(task) is str for task in slot["members"]),
+        "merged": type(slot["merged"]) is list and all(map(_is_record, slot["merged"])),
+        "error": _number(slot["error"]),
+        "restored": _number(slot["restored"]) and slot["restored"] > 0,
+        "average": slot["average"] is None or type(slot["average"]) is str,
+        "worn": type(slot.get("worn", 0)) is int and slot.get("worn", 0) >= 0,
+    }
+    yield from (field for field, holds in sound.items() if not holds)
+
+
+def _is_record(entry: dict[str, Any]) -> bool:
+    numbers = all(_number(entry[name]) for name in ("weight", "norm", "rank", "parameters"))
+    return numbers and is_digest(entry["digest"]) and type(entry["task"]) is str
 
 
 def _number(value: Any) -> bool:

@@ -123,17 +123,9 @@ def _per_module(
 
 def unmatched(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     """Faults for factors that PEFT would drop on loading because the config's targets do not name their module."""
-    targets = config.get("target_modules")
-    for name in ("target_modules", "exclude_modules"):
-        value = config.get(name)
-        if not (value is None or isinstance(value, str) or _is_list(value, str)):
-            return [f"{name} is {value!r}, neither a list of names nor a pattern"]
-    layers = config.get("layers_to_transform")
-    if not (layers is None or type(layers) is int or _is_list(layers, int)):
-        return [f"layers_to_transform is {layers!r}, neither a number nor a list of numbers"]
-    if not (config.get("layers_pattern") is None or isinstance(config["layers_pattern"], str | list)):
-        return [f"layers_pattern is {config['layers_pattern']!r}, not a name or a list of names"]
-    paths = list(paths)
+    paths, targets = list(paths), config.get("target_modules")
+    if faults := list(_target_faults(config)):
+        return faults
     try:
         left_out = [path for path in paths if not matched(config, path)]
     except BAD_PATTERN as error:
@@ -141,6 +133,18 @@ def unmatched(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     if left_out and len(left_out) == len(paths):
         return [f"target_modules {targets!r} matches no module of the file: PEFT would load nothing"]
     return [f"{path}: not matched by target_modules, PEFT would drop it" for path in left_out]
+
+
+def _target_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("target_modules", "exclude_modules"):
+        value = config.get(name)
+        if not (value is None or isinstance(value, str) or _is_list(value, str)):
+            yield f"{name} is {value!r}, neither a list of names nor a pattern"
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    if not (layers is None or type(layers) is int or _is_list(layers, int)):
+        yield f"layers_to_transform is {layers!r}, neither a number nor a list of numbers"
+    if not (pattern is None or isinstance(pattern, str) or _is_list(pattern, str)):
+        yield f"layers_pattern is {pattern!r}, not a name or a list of names"
 
 
 def _is_list(value: Any, kind: type) -> bool:

@@ -93,7 +93,9 @@ class HFBackend:
                 if len(query) + len(answer) > self._context:
                     raise self._faulty(examples, index, "is longer than the model's context")
             for members in self.batches(tokens):
-                for index, loss in zip(members, self._measured([tokens[i] for i in members]), strict=True):
+                for index, loss in zip(
+                    members, self._sparing(self._forward, [tokens[i] for i in members]), strict=True
+                ):
                     if not math.isfinite(loss):
                         raise self._faulty(examples, index, "has a loss that is not finite")
                     losses[index] = Loss(loss, len(tokens[index][1]))
@@ -292,10 +294,6 @@ class HFBackend:
         real = [[0] * len(f) + [1] * len(r) if left else [1] * len(r) + [0] * len(f) for r, f in zip(rows, filled)]
         make = self._torch.tensor
         return make(ids, device=self.base.model.device), make(real, device=self.base.model.device)
-
-    def _measured(self, batch: Sequence[Tokens]) -> list[float]:
-        """The summed NLL of each answer of a batch."""
-        return self._sparing(self._forward, batch)
 
     def _sparing(self, work: Callable[[Sequence[T]], Sequence[R]], batch: Sequence[T]) -> list[R]:
         """What the work gives for a batch; where memory ends, once more one by one. Raises ModelError."""

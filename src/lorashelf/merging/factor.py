@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from .methods import Draw, Tensor, merge_method
 PEFT = "PEFT 0.21.2 add_weighted_adapter"
 KMERGE = "K-Merge, arXiv 2510.13537, the equation of its fold read literally"
 TIES = "TIES, arXiv 2306.01708"
+Signs = Literal["total", "frequency"]
 DARE = "DARE, arXiv 2311.03099"
 
 
@@ -51,7 +53,12 @@ def dare_linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, densi
 @merge_method("ties", space="factors", cites=TIES, weights="unary", duplicate=False)
 @merge_method("ties_svd", space="delta", cites=TIES, weights="unary", gauge=True)
 def ties(
-    tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: float = 0.5, majority_sign_method: str = "total"
+    tensors: Sequence[Tensor],
+    weights: Tensor,
+    draw: Draw,
+    *,
+    density: float = 0.5,
+    majority_sign_method: Signs = "total",
 ) -> Tensor:
     """Trim each tensor to its `density` largest magnitudes, elect a sign per entry, average the wᵢ Xᵢ that agree with
     it.
@@ -62,7 +69,12 @@ def ties(
 @merge_method("dare_ties", space="factors", cites=f"{DARE}; {TIES}", weights="unary", random=True)
 @merge_method("dare_ties_svd", space="delta", cites=f"{DARE}; {TIES}", weights="unary", random=True)
 def dare_ties(
-    tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: float = 0.5, majority_sign_method: str = "total"
+    tensors: Sequence[Tensor],
+    weights: Tensor,
+    draw: Draw,
+    *,
+    density: float = 0.5,
+    majority_sign_method: Signs = "total",
 ) -> Tensor:
     """As `ties`, with DARE's random mask and rescaling in place of the trim."""
     return agree([keep_random(x, density, draw(i)) for i, x in enumerate(tensors)], weights, majority_sign_method)
@@ -92,7 +104,7 @@ def keep_random(x: Tensor, density: float, rng: np.random.Generator) -> Tensor:
     return np.where(rng.random(x.shape, dtype=np.float32) < density, x / np.float32(density), np.float32(0))
 
 
-def agree(tensors: Sequence[Tensor], weights: Tensor, majority_sign_method: str) -> Tensor:
+def agree(tensors: Sequence[Tensor], weights: Tensor, majority_sign_method: Signs) -> Tensor:
     """Per entry: the sign of the sum ('total') or of the count of signs ('frequency'), 0 as +; then the mean of wᵢ Xᵢ
     over the tensors whose entry has that sign (and is not zero).
     """

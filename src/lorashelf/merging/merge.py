@@ -113,8 +113,9 @@ def _merge_module(
         b: Tensor = method.rule([f.b for f in fs], np.abs(signed), masks["B"], **params)
     else:
         root_a = factor.roots([f.scale for f in fs])
-        a = method.rule([r * f.a for r, f in zip(root_a, fs, strict=True)], weights, masks["A"], **params)
-        b = method.rule([abs(r) * f.b for r, f in zip(root_a, fs, strict=True)], weights, masks["B"], **params)
+        shares = np.array(weights, np.float32)
+        a = method.rule([r * f.a for r, f in zip(root_a, fs, strict=True)], shares, masks["A"], **params)
+        b = method.rule([abs(r) * f.b for r, f in zip(root_a, fs, strict=True)], shares, masks["B"], **params)
     return Factors(a, b), 0.0, 0.0
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,14 +61,23 @@ class MergeMethod:
                 faults.append(f"density is {value!r}; it is the fraction kept, from 0 to 1")
             elif _number(default) and not _number(value):
                 faults.append(f"{name} is {value!r}, not a number")
-            elif isinstance(default, str) and (not isinstance(value, str) or value not in CHOICES.get(name, (value,))):
-                faults.append(f"{name} is {value!r}; choose from {', '.join(CHOICES[name])}")
+            elif (choices := self.choices(name)) and value not in choices:
+                faults.append(f"{name} is {value!r}; choose from {', '.join(choices)}")
+            elif isinstance(default, str) and not isinstance(value, str):
+                faults.append(f"{name} is {value!r}, not a text")
         if faults:
             raise UsageError("; ".join(faults), cure="see docs/methods.md for the parameters of each method")
         return {**self.parameters, **params}
 
+    def choices(self, name: str) -> tuple[str, ...]:
+        """What a parameter that the rule annotates as a Literal may be; empty for any other."""
+        try:
+            hint = get_type_hints(self.rule).get(name)
+        except NameError:  # a name that only a type checker sees
+            return ()
+        return get_args(hint) if get_origin(hint) is Literal else ()
 
-CHOICES: Mapping[str, Sequence[str]] = MappingProxyType({"majority_sign_method": ("total", "frequency")})
+
 METHODS: Registry[MergeMethod] = Registry("merge method")
 
 
@@ -96,18 +105,18 @@ def merge_method(
         METHODS.add(
             name,
             MergeMethod(
-                name,
-                rule,
-                space,
-                cites,
-                weights,
-                rank,
-                weighting,
-                average,
-                duplicate,
-                gauge,
-                random,
-                MappingProxyType(parameters),
+                name=name,
+                rule=rule,
+                space=space,
+                cites=cites,
+                weights=weights,
+                rank=rank,
+                weighting=weighting,
+                average=average,
+                duplicate=duplicate,
+                gauge=gauge,
+                random=random,
+                parameters=MappingProxyType(parameters),
             ),
         )
         return rule

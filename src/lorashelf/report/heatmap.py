@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from ..algebra import Square
-from ..atomic import refusals
+from ..atomic import replace_file
 from ..errors import MissingExtra, UsageError
 
 
@@ -40,8 +41,9 @@ def draw_heatmap(names: Sequence[str], matrix: Square, metric: str, path: Path) 
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_title(f"{metric} similarity (colours span the pairs of different adapters)", fontsize=9)
     figure.colorbar(image, ax=axes, shrink=0.8)
-    with refusals(path):
-        figure.savefig(path)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix.lstrip("."))
+    replace_file(path, drawn.getvalue(), path.parent)
 
 
 def neighbour_order(matrix: Square) -> list[int]:
