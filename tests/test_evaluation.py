@@ -654,7 +654,7 @@ def test_a_prompt_that_an_adapter_was_not_trained_under_is_said(
     records = {"a-en": {"settings": {"prompt": "pr-other"}}, "b-en": {"settings": {"prompt": here}}, "c-xx": []}
     for name, record in records.items():
         content = {"training.json": json.dumps(record).encode()}
-        write_adapter(world.own[name], tmp_path / "adapters" / name, beside=content)
+        write_adapter(world.own[name], tmp_path / "adapters" / name, extra_files=content)
     for words in ([tmp_path / "adapters"], [world.shelf, "--own", tmp_path / "adapters"]):
         assert run(*words, *common, "--loss-only")[0] == 0
         said = f"a-en: trained under the prompt rendering pr-other, measured under {here}"

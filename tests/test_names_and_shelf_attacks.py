@@ -890,3 +890,20 @@ def test_many_processes_add_to_one_shelf_and_nothing_is_lost(shelf: Shelf, tmp_p
     assert after.sequence == before.sequence + len(names)
     assert [entry["sequence"] for entry in shelf.log()] == list(range(after.sequence + 1))
     assert shelf.verify() == []
+
+
+def test_the_folder_one_is_in_is_no_place_for_a_shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (".", tmp_path):
+        with pytest.raises(ShelfError, match="the folder you are in"):
+            Shelf.create(path, new_settings(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    Shelf.create(tmp_path / "link", new_settings(1))
+    assert (tmp_path / "link").is_symlink()
+    assert Shelf(tmp_path / "there").verify() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]

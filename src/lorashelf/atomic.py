@@ -57,12 +57,17 @@ def settle(folder: Path) -> None:
         _sync(folder)
 
 
-def staging_folder(parent: Path) -> Path:
-    """A fresh, empty folder in `parent` under a random name."""
+@contextlib.contextmanager
+def staging(parent: Path) -> Iterator[Path]:
+    """A fresh, empty folder in `parent` under a random name, for `publish`; deleted if the block fails."""
     path = parent / f".{os.urandom(8).hex()}"
     with refusals(path):
         os.mkdir(path)
-    return path
+    try:
+        yield path
+    except BaseException:
+        remove(path)
+        raise
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:

@@ -77,10 +77,10 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
     )
 
 
-def write_adapter(adapter: Adapter, path: str | Path, *, beside: Mapping[str, bytes] | None = None) -> str:
+def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[str, bytes] | None = None) -> str:
     """Write an adapter as a PEFT folder that appears whole or not at all; returns its object digest.
 
-    `beside` are further files, name → content, that appear with it; readers of adapters pass them over.
+    `extra_files` are further files, name → content, that appear with it; readers of adapters pass them over.
     The factors are rounded once, to `adapter.dtype`; scales go to `lora_alpha` and `alpha_pattern`, ranks to `r` and
     `rank_pattern`. Raises UsageError if the path exists, AdapterFormatError if a value overflows the dtype, DiskError.
     """
@@ -88,15 +88,11 @@ def write_adapter(adapter: Adapter, path: str | Path, *, beside: Mapping[str, by
     if folder.exists():
         raise UsageError("the output exists already", where=str(folder), cure="choose another folder or delete it")
     atomic.make_parents(folder)
-    staged = atomic.staging_folder(folder.parent)
-    try:
+    with atomic.staging(folder.parent) as staged:
         identity = write_files(adapter, staged)
-        for name, content in (beside or {}).items():
+        for name, content in (extra_files or {}).items():
             atomic.write_file(staged / name, [content])
         atomic.publish(staged, folder)
-    except BaseException:
-        atomic.remove(staged)
-        raise
     return identity
 
 

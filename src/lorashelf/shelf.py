@@ -68,21 +68,21 @@ class Shelf:
         settings.checked()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ShelfError("this path exists already", where=str(path), cure="choose another, or delete it")
+        folder = path.resolve()  # a link to an empty folder is followed
+        if folder == Path.cwd():  # it would be replaced under the caller's feet
+            cure = "give a new folder's name: lorashelf init NAME"
+            raise ShelfError("this is the folder you are in", where=str(path), cure=cure)
         cause = {"operation": "init", "time": _stamp(clock), "version": VERSION}
         first = Manifest(None, 0, settings.recipe.document(), settings.budget.document(), cause).encode()
-        atomic.make_parents(path)
-        staged = atomic.staging_folder(path.parent)
-        try:
-            for folder in _FOLDERS:
-                atomic.make_folder(staged / folder)
+        atomic.make_parents(folder)
+        with atomic.staging(folder.parent) as staged:
+            for name in _FOLDERS:
+                atomic.make_folder(staged / name)
             atomic.write_file(staged / recipe.FILE, [recipe.write_toml(settings)])
             atomic.write_file(staged / "manifests" / f"{manifest_id(first)}.json", [first])
             atomic.settle(staged / "manifests")
             atomic.write_file(staged / "HEAD", [f"{manifest_id(first)}\n".encode()])
-            atomic.publish(staged, path)
-        except BaseException:
-            atomic.remove(staged)
-            raise
+            atomic.publish(staged, folder)
         return cls(path, clock)
 
     @classmethod
@@ -96,17 +96,16 @@ class Shelf:
         if path.exists():
             raise ShelfError("this path exists already", where=str(path), cure="choose another, or delete it")
         atomic.make_parents(path)
-        staged = atomic.staging_folder(path.parent)
-        try:
-            shelf = cls.create(staged, settings, clock)
-            plan = planner(shelf.snapshot())
-            shelf.commit(plan)
-            atomic.publish(staged, path)
-        except BaseException as error:
-            atomic.remove(staged)
-            if isinstance(error, LorashelfError) and str(staged) in (error.where or ""):
-                error.where = str(path)  # what the caller knows
-            raise
+        with atomic.staging(path.parent) as staged:
+            try:
+                shelf = cls.create(staged, settings, clock)
+                plan = planner(shelf.snapshot())
+                shelf.commit(plan)
+                atomic.publish(staged, path)
+            except LorashelfError as error:
+                if str(staged) in (error.where or ""):
+                    error.where = str(path)  # what the caller knows
+                raise
         return cls(path, clock).snapshot(), plan
 
     # reading ----------------------------------------------------------------------------------------------------
@@ -303,17 +302,13 @@ class Shelf:
             raise recipe.config_error(path, path.read_text(), faults)
 
     def _store(self, adapter: Adapter) -> str:
-        staged = atomic.staging_folder(self.path / "tmp")
-        try:
+        with atomic.staging(self.path / "tmp") as staged:
             identity = write_files(adapter, staged)
-        except BaseException:
-            atomic.remove(staged)
-            raise
-        final = self.path / "objects" / identity
-        if final.exists():
-            atomic.remove(staged)
-        else:
-            atomic.publish(staged, final)
+            final = self.path / "objects" / identity
+            if final.exists():
+                atomic.remove(staged)
+            else:
+                atomic.publish(staged, final)
         return identity
 
     def _advance(self, manifest: Manifest) -> str:

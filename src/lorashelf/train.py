@@ -92,7 +92,7 @@ def train_into(
             atomic.make_parents(state)
             adapter, record = taught(lesson, base, watch=watch, state=state)
             content = json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
-            write_adapter(adapter, folder / lesson.task, beside={RECORD_FILE: content})
+            write_adapter(adapter, folder / lesson.task, extra_files={RECORD_FILE: content})
             records[lesson.task] = record
         atomic.remove(state)
     if not any((folder / STATE_FOLDER).glob("*.pt")):

@@ -168,18 +168,17 @@ def _dequantised(file: Path) -> Path:
     if find_spec("gguf") is None:
         raise MissingExtra("a GGUF file", "gguf", "llm")
     atomic.make_parents(folder)
-    staged = atomic.staging_folder(folder.parent)
-    try:
+    with atomic.staging(folder.parent) as staged:
         with _loading(transformers, file.name, file):
             config = getattr(transformers, "GgufConfig", None)  # older versions know no other way than dequantising
             whole = {"quantization_config": config(dequantize=True)} if config else {}
             model = _whole(transformers, file.parent, gguf_file=file.name, dtype=torch.float32, **whole)
             model.save_pretrained(staged)
             transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)
-        if not folder.exists():
+        if folder.exists():
+            atomic.remove(staged)
+        else:
             atomic.publish(staged, folder)
-    finally:
-        atomic.remove(staged)
     return folder
 
 
