@@ -197,15 +197,22 @@ CHECKS = [
         },
     ),
     *checks(
+        "atomic.py",
+        ADAPTER,
+        "written or hold",
+        {
+            "a refused write leaves nothing": (
+                "    except BaseException:\n        remove(path)\n",
+                "    except BaseException:\n",
+            )
+        },
+    ),
+    *checks(
         "peft_format.py",
         ADAPTER,
         "written or hold",
         {
             "values that a dtype cannot hold": ("if not np.isfinite(stored).all():", OFF),
-            "a refused write leaves nothing": (
-                "except BaseException:\n        atomic.remove(staged)\n",
-                "except BaseException:\n",
-            ),
             "an output that exists": ("if folder.exists():", OFF),
         },
     ),
@@ -454,11 +461,13 @@ CHECKS = [
             ),
             "out of memory: a smaller batch": ("for one in batch for found in work([one])", "for found in work(batch)"),
             "weights of one name": ("{self.weights} ", ""),
-            "out of memory: said": (
-                'shorter examples"\n            raise ModelError(',
-                'shorter examples"\n            raise RuntimeError(',
-            ),
         },
+    ),
+    *checks(
+        "backends/attachment.py",
+        LOSSES,
+        "memory_ends",
+        {"out of memory: said": ("raise OutOfMemory(what, where=where, cure=cure) from error", "raise")},
     ),
     *checks(
         "backends/attachment.py",
@@ -484,10 +493,6 @@ CHECKS = [
             ),
             "a base that cannot be loaded": ("with _loading(transformers, shown, folder):", "if True:"),
             "a GGUF file that cannot be read": ("with _loading(transformers, file.name, file):", "if True:"),
-            "a broken GGUF leaves nothing": (
-                "    finally:\n        atomic.remove(staged)",
-                "    finally:\n        pass",
-            ),
             "an adapter given as a base": ('if getattr(model, "_hf_peft_config_loaded", False):', OFF),
             "a base that lacks weights": ("if lacking:", OFF),
             "no default base": ("if embedded is None:\n            what", "if False:\n            what"),

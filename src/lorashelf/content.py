@@ -50,6 +50,15 @@ class Content:
         )
 
     @property
+    def plain(self) -> Content:
+        """The same without norm restoration: what the next fold starts from."""
+        return (
+            self
+            if self.restored == 1.0
+            else replace(self, adapter=scaled(self.adapter, 1 / self.restored), restored=1.0)
+        )
+
+    @property
     def faithful(self) -> str | None:
         """The averaging method that can go on from here exactly: its own; any ("*") for one adapter stored uncut."""
         return "*" if len(self.merged) == 1 and not self.error else self.average

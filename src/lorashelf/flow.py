@@ -183,8 +183,7 @@ def plan_update(
     else:
         new, precision = _without(snapshot, slot, task, was, "--was OLD_ADAPTER")
         if adapter.digest not in {m.digest for m in new.merged}:
-            plain = replace(new, adapter=content.scaled(new.adapter, 1 / new.restored), restored=1.0)
-            new = content.fold([plain], adapter, record, recipe)
+            new = content.fold([new.plain], adapter, record, recipe)
     tasks = {**snapshot.manifest.tasks, task: {**details, "digest": adapter.digest}}
     slots = snapshot.manifest.with_slot(new.slot(slot.slot, slot.members))
     cause = {"operation": "update", "task": task, "slot": slot.slot}
@@ -359,9 +358,7 @@ def located(snapshot: Snapshot, task: str) -> tuple[Slot, Mapping[str, Any]]:
 
 def _content(snapshot: Snapshot, slot: Slot) -> Content:
     """A stored slot as what the next fold starts from: norm restoration divided out."""
-    stored = snapshot.adapter(slot)
-    plain = stored if slot.restored == 1.0 else content.scaled(stored, 1 / slot.restored)
-    return Content(plain, slot.merged, slot.error, slot.average, worn=slot.worn)
+    return Content(snapshot.adapter(slot), slot.merged, slot.error, slot.average, slot.restored, slot.worn).plain
 
 
 def _plan(

@@ -55,7 +55,7 @@ class Slot:
     worn: int = 0
     """How many roundings the content has seen beyond those of folding `merged`: two for every adapter taken out."""
     energies: tuple[float, ...] = ()
-    """‖ΔW‖² of every module of the object, in the order of their paths; empty where an older build wrote it."""
+    """‖ΔW‖² of every module of the object, in the order of their paths; empty where its writer kept none."""
 
     def document(self) -> dict[str, Any]:
         """As in every JSON answer: without energies, and `worn` only where it is not 0."""

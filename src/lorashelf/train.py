@@ -31,9 +31,8 @@ from .version import VERSION
 
 RECORD_FILE = "training.json"
 STATE_FOLDER = ".training"
-SAVE_SECONDS = (
-    60.0  # a kill or a power cut costs no more than this, or the time between two validations; Ctrl-C nothing
-)
+# What a kill or a power cut costs at most, or the time between two validations; Ctrl-C costs nothing.
+SAVE_SECONDS = 60.0
 _PACKAGES = ("torch", "transformers", "peft", "numpy")
 Watch = Callable[["Moment"], None]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..adapter import Adapter, BaseId, Factors
@@ -58,14 +59,9 @@ class Attachment:
     def _on_device(self, f: Factors) -> tuple[Any, Any]:
         """Aᵀ and s Bᵀ where the base is. Raises ModelError where memory ends."""
         kind = {"dtype": self._base.model.dtype, "device": self._base.model.device}
-        try:
+        with within_memory("out of memory for an adapter", self._base.name, "free memory, or give a smaller base"):
             a = self._torch.tensor(f.a).T.to(**kind)  # a copy: the file may be mapped read-only, and may go
             return a, (self._torch.tensor(f.b).T * f.scale).to(**kind)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            cure = "free memory, or give a smaller base"
-            raise ModelError("out of memory for an adapter", where=self._base.name, cure=cure) from error
 
     def _faults(self, adapter: Adapter) -> list[str]:
         """What does not fit, modules of one name and one fault together."""
@@ -107,6 +103,17 @@ def sizes(layer: Any) -> tuple[int, int] | None:
     return None
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ended, on any device."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "not enough memory" in str(error)
+class OutOfMemory(ModelError):
+    """Memory ended, on any device; smaller pieces may do."""
+
+
+@contextmanager
+def within_memory(what: str, where: str, cure: str) -> Iterator[None]:
+    """Raise OutOfMemory where memory ends in the block."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        ended = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+        if not ended and "not enough memory" not in str(error):
+            raise
+        raise OutOfMemory(what, where=where, cure=cure) from error

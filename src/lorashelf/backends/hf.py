@@ -16,7 +16,7 @@ from ..adapter import Adapter, Matrix
 from ..backend import Loss, Pair
 from ..errors import ModelError
 from ..tasks import Example, ExampleSet
-from .attachment import Attachment, out_of_memory
+from .attachment import Attachment, OutOfMemory, within_memory
 from .base_model import BaseModel, fingerprint, libraries, open_base
 
 LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32
@@ -206,13 +206,12 @@ class HFBackend:
         read, cache = query, None
         for _ in range(count):
             self.attach(adapter)  # whoever reads the stream may have asked for another meanwhile
-            try:
-                with self._torch.inference_mode(), _head_at(model, [0], [-1]):
-                    seen = model(input_ids=make([read], device=model.device), past_key_values=cache, use_cache=True)
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                raise ModelError("out of memory", where=self.base.name, cure="shorten the text") from error
+            with (
+                within_memory("out of memory", self.base.name, "shorten the text"),
+                self._torch.inference_mode(),
+                _head_at(model, [0], [-1]),
+            ):
+                seen = model(input_ids=make([read], device=model.device), past_key_values=cache, use_cache=True)
             token = int(seen.logits[0, -1].argmax())
             if token in self._stops:
                 return
@@ -297,21 +296,15 @@ class HFBackend:
 
     def _sparing(self, work: Callable[[Sequence[T]], Sequence[R]], batch: Sequence[T]) -> list[R]:
         """What the work gives for a batch; where memory ends, once more one by one. Raises ModelError."""
+        what, cure = "out of memory, also with one example at a time", "free memory, or give a smaller base"
+        limit = partial(within_memory, what, self.base.name, f"{cure} or shorter examples")
         try:
-            return list(work(batch))
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
+            with limit():
+                return list(work(batch))
+        except OutOfMemory:
             _logger.warning("out of memory with %d examples in a batch; trying one at a time", len(batch))
-        try:
+        with limit():
             return [found for one in batch for found in work([one])]
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            cure = "free memory, or give a smaller base or shorter examples"
-            raise ModelError(
-                "out of memory, also with one example at a time", where=self.base.name, cure=cure
-            ) from error
 
     def _forward(self, batch: Sequence[Tokens]) -> list[float]:
         with self._torch.inference_mode():

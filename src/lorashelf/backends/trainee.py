@@ -12,15 +12,16 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ..adapter import Adapter, BaseId, Factors, Modules
 from ..backend import Loss
 from ..curriculum import Curriculum
-from ..errors import MissingExtra, ModelError, UsageError
+from ..errors import MissingExtra, UsageError
 from ..peft_format import rounded
 from ..tasks import ExampleSet
-from .attachment import out_of_memory, sizes
+from .attachment import OutOfMemory, sizes, within_memory
 from .base_model import libraries
 from .hf import HFBackend, Tokens
 
@@ -99,21 +100,17 @@ class Trainee:
         Where memory ends, the examples are taken one by one from then on: the same gradient, more slowly. Raises
         ModelError if that is too much as well.
         """
-        try:
+        cure = "lower --max-length, free memory, or take a smaller base"
+        limit = partial(within_memory, "out of memory, also with one example at a time", self.backend.base.name, cure)
+        if not self._one_by_one:
+            try:
+                with limit():
+                    return self._gradients(batch, seed)
+            except OutOfMemory:
+                _logger.warning("out of memory with %d examples in a step; taking them one at a time", len(batch))
+                self._one_by_one = True
+        with limit():
             return self._gradients(batch, seed)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            if self._one_by_one:
-                raise self._too_large() from error
-        _logger.warning("out of memory with %d examples in a step; taking them one at a time", len(batch))
-        self._one_by_one = True
-        try:
-            return self._gradients(batch, seed)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            raise self._too_large() from error
 
     def update(self, rate: float) -> float:
         """Step along the clipped gradient; returns its norm. One that is not finite changes nothing."""
@@ -193,7 +190,3 @@ class Trainee:
         finally:
             for layer in layers:
                 layer.eval()
-
-    def _too_large(self) -> ModelError:
-        cure = "lower --max-length, free memory, or take a smaller base"
-        return ModelError("out of memory, also with one example at a time", where=self.backend.base.name, cure=cure)
