@@ -808,3 +808,10 @@ def test_an_output_that_exists_is_not_overwritten(tmp_path: Path) -> None:
         write_adapter(make_adapter(1), folder)
     assert command("merge", folder, "-o", folder, "--method", "linear")[0] == 2
     assert state(tmp_path) == before
+
+
+def test_a_folder_of_adapters_says_so(tmp_path: Path) -> None:
+    write_peft(tmp_path / "zoo" / "gec-de")
+    with pytest.raises(AdapterFormatError) as caught:
+        read_adapter(tmp_path / "zoo")
+    assert f"cure:  this folder holds adapters: give them one by one, {tmp_path / 'zoo'}/*/" in str(caught.value)

@@ -67,7 +67,7 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
     if tensors is not None and check_values:
         faults += _bad_values(tensors, halves)
     if faults or config is None or tensors is None:
-        raise AdapterFormatError(faults, where=str(folder), cure=_cure(faults))
+        raise AdapterFormatError(faults, where=str(folder), cure=_cure(faults, folder))
     stored = sorted({STORED[tensors[name].dtype] for pair in halves.values() for name in pair.values()})
     return Adapter(
         modules=_FileModules(tensors, halves, shapes, scales),
@@ -348,7 +348,9 @@ def _bad_values(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]]) ->
                     yield f"{name}: holds {largest:.0e}; no trained factor does"
 
 
-def _cure(faults: Sequence[str]) -> str:
+def _cure(faults: Sequence[str], folder: Path) -> str:
+    if next(folder.glob(f"*/{CONFIG_FILE}"), None):
+        return f"this folder holds adapters: give them one by one, {folder}/*/"
     if any("pickle" in fault for fault in faults):
         return "load it where you trust it and save it again with safe_serialization=True"
     if any("is set:" in fault or "init_lora_weights" in fault for fault in faults):
