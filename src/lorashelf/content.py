@@ -52,11 +52,9 @@ class Content:
     @property
     def plain(self) -> Content:
         """The same without norm restoration: what the next fold starts from."""
-        return (
-            self
-            if self.restored == 1.0
-            else replace(self, adapter=scaled(self.adapter, 1 / self.restored), restored=1.0)
-        )
+        if self.restored == 1.0:
+            return self
+        return replace(self, adapter=scaled(self.adapter, 1 / self.restored), restored=1.0)
 
     @property
     def faithful(self) -> str | None:

@@ -93,9 +93,8 @@ class HFBackend:
                 if len(query) + len(answer) > self._context:
                     raise self._faulty(examples, index, "is longer than the model's context")
             for members in self.batches(tokens):
-                for index, loss in zip(
-                    members, self._sparing(self._forward, [tokens[i] for i in members]), strict=True
-                ):
+                sums = self._sparing(self._forward, [tokens[i] for i in members])
+                for index, loss in zip(members, sums, strict=True):
                     if not math.isfinite(loss):
                         raise self._faulty(examples, index, "has a loss that is not finite")
                     losses[index] = Loss(loss, len(tokens[index][1]))
