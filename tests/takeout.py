@@ -325,8 +325,8 @@ CHECKS = [
         "head",
         {
             "a head that cannot be read again": (
-                "Manifest.decode(data, str(self._manifest_path(identity)))  #",
-                "pass  #",
+                "Manifest.decode(data, str(self._manifest_path(identity)))",
+                "data.decode()",
             )
         },
     ),

@@ -263,4 +263,4 @@ def test_details_that_json_cannot_hold_are_refused(tmp_path: Path, value: Any) -
     with pytest.raises(UsageError, match="details of task 'new' cannot be stored"):
         plan_add(snapshot, make_adapter(9), "new", details={"max_new_tokens": value})
     with pytest.raises(TaskNameError):
-        plan_add(snapshot, make_adapter(9), "new", type=3)  # type: ignore[arg-type]
+        plan_add(snapshot, make_adapter(9), "new", details={"type": 3})

@@ -16,6 +16,7 @@ from .manifest import PENDING, Merged, Slot
 from .merging import METHODS, merge_measured, unmerge
 from .peft_format import encode, rounded
 from .recipe import Recipe
+from .snapshot import Snapshot
 
 LARGEST_NORM = 1e9
 LEAST_PRECISION = 0.1  # an adapter is taken out of an average only if this much of the rest is left
@@ -60,6 +61,11 @@ class Content:
     def faithful(self) -> str | None:
         """The averaging method that can go on from here exactly: its own; any ("*") for one adapter stored uncut."""
         return "*" if len(self.merged) == 1 and not self.error else self.average
+
+
+def of_slot(snapshot: Snapshot, slot: Slot) -> Content:
+    """A stored slot as what the next fold starts from: norm restoration divided out. Raises CorruptShelf."""
+    return Content(snapshot.adapter(slot), slot.merged, slot.error, slot.average, slot.restored, slot.worn).plain
 
 
 def entry(task: str, kind: str, adapter: Adapter) -> Merged:

@@ -12,7 +12,7 @@ from .adapter import Adapter, BaseId, refuse
 from .algebra import energies
 from .content import Content
 from .digest import canonical_json
-from .errors import NotReversible, OverBudget, TaskNameError, UnknownName, UsageError
+from .errors import NotReversible, OverBudget, TaskNameError, UsageError
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, problem_type, task_name
 from .parallel import beside
 from .policy import Decision, Fold, Open, Refuse
@@ -109,7 +109,7 @@ def _folded(snapshot: Snapshot, decision: Fold, adapter: Adapter, record: Merged
     slots = [snapshot.manifest.slot(i) for i in decision.sources or (decision.slot,)]
     with beside(lambda: snapshot.check_bytes(*slots)) as checked:
         try:
-            sources = [_content(snapshot, slot) for slot in slots]
+            sources = [content.of_slot(snapshot, slot) for slot in slots]
             new = content.fold(sources, adapter, record, snapshot.settings.recipe, decision.average)
             energies(new.adapter)  # asked for below
             return new
@@ -168,7 +168,7 @@ def plan_update(
     ShapeMismatch.
     """
     task = unicodedata.normalize("NFC", task)
-    slot, details = located(snapshot, task)
+    slot, details = snapshot.located(task)
     recipe = snapshot.settings.recipe
     if was is not None and was.digest != details["digest"]:
         raise _another(task, was, details["digest"])
@@ -200,7 +200,7 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
     relative rounding left. Raises UnknownName, and NotReversible if `adapter` is not the one recorded.
     """
     task = unicodedata.normalize("NFC", task)
-    slot, details = located(snapshot, task)
+    slot, details = snapshot.located(task)
     if adapter is not None and adapter.digest != details["digest"]:
         raise _another(task, adapter, details["digest"])
     tasks = {name: value for name, value in snapshot.manifest.tasks.items() if name != task}
@@ -240,7 +240,7 @@ def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None,
             "the adapter is averaged with others", cure=f"give the original with {option} to take it out"
         )
     snapshot.check_bytes(slot)
-    return content.without(_content(snapshot, slot), digest, adapter, snapshot.settings.recipe)
+    return content.without(content.of_slot(snapshot, slot), digest, adapter, snapshot.settings.recipe)
 
 
 def _another(task: str, adapter: Adapter, digest: str) -> NotReversible:
@@ -345,20 +345,6 @@ def _block(xs: Mapping[str, Adapter], kinds: Mapping[str, str], block: Sequence[
     return content.block(
         [xs[task] for task in tasks], [content.entry(task, kinds[task], xs[task]) for task in tasks], recipe
     )
-
-
-def located(snapshot: Snapshot, task: str) -> tuple[Slot, Mapping[str, Any]]:
-    """Θ(t): the slot of a task, and what is stored with the task. Raises UnknownName with the nearest names."""
-    task = unicodedata.normalize("NFC", task)  # as names are stored
-    slot = snapshot.manifest.slot_of(task)
-    if slot is None:
-        raise UnknownName("task", task, sorted(snapshot.manifest.tasks), where=str(snapshot.path))
-    return slot, snapshot.manifest.tasks[task]
-
-
-def _content(snapshot: Snapshot, slot: Slot) -> Content:
-    """A stored slot as what the next fold starts from: norm restoration divided out."""
-    return Content(snapshot.adapter(slot), slot.merged, slot.error, slot.average, slot.restored, slot.worn).plain
 
 
 def _plan(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from .adapter import Adapter
 from .backend import AnswerBackend
 from .errors import UsageError
-from .flow import located
 from .snapshot import Snapshot
 
 MOST_TOKENS = 64  # of an answer, where neither the caller nor the task says another number
@@ -47,7 +46,7 @@ def service(snapshot: Snapshot, task: str, *, prompt: str | None = None, max_new
 
     Raises UnknownName with the nearest names, UsageError without any prompt, CorruptShelf.
     """
-    slot, details = located(snapshot, task)
+    slot, details = snapshot.located(task)
     instruction = details.get("prompt") if prompt is None else checked(prompt, "prompt")
     if instruction is None:
         cure = "give it: --prompt TEXT; `lorashelf add --task-file` stores it with the task"

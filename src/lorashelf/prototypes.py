@@ -19,7 +19,6 @@ from . import atomic
 from .adapter import Matrix
 from .digest import canonical_json, digest
 from .errors import DiskError, UsageError
-from .flow import located
 from .snapshot import Snapshot
 from .tasks import ExampleSet, Task
 
@@ -88,7 +87,7 @@ def choose(embedder: Embedder, known: Prototypes, snapshot: Snapshot, text: str)
     order = np.argsort(-row, kind="stable")
     ranked = {known.tasks[i]: float(row[i]) for i in order}
     task = next(iter(ranked))
-    slot, _ = located(snapshot, task)
+    slot, _ = snapshot.located(task)
     return Choice(
         task=task,
         slot=slot.slot,

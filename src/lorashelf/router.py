@@ -7,14 +7,13 @@ from typing import Any
 
 from .adapter import WIDTHS
 from .errors import CorruptShelf
-from .flow import located
 from .manifest import Slot
 from .snapshot import Snapshot
 
 
 def route(snapshot: Snapshot, task: str) -> dict[str, Any]:
     """`{task, slot, path, members}`: the PEFT folder that serves the task. Raises UnknownName with the nearest."""
-    slot, _ = located(snapshot, task)
+    slot, _ = snapshot.located(task)
     return _answer(snapshot, task, slot)
 
 

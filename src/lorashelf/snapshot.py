@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from .adapter import WIDTHS, Adapter
 from .algebra import energies_hold
 from .atomic import no_links, refusals
-from .errors import AdapterFormatError, CorruptShelf, DiskError, LorashelfError, OverBudget
+from .errors import AdapterFormatError, CorruptShelf, DiskError, LorashelfError, OverBudget, UnknownName
 from .history import FILE as LOG
 from .history import History
 from .history import line as log_line
@@ -57,6 +59,14 @@ class Snapshot:
         if len(slot.energies) == len(adapter.modules):
             adapter.modules.energies = dict(zip(adapter.modules, slot.energies, strict=True))
         return adapter
+
+    def located(self, task: str) -> tuple[Slot, Mapping[str, Any]]:
+        """Θ(t): the slot of a task, and what is stored with the task. Raises UnknownName with the nearest names."""
+        task = unicodedata.normalize("NFC", task)  # as names are stored
+        slot = self.manifest.slot_of(task)
+        if slot is None:
+            raise UnknownName("task", task, sorted(self.manifest.tasks), where=str(self.path))
+        return slot, self.manifest.tasks[task]
 
     def check_bytes(self, *slots: Slot) -> None:
         """Raise CorruptShelf unless the stored bytes of these slots are those that their objects are named by."""
