@@ -213,7 +213,7 @@ def error_classes() -> list[type[errors.LorashelfError]]:
 
 
 def test_the_drawn_tree_is_the_error_tree() -> None:
-    drawn = {(name, int(code)) for name, code in re.findall(r"[├└]── (\w+) +(\d)", errors.__doc__ or "")}
+    drawn = {(name, int(code)) for name, code in re.findall(r"[├└]── (\w+) +(\d+)", errors.__doc__ or "")}
     assert drawn == {(c.__name__, c.exit_code) for c in error_classes() if c is not errors.LorashelfError}
 
 

@@ -440,6 +440,14 @@ def test_every_command_has_an_example_in_its_help(capsys: pytest.CaptureFixture[
         assert f"lorashelf {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("second", ["one=", "a\tb=", "../x="])
+def test_names_are_looked_at_before_anything_is_added(shelf: Path, zoo: dict[str, Path], run: Run, second: str) -> None:
+    head = (shelf / "HEAD").read_text()
+    code, document = run("add", shelf, f"one={zoo['a-x']}", f"{second}{zoo['a-y']}")
+    assert (code, document["error"]["kind"]) == (2, "task_name")
+    assert (shelf / "HEAD").read_text() == head
+
+
 def test_interrupted_is_130_with_a_document(
     shelf: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +459,7 @@ def test_interrupted_is_130_with_a_document(
     monkeypatch.setattr(lorashelf.cli.shelves, "plan_add", interrupt)
     code, document = run("add", shelf, zoo["a-x"])
     assert (code, document["error"]["kind"]) == (130, "interrupted")
+    assert document["added"] == []
 
 
 @pytest.mark.parametrize(

@@ -428,7 +428,10 @@ def test_ctrl_c_keeps_what_was_committed_and_exits_130(options, arrivals, tmp_pa
     assert "interrupted" in err
     assert "Traceback" not in err
     if options:
-        assert json.loads(out)["error"]["kind"] == "interrupted"
+        document = json.loads(out)
+        assert document["error"]["kind"] == "interrupted"
+        assert len(document["added"]) == on_shelf(shelf, arrivals)
+        assert "without those that are added" in document["error"]["cure"]
     else:
         assert out == ""
     done = on_shelf(shelf, arrivals)

@@ -6,6 +6,7 @@ A shelf that cannot be trusted is refused with what, where and a cure; nothing o
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from lorashelf import (
 from lorashelf.digest import digest
 from lorashelf.errors import (
     CorruptShelf,
+    DiskError,
     NewerFormat,
     NotReversible,
     ShelfConfigError,
@@ -890,6 +892,15 @@ def test_many_processes_add_to_one_shelf_and_nothing_is_lost(shelf: Shelf, tmp_p
     assert after.sequence == before.sequence + len(names)
     assert [entry["sequence"] for entry in shelf.log()] == list(range(after.sequence + 1))
     assert shelf.verify() == []
+
+
+def test_a_head_that_may_not_be_read_has_a_cure_of_its_own(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused_to_read(path: Path, *_: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refused_to_read)
+    with pytest.raises(DiskError, match="let this user read it"):
+        shelf.snapshot()
 
 
 def test_the_folder_one_is_in_is_no_place_for_a_shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

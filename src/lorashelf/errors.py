@@ -19,8 +19,9 @@
     │   ├── OverBudget            4  the result does not fit into the slots or the bytes
     │   └── NotReversible         4  the history needed to take something back is gone
     ├── DiskError             4  the file system refused: full, read-only, no permission
-    └── ModelError            5  the language model, or an evaluation with it, failed
-        └── TaskDataError         5  the examples of a task cannot be read
+    ├── ModelError            5  the language model, or an evaluation with it, failed
+    │   └── TaskDataError         5  the examples of a task cannot be read
+    └── Interrupted         130  Ctrl-C after part of the work; `done` says which
 
 The number is the exit status of the command line. All faults of one adapter are raised at once, in `faults`.
 """
@@ -202,3 +203,10 @@ class TaskDataError(ModelError):
     def __init__(self, faults: Sequence[str], *, where: str | None = None) -> None:
         self.faults = tuple(faults)
         super().__init__("; ".join(self.faults), where=where, cure='a line is {"input": "…", "output": "…"}')
+
+
+class Interrupted(LorashelfError):
+    """Ctrl-C after part of the work, which stays; `done` says which."""
+
+    exit_code = 130
+    kind = "interrupted"

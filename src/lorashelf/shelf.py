@@ -260,6 +260,8 @@ class Shelf:
             no_links(self.path / "HEAD", *(self.path / folder for folder in _FOLDERS))
             try:
                 head = (self.path / "HEAD").read_text().strip()
+            except PermissionError:
+                raise
             except (OSError, UnicodeDecodeError) as error:
                 where, cure = str(self.path / "HEAD"), "write the id of a file under manifests/ into HEAD"
                 raise CorruptShelf(f"HEAD cannot be read: {error}", where=where, cure=cure) from error

@@ -11,9 +11,9 @@ import typer
 
 from .. import router
 from ..adapter import Adapter
-from ..errors import LorashelfError, UsageError
+from ..errors import Interrupted, LorashelfError, TaskNameError, UsageError
 from ..flow import plan_add, plan_remove, plan_update
-from ..manifest import Manifest, Plan
+from ..manifest import Manifest, Plan, task_name
 from ..peft_format import read_adapter
 from ..recipe import new_settings
 from ..shelf import Shelf
@@ -84,15 +84,20 @@ def add(
     """Put adapters on the shelf, in order: each opens a free slot or is folded into the nearest."""
     if task is not None and len(adapters) > 1:
         raise UsageError(f"--task with {len(adapters)} adapters", cure="name each: NAME=ADAPTER")
+    names = [task_name(arg.adapter_path(text, task)[0]) for text in adapters]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TaskNameError(f"several adapters would be {', '.join(map(repr, twice))}", cure="name them: NAME=ADAPTER")
     opened = Shelf(shelf)
     documents: list[dict[str, Any]] = []
-    with contextlib.nullcontext() if dry_run else opened.writing(), _telling(documents):
+    with contextlib.nullcontext() if dry_run else opened.writing(), _telling(opened, documents):
         snapshot = opened.snapshot()
         for text in progress(adapters, "adding"):
             plan = _planned(snapshot, text, task, type, task_file, assume_base)
-            head = None if dry_run else opened.commit(plan)
+            documents.append({**plan.report, "head": None})
+            if not dry_run:
+                documents[-1]["head"] = opened.commit(plan)
             snapshot = snapshot.after(plan) if dry_run else opened.snapshot()
-            documents.append({**plan.report, "head": head})
             if plan.refused is not None:
                 break
     show(documents[0] if len(adapters) == 1 else documents, json, lambda _: [_added(d) for d in documents])
@@ -255,17 +260,26 @@ def note_unknown_base(named: Mapping[str, Adapter]) -> None:
 
 
 @contextlib.contextmanager
-def _telling(documents: list[dict[str, Any]]) -> Iterator[None]:
+def _telling(shelf: Shelf, documents: list[dict[str, Any]]) -> Iterator[None]:
     """When a later adapter fails, say which ones are on the shelf already."""
     try:
         yield
     except (LorashelfError, KeyboardInterrupt) as error:
+        with contextlib.suppress(LorashelfError):  # a commit may have been made, and not been told
+            now = shelf.snapshot()
+            for document in documents[-1:]:
+                if document["task"] in now.manifest.tasks:
+                    document["head"] = document["head"] or now.head
         done = [d for d in documents if d["head"]]
         if done:
             note(f"added before that, and kept: {', '.join(d['task'] for d in done)}")
         if isinstance(error, LorashelfError):
             error.done = {"added": done}
-        raise
+            raise
+        cure = "run the command again" + (" without those that are added" if done else "")
+        stopped = Interrupted("interrupted; what was committed stays", cure=cure)
+        stopped.done = {"added": done}
+        raise stopped from None
 
 
 def _planned(
