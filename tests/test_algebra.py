@@ -179,7 +179,7 @@ def test_stacked_modules_take_the_way_that_single_ones_take(rank: int, dout: int
     for dtype, tolerance in ((np.float32, 2e-6), (np.float64, 1e-12)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(algebra, "_dense_products", lambda *given: taken.append(True) or plain(*given))
-            found = algebra.squares(stack, dtype)
+            found = algebra.stack_energies(stack, dtype)
         np.testing.assert_allclose(found, [np.sum(reference(f) ** 2) for f in fs], rtol=tolerance)
     dense_way = rank**2 * (dout + din) > 4 * (rank + 1) * dout * din
     assert len(taken) == (6 if dense_way else 0)

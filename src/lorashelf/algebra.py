@@ -44,14 +44,16 @@ def inner(x: Adapter, y: Adapter) -> float:
 
 def norm(x: Adapter) -> float:
     """The Frobenius norm √Σ_m ‖ΔW_m‖²; float64."""
-    return math.sqrt(sum(each(lambda paths: float(squares(x.modules.stack(paths), np.float64).sum()), runs([x]))))
+    return math.sqrt(
+        sum(each(lambda paths: float(stack_energies(x.modules.stack(paths), np.float64).sum()), runs([x])))
+    )
 
 
 def energies(x: Adapter) -> Mapping[str, float]:
     """‖ΔW_m‖² of every module by its path, by float32 products (see `products`): found once, kept with the modules."""
     if x.modules.energies is None:
         parts = runs([x])
-        found = each(lambda paths: squares(x.modules.stack(paths), np.float32).tolist(), parts)
+        found = each(lambda paths: stack_energies(x.modules.stack(paths), np.float32).tolist(), parts)
         x.modules.energies = dict(sorted(zip(chain(*parts), chain(*found), strict=True)))
     return x.modules.energies
 
@@ -132,22 +134,22 @@ def row(
     """
     inner, squared = np.zeros((len(paths), len(ys))), np.zeros((len(paths), len(ys)))
     f = x.modules.stack(paths) if paths[0] in x.modules else None
-    own = np.zeros(len(paths)) if f is None else _squares(x, paths, f, dtype)
+    own = np.zeros(len(paths)) if f is None else _known_energies(x, paths, f, dtype)
     a_t = None if f is None else np.ascontiguousarray(f.a.swapaxes(1, 2), dtype)
     for j, y in enumerate(ys):
         if paths[0] in y.modules:
             g = y.modules.stack(paths)
-            squared[:, j] = _squares(y, paths, g, dtype)
+            squared[:, j] = _known_energies(y, paths, g, dtype)
             if f is not None and a_t is not None:
                 inner[:, j] = _inners(f, a_t, g, dtype, np.sqrt(own * squared[:, j]))
     return inner, own, squared
 
 
-def _squares(x: Adapter, paths: Sequence[str], f: Stack, dtype: type[np.floating[Any]]) -> Vector:
-    """`squares`, or what is known of them."""
+def _known_energies(x: Adapter, paths: Sequence[str], f: Stack, dtype: type[np.floating[Any]]) -> Vector:
+    """`stack_energies`, or what is known of them."""
     known = x.modules.energies
     if known is None or dtype is not np.float32:
-        return squares(f, dtype)
+        return stack_energies(f, dtype)
     return np.array([known[path] for path in paths])
 
 
@@ -166,21 +168,21 @@ def runs(xs: Sequence[Adapter]) -> list[list[str]]:
     return found
 
 
-def squares(f: Stack, dtype: type[np.floating[Any]]) -> Vector:
+def stack_energies(f: Stack, dtype: type[np.floating[Any]]) -> Vector:
     """‖ΔW‖² of stacked modules, (n,) float64: as `products` of each with itself."""
     dout, rank, din = f.shape
     if not _factored(rank, rank, 1, dout, din):
         return np.array([_energy(f[i]) for i in range(len(f))])
     a, b = f.a.astype(dtype, copy=False), f.b.astype(dtype, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):
-        found, sound = _energies(a @ a.swapaxes(1, 2), b.swapaxes(1, 2) @ b)
+        found, sound = _gram_energies(a @ a.swapaxes(1, 2), b.swapaxes(1, 2) @ b)
         found = np.maximum(found * f.scales**2, 0.0)
     for i in np.flatnonzero(~sound).tolist() if dtype is np.float32 else ():
         found[i] = _energy(f[i])
     return found
 
 
-def _energies(a: NDArray[Any], b: NDArray[Any]) -> tuple[Vector, NDArray[np.bool_]]:
+def _gram_energies(a: NDArray[Any], b: NDArray[Any]) -> tuple[Vector, NDArray[np.bool_]]:
     """Σ (A Aᵀ) ∘ (Bᵀ B) of stacked Gram matrices, and whether float32 is enough for it."""
     product = a * b
     found, terms = product.sum(axis=(1, 2), dtype=np.float64), np.abs(product).sum(axis=(1, 2), dtype=np.float64)
@@ -248,7 +250,7 @@ def _factored_products(
                 if symmetric and j == i:
                     for q in range(i, k):
                         own = np.s_[None, row[q] - row[i] : row[q + 1] - row[i], row[q] - row[i] : row[q + 1] - row[i]]
-                        sound[q] = _energies(of_a[own], of_b[own])[1][0]
+                        sound[q] = _gram_energies(of_a[own], of_b[own])[1][0]
                 of_a *= of_b
                 sums = np.add.reduceat(of_a, column[j:stop] - column[j], axis=1, dtype=np.float64)
                 result[i:k, j:stop] = np.add.reduceat(sums, row[i:k] - row[i], axis=0)
