@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import lorashelf
-import takeout
 from lorashelf import errors
 
 SOURCE = Path(lorashelf.__file__).parent
@@ -161,10 +160,6 @@ def test_the_floor_check_sees_an_import_that_goes_up() -> None:
 def test_late_imports_are_those_with_a_reason() -> None:
     late = {(module_name(p), other) for p in SOURCE.rglob("*.py") for other, _, is_late in imports(p) if is_late}
     assert late == set(LATE)
-
-
-def test_the_table_of_checks_to_take_out_fits_the_source() -> None:
-    assert [fault for check in takeout.CHECKS if (fault := takeout.stale(check))] == []
 
 
 def test_all_lists_exactly_the_public_names() -> None:
