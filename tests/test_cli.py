@@ -63,6 +63,52 @@ def test_init_prints_what_was_made_and_refuses_an_existing_path(tmp_path: Path, 
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1600000", 1600000),
+        ("1.6MB", 1600000),
+        ("1.6mb", 1600000),
+        ("1600 kB", 1600000),
+        ("2MiB", 2097152),
+        ("1.5KiB", 1536),
+        ("2GB", 2 * 10**9),
+        ("0.001GiB", 1073741),
+        ("5000B", 5000),
+    ],
+)
+def test_a_size_has_a_unit_or_is_bytes(tmp_path: Path, run: Run, text: str, count: int) -> None:
+    assert run("init", tmp_path / "s", "--slots", 2, "--bytes", text)[0] == 0
+    assert run("ls", tmp_path / "s")[1]["budget"]["bytes"] == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5", "0.1B", "1.6M", "1,6MB", "MB", "1e6", "nan", "1.6 M B"])
+def test_what_is_not_a_size_is_refused(tmp_path: Path, run: Run, text: str) -> None:
+    code, document = run("init", tmp_path / "s", "--slots", 2, "--bytes", text)
+    assert (code, document["error"]["kind"]) == (2, "usage")
+    assert "1.6MB" in document["error"]["cure"]
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_budget_too_small_for_an_empty_shelf_is_refused(tmp_path: Path, run: Run) -> None:
+    code, document = run("init", tmp_path / "s", "--slots", 2, "--bytes", 10)
+    assert (code, document["error"]["kind"]) == (4, "over_budget")
+    need = int(re.search(r"takes (\d+) bytes", document["error"]["message"])[1])  # type: ignore[index]
+    assert not (tmp_path / "s").exists()
+    assert run("init", tmp_path / "s", "--slots", 2, "--bytes", need + 8)[0] == 0
+    assert sum(map(len, tree(tmp_path / "s").values())) <= need + 8  # the budget itself is written down twice
+
+
+def test_sizes_are_printed_in_the_unit_that_fits(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+    run("init", tmp_path / "s", "--slots", 2, "--bytes", "1.6MB")
+    assert "would take 0 B, the shelf takes 0 B; on disk" in run("ls", tmp_path / "s", as_json=False)[1]
+    run("add", tmp_path / "s", zoo["a-x"])
+    text = run("ls", tmp_path / "s", as_json=False)[1]
+    assert "budget 1.60 MB" in text
+    assert "0.00 MB" not in text
+    assert f"{run('ls', tmp_path / 's')[1]['slots'][0]['bytes'] / 1000:.1f} kB" in text
+
+
 def test_add_tells_decision_slot_scores_members_and_head(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
     assert run("add", shelf, zoo["a-x"])[1] | {"head": ""} == {
         "task": "a-x",

@@ -22,6 +22,7 @@ from .errors import (
     DiskError,
     LorashelfError,
     NotReversible,
+    OverBudget,
     ShelfError,
     ShelfLocked,
     ShelfNotFound,
@@ -32,7 +33,7 @@ from .errors import (
 from .manifest import PENDING, PENDING_TIME, Manifest, Plan, manifest_id
 from .peft_format import write_files
 from .recipe import Settings
-from .snapshot import Snapshot, check_budget
+from .snapshot import HEAD_BYTES, Snapshot, check_budget
 from .version import VERSION
 
 LOCK_SECONDS = 10.0
@@ -62,7 +63,7 @@ class Shelf:
     @classmethod
     def create(cls, path: str | Path, settings: Settings, clock: Clock = _now) -> Shelf:
         """Make an empty shelf; the folder appears whole or not at all. Raises UsageError, ShelfError if it exists,
-        DiskError.
+        OverBudget if even an empty shelf exceeds `bytes`, DiskError.
         """
         path = Path(path)
         settings.checked()
@@ -74,11 +75,16 @@ class Shelf:
             raise ShelfError("this is the folder you are in", where=str(path), cure=cure)
         cause = {"operation": "init", "time": _stamp(clock), "version": VERSION}
         first = Manifest(None, 0, settings.recipe.document(), settings.budget.document(), cause).encode()
+        written = recipe.write_toml(settings)
+        empty, limit = HEAD_BYTES + len(first) + len(written), settings.budget.bytes
+        if limit is not None and empty > limit:
+            what = f"an empty shelf takes {empty} bytes already, the budget is {limit}"
+            raise OverBudget(what, where=str(path), cure="raise the budget (--bytes, budget.bytes)")
         atomic.make_parents(folder)
         with atomic.staging(folder.parent) as staged:
             for name in _FOLDERS:
                 atomic.make_folder(staged / name)
-            atomic.write_file(staged / recipe.FILE, [recipe.write_toml(settings)])
+            atomic.write_file(staged / recipe.FILE, [written])
             atomic.write_file(staged / "manifests" / f"{manifest_id(first)}.json", [first])
             atomic.settle(staged / "manifests")
             atomic.write_file(staged / "HEAD", [f"{manifest_id(first)}\n".encode()])

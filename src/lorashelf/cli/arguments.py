@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,6 @@ Parameters = Annotated[
     list[str] | None, typer.Option("-p", "--parameter", help="A parameter of the merge method.", metavar="KEY=VALUE")
 ]
 Slots = Annotated[int, typer.Option("--slots", help="K, how many adapters there is room for.", show_default=False)]
-Bytes = Annotated[int | None, typer.Option("--bytes", help="Room for everything under the shelf, at rest.")]
 Base = Annotated[
     str | None,
     typer.Option("--base", help="The base model: hub id, folder or GGUF file; default SmolLM2 if its package is here."),
@@ -53,6 +53,37 @@ AssumeBase = Annotated[
 ]
 RestoreNorm = Annotated[
     bool, typer.Option("--restore-norm", help="Scale merged slots to the mean norm of their members.")
+]
+
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{i}b": (1024 if i else 1000) ** power for power, letter in enumerate("kmgt", 1) for i in ("", "i")
+}
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes, with kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024); a fraction of a byte is
+    dropped. Raises UsageError.
+
+    >>> byte_count("1600000"), byte_count("1.6MB"), byte_count("1.5 KiB")
+    (1600000, 1600000, 1536)
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]*)", text.strip().lower())
+    count = int(Fraction(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if count < 1:
+        cure = "give a number of bytes, or one with a unit: 1600000, 1.6MB, 1.5MiB"
+        raise UsageError(f"{text!r} is not a size of at least one byte", cure=cure)
+    return count
+
+
+Bytes = Annotated[
+    int | None,
+    typer.Option(
+        "--bytes",
+        parser=byte_count,
+        metavar="SIZE",
+        help="Room for everything under the shelf, at rest: 1600000, 1.6MB, 1.5MiB.",
+    ),
 ]
 
 
