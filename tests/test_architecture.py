@@ -20,7 +20,7 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
     ["adapter", "atomic", "tensorfile", "peft_config", "peft_format"],
     ["algebra"],
     ["similarity"],
-    ["merging.methods", "merging.factor", "merging.exact", "merging.merge", "merging"],
+    ["merging.parameters", "merging.methods", "merging.factor", "merging.exact", "merging.merge", "merging"],
     ["policy", "partition", "d2c"],
     ["recipe", "manifest", "history", "snapshot", "shelf"],
     [

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +34,8 @@ from lorashelf import (
     similarity,
 )
 from lorashelf.errors import BaseMismatch, NotReversible, ShapeMismatch, UnknownName, UsageError
-from lorashelf.merging import MergeMethod, merge_measured, unmerge
+from lorashelf.merging import MergeMethod, Within, merge_measured, unmerge
+from lorashelf.merging.parameters import parameters_of
 from lorashelf.parallel import WORKERS, each
 
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
@@ -64,19 +66,85 @@ def difference(x: Adapter, y: Adapter) -> float:
 
 def variants(method: MergeMethod, **fixed: Any) -> list[dict[str, Any]]:
     """Every choice among a method's named options, with those of `fixed` that it knows."""
-    names = [name for name in method.parameters if method.choices(name)]
+    names = [name for name, parameter in method.parameters.items() if parameter.choices]
     known = {name: value for name, value in fixed.items() if name in method.parameters}
-    return [{**known, **dict(zip(names, c))} for c in itertools.product(*map(method.choices, names))]
+    choices = itertools.product(*(method.parameters[name].choices for name in names))
+    return [{**known, **dict(zip(names, chosen))} for chosen in choices]
 
 
-def test_choices_are_those_of_the_annotation() -> None:
-    def rule(tensors: Any, weights: Any, draw: Any, *, free: str = "a", one: Literal["x", "y"] = "x") -> Any:
+def declared(
+    tensors: Any,
+    weights: Any,
+    draw: Any,
+    *,
+    free: str = "a",
+    one: Literal["x", "y"] = "x",
+    exact: bool = False,
+    steps: Annotated[int, Within(1, 9)] = 3,
+    density: float = 2.0,
+    share: Annotated[float, Within(0.0, 1.0)] = 1,
+) -> Any:
+    return tensors[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"free": 3}, "free is 3, not a text"),
+        ({"one": "z"}, "one is 'z'; choose from x, y"),
+        ({"exact": "banana"}, "exact is 'banana', not true or false"),
+        ({"exact": 1}, "exact is 1, not true or false"),
+        ({"steps": True}, "steps is True, not a whole number"),
+        ({"steps": 2.5}, "steps is 2.5, not a whole number"),
+        ({"steps": 10}, "steps is 10; it must be from 1 to 9"),
+        ({"density": math.nan}, "density is nan, not a finite number"),
+        ({"density": "0.5"}, "density is '0.5', not a finite number"),
+        ({"share": 1.01}, "share is 1.01; it must be from 0 to 1"),
+        ({"share": math.inf}, "share is inf, not a finite number"),
+    ],
+)
+def test_a_parameter_is_held_to_its_annotation(given: dict[str, Any], fault: str) -> None:
+    method = replace(METHODS["ties"], rule=declared, parameters=parameters_of(declared))
+    good = {"free": "b", "one": "y", "exact": True, "steps": 9, "density": 7, "share": 0}
+    assert method.checked(good) == good
+    with pytest.raises(UsageError, match=re.escape(fault)):
+        method.checked(given)
+
+
+def test_a_parameter_named_density_has_the_range_that_its_annotation_gives() -> None:
+    method = replace(METHODS["ties"], rule=declared, parameters=parameters_of(declared))
+    assert method.checked({})["density"] == 2.0
+    with pytest.raises(UsageError, match="it must be from 0 to 1"):
+        METHODS["ties"].checked({"density": 2.0})
+
+
+@pytest.mark.parametrize("name", ["xs", "weights", "method", "rank", "seed", "watch"])
+def test_a_name_that_merge_takes_for_itself_is_refused_at_registration(name: str) -> None:
+    scope: dict[str, Any] = {}
+    exec(f"def rule(tensors, ws, draw, *, {name}: float = 1.0): return tensors[0]", scope)
+    with pytest.raises(TypeError, match=f"{name}: merge takes this name for itself"):
+        merge_method(f"takes_{name}", space="delta", cites="nobody")(scope["rule"])
+    assert f"takes_{name}" not in METHODS
+
+
+def test_every_fault_of_a_rules_parameters_is_named_at_registration() -> None:
+    def rule(
+        tensors: Any,
+        weights: Any,
+        draw: Any,
+        *,
+        needed: float,
+        bare=1,
+        several: list[int] | None = None,
+        wrong: Annotated[float, Within(0.0, 1.0)] = 7.0,
+    ) -> Any:
         return tensors[0]
 
-    method = replace(METHODS["ties"], rule=rule, parameters={"free": "a", "one": "x"})
-    assert method.checked({"free": "anything", "one": "y"}) == {"free": "anything", "one": "y"}
-    with pytest.raises(UsageError, match="free is 3, not a text; one is 'z'; choose from x, y"):
-        method.checked({"free": 3, "one": "z"})
+    with pytest.raises(TypeError) as caught:
+        merge_method("faulty", space="delta", cites="nobody")(rule)
+    for fragment in ("needed: it has no default", "bare: annotate it", "several: annotate it", "the default of wrong"):
+        assert fragment in str(caught.value)
+    assert "faulty" not in METHODS
 
 
 def votes(method: MergeMethod) -> bool:

@@ -10,7 +10,7 @@ from .algebra import combine, compress, gram, inner, norm
 from .errors import LorashelfError
 from .flow import plan_add, plan_cluster, plan_remove, plan_update
 from .manifest import Manifest, Plan, Slot
-from .merging import METHODS, merge, merge_method
+from .merging import METHODS, Within, merge, merge_method
 from .partition import PARTITIONERS, partition, partitioner
 from .peft_format import read_adapter, write_adapter
 from .policy import POLICIES, policy
@@ -41,6 +41,7 @@ __all__ = [
     "Shelf",
     "Slot",
     "Snapshot",
+    "Within",
     "__version__",
     "combine",
     "compress",

@@ -158,7 +158,7 @@ def adapters_in(folder: Path) -> dict[str, Adapter]:
 
 
 def parameters(texts: Iterable[str] | None) -> dict[str, Any]:
-    """`key=value` options of a merge method; numbers become numbers."""
+    """`key=value` options of a merge method; numbers become numbers, true and false become truth values."""
     parsed: dict[str, Any] = {}
     for text in texts or ():
         key, separator, value = text.partition("=")
@@ -169,6 +169,8 @@ def parameters(texts: Iterable[str] | None) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         try:
             return kind(text)

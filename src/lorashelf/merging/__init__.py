@@ -7,11 +7,12 @@ A method is a function of one module, registered with the space it works in:
 - `exact`: the weighted sum Σ w ΔW in factors; `rank` says whether ranks add or are cut back to the largest
 - `delta`: rule(tensors, weights, draw, **params) on the dense ΔW's, one module at a time, then the best rank r
 
-The keyword-only parameters of the function are the method's parameters, with their defaults and types.
+The keyword-only parameters of the function are the method's parameters, with their defaults, types and ranges.
 """
 
 from . import exact, factor
 from .merge import merge, merge_measured, unmerge
 from .methods import METHODS, MergeMethod, merge_method
+from .parameters import Within
 
-__all__ = ["METHODS", "MergeMethod", "exact", "factor", "merge", "merge_measured", "merge_method", "unmerge"]
+__all__ = ["METHODS", "MergeMethod", "Within", "exact", "factor", "merge", "merge_measured", "merge_method", "unmerge"]

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from .methods import Draw, Tensor, merge_method
+from .parameters import Fraction
 
 PEFT = "PEFT 0.21.2 add_weighted_adapter"
 KMERGE = "K-Merge, arXiv 2510.13537, the equation of its fold read literally"
@@ -38,14 +39,14 @@ def factor_mean(tensors: Sequence[Tensor], weights: Tensor, draw: Draw) -> Tenso
 
 @merge_method("magnitude_prune", space="factors", cites=PEFT, weights="unary")
 @merge_method("magnitude_prune_svd", space="delta", cites=PEFT, weights="unary", gauge=True)
-def magnitude_prune(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: float = 0.5) -> Tensor:
+def magnitude_prune(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: Fraction = 0.5) -> Tensor:
     """Σ wᵢ top(Xᵢ), the `density` largest magnitudes of each tensor kept."""
     return _weighted_sum([keep_largest(x, density) for x in tensors], weights)
 
 
 @merge_method("dare_linear", space="factors", cites=DARE, weights="unary", random=True)
 @merge_method("dare_linear_svd", space="delta", cites=DARE, weights="unary", random=True)
-def dare_linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: float = 0.5) -> Tensor:
+def dare_linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: Fraction = 0.5) -> Tensor:
     """Σ wᵢ mᵢ ∘ Xᵢ / density, mᵢ a random mask that keeps `density` of the entries."""
     return _weighted_sum([keep_random(x, density, draw(i)) for i, x in enumerate(tensors)], weights)
 
@@ -57,7 +58,7 @@ def ties(
     weights: Tensor,
     draw: Draw,
     *,
-    density: float = 0.5,
+    density: Fraction = 0.5,
     majority_sign_method: Signs = "total",
 ) -> Tensor:
     """Trim each tensor to its `density` largest magnitudes, elect a sign per entry, average the wᵢ Xᵢ that agree with
@@ -73,7 +74,7 @@ def dare_ties(
     weights: Tensor,
     draw: Draw,
     *,
-    density: float = 0.5,
+    density: Fraction = 0.5,
     majority_sign_method: Signs = "total",
 ) -> Tensor:
     """As `ties`, with DARE's random mask and rescaling in place of the trim."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
 from ..registry import Registry
+from .parameters import Parameter, parameters_of
 
 Tensor = NDArray[np.float32]
 Draw = Callable[[int], Any]  # adapter i → its np.random.Generator
@@ -45,37 +44,21 @@ class MergeMethod:
     """Whether the result depends on ΔW only."""
     random: bool
     """Whether the result depends on the seed."""
-    parameters: Mapping[str, Any]
-    """Parameter name → default."""
+    parameters: Mapping[str, Parameter]
+    """The rule's keyword-only parameters, by name."""
 
     def checked(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters with defaults filled in. Raises UsageError naming every unknown or unusable one."""
+        known = self.parameters
         faults = [
-            f"{self.name} has no parameter {name!r} (it has: {', '.join(self.parameters) or 'none'})"
+            f"{self.name} has no parameter {name!r} (it has: {', '.join(known) or 'none'})"
             for name in params
-            if name not in self.parameters
+            if name not in known
         ]
-        for name, default in self.parameters.items():
-            value = params.get(name, default)
-            if name == "density" and not (_number(value) and 0.0 <= value <= 1.0):
-                faults.append(f"density is {value!r}; it is the fraction kept, from 0 to 1")
-            elif _number(default) and not _number(value):
-                faults.append(f"{name} is {value!r}, not a number")
-            elif (choices := self.choices(name)) and value not in choices:
-                faults.append(f"{name} is {value!r}; choose from {', '.join(choices)}")
-            elif isinstance(default, str) and not isinstance(value, str):
-                faults.append(f"{name} is {value!r}, not a text")
+        faults += [fault for name, value in params.items() if name in known and (fault := known[name].fault(value))]
         if faults:
             raise UsageError("; ".join(faults), cure="see docs/methods.md for the parameters of each method")
-        return {**self.parameters, **params}
-
-    def choices(self, name: str) -> tuple[str, ...]:
-        """What a parameter that the rule annotates as a Literal may be; empty for any other."""
-        try:
-            hint = get_type_hints(self.rule).get(name)
-        except NameError:  # a name that only a type checker sees
-            return ()
-        return get_args(hint) if get_origin(hint) is Literal else ()
+        return {**{name: parameter.default for name, parameter in known.items()}, **params}
 
 
 METHODS: Registry[MergeMethod] = Registry("merge method")
@@ -95,13 +78,10 @@ def merge_method(
     random: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Register a rule as merge method `name`; the declarations are those of MergeMethod, and the contract tests hold it
-    to them.
+    to them. Raises TypeError for parameters that `parameters_of` refuses, ValueError for a name that is taken.
     """
 
     def register(rule: Rule) -> Rule:
-        parameters = {
-            p.name: p.default for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY
-        }
         METHODS.add(
             name,
             MergeMethod(
@@ -116,13 +96,9 @@ def merge_method(
                 duplicate=duplicate,
                 gauge=gauge,
                 random=random,
-                parameters=MappingProxyType(parameters),
+                parameters=parameters_of(rule),
             ),
         )
         return rule
 
     return register
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

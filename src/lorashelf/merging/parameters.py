@@ -1,0 +1,114 @@
+"""What a merge method's parameters may be: read from the annotations of its rule, checked at every use."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+RESERVED = frozenset({"xs", "weights", "method", "rank", "seed", "watch"})
+"""Names that `merge` takes for itself: a parameter of such a name could never be given."""
+_KINDS: Mapping[type, str] = MappingProxyType(
+    {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """The closed range of a number, for an annotation: `Annotated[float, Within(0.0, 1.0)]`."""
+
+    least: float = -math.inf
+    most: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most
+
+
+Fraction = Annotated[float, Within(0.0, 1.0)]
+"""A share, from 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a merge method: its name, its kind, its default and what else bounds it."""
+
+    name: str
+    kind: type
+    default: Any
+    choices: tuple[str, ...] = ()
+    """What a text may be; empty for any."""
+    within: Within = Within()
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a value, None if nothing is."""
+        if self.choices:
+            return None if value in self.choices else f"{self.name} is {value!r}; choose from {', '.join(self.choices)}"
+        if not self._is_kind(value):
+            return f"{self.name} is {value!r}, not {_KINDS[self.kind]}"
+        if self.kind in (int, float) and value not in self.within:
+            return f"{self.name} is {value!r}; it must be from {self.within.least:g} to {self.within.most:g}"
+        return None
+
+    def _is_kind(self, value: Any) -> bool:
+        if self.kind is float:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return type(value) is self.kind
+
+
+def parameters_of(rule: Callable[..., Any]) -> Mapping[str, Parameter]:
+    """The keyword-only parameters of a rule, by name.
+
+    Each is annotated as bool, int, float, str or a Literal of texts, a number optionally with its range
+    (`Annotated[float, Within(0, 1)]`), and has a default. Raises TypeError naming every parameter that is not so, or
+    that bears a name which `merge` takes for itself.
+    """
+    found: dict[str, Parameter] = {}
+    faults: list[str] = []
+    hints = _hints(rule)
+    for given in inspect.signature(rule).parameters.values():
+        if given.kind is not given.KEYWORD_ONLY:
+            continue
+        described = list(_faults(given, hints.get(given.name)))
+        faults += [f"{given.name}: {fault}" for fault in described]
+        if not described:
+            found[given.name] = _parameter(given.name, hints[given.name], given.default)
+            if fault := found[given.name].fault(given.default):
+                faults.append(f"the default of {fault}")
+    if faults:
+        raise TypeError(f"{getattr(rule, '__name__', rule)} cannot be a merge method: " + "; ".join(faults))
+    return MappingProxyType(found)
+
+
+def _hints(rule: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of keyword-only parameters; those of the others may be for a type checker only."""
+    spelled = inspect.get_annotations(rule)
+    keywords = {p.name for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    alone = type(rule.__name__, (), {"__annotations__": {n: v for n, v in spelled.items() if n in keywords}})
+    try:
+        return get_type_hints(alone, globalns=getattr(rule, "__globals__", {}), include_extras=True)
+    except NameError as error:
+        raise TypeError(
+            f"{rule.__name__} cannot be a merge method: an annotation names what is not there: {error}"
+        ) from error
+
+
+def _faults(given: inspect.Parameter, hint: Any) -> Iterator[str]:
+    if given.name in RESERVED:
+        yield "merge takes this name for itself"
+    if given.default is given.empty:
+        yield "it has no default"
+    plain, *_ = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    texts = get_origin(plain) is Literal and all(isinstance(choice, str) for choice in get_args(plain))
+    if not texts and plain not in _KINDS:
+        yield "annotate it as bool, int, float, str, a Literal of texts, or Annotated[float, Within(least, most)]"
+
+
+def _parameter(name: str, hint: Any, default: Any) -> Parameter:
+    plain, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    within = next((extra for extra in extras if isinstance(extra, Within)), Within())
+    if get_origin(plain) is Literal:
+        return Parameter(name, str, default, get_args(plain))
+    return Parameter(name, plain, default, within=within)
