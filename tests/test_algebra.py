@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from factory import assert_same_delta, dense, make_adapter
 from lorashelf import Adapter, Factors, Modules, algebra, combine, compress, gram, inner, norm
-from lorashelf.errors import UsageError
+from lorashelf.errors import AdapterError, UsageError
 
 PATHS = ("layers.0.q", "layers.0.v", "layers.1.q")
 SCALES = st.sampled_from([1.0, 2.0, 0.25, -1.5, 1e-3, 32.0])
@@ -358,3 +361,28 @@ def test_a_worse_approximation_is_seen_to_be_worse() -> None:
     best = sum(best_approximation(d, 2)[1] for d in dense(x).values())
     assert lost(good) == pytest.approx(best, rel=1e-5)
     assert lost(bad) > 1.1 * best
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "scale"),
+    [
+        (np.ones((2, 3)), np.ones((4, 3)), 1.0),
+        (np.ones((2, 3)), np.ones((2, 4)), 1.0),
+        (np.ones(3), np.ones((4, 1)), 1.0),
+        (np.ones((1, 3)), np.ones((4, 1, 1)), 1.0),
+        (np.ones((0, 3)), np.ones((4, 0)), 1.0),
+        (np.ones((2, 3)), np.ones((4, 2)), math.nan),
+        (np.ones((2, 3)), np.ones((4, 2)), -math.inf),
+    ],
+)
+def test_factors_that_are_no_update_cannot_be_made(a: Any, b: Any, scale: float) -> None:
+    with pytest.raises(AdapterError):
+        Factors(np.float32(a), np.float32(b), scale)
+
+
+def test_an_adapter_names_all_that_is_wrong_with_it() -> None:
+    with pytest.raises(AdapterError) as caught:
+        Adapter({"m": Factors(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32))}, dtype="f8")  # type: ignore[arg-type]
+    assert [fault.split(":")[0].split(" is ")[0] for fault in caught.value.faults] == ["modules", "dtype"]
+    with pytest.raises(AdapterError, match="there is no module"):
+        Adapter(Modules({}))

@@ -294,3 +294,10 @@ def test_the_two_rules_and_another_threshold_are_told_apart() -> None:
     differing = [k_merge(arrivals(s), 4, None)[0] != k_merge(arrivals(s), 4, 0.15)[0] for s in range(10)]
     assert sum(differing) >= 5
     assert any(k_merge(arrivals(s), 4, 0.05)[0] != k_merge(arrivals(s), 4, 0.15)[0] for s in range(10))
+
+
+def test_the_draws_of_a_policy_go_on_from_each_other() -> None:
+    view, again = View(None, seed=(3, 1)), View(None, seed=(3, 1))
+    draws = [float(view.rng.random()) for _ in range(4)]
+    assert len(set(draws)) == 4
+    assert draws == [float(again.rng.random()) for _ in range(4)]

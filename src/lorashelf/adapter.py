@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .digest import canonical_json, digest
-from .errors import BaseMismatch, ShapeMismatch
+from .errors import AdapterFormatError, BaseMismatch, ShapeMismatch
 
 Matrix = NDArray[np.float32]
 WIDTHS: Mapping[str, int] = MappingProxyType({"f32": 4, "f16": 2, "bf16": 2})
@@ -55,6 +56,16 @@ class Factors:
     a: Matrix
     b: Matrix
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ShapeMismatch unless a and b are matrices of one rank, AdapterFormatError for an infinite scale."""
+        a, b = np.shape(self.a), np.shape(self.b)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
+            raise ShapeMismatch(
+                [f"a of shape {a} and b of shape {b} are not (r, din) and (dout, r) with r of at least 1"]
+            )
+        if not math.isfinite(self.scale):
+            raise AdapterFormatError([f"the scale is {self.scale!r}, not a finite number"])
 
     @property
     def shape(self) -> Shape:
@@ -155,6 +166,18 @@ class Adapter:
     base: BaseId = BaseId()
     dtype: str = "f32"
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise AdapterFormatError for no module, for modules of another type and for an unknown dtype, all at once."""
+        faults = []
+        if not isinstance(self.modules, Modules):
+            faults.append(f"modules is a {type(self.modules).__name__}: give Modules({{path: Factors(a, b, scale)}})")
+        elif not len(self.modules):
+            faults.append("there is no module")
+        if self.dtype not in WIDTHS:
+            faults.append(f"dtype is {self.dtype!r}; choose from {', '.join(WIDTHS)}")
+        if faults:
+            raise AdapterFormatError(faults)
 
     @property
     def shapes(self) -> Mapping[str, Shape]:

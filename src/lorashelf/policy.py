@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -48,7 +49,7 @@ class Refuse:
 Decision = Open | Fold | Refuse
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class View:
     """What a policy may know beside the scores."""
 
@@ -62,9 +63,9 @@ class View:
     """Slot id → digests of the adapters averaged in it."""
     seed: tuple[int, ...] = (0,)
 
-    @property
+    @cached_property
     def rng(self) -> np.random.Generator:
-        """A generator from the seed, made where a policy draws."""
+        """The generator of the seed, made when a policy first draws; later draws go on from it."""
         return np.random.default_rng(self.seed)
 
 
