@@ -240,3 +240,44 @@ def test_adapters_of_another_size_are_refused_before_the_search(
     assert code == 3
     assert "no linear layer of this name" in document["error"]["message"]
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("method", ["agglomerative", "kmeans", "kmeans_svd", "random", "single"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--iterations", "200"),  # also where it is the default
+        ("--examples-per-task", "3"),
+        ("--accept", "both"),
+        ("--init", "agglomerative"),
+        ("--keep-best",),
+        ("--journal", "j"),
+        ("--base", "x"),
+        ("--device", "cpu"),
+        ("--model-dtype", "f32"),
+        ("--template-arg", "enable_thinking=false"),
+        ("--keep-best", "--init", "random"),
+    ],
+    ids=" ".join,
+)
+def test_options_of_the_search_are_refused_by_name_under_other_methods(
+    tmp_path: Path, method: str, given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["cluster", "anything", "-o", str(tmp_path / "s"), "--slots", "2", "--method", method, *given])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert f"--method {method} takes no" in said
+    assert all(option in said for option in given if option.startswith("--"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_methods_store_the_prompts_of_the_examples(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["cluster", *(str(house / "zoo" / name) for name in NAMES), "-o", str(tmp_path / "s"), "--slots", "2"]
+    with pytest.raises(SystemExit) as exit_:
+        main([*words, "--method", "agglomerative", "--examples", str(house / "tasks")])
+    assert not exit_.value.code
+    tasks = Shelf(tmp_path / "s").snapshot().manifest.tasks
+    assert {task["prompt"] for task in tasks.values()} == {"Mend:"}

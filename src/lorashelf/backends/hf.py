@@ -44,7 +44,7 @@ class HFBackend:
         self.positions = {"tokens": 0, "padding": 0}
         """What the forward passes of `nll` saw so far: tokens, and padding beside them."""
         self._context = getattr(base.model.config, "max_position_embeddings", None) or math.inf
-        end = self._encoded(base.template.end)
+        end = self._encoded(base.template.end.strip())
         self._written_end = base.template.end if len(end) > 1 else ""
         """The end of a turn that is no token: it is looked for in the text."""
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
@@ -54,9 +54,16 @@ class HFBackend:
         self._attachment = Attachment(base)
 
     @classmethod
-    def open(cls, name: str | None = None, *, device: str | None = None, dtype: str | None = None) -> HFBackend:
+    def open(
+        cls,
+        name: str | None = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> HFBackend:
         """Open a base model by hub id, folder or GGUF file. Raises as `open_base`."""
-        return cls(open_base(name, device=device, dtype=dtype))
+        return cls(open_base(name, device=device, dtype=dtype, template_arguments=template_arguments))
 
     @property
     def id(self) -> str:

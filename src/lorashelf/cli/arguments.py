@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,14 @@ Base = Annotated[
 Device = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first there is.")]
 ModelDtype = Annotated[
     str | None, typer.Option("--model-dtype", help="f32, f16 or bf16 for the base; default: the fastest that is safe.")
+]
+TemplateArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        help="An argument of the base's chat template (enable_thinking=false); may be repeated.",
+        metavar="NAME=VALUE",
+    ),
 ]
 Merge = Annotated[str, typer.Option("--merge", help="Merge method (docs/methods.md).")]
 Rank = Annotated[int | None, typer.Option("--rank", help="Cap the rank stored; never pads.")]
@@ -159,13 +168,27 @@ def adapters_in(folder: Path) -> dict[str, Adapter]:
 
 def parameters(texts: Iterable[str] | None) -> dict[str, Any]:
     """`key=value` options of a merge method; numbers become numbers, true and false become truth values."""
-    parsed: dict[str, Any] = {}
+    return {key: _value(value) for key, value in _pairs(texts, "-p", "KEY=VALUE", "density=0.3")}
+
+
+def template_arguments(texts: Iterable[str] | None) -> dict[str, Any]:
+    """`name=value` arguments of a chat template; true, false, null and numbers become such."""
+    found: dict[str, Any] = {}
+    for name, value in _pairs(texts, "--template-arg", "NAME=VALUE", "enable_thinking=false"):
+        try:
+            found[name] = json.loads(value, parse_constant=str)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _pairs(texts: Iterable[str] | None, option: str, form: str, example: str) -> Iterator[tuple[str, str]]:
+    """The two sides of each text. Raises UsageError."""
     for text in texts or ():
         key, separator, value = text.partition("=")
-        if not separator:
-            raise UsageError(f"-p {text!r} is not KEY=VALUE", cure="for example -p density=0.3")
-        parsed[key] = _value(value)
-    return parsed
+        if not separator or not key:
+            raise UsageError(f"{option} {text!r} is not {form}", cure=f"for example {option} {example}")
+        yield key, value
 
 
 def _value(text: str) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -24,11 +25,27 @@ from . import arguments as arg
 from .output import counted, note, show, table
 from .shelves import note_unknown_base
 
+if TYPE_CHECKING:
+    from ..backends.hf import HFBackend
+
 D2C = "d2c"
+SEARCHES = {  # the options that only the search of d2c reads
+    "iterations": "--iterations",
+    "per_task": "--examples-per-task",
+    "accept": "--accept",
+    "init": "--init",
+    "keep_best": "--keep-best",
+    "journal": "--journal",
+    "base_model": "--base",
+    "device": "--device",
+    "model_dtype": "--model-dtype",
+    "template_arg": "--template-arg",
+}
 Init = Literal["random", "agglomerative"]
 
 
 def cluster(
+    context: typer.Context,
     adapters: arg.Adapters,
     output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to make.", show_default=False)],
     slots: arg.Slots,
@@ -45,7 +62,11 @@ def cluster(
     parameter: arg.Parameters = None,
     seed: arg.Seed = 0,
     examples: Annotated[
-        Path | None, typer.Option("--examples", help="d2c: task folders named as the adapters (docs/tasks.md).")
+        Path | None,
+        typer.Option(
+            "--examples",
+            help="Task folders named as the adapters: d2c searches on their examples; all methods store prompts.",
+        ),
     ] = None,
     base_model: arg.Base = None,
     iterations: Annotated[int, typer.Option("--iterations", help="d2c: T, how many moves are tried.", min=0)] = 200,
@@ -66,6 +87,7 @@ def cluster(
     ] = None,
     device: arg.Device = None,
     model_dtype: arg.ModelDtype = None,
+    template_arg: arg.TemplateArgs = None,
     bytes: arg.Bytes = None,
     policy: Annotated[str, typer.Option("--policy", help="The policy of later adds.")] = "kmerge++",
     threshold: Annotated[str, typer.Option("--threshold", help="The threshold of later adds.")] = "auto",
@@ -98,7 +120,7 @@ def cluster(
         base_aliases=tuple(base_alias or ()),
         restore_norm=restore_norm,
     )
-    _checked(method, examples, accept, init)
+    _checked(method, examples, accept, init, _given(context))
     named = arg.read_named(adapters)
     note_unknown_base(named)
     together(named, settings, assume_base=assume_base)
@@ -108,7 +130,8 @@ def cluster(
     if method == D2C:
         options = {"iterations": iterations, "accept": accept, "init": init, "keep_best": keep_best, "journal": kept}
         with _alone(kept):
-            searched = _searched(named, settings, tasks, per_task, (base_model, device, model_dtype), options)
+            backend = partial(_opened, base_model, device, model_dtype, template_arg)
+            searched = _searched(named, settings, tasks, per_task, backend, options)
     details = {name: fields_for(examples, name) for name in named} if examples else {}
     found = searched.found if searched else None
     made, plan = Shelf.create_with(
@@ -130,10 +153,19 @@ def cluster(
     show({**report, "slots": router.slot_documents(made), "head": made.head}, json, _clustered)
 
 
-def _checked(method: str, examples: Path | None, accept: str, init: str) -> None:
-    """Refuse what the options of d2c cannot mean, before anything is read."""
+def _given(context: typer.Context) -> list[str]:
+    """The options of the search that stand in the command."""
+    sources = {option: context.get_parameter_source(name) for name, option in SEARCHES.items()}
+    return [option for option, source in sources.items() if source is not None and source.name != "DEFAULT"]
+
+
+def _checked(method: str, examples: Path | None, accept: str, init: str, given: Sequence[str]) -> None:
+    """Refuse what the options of d2c cannot mean, before anything is read; `given` are those in the command."""
     if method not in (D2C, *PARTITIONERS):
         raise UnknownName("clustering method", method, [D2C, *PARTITIONERS])
+    if method != D2C and given:
+        what = f"--method {method} takes no {', '.join(given)}: only d2c reads {'it' if len(given) == 1 else 'them'}"
+        raise UsageError(what, cure="leave out what is not for this method, or give --method d2c")
     faults = []
     if method == D2C and examples is None:
         faults.append("--method d2c needs --examples DIR")
@@ -149,18 +181,15 @@ def _searched(
     settings: Settings,
     tasks: Mapping[str, Task],
     per_task: int,
-    base: tuple[str | None, str | None, str | None],
+    opened: Callable[[], HFBackend],
     options: Mapping[str, Any],
 ) -> Searched:
     """The search, on examples of the train splits; the validation splits, where all have one, are reported on."""
-    from ..backends.hf import HFBackend
-
     absent = sorted(set(named) - set(tasks))
     if absent:
         cure = "a task folder a task, named as the task: NAME=ADAPTER names an adapter"
         raise UsageError(f"no examples for {', '.join(absent)}", cure=cure)
-    name, device, dtype = base
-    backend = HFBackend.open(name, device=device, dtype=dtype)
+    backend = opened()
     backend.fits(named)
     seed = settings.recipe.seed
     sets, dropped = drawn(tasks, named, backend.fitting, "train", per_task, seed)
@@ -180,6 +209,13 @@ def _searched(
         watch=lambda steps: counted(steps, lambda step: f"D2C: move {step + 1} of {len(steps)} is tried"),
         **options,
     )
+
+
+def _opened(name: str | None, device: str | None, dtype: str | None, template: Sequence[str] | None) -> HFBackend:
+    from ..backends.hf import HFBackend
+    from .base import opened
+
+    return HFBackend(opened(name, device=device, dtype=dtype, template=template))
 
 
 @contextlib.contextmanager

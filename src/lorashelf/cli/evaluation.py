@@ -27,6 +27,7 @@ from ..shelf import Shelf
 from ..tasks import Task, read_tasks
 from ..train import RECORD_FILE
 from . import arguments as arg
+from .base import opened as base_model
 from .output import counted, note, show, table
 from .shelves import note_unknown_base
 
@@ -61,6 +62,7 @@ def evaluation(
     ] = None,
     device: arg.Device = None,
     model_dtype: arg.ModelDtype = None,
+    template_arg: arg.TemplateArgs = None,
     json: arg.Json = False,
 ) -> None:
     """Measure loss and score of tasks: through a shelf's slots, with their own adapters, or with the bare base."""
@@ -71,7 +73,7 @@ def evaluation(
     compared = _own(own, chosen), read_result(zero_shot) if zero_shot else None
     metrics_of({name: chosen[name] for name in served.adapters.keys() & chosen.keys()}, **options)
     with _kept(output) as journal:
-        backend = HFBackend.open(base, device=device, dtype=model_dtype)
+        backend = HFBackend(base_model(base, device=device, dtype=model_dtype, template=template_arg))
         result = _measured(backend, served, compared, chosen, options, journal, output)
         if output is not None:
             write_result(result, output)

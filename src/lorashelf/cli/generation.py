@@ -19,6 +19,7 @@ from ..shelf import Shelf
 from ..snapshot import Snapshot
 from ..tasks import ExampleSet, read_tasks
 from . import arguments as arg
+from .base import opened
 from .output import note, print_json
 
 
@@ -41,6 +42,7 @@ def generate(
     ] = None,
     device: arg.Device = None,
     dtype: arg.ModelDtype = None,
+    template_arg: arg.TemplateArgs = None,
     json: arg.Json = False,
 ) -> None:
     """Answer a text with the slot that serves its task; the answer appears as it is written."""
@@ -49,7 +51,7 @@ def generate(
     shown = _shown(snapshot, examples, auto)
     asked = None if task is None else service(snapshot, task, prompt=prompt, max_new_tokens=max_new_tokens)
     question = _read(text)
-    backend = HFBackend.open(base, device=device, dtype=dtype)
+    backend = HFBackend(opened(base, device=device, dtype=dtype, template=template_arg, learns=False))
     choice = None
     if asked is None:
         choice = _chosen(backend, snapshot, shown, question)

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..backends.base_model import open_base
 from ..curriculum import PAPERS, TrainSettings
 from ..errors import UnknownName
 from ..lesson import Lesson, prepare
 from ..tasks import Task, read_tasks
 from ..train import Moment, Watch, train_into
 from . import arguments as arg
+from .base import opened
 from .output import Meter, note, show, table
 
 
@@ -61,6 +61,7 @@ def train(
         str | None,
         typer.Option("--model-dtype", help="f32, f16 or bf16 for the base; default: the fastest that is safe."),
     ] = None,
+    template_arg: arg.TemplateArgs = None,
     json: arg.Json = False,
 ) -> None:
     """Train a LoRA adapter for every task, on the answers only; run it again to go on after an interrupt."""
@@ -81,13 +82,13 @@ def train(
         dtype=dtype,
     )
     tasks = _chosen(read_tasks(data), task)
-    opened = open_base(base, device=device, dtype=model_dtype)
-    lessons = prepare(tasks, opened, settings)
+    model = opened(base, device=device, dtype=model_dtype, template=template_arg)
+    lessons = prepare(tasks, model, settings)
     note(f"rank, steps and rate are scaled to the data where no option gives them (the papers: {PAPERS})")
     for lesson in lessons:
         note(lesson.told)
     with Meter(sum(lesson.curriculum.steps for lesson in lessons)) as meter:
-        records = train_into(output, lessons, opened, watch=_telling(lessons, meter))
+        records = train_into(output, lessons, model, watch=_telling(lessons, meter))
     for name, record in records.items():
         if record["improved"] is False:
             note(f"{name}: the validation loss is not below the bare base's; more data, or another --lr")
