@@ -19,7 +19,7 @@ from ..recipe import new_settings
 from ..similarity import similarity
 from ..survey import describe, forecast
 from . import arguments as arg
-from .output import progress, score, show, size, table
+from .output import note, progress, score, show, size, table
 from .shelves import note_unknown_base
 
 
@@ -40,12 +40,15 @@ def compare(
     json: arg.Json = False,
 ) -> None:
     """How alike adapters are, pair by pair."""
+    if plot is not None:
+        from ..report.heatmap import draw_heatmap, format_of
+
+        format_of(plot)
     named = arg.read_named(adapters)
     matrix = similarity(list(named.values()), metric=metric)
-    if plot is not None:
-        from ..report.heatmap import draw_heatmap
-
-        draw_heatmap(list(named), matrix, metric, plot)
+    if plot is not None and (missing := draw_heatmap(list(named), matrix, metric, plot)):
+        listed = " ".join(missing[:10]) + (" …" if len(missing) > 10 else "")
+        note(f"no installed font has {listed}: {plot} shows boxes in their place")
     document = {"names": list(named), "metric": metric, "matrix": matrix.tolist()}
     show(document, json, _compared)
 

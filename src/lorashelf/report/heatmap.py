@@ -1,59 +1,70 @@
-"""The clustered heat map of a similarity matrix."""
+"""The heat map of a similarity matrix, as a file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from io import BytesIO
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-
-import numpy as np
 
 from ..algebra import Square
 from ..atomic import replace_file
 from ..errors import MissingExtra, UsageError
 
+FORMATS = ("png", "svg", "pdf")
+NEEDED = {"matplotlib": "matplotlib", "scipy": "SciPy", "sklearn": "scikit-learn"}
+LONGEST = 32  # characters of a label
+JOINERS = "\u200c\u200d"  # not printable on their own, but part of how Persian and Hindi are spelled
 
-def draw_heatmap(names: Sequence[str], matrix: Square, metric: str, path: Path) -> None:
-    """Draw an (n, n) similarity matrix with alike adapters side by side; the file's ending gives the format.
 
-    Raises MissingExtra (`report`), UsageError for an unknown ending, DiskError.
+def format_of(path: Path) -> str:
+    """The format that the ending of a heat map's file asks for. Raises UsageError, MissingExtra (`report`)."""
+    ending = path.suffix.lstrip(".").lower()
+    if ending not in FORMATS:
+        written = f"a {path.suffix} file" if path.suffix else "a file without an ending"
+        raise UsageError(f"cannot draw {written}", where=str(path), cure=f"end its name in .{', .'.join(FORMATS)}")
+    missing = [name for module, name in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise MissingExtra("a heat map", " and ".join(missing), "report")
+    return ending
+
+
+def draw_heatmap(names: Sequence[str], matrix: Square, metric: str, path: Path) -> list[str]:
+    """Draw an (n, n) similarity matrix with alike adapters side by side, as a png, svg or pdf file.
+
+    Returns the characters of the names that no installed font has: the file shows boxes in their place. Raises
+    UsageError for another ending, MissingExtra (`report`), DiskError.
     """
+    ending = format_of(path)
+    with _quiet():
+        from .figure import draw
+
+        drawn, missing = draw([label(name) for name in names], matrix, metric, ending)
+    replace_file(path, drawn, path.parent)
+    return missing
+
+
+def label(name: str) -> str:
+    """A name as one short line: without its middle if it is long, with marks for what cannot be printed.
+
+    >>> label("adapter-of-" + 40 * "x" + "-v2")
+    'adapter-of-xxxxx…xxxxxxxxxxxx-v2'
+    """
+    line = "".join(c if c.isprintable() or c in JOINERS else " " if c.isspace() else "\ufffd" for c in name)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}…{line[1 - LONGEST // 2 :]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep matplotlib's notices from stderr: glyphs that it lacks, and where its cache lies."""
+    log = logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
-        from matplotlib.backend_bases import FigureCanvasBase
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("a heat map", "matplotlib", "report") from error
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.lstrip(".") not in kinds:
-        raise UsageError(
-            f"cannot draw {path.suffix or 'a file without ending'}", where=str(path), cure=f"one of {', '.join(kinds)}"
-        )
-    order = neighbour_order(matrix)
-    shown = matrix[np.ix_(order, order)]
-    apart = shown[~np.eye(len(shown), dtype=bool)]
-    side = 2.5 + 0.24 * len(names)
-    figure = Figure(figsize=(side + 1.0, side), layout="constrained")
-    axes = figure.add_subplot()
-    low, high = (float(np.min(apart)), float(np.max(apart))) if apart.size else (0.0, 1.0)
-    image = axes.imshow(shown, cmap="viridis", vmin=min(low, 0.0), vmax=max(high, 1e-9))
-    labels = [names[i] for i in order]
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set_title(f"{metric} similarity (colours span the pairs of different adapters)", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.8)
-    drawn = BytesIO()
-    figure.savefig(drawn, format=path.suffix.lstrip("."))
-    replace_file(path, drawn.getvalue(), path.parent)
-
-
-def neighbour_order(matrix: Square) -> list[int]:
-    """An order in which alike items stand side by side: the leaves of average linkage, nearer ends joined."""
-    groups: list[list[int]] = [[i] for i in range(len(matrix))]
-    while len(groups) > 1:
-        means = np.array([[matrix[np.ix_(g, h)].mean() if g is not h else -np.inf for h in groups] for g in groups])
-        i, j = sorted(divmod(int(means.argmax()), len(groups)))
-        left, right = groups[i], groups.pop(j)
-        candidates = [(left, right), (left[::-1], right), (left, right[::-1]), (left[::-1], right[::-1])]
-        first, second = max(candidates, key=lambda pair: matrix[pair[0][-1], pair[1][0]])
-        groups[i] = first + second
-    return groups[0]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,127 @@
+"""How a heat map is laid out and drawn. Importing this module loads matplotlib, SciPy and scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, rc_context, style
+from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+from scipy.spatial.distance import squareform
+from sklearn.metrics import silhouette_score
+
+from ..algebra import Square, Vector
+from .fonts import families
+
+UNSIGNED = {"l2"}  # metrics in (0, 1], of which 0 is no middle
+NUMBERED = 12  # up to so many adapters a cell holds its number
+INK, PALE, GREY = "#222222", "#666666", "#c4c4c4"
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
+ROUNDING = 1e-9
+DPI, MOST_PIXELS = 150.0, 6_000.0
+UNDATED: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+
+
+def draw(labels: Sequence[str], matrix: Square, metric: str, kind: str) -> tuple[bytes, list[str]]:
+    """The heat map as a png, svg or pdf file, the same bytes every time, and the characters that no font has."""
+    fonts, missing = families("".join(labels))
+    drawn = BytesIO()
+    with style.context("default"), rc_context({"font.family": fonts, "svg.hashsalt": "lorashelf"}):
+        figure = heatmap(labels, matrix, metric)
+        about = {"Title": figure.axes[0].get_title(loc="left"), **UNDATED[kind]}
+        dpi = min(DPI, MOST_PIXELS / figure.get_figwidth())
+        figure.savefig(drawn, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.15, metadata=about)
+    return drawn.getvalue(), missing
+
+
+def heatmap(labels: Sequence[str], matrix: Square, metric: str) -> Figure:
+    """The figure. Its canvas is the cells alone, of one size in inches; names, title and colour bar stand around it,
+    where a tight bounding box takes them in whole.
+    """
+    order, borders = arranged(matrix)
+    n = len(order)
+    cell, points = (0.5, 9.0) if n <= NUMBERED else (0.24, 8.0) if n <= 60 else (0.14, 6.5)
+    side = max(n * cell, 1.6)
+    figure = Figure(figsize=(side, side))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), frame_on=False)
+    axes.tick_params(length=0)
+    words: dict[str, Any] = {"fontsize": points, "color": INK, "parse_math": False}
+    names = [labels[i] for i in order]
+    axes.set_xticks(range(n), names, rotation=90, **words)
+    axes.set_yticks(range(n), names, **words)
+    shown = matrix[np.ix_(order, order)]
+    image = _cells(axes, shown, metric not in UNSIGNED)
+    for border in borders:
+        axes.axhline(border - 0.5, color=INK, linewidth=0.8)
+        axes.axvline(border - 0.5, color=INK, linewidth=0.8)
+    title = f"Similarity of {n} adapters" if n > 1 else "One adapter"
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=22 if borders else 8)
+    if borders:
+        words = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 8, "color": PALE}
+        axes.annotate(f"{len(borders) + 1} clusters by average linkage", (0, 1), (0, 8), **words)
+    _colour_bar(figure, image, shown, f"{metric} similarity")
+    return figure
+
+
+def arranged(matrix: Square) -> tuple[list[int], list[int]]:
+    """An order in which alike items stand side by side, and the places in it where another cluster begins.
+
+    Average linkage on 1 − similarity with the best order of its leaves, cut where the mean silhouette is highest.
+    Items without clusters, such as fewer than four or all equally alike, have no borders.
+    """
+    n = len(matrix)
+    if n < 3:
+        return list(range(n)), []
+    distances = np.maximum(1.0 - (matrix + matrix.T) / 2, 0.0)
+    np.fill_diagonal(distances, 0.0)
+    tree = linkage(squareform(distances), "average", optimal_ordering=True)
+    order = leaves_list(tree)
+    best, borders = ROUNDING, np.empty(0, dtype=int)
+    for count in range(2, n // 2 + 1):
+        clusters = fcluster(tree, count, "maxclust")
+        if clusters.max() == count and (worth := silhouette_score(distances, clusters, metric="precomputed")) > best:
+            best, borders = worth, np.flatnonzero(np.diff(clusters[order])) + 1
+    return order.tolist(), borders.tolist()
+
+
+def _pairs(matrix: Square) -> Vector:
+    """The similarities of different adapters, one 0 if there are none."""
+    return matrix[~np.eye(len(matrix), dtype=bool)] if len(matrix) > 1 else np.zeros(1)
+
+
+def _cells(axes: Axes, matrix: Square, signed: bool) -> AxesImage:
+    """The cells, coloured over their own range, around 0 where there is a sign; an adapter beside itself is grey."""
+    low, high = float(_pairs(matrix).min()), float(_pairs(matrix).max())
+    norm = CenteredNorm(0.0, max(-low, high) or 1.0) if signed else Normalize(low if low < high else 0.0, high or 1.0)
+    colours = colormaps["RdBu_r" if signed else "viridis"].with_extremes(bad=GREY)
+    itself = np.eye(len(matrix), dtype=bool)
+    image = axes.imshow(np.ma.masked_array(matrix, itself), cmap=colours, norm=norm, interpolation="nearest")
+    if len(matrix) <= NUMBERED:
+        digits = 2 if max(-low, high) >= 0.1 else 3
+        for row, column in zip(*np.nonzero(~itself), strict=True):
+            value = matrix[row, column]
+            ink = "white" if image.to_rgba(value)[:3] @ LUMINANCE < 0.4 else INK
+            text = f"{value:.{digits}f}".replace("-", "−")
+            axes.text(column, row, text, color=ink, fontsize=8, ha="center", va="center")
+    return image
+
+
+def _colour_bar(figure: Figure, image: AxesImage, matrix: Square, label: str) -> None:
+    """The colour bar beside the cells; of colours around 0 only what is in use."""
+    side = figure.get_figwidth()
+    height = min(1.0, 3.0 / side)
+    bar = figure.colorbar(image, cax=figure.add_axes((1 + 0.2 / side, 1 - height, 0.14 / side, height)))
+    bar.outline.set_visible(False)
+    bar.locator = MaxNLocator(5)
+    bar.set_label(label, fontsize=8, color=INK)
+    bar.ax.tick_params(labelsize=8, labelcolor=INK, length=2)
+    used = np.clip([*_pairs(matrix), 0.0], *image.get_clim())
+    if used.min() < used.max():
+        bar.ax.set_ylim(used.min(), used.max())
