@@ -17,7 +17,7 @@ from lorashelf import errors
 SOURCE = Path(lorashelf.__file__).parent
 FLOORS = [  # a module may import from lower floors, and from those before it on its own
     ["version", "errors", "registry", "digest", "parallel"],
-    ["adapter", "atomic", "tensorfile", "peft_config", "peft_format"],
+    ["adapter", "atomic", "tensorfile", "matching", "peft_config", "peft_format"],
     ["algebra"],
     ["similarity"],
     ["merging.parameters", "merging.methods", "merging.factor", "merging.exact", "merging.merge", "merging"],

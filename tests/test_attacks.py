@@ -39,7 +39,7 @@ from lorashelf import (
 )
 from lorashelf.cli import main
 from lorashelf.errors import AdapterError, AdapterFormatError, BaseMismatch, ShapeMismatch, UnknownName, UsageError
-from lorashelf.peft_config import matched
+from lorashelf.matching import targets
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Spoil = Callable[[Path], Any]
@@ -499,8 +499,8 @@ def test_what_does_not_change_the_update_is_accepted(tmp_path: Path, changes: di
 )
 def test_the_first_number_of_a_path_is_its_layer_as_in_peft(path: str, pattern: str | None) -> None:
     fields = {"target_modules": [path.rsplit(".", 1)[1]], "layers_pattern": pattern}
-    assert matched({**fields, "layers_to_transform": [1]}, path)
-    assert not matched({**fields, "layers_to_transform": [0]}, path)
+    assert targets({**fields, "layers_to_transform": [1]})(path)
+    assert not targets({**fields, "layers_to_transform": [0]})(path)
 
 
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .adapter import Adapter, Shape
+from .matching import BAD_PATTERN, FirstMatch, Key, targets
 
 TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 RESOLVED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision")
@@ -32,38 +33,8 @@ _REFUSED_FIELDS: Mapping[str, str] = {
     "arrow_config": "Arrow routes between adapters at run time",
     "kasa_config": "KaSA changes the base's weights",
 }
-BAD_PATTERN = (re.error, OverflowError, RecursionError)  # what compiling a hostile pattern raises
 LARGEST = 1e30  # a rank or an alpha beyond this is a mistake; float32 factors times it would overflow
 _REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
-
-
-def matched(config: Mapping[str, Any], path: str) -> bool:
-    """Whether PEFT would adapt the module (peft.tuners.tuners_utils.check_target_module_exists). Raises re.error."""
-    excluded, targets = config.get("exclude_modules"), config.get("target_modules")
-    if excluded and _names(excluded, path):
-        return False
-    if targets is None or targets == "all-linear":
-        return True
-    if isinstance(targets, str) or path in targets:
-        return _names(targets, path)
-    return _names(targets, path) and _in_layers(config, path)
-
-
-def _names(names: str | Sequence[str], path: str) -> bool:
-    """A pattern that matches the whole path, or a list with the path or its ending."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return path in names or any(path.endswith(f".{name}") for name in names)
-
-
-def _in_layers(config: Mapping[str, Any], path: str) -> bool:
-    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
-    if layers is None or layers == []:
-        return True
-    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or []
-    rules = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]  # the first number is the layer's
-    found = next((match for rule in rules if (match := re.match(rf"{rule}\.(?P<idx>\d+)\.", path))), None)
-    return found is not None and int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def config_faults(config: Mapping[str, Any]) -> Iterator[str]:
@@ -112,26 +83,28 @@ def _per_module(
     for name, given in [(field, value), *((f"{pattern_field}[{key!r}]", item) for key, item in patterns.items())]:
         if type(given) not in (int, float) or not abs(given) < LARGEST or (field == "r" and given <= 0):
             faults.append(f"{name} is {given!r}, not a usable number")
-    compiled = []
+    keys = []
     for key, item in patterns.items():
         try:
-            compiled.append((re.compile(rf"(.*\.)?({key})$"), item))
+            keys.append((Key(key), item))
         except BAD_PATTERN as error:
             faults.append(f"{pattern_field}[{key!r}] is not a regular expression: {error}")
-    return {path: next((item for rule, item in compiled if rule.match(path)), value) for path in paths}
+    first = FirstMatch(keys)
+    return {path: first.of(path, value) for path in paths}
 
 
 def unmatched(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     """Faults for factors that PEFT would drop on loading because the config's targets do not name their module."""
-    paths, targets = list(paths), config.get("target_modules")
+    paths, named = list(paths), config.get("target_modules")
     if faults := list(_target_faults(config)):
         return faults
     try:
-        left_out = [path for path in paths if not matched(config, path)]
+        matched = targets(config)
+        left_out = [path for path in paths if not matched(path)]
     except BAD_PATTERN as error:
         return [f"target_modules, exclude_modules or layers_pattern is not a regular expression: {error}"]
     if left_out and len(left_out) == len(paths):
-        return [f"target_modules {targets!r} matches no module of the file: PEFT would load nothing"]
+        return [f"target_modules {named!r} matches no module of the file: PEFT would load nothing"]
     return [f"{path}: not matched by target_modules, PEFT would drop it" for path in left_out]
 
 
@@ -198,20 +171,14 @@ def _as_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     common = Counter(values.values()).most_common(1)[0][0]
     named = {path for path, value in values.items() if value != common}
     for spelled in (str, re.escape):
-        shadowed = {p for p in values if p not in named and any(_hits(spelled(other), p) for other in named)}
-        ordered = sorted(named | shadowed, key=lambda path: (-len(path), path))
-        pattern = {spelled(path): values[path] for path in ordered}
-        if all(_resolved(pattern, path, common) == value for path, value in values.items()):
+        try:
+            hit = FirstMatch((Key(spelled(path)), True) for path in named)
+            shadowed = {path for path in values if path not in named and hit.of(path, False)}
+            ordered = sorted(named | shadowed, key=lambda path: (-len(path), path))
+            pattern = {spelled(path): values[path] for path in ordered}
+            first = FirstMatch((Key(key), value) for key, value in pattern.items())
+        except BAD_PATTERN:  # a path that is no regular expression
+            continue
+        if all(first.of(path, common) == value for path, value in values.items()):
             break
     return common, pattern
-
-
-def _hits(key: str, path: str) -> bool:
-    try:
-        return re.match(rf"(.*\.)?({key})$", path) is not None
-    except BAD_PATTERN:
-        return False
-
-
-def _resolved(pattern: Mapping[str, float], path: str, default: float) -> float:
-    return next((value for key, value in pattern.items() if _hits(key, path)), default)

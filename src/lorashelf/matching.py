@@ -1,0 +1,147 @@
+r"""Which modules the names and patterns of an adapter_config.json mean, as PEFT matches them, in time linear in both.
+
+target_modules, exclude_modules   a pattern that matches the whole path, or names: a path or its ending
+rank_pattern, alpha_pattern       regular expressions, of which the first that matches "(.*\.)?(KEY)$" counts
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+BAD_PATTERN = (re.error, OverflowError, RecursionError)  # what compiling a hostile pattern raises
+_Ending = tuple[str | None, ...]  # the last letters of whatever a key matches; None stands for any
+
+
+class Key:
+    """One key of `rank_pattern` or `alpha_pattern`, and what every path that it matches ends with."""
+
+    def __init__(self, key: str) -> None:
+        """Compile it, unless it is plain text, whose ending says all. Raises one of BAD_PATTERN."""
+        self.ending, plain = _fixed_ending(key.removeprefix("^"))
+        self._whole = key.startswith("^")
+        self._rule = None if plain else re.compile(rf"(.*\.)?({key})$")
+
+    def matches(self, path: str) -> bool:
+        """Whether PEFT applies it to a path that ends with `ending` (peft.utils.other.get_pattern_key)."""
+        if self._rule is not None:
+            return self._rule.match(path) is not None
+        before = len(path) - len(self.ending)
+        return before == 0 or (before > 0 and not self._whole and path[before - 1] == ".")
+
+
+class FirstMatch(Generic[T]):
+    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the value of the first key that matches a path.
+
+    A key is a regular expression, and only keys whose fixed ending is that of the path are tried: many keys that spell
+    out one module each cost no more than few.
+    """
+
+    def __init__(self, keys: Iterable[tuple[Key, T]]) -> None:
+        self._keys = list(keys)
+        self._by_ending: dict[tuple[int, ...], dict[str, list[int]]] = {}
+        for place, (key, _) in enumerate(self._keys):
+            known = tuple(i - len(key.ending) for i, letter in enumerate(key.ending) if letter is not None)
+            letters = "".join(letter for letter in key.ending if letter is not None)
+            self._by_ending.setdefault(known, {}).setdefault(letters, []).append(place)
+        self._slices = {known: _slices(known) for known in self._by_ending}
+
+    def of(self, path: str, default: T) -> T:
+        """The value of the first key that matches the path, else the default."""
+        places = sorted(self._candidates(path))
+        return next((self._keys[place][1] for place in places if self._keys[place][0].matches(path)), default)
+
+    def _candidates(self, path: str) -> Iterator[int]:
+        for known, by_letters in self._by_ending.items():
+            yield from by_letters.get("".join([path[part] for part in self._slices[known]]), ())
+
+
+def _fixed_ending(key: str) -> tuple[_Ending, bool]:
+    """What every match of a regular expression ends with, letter by letter (empty where that is not plain to see), and
+    whether that is the whole of it.
+    """
+    if "|" in key or "(?" in key:  # alternatives; flags
+        return (), False
+    ending: list[str | None] = []
+    plain = True
+    for escaped, letter in re.findall(r"(\\?)(.)", key, re.DOTALL):
+        if escaped and not letter.isalnum():
+            ending.append(letter)
+        elif escaped or letter in "^$*+?{}[]()\\":
+            ending.clear()
+            plain = False
+        else:
+            ending.append(None if letter == "." else letter)
+    return tuple(ending), plain
+
+
+def _slices(known: tuple[int, ...]) -> list[slice]:
+    """Places before the end as slices of a text, neighbours together."""
+    runs: list[list[int]] = []
+    for place in known:
+        if runs and runs[-1][1] == place:
+            runs[-1][1] = place + 1
+        else:
+            runs.append([place, place + 1])
+    return [slice(start, stop or None) for start, stop in runs]
+
+
+def targets(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether PEFT adapts a module, by its path (peft.tuners.tuners_utils.check_target_module_exists).
+
+    Raises one of BAD_PATTERN, now or when it is called.
+    """
+    excluded, wanted = config.get("exclude_modules"), config.get("target_modules")
+    left_out = _named(excluded) if excluded else _never
+    if wanted is None or wanted == "all-linear":
+        return lambda path: not left_out(path)
+    named = _named(wanted)
+    if isinstance(wanted, str):
+        return lambda path: not left_out(path) and named(path)
+    whole, in_layers = frozenset(wanted), _layers(config)
+    return lambda path: not left_out(path) and (path in whole or (named(path) and in_layers(path)))
+
+
+def _never(path: str) -> bool:
+    return False
+
+
+def _named(names: str | Iterable[str]) -> Callable[[str], bool]:
+    """A pattern that matches the whole path, or names: the path or its ending."""
+    if isinstance(names, str):
+        rule = re.compile(names)
+        return lambda path: rule.fullmatch(path) is not None
+    known = frozenset(names)
+    return lambda path: any(ending in known for ending in endings(path))
+
+
+def endings(path: str) -> Iterator[str]:
+    """The path and what stands after each of its dots.
+
+    >>> list(endings("layers.0.q_proj"))
+    ['layers.0.q_proj', '0.q_proj', 'q_proj']
+    """
+    yield path
+    at = path.find(".")
+    while at >= 0:
+        yield path[at + 1 :]
+        at = path.find(".", at + 1)
+
+
+def _layers(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a path lies in one of `layers_to_transform`, the layer's number found by `layers_pattern`."""
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or layers == []:
+        return lambda path: True
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or []
+    before = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]  # the first number is the layer's
+    rules = [re.compile(rf"{rule}\.(?P<idx>\d+)\.") for rule in before]
+    wanted = frozenset([layers] if isinstance(layers, int) else layers)
+
+    def inside(path: str) -> bool:
+        found = next((match for rule in rules if (match := rule.match(path))), None)
+        return found is not None and int(found["idx"]) in wanted
+
+    return inside
