@@ -12,7 +12,8 @@ from lorashelf import METHODS
 
 HERE = Path(__file__).parent
 SHELF = ["demo", "init", "add", "update", "cluster", "remove", "route", "ls", "log", "verify", "undo", "gc"]
-COMMANDS = [*SHELF, "show", "compare", "plan", "threshold", "merge", "train", "eval", "generate"]
+BENCH = ["bench run", "bench status", "bench table", "bench plot"]
+COMMANDS = [*SHELF, "show", "compare", "plan", "threshold", "merge", "train", "eval", "generate", *BENCH]
 CLI_HEAD = """# Command line
 
 Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache, or
@@ -29,7 +30,7 @@ Under `--json` an error prints `{"error": {"kind", "message", "cure"}}`; `add` s
 def help_of(command: str) -> str:
     """The help text, 100 columns wide and without colours."""
     environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    run = [sys.executable, "-m", "lorashelf", command, "--help"]
+    run = [sys.executable, "-m", "lorashelf", *command.split(), "--help"]
     text = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 

@@ -455,7 +455,7 @@ def test_white_space_and_composition_do_not_count() -> None:
 
 # --- intervals
 
-SHARE = Metric("share", lambda example, said: (float(said == example.output), 1.0), lambda s: float(100 * s[0] / s[1]))
+SHARE = Metric("share", lambda example, said: (float(said == example.output), 1.0))
 
 
 def coin(rng: np.random.Generator, n: int, chance: float) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,19 @@ _STAGED = re.compile(r"\.[0-9a-f]{16}")  # what atomic.replace_file leaves behin
 
 
 class Journal:
-    """Results by unit. `kept` is the file that holds them, None in memory; open a folder with `opened`."""
+    """Results by unit. `kept` is the file that holds them, None in memory; open a folder with `opened`.
 
-    def __init__(self, kept: Path | None = None) -> None:
+    Files `beside` it are only read: what other processes measure.
+    """
+
+    def __init__(self, kept: Path | None = None, beside: Iterable[Path] = ()) -> None:
         self.kept = kept
         self.written = 0
         """How many results this journal was given, beside those it found."""
         self._results: dict[bytes, Any] = {}
         self._size = 0
+        for path in beside:
+            self._read(path)
         if kept is not None:
             self._read(kept)
 

@@ -19,6 +19,7 @@ MODULES: Mapping[str, Sequence[str]] = MappingProxyType(
         "training": ("train",),
         "evaluation": ("eval",),
         "generation": ("generate",),
+        "bench": ("bench",),
         "demo": ("demo",),
     }
 )

@@ -11,9 +11,10 @@ A task without a metric has its loss alone. Nothing here imports a metric's pack
 from . import edits, rouge, token_f1
 from .bootstrap import Score, scored
 from .kept import loss_kept, normalised
-from .metric import METRICS, Metric, measure, metric
+from .metric import FORMULAS, METRICS, Metric, measure, metric
 
 __all__ = [
+    "FORMULAS",
     "METRICS",
     "Metric",
     "Score",

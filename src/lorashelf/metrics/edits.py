@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import MissingExtra
 from ..tasks import Example
-from .metric import Metric, Vector, answers, clean, measure
+from .metric import FORMULAS, Metric, Vector, answers, clean, measure
 from .tokens import Tokens, letters_and_signs
 
 Edit = tuple[int, int, str]
@@ -37,7 +37,7 @@ def f_half(language: str) -> Metric:
         made = edits(source, clean(prediction))
         return max((_counts(made, edits(source, answer)) for answer in answers(example)), key=_rank)
 
-    return Metric(label, statistics, lambda sums: 100.0 * _f(sums))
+    return Metric(label, statistics, "f0.5")
 
 
 def _edits(language: str) -> tuple[str, Edits]:
@@ -66,6 +66,9 @@ def _f(counts: Vector | Counts) -> float:
     precision = tp / (tp + fp) if fp else 1.0
     recall = tp / (tp + fn) if fn else 1.0
     return 1.25 * precision * recall / (0.25 * precision + recall) if precision + recall else 0.0
+
+
+FORMULAS.add("f0.5", lambda sums: 100.0 * _f(sums))
 
 
 def _rank(counts: Counts) -> tuple[float, float, float, float]:

@@ -23,8 +23,16 @@ class Metric:
     """What a column of these scores says, e.g. 'F0.5 (character edits)'."""
     statistics: Callable[[Example, str], tuple[float, ...]]
     """(example, prediction) → what adds up over examples; against the best of the example's answers."""
-    value: Callable[[Vector], float]
-    """Statistics summed over examples → score, 0 to 100."""
+    formula: str = "mean"
+    """The name in `FORMULAS` of what makes a score of statistics: stored statistics need no metric's package."""
+
+    def value(self, sums: Vector) -> float:
+        """Statistics summed over examples → score, 0 to 100."""
+        return FORMULAS[self.formula](sums)
+
+
+FORMULAS: Registry[Callable[[Vector], float]] = Registry("formula of a score")
+FORMULAS.add("mean", lambda sums: 100.0 * float(sums[0] / sums[1]))
 
 
 Maker = Callable[[str], Metric]
@@ -56,10 +64,7 @@ def mean_of(label: str, score: Callable[[str, str], float]) -> Metric:
         said = clean(prediction)
         return max(score(answer, said) for answer in answers(example)), 1.0
 
-    def value(sums: Vector) -> float:
-        return 100.0 * float(sums[0] / sums[1])
-
-    return Metric(label, statistics, value)
+    return Metric(label, statistics)
 
 
 def answers(example: Example) -> list[str]:

@@ -1,0 +1,133 @@
+"""Which adapter serves which task, and where that comes from: made from a cell of a suite, in memory."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..adapter import Adapter
+from ..clustering import cluster_by_loss, drawn
+from ..flow import merger, plan_add
+from ..partition import partition
+from ..peft_format import encode
+from ..recipe import Recipe, new_settings
+from ..shelf import Shelf
+from ..tasks import Task
+from .suite import BY_TYPE, Cell
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Task → the adapter that serves it (None: the bare base), and how it was made."""
+
+    serving: Mapping[str, Adapter | None]
+    provenance: Mapping[str, Any]
+    """`blocks` (tasks that share an adapter), `order` of arrival, and what a search reports."""
+
+    @property
+    def bytes(self) -> int:
+        """The size of the distinct adapters as PEFT folders."""
+        return sum(encode(x).size for x in {x.digest: x for x in self.serving.values() if x is not None}.values())
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What cells are made from: the tasks' own adapters, their examples, a language model, a folder for journals."""
+
+    adapters: Mapping[str, Adapter]
+    tasks: Mapping[str, Task]
+    backend: Any
+    folder: Path
+    watch: Callable[[Sequence[int]], Iterable[int]] = iter
+
+
+def assign(cell: Cell, inputs: Inputs) -> Assignment:
+    """The assignment of a cell. Raises what merging, placing and searching raise."""
+    adapters = inputs.adapters
+    if cell.how == "serve":
+        own = cell.method == "own"
+        return Assignment({task: adapters[task] if own else None for task in adapters}, {})
+    if cell.how == "cluster":
+        return _merged(cell, inputs, _clustered(cell, inputs), {})
+    if cell.how == "arrive":
+        return _arrived(cell, inputs)
+    return _searched(cell, inputs)
+
+
+def arrival(cell: Cell, types: Mapping[str, str]) -> list[str]:
+    """The order in which tasks (name → problem type) arrive: by name, drawn by the seed, or the worst, in which all
+    tasks of a type come in a row.
+    """
+    ordered, rng = sorted(types), random.Random(cell.options["seed"])
+    if cell.options["order"] == "name":
+        return ordered
+    if cell.options["order"] == "random":
+        return rng.sample(ordered, len(ordered))
+    kinds = sorted(set(types.values()))
+    rng.shuffle(kinds)
+    groups = [[name for name in ordered if types[name] == kind] for kind in kinds]
+    return [name for group in groups for name in rng.sample(group, len(group))]
+
+
+def _recipe(cell: Cell) -> Recipe:
+    return Recipe(**{name: cell.options[name] for name in ("merge", "parameters", "rank", "dtype", "seed")})
+
+
+def _clustered(cell: Cell, inputs: Inputs) -> list[list[str]]:
+    names = sorted(inputs.adapters)
+    if cell.method == BY_TYPE:
+        by_type = sorted(names, key=lambda name: (inputs.tasks[name].type, name))
+        return [list(group) for _, group in itertools.groupby(by_type, key=lambda name: inputs.tasks[name].type)]
+    xs = [inputs.adapters[name] for name in names]
+    blocks = partition(xs, cell.options["slots"], method=cell.method, seed=cell.options["seed"])
+    return [[names[i] for i in block] for block in blocks]
+
+
+def _merged(cell: Cell, inputs: Inputs, blocks: Sequence[Sequence[str]], more: Mapping[str, Any]) -> Assignment:
+    merge = merger(inputs.adapters, _recipe(cell))
+    serving = {task: x for block in blocks for x in [merge(block)] for task in block}
+    return Assignment(serving, {"blocks": [sorted(block) for block in blocks], **more})
+
+
+def _arrived(cell: Cell, inputs: Inputs) -> Assignment:
+    """The adapters arrive one by one at an empty shelf, of which nothing is written."""
+    options = dict(cell.options)
+    types = {name: inputs.tasks[name].type for name in inputs.adapters}
+    order = arrival(cell, types)
+    options.pop("order")
+    with TemporaryDirectory() as folder:
+        settings = new_settings(options.pop("slots"), policy=cell.method, **options)
+        snapshot = Shelf.create(Path(folder) / "a.shelf", settings).snapshot()
+        for task in order:
+            snapshot = snapshot.after(plan_add(snapshot, inputs.adapters[task], task, type=types[task]))
+        slots = snapshot.manifest.slots
+        serving = {task: x for slot in slots for x in [snapshot.adapter(slot)] for task in slot.members}
+    return Assignment(serving, {"blocks": [sorted(slot.members) for slot in slots], "order": order})
+
+
+def _searched(cell: Cell, inputs: Inputs) -> Assignment:
+    """The data-driven search on examples of the train split; what it measured so far is kept in the folder."""
+    options = cell.options
+    backend = inputs.backend
+    sets, _ = drawn(
+        inputs.tasks, inputs.adapters, backend.fitting, "train", options["examples_per_task"], options["seed"]
+    )
+    searched = cluster_by_loss(
+        inputs.adapters,
+        options["slots"],
+        _recipe(cell),
+        backend,
+        sets,
+        iterations=options["iterations"],
+        accept=options["accept"],
+        init=options["init"],
+        journal=inputs.folder / f"search-{cell.id}.jsonl",
+        watch=inputs.watch,
+    )
+    blocks = [list(block) for block in searched.found.blocks]
+    return _merged(cell, inputs, blocks, {"search": searched.document()})

@@ -1,0 +1,226 @@
+"""The result of a cell as a JSON document, and statistics over several.
+
+A document holds what every example contributed (summed negative log-likelihood in nats, tokens, and what its answer
+adds to the score), so that means, ratios and paired intervals follow from committed files, without a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import atomic
+from ..errors import UsageError
+from ..evaluation import Evaluation, Measured
+from ..metrics import FORMULAS, metric
+from ..metrics.kept import LEAST_GAIN, LEAST_SCORE
+from ..version import VERSION
+from .assignment import Assignment
+from .suite import Cell, Suite
+
+FORMAT = 1
+DRAWS = 1000
+_LIBRARIES = ("numpy", "torch", "transformers", "peft")
+Vector = NDArray[np.float64]
+
+
+def path_of(cell: Cell, folder: Path) -> Path:
+    """Where the result of a cell lies."""
+    return folder / f"{cell.method}-{cell.id}.json"
+
+
+def conditions(suite: Suite) -> dict[str, Any]:
+    """What the suite says of how its cells are measured; results under other conditions are not mixed."""
+    return {
+        "base": suite.base,
+        "model_dtype": suite.model_dtype,
+        "split": suite.split,
+        "limit": suite.limit,
+        "seed": suite.seed,
+        "tasks": None if suite.tasks is None else list(suite.tasks),
+    }
+
+
+def document(
+    suite: Suite, cell: Cell, assignment: Assignment, evaluation: Evaluation, own_bytes: int, seconds: float
+) -> dict[str, Any]:
+    """The result of a cell; numbers of examples are rounded to 4 decimals."""
+    return {
+        "format": FORMAT,
+        "suite": {"name": suite.name, "digest": suite.digest},
+        "cell": {**cell.document(), "measure": list(cell.measure)},
+        "conditions": conditions(suite),
+        "model": {name: evaluation.settings[name] for name in ("base", "prompt", "backend")},
+        "provenance": dict(assignment.provenance),
+        "bytes": assignment.bytes,
+        "own_bytes": own_bytes,
+        "tasks": {name: _task(measured) for name, measured in evaluation.tasks.items()},
+        "versions": {"lorashelf": VERSION, "python": platform.python_version(), **_versions()},
+        "hardware": {"processor": _processor(), "cores": os.cpu_count()},
+        "seconds": round(seconds, 1),
+    }
+
+
+def _task(measured: Measured) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "adapter": measured.adapter,
+        "examples": measured.examples.digest,
+        "nll": [round(loss.nll, 4) for loss in measured.losses],
+        "tokens": [loss.tokens for loss in measured.losses],
+    }
+    task = measured.task
+    if measured.answers is not None and task.metric is not None:
+        chosen = metric(task.metric, task.language)
+        pairs = zip(measured.examples.examples, measured.answers, strict=True)
+        statistics = [[round(x, 4) for x in chosen.statistics(example, answer)] for example, answer in pairs]
+        found |= {"metric": chosen.label, "formula": chosen.formula, "statistics": statistics}
+    return found
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version  # only to measure
+
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    """The processor's name, as Linux gives it."""
+    try:
+        rows = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((row.split(":")[1].strip() for row in rows if row.startswith("model name")), platform.machine())
+
+
+def write_result(result: Mapping[str, Any], path: Path) -> None:
+    """Write a document, a line per task; it appears whole. Raises DiskError."""
+    head = {name: value for name, value in result.items() if name != "tasks"}
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(task)}" for name, task in result["tasks"].items())
+    text = json.dumps(head, indent=1)[:-2] + ',\n "tasks": {\n' + rows + "\n }\n}\n"
+    atomic.replace_file(path, text.encode(), path.parent)
+
+
+def read_results(suite: Suite, folder: Path) -> dict[str, dict[str, Any]]:
+    """Cell id → document, of those cells of the suite that are measured under its conditions.
+
+    Raises UsageError for a file that is not a result.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for cell in suite.cells:
+        path = path_of(cell, folder)
+        if not path.exists():
+            continue
+        try:
+            result = json.loads(path.read_bytes())
+            sound = result["format"] == FORMAT and result["conditions"] == conditions(suite)
+            measured = set(cell.measure) <= set(result["cell"]["measure"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"this is not a result: {error!r}", where=str(path), cure="delete it") from error
+        if sound and measured:
+            found[cell.id] = result
+    return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Results of one method (several seeds) on the same examples, resampled together.
+
+    Resample d draws every task's examples with replacement, the same ones for every method, as all generators start
+    from the task's name; so differences between two samples are paired.
+    """
+
+    results: tuple[Mapping[str, Any], ...]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of all results, by name."""
+        return sorted(set.intersection(*(set(result["tasks"]) for result in self.results)))
+
+    @cached_property
+    def losses(self) -> Mapping[str, Vector]:
+        """Task → (1 + DRAWS,) its loss in nats per token, mean over seeds: on all examples first, then resampled."""
+        return {task: self._mean(task, "loss") for task in self.tasks}
+
+    @cached_property
+    def scores(self) -> Mapping[str, Vector]:
+        """Task → (1 + DRAWS,) its score, 0 to 100, of the tasks that were answered."""
+        return {
+            task: self._mean(task, "score")
+            for task in self.tasks
+            if all("statistics" in result["tasks"][task] for result in self.results)
+        }
+
+    def _mean(self, task: str, what: str) -> Vector:
+        entries = [result["tasks"][task] for result in self.results]
+        counts = _counts(task, len(entries[0]["nll"]))
+        return np.asarray(np.mean([(_loss if what == "loss" else _score)(entry, counts) for entry in entries], axis=0))
+
+
+def _counts(task: str, n: int) -> Vector:
+    """(1 + DRAWS, n): how often each example counts; once each in the first row."""
+    rng = np.random.default_rng(list(task.encode()))
+    return np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=DRAWS)]).astype(float)
+
+
+def _loss(entry: Mapping[str, Any], counts: Vector) -> Vector:
+    return np.asarray((counts @ np.array(entry["nll"])) / (counts @ np.array(entry["tokens"])))
+
+
+def _score(entry: Mapping[str, Any], counts: Vector) -> Vector:
+    formula = FORMULAS[entry["formula"]]
+    return np.array([formula(sums) for sums in counts @ np.array(entry["statistics"])])
+
+
+def mean_over_tasks(values: Mapping[str, Vector]) -> Vector | None:
+    """(1 + DRAWS,): the mean over tasks; None where there is no task."""
+    return np.asarray(np.mean(list(values.values()), axis=0)) if values else None
+
+
+def kept(losses: Mapping[str, Vector], own: Mapping[str, Vector], zero: Mapping[str, Vector]) -> Vector | None:
+    """Loss kept: the mean over tasks of (zero − loss) / (zero − own), all three on the same resample, over the tasks
+    where own gains at least 0.02 nats per token on all examples (a smaller gain of a resample counts as that much).
+    """
+    gains = {task: zero[task] - own[task] for task in losses if task in own and task in zero}
+    ratios = {
+        task: (zero[task] - losses[task]) / np.maximum(gain, LEAST_GAIN)
+        for task, gain in gains.items()
+        if gain[0] >= LEAST_GAIN
+    }
+    return mean_over_tasks(ratios)
+
+
+def normalised_score(scores: Mapping[str, Vector], own: Mapping[str, Vector]) -> Vector | None:
+    """S: the mean over tasks of score / own score on the same resample, over the tasks whose own score is at least 1.0
+    of 100 on all examples (a lower one of a resample counts as that much).
+    """
+    shared = [task for task in scores if task in own and own[task][0] >= LEAST_SCORE]
+    return mean_over_tasks({task: scores[task] / np.maximum(own[task], LEAST_SCORE) for task in shared})
+
+
+def interval(values: Vector) -> tuple[float, float]:
+    """The 95 % percentile interval of the resamples."""
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def sampled(results: Sequence[Mapping[str, Any]]) -> Sample:
+    """The sample of several results. Raises UsageError unless all were measured with one model."""
+    models = {json.dumps(result["model"], sort_keys=True) for result in results}
+    if len(models) > 1:
+        raise UsageError("the results come from several models: " + "; ".join(sorted(models)), cure="measure them anew")
+    return Sample(tuple(results))

@@ -1,0 +1,255 @@
+"""A suite of experiments: what is measured on which tasks, as a TOML file.
+
+format = 1
+title = "Forty tasks in five slots"
+adapters = "../zoo"                       # a PEFT folder per task; relative to this file
+data = "../tasks"                         # a task folder per task
+limit = 20                                # examples per task, drawn by (seed, task)
+reference = "random"                      # the method that others of the same merge are compared with
+
+[[cells]]
+serve = ["base", "own"]                   # the bare base, and each task's own adapter
+[[cells]]
+cluster = ["random", "agglomerative"]     # or arrive = policies, search = "d2c"
+slots = 5
+merge = ["linear", "ties"]
+seed = [0, 22, 44]                        # a list makes a cell per element
+measure = ["loss", "answers"]
+priority = 1                              # cells of a lower number are measured first
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..d2c import Accept
+from ..digest import canonical_json, digest
+from ..errors import LorashelfError, UsageError
+from ..merging import METHODS
+from ..partition import PARTITIONERS
+from ..policy import POLICIES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FORMAT = 1
+How = Literal["serve", "cluster", "arrive", "search"]
+MEASURES = ("loss", "answers")
+BY_TYPE = "type"
+"""The clustering with a block per problem type, which an oracle would know."""
+METHODS_OF: Mapping[How, Sequence[str]] = {
+    "serve": ("base", "own"),
+    "cluster": (BY_TYPE, *PARTITIONERS),
+    "arrive": tuple(POLICIES),
+    "search": ("d2c",),
+}
+_COMMON: dict[str, Any] = {"slots": 5, "merge": "linear", "parameters": {}, "rank": None, "dtype": "f32", "seed": 0}
+_OPTIONS: Mapping[How, Mapping[str, Any]] = {
+    "serve": {},
+    "cluster": _COMMON,
+    "arrive": {**_COMMON, "order": "random", "threshold": "auto"},
+    "search": {**_COMMON, "iterations": 200, "examples_per_task": 10, "accept": "task", "init": "random"},
+}
+"""What a cell of each kind depends on, with the defaults; everything is stored in float32 unless `dtype` differs."""
+ORDERS = ("random", "worst", "name")
+"""Of arrival: drawn by the seed; all tasks of a type in a row, types and tasks drawn; sorted by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One assignment of adapters to tasks that is measured: how it is made, by which method, with which options."""
+
+    how: How
+    method: str
+    options: Mapping[str, Any]
+    measure: tuple[str, ...]
+    priority: int = 1
+
+    def document(self) -> dict[str, Any]:
+        """What tells this cell from others; its measure and priority do not."""
+        return {"how": self.how, "method": self.method, **self.options}
+
+    @property
+    def id(self) -> str:
+        """A short digest of the document: the name of the cell's result."""
+        return digest([canonical_json(self.document())]).removeprefix("b2-")[:16]
+
+    @property
+    def label(self) -> str:
+        """The cell in a line: the method, and the options that are not the defaults."""
+        return " ".join([self.method, *self.particulars()])
+
+    def particulars(self, but: Sequence[str] = ()) -> list[str]:
+        """The options that are not the defaults, as name=value."""
+        defaults = _OPTIONS[self.how]
+        return [
+            f"{name}={value}" for name, value in self.options.items() if value != defaults[name] and name not in but
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A suite: where adapters and tasks come from, the examples that are drawn, and the cells in order of priority."""
+
+    path: Path
+    title: str
+    reference: str | None
+    adapters: Path | None
+    data: Path | None
+    tasks: tuple[str, ...] | None
+    base: str | None
+    model_dtype: str
+    split: str
+    limit: int | None
+    seed: int
+    cells: tuple[Cell, ...]
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.path.stem
+
+    @property
+    def folder(self) -> Path:
+        """Where results are kept unless another folder is given: beside the file."""
+        return self.path.with_suffix(".results")
+
+    @property
+    def digest(self) -> str:
+        """Identifies all that the file says about what is measured; its title and the cells' order are left out."""
+        fields: dict[str, Any] = {"tasks": self.tasks, "base": self.base, "model_dtype": self.model_dtype}
+        fields |= {"split": self.split, "limit": self.limit, "seed": self.seed}
+        cells = sorted((cell.document() for cell in self.cells), key=canonical_json)
+        return digest([canonical_json({**fields, "cells": cells})])
+
+
+def read_suite(path: str | Path) -> Suite:
+    """Read a suite's TOML file. Raises UsageError naming every unknown, mistyped or impossible value."""
+    path = Path(path)
+    try:
+        document = tomllib.loads(path.read_bytes().decode())
+    except (OSError, ValueError, RecursionError) as error:
+        cure = "give a suite's TOML file; docs/experiments.md has the keys"
+        raise UsageError(f"the suite cannot be read: {error}", where=str(path), cure=cure) from error
+    faults: list[str] = []
+    tables = document.pop("cells", [])
+    fields = _fields(document, faults)
+    cells: list[Cell] = []
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        faults.append("there is no [[cells]]")
+        tables = []
+    for number, table in enumerate(tables, 1):
+        cells += _cells(dict(table), f"cells {number}", faults)
+    if faults:
+        raise UsageError("; ".join(faults), where=str(path), cure="docs/experiments.md has the keys")
+    unique = {cell.id: cell for cell in sorted(cells, key=lambda cell: -len(cell.measure))}
+    ordered = sorted(unique.values(), key=lambda cell: (cell.priority, [c.id for c in cells].index(cell.id)))
+    folders = {name: path.parent / fields.pop(name) if fields[name] else fields.pop(name) for name in _FOLDERS}
+    return Suite(path=path, cells=tuple(ordered), **folders, **fields)
+
+
+_FOLDERS = ("adapters", "data")
+_KEYS: Mapping[str, tuple[type, Any]] = {
+    "title": (str, ""),
+    "reference": (str, None),
+    "adapters": (str, None),
+    "data": (str, None),
+    "tasks": (list, None),
+    "base": (str, None),
+    "model_dtype": (str, "f32"),
+    "split": (str, "validation"),
+    "limit": (int, None),
+    "seed": (int, 0),
+}
+
+
+def _fields(document: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+    version = document.pop("format", None)
+    if version != FORMAT:
+        faults.append(f"format is {version!r}, not {FORMAT}")
+    faults += [f"unknown key {name!r}" for name in document if name not in _KEYS]
+    found: dict[str, Any] = {name: document.get(name, default) for name, (_, default) in _KEYS.items()}
+    for name, (kind, default) in _KEYS.items():
+        if found[name] != default and type(found[name]) is not kind:
+            faults.append(f"{name} is {found[name]!r}, not {'a whole number' if kind is int else f'a {kind.__name__}'}")
+    tasks: Any = found["tasks"]
+    if isinstance(tasks, list):
+        found["tasks"] = tuple(tasks)
+        if not tasks or not all(isinstance(task, str) for task in tasks):
+            faults.append("tasks is not a list of names")
+    if isinstance(found["limit"], int) and found["limit"] < 1:
+        faults.append(f"limit is {found['limit']}, not at least 1")
+    return found
+
+
+def _cells(table: dict[str, Any], where: str, faults: list[str]) -> Iterator[Cell]:
+    """The product of a table's lists. Faults go to `faults`, and then there is no cell."""
+    before = len(faults)
+    kinds = [how for how in get_args(How) if how in table]
+    if len(kinds) != 1:
+        faults.append(f"{where}: give one of {', '.join(get_args(How))}")
+        return
+    how: How = kinds[0]
+    methods = _listed(table.pop(how))
+    faults += [
+        f"{where}: {how} is {m!r}; choose from {', '.join(METHODS_OF[how])}"
+        for m in methods
+        if m not in METHODS_OF[how]
+    ]
+    measure, priority = table.pop("measure", ["loss"]), table.pop("priority", 1)
+    if not isinstance(measure, list) or not measure or not all(item in MEASURES for item in measure):
+        faults.append(f"{where}: measure is {measure!r}, not a list of {', '.join(MEASURES)}")
+    if type(priority) is not int:
+        faults.append(f"{where}: priority is {priority!r}, not a whole number")
+    known = _OPTIONS[how]
+    faults += [f"{where}: {how} has no option {name!r}" for name in table if name not in known]
+    options = {name: _listed(table.get(name, default)) for name, default in known.items()}
+    for name, values in options.items():
+        faults += [f"{where}: {fault}" for value in values if (fault := _fault(name, value))]
+    if len(faults) > before:
+        return
+    for method in methods:
+        for combination in itertools.product(*options.values()):
+            chosen: dict[str, Any] = dict(zip(options, combination, strict=True))
+            if method == BY_TYPE:
+                del chosen["slots"]  # there are as many blocks as types
+            if how in ("cluster", "arrive", "search"):
+                try:
+                    METHODS[chosen["merge"]].checked(chosen["parameters"])
+                except LorashelfError as error:
+                    faults.append(f"{where}: {error.what}")
+                    continue
+            yield Cell(how, method, chosen, tuple(dict.fromkeys(["loss", *measure])), priority)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _fault(name: str, value: Any) -> str | None:
+    """What is wrong with the value of an option."""
+    choices: dict[str, Sequence[Any]] = {
+        "dtype": ("f32", "f16", "bf16"),
+        "order": ORDERS,
+        "accept": get_args(Accept),
+        "init": ("random", "agglomerative"),
+        "merge": tuple(METHODS),
+    }
+    if name in choices:
+        return None if value in choices[name] else f"{name} is {value!r}; choose from {', '.join(choices[name])}"
+    if name == "parameters":
+        return None if isinstance(value, dict) else f"parameters is {value!r}, not a table"
+    if name == "threshold":
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1
+        return None if value == "auto" or number else f"threshold is {value!r}, neither 'auto' nor from -1 to 1"
+    if name == "rank" and value is None:
+        return None
+    least = 0 if name in ("seed", "iterations") else 1
+    return None if type(value) is int and value >= least else f"{name} is {value!r}, not a whole number from {least}"

@@ -1,0 +1,131 @@
+"""The commands on suites of experiments: run, status, table, plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..adapter import Adapter
+from ..bench import page
+from ..bench.results import read_results
+from ..bench.run import run as measure
+from ..bench.run import status as standing
+from ..bench.suite import Cell, Suite, read_suite
+from ..errors import UsageError
+from ..peft_format import CONFIG_FILE
+from ..tasks import Task, read_tasks
+from . import arguments as arg
+from .output import counted, duration, note, show, table
+
+SuitePath = Annotated[Path, typer.Argument(help="A suite's TOML file.", metavar="SUITE", show_default=False)]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Where results are kept; default: SUITE.results beside it.")
+]
+
+
+def run(
+    suite: SuitePath,
+    adapters: Annotated[
+        Path | None, typer.Option("--adapters", help="A PEFT folder per task; default: what the suite names.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A task folder per task; default: what the suite names.")
+    ] = None,
+    output: Output = None,
+    device: arg.Device = None,
+    json: arg.Json = False,
+) -> None:
+    """Measure what is not measured yet; interrupt it at any time, or run it in several processes at once."""
+    from ..backends.hf import HFBackend
+    from . import base
+
+    opened = read_suite(suite)
+    own, tasks = _inputs(opened, adapters, data)
+    backend = HFBackend(base.opened(opened.base, device=device, dtype=opened.model_dtype, template=None))
+    backend.fits(own)
+    done = []
+    for cell, result in measure(opened, own, tasks, backend, output or opened.folder, _watch):
+        note(f"{cell.label}: measured in {duration(result['seconds'])}")
+        done.append(cell.id)
+    document = {**standing(opened, output or opened.folder), "measured": done}
+    show(document, json, _standing)
+
+
+def status(suite: SuitePath, output: Output = None, json: arg.Json = False) -> None:
+    """Which cells are measured, which are being measured, and how long the rest may take."""
+    opened = read_suite(suite)
+    show(standing(opened, output or opened.folder), json, _standing)
+
+
+def results_table(suite: SuitePath, output: Output = None, json: arg.Json = False) -> None:
+    """The results as a Markdown table with 95 % intervals."""
+    opened = read_suite(suite)
+    results = read_results(opened, output or opened.folder)
+    show(page.rows(opened, results), json, lambda _: page.table(opened, results))
+
+
+def plot(
+    suite: SuitePath,
+    file: Annotated[Path, typer.Option("--file", help="The picture: svg, png or pdf.", show_default=False)],
+    x: Annotated[str, typer.Option("--x", help="storage, or an option that is a number.")] = "storage",
+    y: Annotated[str, typer.Option("--y", help="loss, loss_kept, score or S.")] = "loss_kept",
+    output: Output = None,
+) -> None:
+    """Draw results against storage or against an option."""
+    opened = read_suite(suite)
+    if y not in ("loss", "loss_kept", "score", "S"):
+        raise UsageError(f"--y is {y!r}", cure="choose from loss, loss_kept, score, S")
+    page.plot(opened, read_results(opened, output or opened.folder), file, x, y)
+    note(f"drawn: {file}")
+
+
+def _inputs(suite: Suite, adapters: Path | None, data: Path | None) -> tuple[dict[str, Adapter], dict[str, Task]]:
+    """The tasks that have both an adapter and examples, or those that the suite names. Raises UsageError."""
+    folder, examples = adapters or suite.adapters, data or suite.data
+    lacking = [name for name, path in (("--adapters", folder), ("--data", examples)) if path is None]
+    if folder is None or examples is None:
+        raise UsageError(f"the suite names no folder for {' and '.join(lacking)}", cure="give it on the command line")
+    if not folder.is_dir():
+        raise UsageError("no such folder", where=str(folder), cure="give a folder of PEFT folders: --adapters DIR")
+    tasks = read_tasks(examples)
+    both = sorted(name for name in tasks if (folder / name / CONFIG_FILE).exists())
+    wanted = suite.tasks or tuple(both)
+    absent = sorted(set(wanted) - set(both))
+    if absent or not wanted:
+        what = f"no adapter or no examples for {', '.join(absent) or 'any task'}"
+        raise UsageError(what, where=f"{folder}, {examples}", cure="an adapter's folder bears its task's name")
+    named = arg.read_named([f"{name}={folder / name}" for name in wanted])
+    return named, {name: tasks[name] for name in wanted}
+
+
+def _watch(cell: Cell, steps: Sequence[Any]) -> Iterable[Any]:
+    return counted(steps, lambda step: f"{cell.label}: {getattr(step, 'what', 'search')} {_task_of(step)}")
+
+
+def _task_of(step: Any) -> str:
+    return step.task.name if hasattr(step, "task") else f"move {step + 1}"
+
+
+def _standing(document: dict[str, Any]) -> list[Any]:
+    left = document["seconds_left"]
+    rest = "" if document["done"] == document["of"] else f"; about {duration(left)} left" if left is not None else ""
+    rows = [(cell["state"], cell["label"]) for cell in document["cells"]]
+    return [table(["state", "cell"], rows), f"{document['done']} of {document['of']} cells measured{rest}"]
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the group of this module."""
+    group = typer.Typer(
+        name="bench", help="Experiments as data: suites in TOML, results in JSON.", no_args_is_help=True
+    )
+    for name, command, example in (
+        ("run", run, "lorashelf bench run suites/small.toml"),
+        ("status", status, "lorashelf bench status suites/small.toml"),
+        ("table", results_table, "lorashelf bench table suites/small.toml"),
+        ("plot", plot, "lorashelf bench plot suites/small.toml --file kept.svg"),
+    ):
+        group.command(name, epilog=f"Example:  {example}")(command)
+    app.add_typer(group, rich_help_panel="Language model")

@@ -1,0 +1,393 @@
+"""Experiments as data: suites, cells, assignments, results; resumed after a kill at any point, shared by processes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from factory import make_adapter
+from lorashelf import Adapter, Shelf, new_settings, plan_add, read_adapter
+from lorashelf.backends.hf import HFBackend
+from lorashelf.bench import page
+from lorashelf.bench.assignment import Inputs, arrival, assign
+from lorashelf.bench.results import DRAWS, Sample, kept, mean_over_tasks, path_of, read_results
+from lorashelf.bench.run import CLAIMS, MEASURED, run, status
+from lorashelf.bench.suite import Cell, Suite, read_suite
+from lorashelf.cli import main
+from lorashelf.errors import UsageError
+from lorashelf.journal import sole
+from lorashelf.tasks import Example, Task
+from test_evaluation import tiny_adapter
+from tiny_base import tiny_base
+
+ROOT = Path(__file__).parent.parent
+SUITE = """
+format = 1
+title = "Five tasks"
+reference = "random"
+
+[[cells]]
+serve = ["base", "own"]
+
+[[cells]]
+cluster = ["random", "type"]
+slots = 2
+seed = [0, 1]
+
+[[cells]]
+arrive = "kmerge"
+slots = 2
+priority = 0
+measure = ["loss", "answers"]
+
+[[cells]]
+search = "d2c"
+slots = 2
+iterations = 6
+examples_per_task = 2
+"""
+
+
+def written(folder: Path, text: str = SUITE) -> Suite:
+    path = folder / "five.toml"
+    path.write_text(text)
+    return read_suite(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Adapter], dict[str, Task], HFBackend]:
+    """Five tasks of two types with examples and adapters of a tiny base."""
+    base = tiny_base(tmp_path_factory.mktemp("base"))
+    names = ["a-de", "a-en", "b-de", "b-en", "b-fr"]
+    adapters = {name: tiny_adapter(seed, str(base)) for seed, name in enumerate(names)}
+    examples = tuple(Example(f"text {i}", f"answer {i}") for i in range(4))
+    splits = {"train": examples[:2], "validation": examples}
+    tasks = {name: Task(name, f"Do {name}:", name[0], name[2:], "f1", 4, splits) for name in names}
+    return adapters, tasks, HFBackend.open(str(base), dtype="f32")
+
+
+# suites -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_makes_a_cell_per_element_and_priority_comes_first(tmp_path: Path) -> None:
+    suite = written(tmp_path)
+    assert [cell.label for cell in suite.cells] == [
+        "kmerge slots=2",
+        "base",
+        "own",
+        "random slots=2",
+        "random slots=2 seed=1",
+        "type",
+        "type seed=1",
+        "d2c slots=2 iterations=6 examples_per_task=2",
+    ]
+    assert len({cell.id for cell in suite.cells}) == 8
+
+
+def test_every_fault_of_a_suite_is_named(tmp_path: Path) -> None:
+    text = """
+format = 2
+limit = 0
+colour = "red"
+[[cells]]
+cluster = ["random", "rnadom"]
+slots = 0
+merge = "ties"
+parameters = {density = 0.5}
+[[cells]]
+serve = "own"
+slots = 3
+[[cells]]
+slots = 3
+[[cells]]
+arrive = "kmerge"
+order = "best"
+threshold = 2
+merge = ["linear", "mean"]
+measure = ["speed"]
+"""
+    with pytest.raises(UsageError) as caught:
+        written(tmp_path, text)
+    for fault in (
+        "format is 2",
+        "limit is 0",
+        "unknown key 'colour'",
+        "cluster is 'rnadom'",
+        "slots is 0",
+        "serve has no option 'slots'",
+        "cells 3: give one of serve, cluster, arrive, search",
+        "order is 'best'",
+        "threshold is 2",
+        "merge is 'mean'",
+        "measure is ['speed']",
+    ):
+        assert fault in str(caught.value)
+
+
+def test_a_parameter_that_the_method_lacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="linear has no parameter 'density'"):
+        written(tmp_path, 'format = 1\n[[cells]]\ncluster = "random"\nparameters = {density = 0.5}\n')
+
+
+def test_titles_and_order_leave_a_suites_digest_as_it_is(tmp_path: Path) -> None:
+    suite = written(tmp_path)
+    assert replace(suite, title="x", cells=suite.cells[::-1]).digest == suite.digest
+    assert replace(suite, limit=3).digest != suite.digest
+    assert replace(suite, cells=suite.cells[1:]).digest != suite.digest
+
+
+# assignments --------------------------------------------------------------------------------------------------------
+
+
+def cell(how: Any, method: str, **options: Any) -> Cell:
+    common = {"slots": 2, "merge": "linear", "parameters": {}, "rank": None, "dtype": "f32", "seed": 0}
+    return Cell(how, method, common | options, ("loss",))
+
+
+def test_the_worst_order_has_all_tasks_of_a_type_in_a_row() -> None:
+    types = {f"{kind}-{i}": kind for kind in "abc" for i in range(4)}
+    for seed in range(5):
+        order = arrival(cell("arrive", "kmerge", order="worst", seed=seed), types)
+        assert sorted(order) == sorted(types)
+        assert sum(types[x] != types[y] for x, y in itertools.pairwise(order)) == 2
+    drawn = [arrival(cell("arrive", "kmerge", order="random", seed=seed), types) for seed in range(5)]
+    assert any(sum(types[x] != types[y] for x, y in itertools.pairwise(o)) > 2 for o in drawn)
+    assert len({tuple(order) for order in drawn}) == 5
+
+
+def test_arrivals_are_those_of_a_shelf(tmp_path: Path) -> None:
+    adapters = {f"t{i}-en": make_adapter(i) for i in range(6)}
+    tasks = {name: Task(name, "p", name[:2]) for name in adapters}
+    found = assign(cell("arrive", "kmerge++", order="random", threshold=0.01), Inputs(adapters, tasks, None, tmp_path))
+    shelf = Shelf.create(tmp_path / "s", new_settings(2, threshold=0.01, dtype="f32"))
+    for task in found.provenance["order"]:
+        shelf.commit(plan_add(shelf.snapshot(), adapters[task], task))
+    snapshot = shelf.snapshot()
+    for slot in snapshot.manifest.slots:
+        assert {found.serving[task].digest for task in slot.members} == {snapshot.adapter(slot).digest}  # type: ignore[union-attr]
+    assert found.provenance["blocks"] == [list(slot.members) for slot in snapshot.manifest.slots]
+
+
+def test_blocks_by_type_are_those_of_the_tasks(tmp_path: Path) -> None:
+    adapters = {name: make_adapter(i) for i, name in enumerate(["x", "y", "z"])}
+    tasks = {name: Task(name, "p", "odd" if name == "y" else "even") for name in adapters}
+    found = assign(cell("cluster", "type"), Inputs(adapters, tasks, None, tmp_path))
+    assert found.provenance["blocks"] == [["x", "z"], ["y"]]
+
+
+# running ------------------------------------------------------------------------------------------------------------
+
+
+class Interrupting:
+    """A watch that stops after so many steps."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, _: Cell, steps: Sequence[Any]) -> Any:
+        for step in steps:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield step
+
+
+def plain(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without what differs from run to run."""
+    rest = {name: value for name, value in result.items() if name != "seconds"}
+    search = rest["provenance"].get("search")
+    if search:
+        rest["provenance"] = {**rest["provenance"], "search": {**search, "evaluations": None}}
+    return rest
+
+
+@pytest.mark.parametrize("after", [1, 6, 14, 24])
+def test_an_interrupted_run_goes_on_and_measures_nothing_twice(world: Any, tmp_path: Path, after: int) -> None:
+    adapters, tasks, backend = world
+    suite = written(tmp_path)
+    whole = {c.id: plain(r) for c, r in run(suite, adapters, tasks, backend, tmp_path / "whole")}
+    folder = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        list(run(suite, adapters, tasks, backend, folder, Interrupting(after)))
+    begun = set(read_results(suite, folder))
+    rest = {c.id for c, _ in run(suite, adapters, tasks, backend, folder)}
+    assert begun.isdisjoint(rest)
+    assert {identity: plain(r) for identity, r in read_results(suite, folder).items()} == whole
+    lines = [
+        json.loads(line)["unit"]
+        for path in (folder / MEASURED).glob("*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    assert len(lines) == len({json.dumps(unit, sort_keys=True) for unit in lines})
+    assert list(run(suite, adapters, tasks, backend, folder)) == []
+
+
+def test_a_cell_that_another_process_measures_is_passed_over(world: Any, tmp_path: Path) -> None:
+    adapters, tasks, backend = world
+    suite, folder = written(tmp_path), tmp_path / "out"
+    taken = suite.cells[2]
+    (folder / CLAIMS).mkdir(parents=True)
+    with sole(folder / CLAIMS / taken.id, "", folder, ""):
+        done = {c.id for c, _ in run(suite, adapters, tasks, backend, folder)}
+        states = {c["id"]: c["state"] for c in status(suite, folder)["cells"]}
+    assert done == {c.id for c in suite.cells} - {taken.id}
+    assert states[taken.id] == "running"
+    assert status(suite, folder)["done"] == len(suite.cells) - 1
+    assert [c.id for c, _ in run(suite, adapters, tasks, backend, folder)] == [taken.id]
+
+
+def test_results_under_other_conditions_are_measured_anew(world: Any, tmp_path: Path) -> None:
+    adapters, tasks, backend = world
+    suite, folder = written(tmp_path), tmp_path / "out"
+    suite = replace(suite, cells=suite.cells[1:3])
+    list(run(suite, adapters, tasks, backend, folder))
+    fewer = replace(suite, limit=2)
+    assert read_results(fewer, folder) == {}
+    (first, result), *_ = run(fewer, adapters, tasks, backend, folder)
+    assert {len(task["nll"]) for task in result["tasks"].values()} == {2}
+    assert path_of(first, folder).exists()
+
+
+# statistics ---------------------------------------------------------------------------------------------------------
+
+
+def entry(nll: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
+    return {"nll": list(nll), "tokens": list(tokens)}
+
+
+def sample(*tables: dict[str, Any]) -> Sample:
+    return Sample(tuple({"tasks": table} for table in tables))
+
+
+def test_intervals_are_those_of_a_bootstrap_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    nll, tokens = rng.uniform(1.0, 5.0, 40), rng.integers(1, 9, 40)
+    losses = sample({"t": entry(nll, tokens)}).losses["t"]
+    assert len(losses) == DRAWS + 1
+    assert losses[0] == pytest.approx(nll.sum() / tokens.sum())
+    drawn = [rng.integers(40, size=40) for _ in range(4000)]
+    by_hand = np.array([nll[i].sum() / tokens[i].sum() for i in drawn])
+    np.testing.assert_allclose(np.percentile(losses[1:], [2.5, 97.5]), np.percentile(by_hand, [2.5, 97.5]), rtol=0.05)
+
+
+def test_differences_are_paired_and_own_keeps_all_in_every_resample() -> None:
+    rng = np.random.default_rng(1)
+    hard = rng.exponential(5.0, 30)  # examples differ far more than methods do
+    zero, own = sample({"t": entry(hard + 1.0, [1] * 30)}), sample({"t": entry(hard, [1] * 30)})
+    half = sample({"t": entry(hard + 0.5, [1] * 30)})
+    difference = zero.losses["t"] - own.losses["t"]
+    assert np.ptp(difference) < 1e-9 < np.ptp(own.losses["t"])
+    shares = kept(half.losses, own.losses, zero.losses)
+    assert shares is not None
+    np.testing.assert_allclose(shares, 0.5)
+    everything = kept(own.losses, own.losses, zero.losses)
+    assert everything is not None
+    np.testing.assert_allclose(everything, 1.0)
+
+
+def test_seeds_are_averaged_task_by_task() -> None:
+    two = sample({"t": entry([2.0, 4.0], [1, 1])}, {"t": entry([4.0, 6.0], [1, 1])})
+    mean = mean_over_tasks(two.losses)
+    assert mean is not None
+    assert mean[0] == 4.0
+
+
+# the page and the commands ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(world: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, Path]:
+    adapters, tasks, backend = world
+    folder = tmp_path_factory.mktemp("suite")
+    suite = written(folder)
+    list(run(suite, adapters, tasks, backend, suite.folder))
+    return suite, suite.folder
+
+
+def test_the_table_has_a_row_per_method_with_the_figures_of_the_results(measured: tuple[Suite, Path]) -> None:
+    suite, folder = measured
+    results = read_results(suite, folder)
+    rows = {row["method"]: row for row in page.rows(suite, results)}
+    assert rows.keys() == {"base", "own", "random", "type", "kmerge", "d2c"}
+    assert rows["random"]["seeds"] == 2
+    assert rows["own"]["loss_kept"][0] == pytest.approx(1.0)
+    assert rows["base"]["loss_kept"] == (0.0, 0.0, 0.0)
+    assert rows["own"]["storage"] == 1.0
+    assert rows["kmerge"]["score"] is not None
+    assert rows["type"]["score"] is None
+    (base,) = [results[c.id] for c in suite.cells if c.method == "base"]
+    by_task = [sum(task["nll"]) / sum(task["tokens"]) for task in base["tasks"].values()]
+    assert rows["base"]["loss"][0] == pytest.approx(np.mean(by_task), rel=1e-4)
+    text = page.table(suite, results)
+    assert "5 tasks, 4 examples of the validation split per task" in text
+    assert text.count("\n| ") == 7
+    assert "− random" in text
+
+
+def test_table_and_status_need_no_model(measured: tuple[Suite, Path]) -> None:
+    suite, _ = measured
+    code = "import sys; from lorashelf.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    for command in ("status", "table"):
+        words = [sys.executable, "-c", code, "bench", command, str(suite.path), "--json"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        document, torch = done.stdout.strip().splitlines()
+        assert torch == "False"
+        assert json.loads(document)
+
+
+@pytest.mark.parametrize(("x", "y"), [("storage", "loss_kept"), ("slots", "loss"), ("storage", "score")])
+def test_a_plot_is_drawn(measured: tuple[Suite, Path], tmp_path: Path, x: str, y: str) -> None:
+    suite, folder = measured
+    page.plot(suite, read_results(suite, folder), tmp_path / "a.svg", x, y)
+    assert "kmerge" in (tmp_path / "a.svg").read_text()
+
+
+def test_what_cannot_be_drawn_is_refused(
+    measured: tuple[Suite, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, _ = measured
+    for words in (["--file", "a.jpeg5"], ["--file", "a.svg", "--x", "colour"], ["--file", "a.svg", "--y", "speed"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", "plot", str(suite.path), "--file", str(tmp_path / words[1]), *words[2:]])
+        assert stopped.value.code == 2
+        assert "cure" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_result_is_named(measured: tuple[Suite, Path], tmp_path: Path) -> None:
+    suite, _ = measured
+    path = path_of(suite.cells[0], tmp_path)
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="this is not a result"):
+        read_results(suite, tmp_path)
+
+
+def test_the_small_suite_runs_on_the_real_model_after_a_kill(tmp_path: Path) -> None:
+    small = ROOT / "suites" / "small.toml"
+    words = [sys.executable, "-m", "lorashelf", "bench", "run", str(small), "-o", str(tmp_path)]
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not list(tmp_path.glob("*.json")):
+        time.sleep(0.2)
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    done = subprocess.run([*words, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["done"] == document["of"] == 5
+    assert 0 < len(document["measured"]) < 5
+    suite = read_suite(small)
+    rows = {row["method"]: row for row in page.rows(suite, read_results(suite, tmp_path))}
+    assert rows["own"]["loss"][0] < rows["type"]["loss"][0] < rows["base"]["loss"][0]
+    assert read_adapter(ROOT / "examples" / "zoo" / "qa-de").digest in json.dumps(read_results(suite, tmp_path))
