@@ -21,7 +21,8 @@ NAME=either; a task's name is NAME, else `--task`, else the folder's name. `--js
 progress and notices go to stderr.
 
 Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or bad task name · 3 adapter refused ·
-4 shelf (refused, stale, locked, corrupt, over budget, newer format), disk · 5 model · 130 interrupted ·
+4 shelf (refused, stale, locked, corrupt, over budget, newer format), disk, output that cannot be written · 5 model ·
+128 + the signal's number when interrupted (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; what was committed stays) ·
 141 whoever reads stdout went away.
 Under `--json` an error prints `{"error": {"kind", "message", "cure"}}`; `add` says beside it what it had `added`.
 """

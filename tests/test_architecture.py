@@ -16,7 +16,7 @@ from lorashelf import errors
 
 SOURCE = Path(lorashelf.__file__).parent
 FLOORS = [  # a module may import from lower floors, and from those before it on its own
-    ["version", "errors", "registry", "digest", "parallel"],
+    ["version", "early", "errors", "registry", "digest", "parallel"],
     ["adapter", "atomic", "tensorfile", "matching", "peft_config", "peft_format"],
     ["algebra"],
     ["similarity"],
@@ -63,6 +63,7 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
         "bench.run",
         "bench.page",
         "bench",
+        "cli.process",
         "cli.arguments",
         "cli.output",
         "cli.base",

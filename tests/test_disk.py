@@ -418,13 +418,14 @@ def test_kill_9_of_a_process_that_adds_leaves_every_commit_that_was_seen(arrival
         on_shelf(shelf, arrivals[::-1])
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["for people", "--json"])
-def test_ctrl_c_keeps_what_was_committed_and_exits_130(options, arrivals, tmp_path):
+def test_a_signal_keeps_what_was_committed_and_says_so(options, name, arrivals, tmp_path):
     shelf = Shelf.create(tmp_path / "a.shelf", new_settings(3, policy="kmerge"))
     process, head = adding(shelf.path, arrivals, *options)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 128 + getattr(signal, name)
     assert "interrupted" in err
     assert "Traceback" not in err
     if options:

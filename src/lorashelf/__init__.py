@@ -5,6 +5,7 @@
 ['cat', 'dare_linear', 'dare_linear_svd']
 """
 
+from . import early  # noqa: F401  first, as it is for the seconds in which the rest is imported
 from .adapter import Adapter, BaseId, Factors, Modules
 from .algebra import combine, compress, gram, inner, norm
 from .errors import LorashelfError

@@ -21,7 +21,8 @@
     ├── DiskError             4  the file system refused: full, read-only, no permission
     ├── ModelError            5  the language model, or an evaluation with it, failed
     │   └── TaskDataError         5  the examples of a task cannot be read
-    └── Interrupted         130  Ctrl-C after part of the work; `done` says which
+    ├── Interrupted         130  Ctrl-C, SIGTERM or SIGHUP after part of the work; `done` says which
+    └── Unread              141  whoever reads standard output went away
 
 The number is the exit status of the command line. All faults of one adapter are raised at once, in `faults`.
 """
@@ -206,7 +207,16 @@ class TaskDataError(ModelError):
 
 
 class Interrupted(LorashelfError):
-    """Ctrl-C after part of the work, which stays; `done` says which."""
+    """Ctrl-C, SIGTERM or SIGHUP after part of the work, which stays; `done` says which. The exit code is 128 and the
+    signal's number.
+    """
 
     exit_code = 130
     kind = "interrupted"
+
+
+class Unread(LorashelfError):
+    """Whoever reads standard output went away."""
+
+    exit_code = 141
+    kind = "unread"

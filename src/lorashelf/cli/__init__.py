@@ -4,71 +4,76 @@ into exit codes.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NoReturn
 
-from ..errors import LorashelfError
+import typer
+
+from ..errors import LorashelfError, Unread, UsageError
 from .app import application
 from .output import print_json
+from .process import interrupted, notices_unread, open_streams, signals
 
 __all__ = ["main"]
-_INTERRUPTED = 130
-_UNREAD = 141
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, else the error's exit code, 130 when interrupted (see errors.py), 141 when
-    whoever reads stdout went away.
+    """Run the command line and exit: 0 done, else the error's exit code (see errors.py); 128 and the signal's number
+    when interrupted, 141 when whoever reads stdout went away.
     """
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a name is printed even where the terminal lacks the letter
-    sys.exit(_run(words))
+    open_streams()
+    code = _run(words)
+    sys.exit(Unread.exit_code if code and notices_unread() else code)
 
 
 def _run(words: list[str]) -> int:
-    """The exit code, once everything is said, errors too."""
+    """The exit code, once everything is printed, errors too."""
     try:
-        return _answered(words)
-    except (BrokenPipeError, SystemExit):  # the second is what typer makes of the first
-        for stream in (sys.stdout, sys.stderr):  # the last flush, at exit, must find an open end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return _UNREAD
-
-
-def _answered(words: list[str]) -> int:
-    try:
-        code = application(words)(words, prog_name="lorashelf", standalone_mode=False)
+        code = _called(words)
         sys.stdout.flush()
-    except LorashelfError as error:
-        return _fail(words, error.exit_code, error.kind, str(error), error.cure, error.done)
-    except KeyboardInterrupt:
-        code = _INTERRUPTED
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # typer's own: a usage error
-            raise
-        cure = "lorashelf --help, or lorashelf COMMAND --help"
-        return _fail(words, 2, "usage", f"{error.format_message()}\n  cure:  {cure}", cure)
-    if code == _INTERRUPTED:
-        return _fail(words, code, "interrupted", "interrupted; what was committed stays", "run the command again")
-    return int(code or 0)
+        return code
+    except BaseException as error:
+        try:
+            return _fail(words, _known(error))
+        except LorashelfError as second:  # the answer cannot be printed either
+            print(f"lorashelf: {second}", file=sys.stderr)
+            return second.exit_code
 
 
-def _fail(
-    words: list[str],
-    code: int,
-    kind: str,
-    message: str,
-    cure: str | None,
-    done: Mapping[str, Any] = MappingProxyType({}),
-) -> int:
-    print(f"lorashelf: {message}", file=sys.stderr)
+def _called(words: list[str]) -> int:
+    """Call the command. Not by calling typer's: that takes the end of a pipe, Ctrl-C and SystemExit for its own."""
+    command = typer.main.get_command(application(words))
+    try:
+        with signals(), command.make_context("lorashelf", list(words)) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
+def _known(error: BaseException) -> LorashelfError:
+    """The error as one of ours: of typer's, those of usage; what else is raised is a bug, and its traceback printed."""
+    if isinstance(error, LorashelfError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return interrupted(error)
+    if hasattr(error, "format_message"):
+        return UsageError(error.format_message(), cure="lorashelf --help, or lorashelf COMMAND --help")
+    sys.excepthook(type(error), error, error.__traceback__)
+    bug = LorashelfError(f"this is a bug: {type(error).__name__}: {error}", cure="report it, with the lines above")
+    if isinstance(error, SystemExit) and type(error.code) is int and error.code:
+        bug.exit_code = error.code
+    return bug
+
+
+def _fail(words: list[str], error: LorashelfError) -> int:
+    """Print the error, under --json as a document too; its exit code."""
+    if isinstance(error, Unread):
+        return error.exit_code
+    print(f"lorashelf: {error}", file=sys.stderr)
     if "--json" in words:
-        document: dict[str, Any] = {"error": {"kind": kind, "message": message, "cure": cure}, **done}
-        print_json(document)
+        document: dict[str, Any] = {"kind": error.kind, "message": str(error), "cure": error.cure}
+        print_json({"error": document, **error.done})
         sys.stdout.flush()
-    return code
+    return error.exit_code

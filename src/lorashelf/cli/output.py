@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..errors import DiskError
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
@@ -17,17 +19,29 @@ TELLING = 30.0  # seconds between lines of progress where there is no terminal
 
 
 def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
-    """Print the document: as JSON, or the lines and tables that `view` makes of it."""
-    if as_json:
-        print_json(document)
-        return
+    """Print the document of a command that is done: as JSON, or the lines and tables that `view` makes of it. Raises
+    DiskError, saying that it is done.
+    """
+    try:
+        if as_json:
+            print_json(document)
+        else:
+            shown = view(document)
+            print_parts(shown if isinstance(shown, list) else [shown])
+        sys.stdout.flush()
+    except DiskError as error:
+        error.what = f"the command is done, but its answer is lost: {error.what}"
+        raise
+
+
+def print_parts(parts: Iterable[Any]) -> None:
+    """Print lines and tables for people."""
     from rich.console import Console  # here and below: a tenth of the start, which --json never needs
 
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000  # a pipe gets whole lines
-    shown = view(document)
-    for part in shown if isinstance(shown, list) else [shown]:
+    for part in parts:
         console.print(part, soft_wrap=isinstance(part, str), markup=False)
 
 

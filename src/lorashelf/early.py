@@ -1,0 +1,35 @@
+"""Ctrl-C while the command line is still being imported: one line and exit 130, not a traceback out of an import.
+
+The package imports this module first. Where it is imported as a library nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+
+MESSAGE = "interrupted before anything was done"
+
+
+def stop(signum: int, _: object) -> None:
+    """Print one line, under `--json` a document too, and end the process: nothing is open yet."""
+    document = f'{{"error": {{"kind": "interrupted", "message": "{MESSAGE}", "cure": null}}}}\n'
+    for stream, text in ((2, f"lorashelf: {MESSAGE}\n"), (1, document if "--json" in sys.argv else "")):
+        with contextlib.suppress(OSError):
+            os.write(stream, text.encode())
+    os._exit(128 + signum)
+
+
+def _is_the_command() -> bool:
+    """Whether this process was started as `lorashelf` or `python -m lorashelf`."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # so it is called until the package is imported
+        return not {"lorashelf", "-mlorashelf"}.isdisjoint(sys.orig_argv)
+    return os.path.basename(program) in ("lorashelf", "lorashelf.exe")
+
+
+if _is_the_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    with contextlib.suppress(ValueError):  # in another thread than the main one
+        signal.signal(signal.SIGINT, stop)
