@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from factory import assert_same_delta, make_adapter, tree, write_peft
-from lorashelf import read_adapter
+from lorashelf import Plan, Shelf, new_settings, plan_add, plan_cluster, read_adapter, write_adapter
 from lorashelf.cli import main
-from lorashelf.cli.output import Meter
+from lorashelf.cli.output import Meter, cells
+from lorashelf.errors import DiskError
 
 Run = Callable[..., tuple[int, Any]]
 
@@ -110,7 +111,7 @@ def test_sizes_are_printed_in_the_unit_that_fits(tmp_path: Path, zoo: dict[str, 
 
 
 def test_add_tells_decision_slot_scores_members_and_head(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
-    assert run("add", shelf, zoo["a-x"])[1] | {"head": ""} == {
+    assert run("add", shelf, zoo["a-x"])[1]["added"][0] | {"head": ""} == {
         "task": "a-x",
         "decision": "open",
         "slot": 0,
@@ -121,8 +122,9 @@ def test_add_tells_decision_slot_scores_members_and_head(shelf: Path, zoo: dict[
         "merged": True,
     }
     run("add", shelf, zoo["b-x"])
-    code, third = run("add", shelf, f"third={zoo['a-y']}")
-    assert code == 0
+    code, document = run("add", shelf, f"third={zoo['a-y']}")
+    third = document["added"][0]
+    assert (code, document.keys()) == (0, {"added"})
     assert third["decision"] == "fold"
     assert set(third["scores"]) == {"0", "1"}
     assert third["slot"] == int(max(third["scores"], key=third["scores"].get))
@@ -132,26 +134,137 @@ def test_add_tells_decision_slot_scores_members_and_head(shelf: Path, zoo: dict[
 
 def test_add_takes_many_in_order_and_stops_at_the_first_refusal(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
     size = sum(f.stat().st_size for f in zoo["a-x"].iterdir())
-    assert (
-        run("init", tmp_path / "small", "--slots", 4, "--bytes", 2 * size + 9000, "--policy", "oracle", "--keep", 0)[0]
-        == 0
-    )
-    code, documents = run("add", tmp_path / "small", *zoo.values())
-    assert code == 0 or documents[-1]["decision"] == "refuse"
-    assert [d["task"] for d in documents] == list(zoo)[: len(documents)]
+    run("init", tmp_path / "small", "--slots", 4, "--bytes", 2 * size + 20000)
+    large = write_peft(tmp_path / "large", make_adapter(7, rank=200))
+    code, document = run("add", tmp_path / "small", zoo["a-x"], large, zoo["b-x"])
+    assert (code, document["error"]["kind"]) == (4, "refused")
+    assert [(d["task"], d["decision"]) for d in document["added"]] == [("a-x", "open"), ("large", "refuse")]
     assert run("verify", tmp_path / "small") == (0, {"ok": True, "problems": []})
 
 
-def test_what_was_added_before_a_fault_is_in_the_error_document(
+def test_every_folder_is_read_before_anything_is_added(
     shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
 ) -> None:
-    code, document = run("add", shelf, zoo["a-x"], zoo["a-y"], tmp_path / "absent", zoo["b-x"])
-    assert (code, document["error"]["kind"]) == (3, "adapter_format")
+    before = tree(shelf)
+    (zoo["b-y"] / "adapter_model.safetensors").write_bytes(b"cut off")
+    code, document = run("add", shelf, zoo["a-x"], tmp_path / "absent", zoo["a-y"], zoo["b-y"])
+    assert (code, document["error"]["kind"], document["added"]) == (3, "adapter_format", [])
+    assert "absent: cannot be read" in document["error"]["message"]
+    assert "b-y: " in document["error"]["message"]
+    assert tree(shelf) == before
+    other = write_peft(tmp_path / "other", make_adapter(9, base="acme/other"))
+    code, document = run("add", shelf, zoo["a-x"], other)
+    assert (code, document["error"]["kind"], document["added"]) == (3, "base_mismatch", [])
+    assert tree(shelf).keys() - {"lock"} == before.keys()
+
+
+def test_what_was_added_before_a_fault_is_in_the_error_document(
+    shelf: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = Shelf.commit
+
+    def full(self: Shelf, plan: Plan) -> str:
+        if plan.report["task"] == "b-x":
+            raise DiskError("cannot write: No space left on device")
+        return commit(self, plan)
+
+    monkeypatch.setattr(Shelf, "commit", full)
+    code, document = run("add", shelf, *zoo.values())
+    assert (code, document["error"]["kind"]) == (4, "disk")
     assert [d["task"] for d in document["added"]] == ["a-x", "a-y"]
     assert document["added"][-1]["head"] == run("ls", shelf)[1]["head"]
     assert list(run("route", shelf)[1]) == ["a-x", "a-y"]
-    assert run("add", shelf, zoo["b-x"], tmp_path / "absent", "--dry-run")[1]["added"] == []
-    assert run("ls", tmp_path / "absent")[1].keys() == {"error"}
+
+
+def test_add_always_prints_one_document_of_one_form(
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    many = list(zoo.values())
+    for words in ([many[0]], many[1:], [many[0]], ["a=b=c"], [f"={many[0]}"], [tmp_path / "absent"]):
+        for options in (["--dry-run"], []):
+            code, document = run("add", shelf, *words, *options)
+            assert isinstance(document["added"], list)
+            assert ("error" in document) == (code != 0)
+    assert run("add", tmp_path / "nowhere", many[0])[1].keys() == {"error", "added"}
+
+
+def test_add_skip_existing_goes_on_after_an_interrupt(
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    run("add", shelf, zoo["a-x"], zoo["a-y"])
+    code, document = run("add", shelf, *zoo.values())
+    assert (code, document["error"]["kind"]) == (2, "task_name")
+    assert "'a-x', 'a-y'" in document["error"]["message"]
+    assert "--skip-existing" in document["error"]["cure"]
+    for added, skipped in ((["b-x", "b-y"], ["a-x", "a-y"]), ([], list(zoo))):
+        code, document = run("add", shelf, *zoo.values(), "--skip-existing")
+        assert (code, [d["task"] for d in document["added"]], document["skipped"]) == (0, added, skipped)
+    assert "every task is on the shelf already" in run("add", shelf, zoo["a-x"], "--skip-existing", as_json=False)[1]
+    before = tree(shelf)
+    new = write_peft(tmp_path / "new", make_adapter(99))
+    code, document = run("add", shelf, zoo["a-y"], f"a-x={new}", f"z={new}", "--skip-existing")
+    assert (code, document["added"], tree(shelf)) == (2, [], before)
+    assert "with another adapter: 'a-x'" in document["error"]["message"]
+    assert "lorashelf update" in document["error"]["cure"]
+
+
+def test_each_decision_is_printed_as_it_is_made(
+    shelf: Path, zoo: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[str] = []
+    commit = Shelf.commit
+
+    def watched(self: Shelf, plan: Plan) -> str:
+        printed.append(capsys.readouterr().out)
+        return commit(self, plan)
+
+    monkeypatch.setattr(Shelf, "commit", watched)
+    with pytest.raises(SystemExit):
+        main(["add", str(shelf), *map(str, zoo.values())])
+    printed.append(capsys.readouterr().out)
+    assert [text.partition(":")[0] for text in printed] == ["", *zoo]
+    assert all(text.endswith("\n") for text in printed[1:])
+
+
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_a_decision_fits_the_terminal(
+    shelf: Path, zoo: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    words = [f"{name}-{'長い名前' * 6}={path}" for name, path in zoo.items()]
+    with pytest.raises(SystemExit):
+        main(["add", str(shelf), *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(zoo)
+    assert all(cells(line) <= width for line in lines)
+
+
+def test_the_originals_are_named_once_and_only_where_they_help(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+    told = "keep the original adapters"
+    for merge, times in (("linear", 1), ("ties", 0)):
+        run("init", tmp_path / merge, "--slots", 1, "--policy", "kmerge", "--merge", merge)
+        for words, expected in (([*zoo.values(), "--dry-run"], 0), ([zoo["a-x"]], 0), (list(zoo.values())[1:], times)):
+            assert run("add", tmp_path / merge, *words)[0] == 0
+            assert run.stderr.count(told) == expected  # type: ignore[attr-defined]
+        slot = run("ls", tmp_path / merge)[1]["slots"][0]
+        document = run("remove", tmp_path / merge, "b-y", "--adapter", zoo["b-y"])[1]
+        assert (slot["average"] is not None, document["removed"]) == ((True, "average") if times else (False, "route"))
+
+
+def test_plain_files_among_the_folders_are_passed_over(
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    (tmp_path / "zoo" / "README.md").write_text("about")
+    given = sorted((tmp_path / "zoo").iterdir())
+    assert run("add", shelf, *given)[0] == 0
+    assert "README.md: passed over" in run.stderr  # type: ignore[attr-defined]
+    assert sorted(run("route", shelf)[1]) == sorted(zoo)
+    for words in (["compare"], ["plan"], ["merge", "--method", "svd", "-o", tmp_path / "m"]):
+        assert run(words[0], *given, *words[1:])[0] == 0
+    code, document = run("add", shelf, tmp_path / "zoo" / "README.md")
+    assert (code, document["error"]["kind"]) == (3, "adapter_format")
+    assert run("add", shelf, f"readme={tmp_path / 'zoo' / 'README.md'}", zoo["a-x"], "--dry-run")[0] == 3
 
 
 def test_a_refusal_is_exit_4_with_no_slot_and_the_head_unchanged(
@@ -160,13 +273,14 @@ def test_a_refusal_is_exit_4_with_no_slot_and_the_head_unchanged(
     run("init", tmp_path / "tiny", "--slots", 2, "--bytes", 3000)
     before = tree(tmp_path / "tiny")
     code, document = run("add", tmp_path / "tiny", zoo["a-x"])
-    assert code == 4
-    assert document["decision"] == "refuse"
-    assert document["slot"] is None
+    assert (code, document["error"]["kind"]) == (4, "refused")
+    (item,) = document["added"]
+    assert (item["decision"], item["slot"]) == ("refuse", None)
+    assert item["reason"] in document["error"]["message"]
     assert re.fullmatch(
         r"there is no room for a slot of its own, and none to fold into; the shelf would take \d+ bytes, "
         r"the budget is 3000; raise budget.bytes by \d+, lower keep, .*",
-        document["reason"],
+        item["reason"],
     )
     assert {k: v for k, v in tree(tmp_path / "tiny").items() if k != "lock"} == before
 
@@ -176,9 +290,9 @@ def test_dry_run_changes_nothing_and_goes_on_from_its_own_plans(shelf: Path, zoo
     code, planned = run("add", shelf, *zoo.values(), "--dry-run")
     assert code == 0
     assert tree(shelf) == before
-    assert [d["head"] for d in planned] == [None] * 4
+    assert [d["head"] for d in planned["added"]] == [None] * 4
     code, done = run("add", shelf, *zoo.values())
-    for dry, real in zip(planned, done, strict=True):
+    for dry, real in zip(planned["added"], done["added"], strict=True):
         assert dry | {"head": "", "scores": {}} == real | {"head": "", "scores": {}}
         assert dry["scores"] == pytest.approx(real["scores"], abs=1e-6)
 
@@ -318,7 +432,7 @@ def test_undo_says_which_tasks_are_served_otherwise(
     run("update", shelf, "a-x", write_peft(tmp_path / "new", make_adapter(99)))
     document = run("undo", shelf)[1]
     assert (document["changed"], document["slots"]) == (["a-x"], [0])
-    folded = run("add", shelf, zoo["b-x"])[1]
+    folded = run("add", shelf, zoo["b-x"])[1]["added"][0]
     document = run("undo", shelf)[1]
     assert document["changed"] == sorted(folded["members"])  # who shares the slot is served as before again
     assert document["slots"] == [folded["slot"]]
@@ -424,7 +538,8 @@ def test_task_file_is_stored_with_the_task(shelf: Path, tmp_path: Path, zoo: dic
 def test_the_same_adapter_again_is_only_routed(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
     run("add", shelf, zoo["a-x"])
     code, document = run("add", shelf, f"copy={zoo['a-x']}")
-    assert (code, document["decision"], document["slot"], document["merged"]) == (0, "fold", 0, False)
+    (item,) = document["added"]
+    assert (code, item["decision"], item["slot"], item["merged"]) == (0, "fold", 0, False)
     assert run("ls", shelf)[1]["adapters"] == 1
     assert run("remove", shelf, "a-x", "--adapter", zoo["a-x"])[1]["removed"] == "route"
     assert run("route", shelf, "copy")[0] == 0
@@ -458,7 +573,7 @@ def test_hub_ids_come_from_the_local_cache(
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.chdir(tmp_path)
     code, document = run("add", shelf, "acme/tiny-gec")
-    assert (code, document["task"]) == (0, "tiny-gec")
+    assert (code, document["added"][0]["task"]) == (0, "tiny-gec")
     code, document = run("add", shelf, "acme/not-there")
     assert code == 3
     assert "cache" in document["error"]["message"]
@@ -497,12 +612,12 @@ def test_names_are_looked_at_before_anything_is_added(shelf: Path, zoo: dict[str
 def test_interrupted_is_130_with_a_document(
     shelf: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lorashelf.cli.shelves
+    import lorashelf.cli.filling
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lorashelf.cli.shelves, "plan_add", interrupt)
+    monkeypatch.setattr(lorashelf.cli.filling, "plan_add", interrupt)
     code, document = run("add", shelf, zoo["a-x"])
     assert (code, document["error"]["kind"]) == (130, "interrupted")
     assert document["added"] == []
@@ -550,3 +665,77 @@ def test_a_path_of_two_parts_without_the_hub_s_library(
 
 def test_version(run: Run) -> None:
     assert re.fullmatch(r"lorashelf \d+\.\d+\.\d+\n", run("--version", as_json=False)[1])
+
+
+@pytest.mark.parametrize("where", ["argument", "name", "option", "task file", "output"])
+def test_home_is_found_in_every_path(
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "task.toml").write_text('prompt = "Mend:"\n')
+    words: dict[str, list[object]] = {
+        "argument": ["add", "~/my.shelf", "~/zoo/a-x"],
+        "name": ["add", shelf, "mail=~/zoo/a-x"],
+        "option": ["init", "new", "--slots", 2, "--held-out=~/zoo"],
+        "task file": ["add", shelf, zoo["a-x"], "--task-file=~/task.toml"],
+        "output": ["merge", zoo["a-x"], zoo["a-y"], "--method", "svd", "--output=~/merged"],
+    }
+    monkeypatch.chdir(tmp_path)
+    assert run(*words[where])[0] == 0
+    assert not (tmp_path / "~").exists()
+    assert (where == "output") == (tmp_path / "merged").exists()
+
+
+def test_home_is_found_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_adapter(make_adapter(1), "~/one")
+    made = Shelf.create("~/s", new_settings(2))
+    made.commit(plan_add(made.snapshot(), read_adapter("~/one"), "one"))
+    Shelf.create_with("~/c", new_settings(2), lambda s: plan_cluster(s, {"a": read_adapter("~/one")}, method="single"))
+    assert sorted(Shelf("~/s").snapshot().manifest.tasks) == ["one"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "one", "s"]
+
+
+@pytest.mark.parametrize("command", ["init", "cluster"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--policy", "kmerge", "--threshold", "0.1"], "leave --threshold out"),
+        (["--policy", "half", "--threshold", "auto"], "leave --threshold out"),
+        (["--policy", "oracle", "--held-out", "zoo"], "leave --held-out out"),
+        (["--held-out", "zoo", "--threshold", "auto"], "exclude each other"),
+        (["--held-out", "zoo", "--threshold", "0.1"], "exclude each other"),
+        (["--base-name", ""], "base"),
+        (["--base-alias", ""], "base"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    tmp_path: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch,
+    command: str, options: list[str], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    words = ["s"] if command == "init" else [*zoo.values(), "-o", "s", "--method", "random"]
+    code, document = run(command, *words, "--slots", 2, *options)
+    assert (code, document["error"]["kind"]) == (2, "usage")
+    assert said in document["error"]["message"]
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--type", ""], "problem type ''"),
+        (["--type", " "], "problem type ' '"),
+    ],
+)
+def test_add_refuses_what_it_would_ignore(
+    shelf: Path, zoo: dict[str, Path], run: Run, words: list[str], said: str
+) -> None:
+    before = tree(shelf)
+    code, document = run("add", shelf, zoo["a-x"], *words)
+    assert (code, document["added"]) == (2, [])
+    assert said in document["error"]["message"]
+    code, document = run("add", shelf, f"one={zoo['a-x']}", "--task", "two")
+    assert (code, document["error"]["kind"]) == (2, "usage")
+    assert tree(shelf).keys() - {"lock"} == before.keys()

@@ -85,6 +85,18 @@ def test_no_file_of_the_shelf_gets_the_number_of_a_closed_stream(shelf: Shelf, t
     assert shelf.verify() == []
 
 
+def test_a_reader_that_leaves_is_told_on_stderr_what_was_added(tmp_path: Path) -> None:
+    shelf = Shelf.create(tmp_path / "s", new_settings(3))
+    for i in range(40):
+        write_peft(tmp_path / "in" / f"t{i:02}", make_adapter(i))
+    done = shell(f"{LORASHELF} add s in/* | head -1; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (done.returncode, done.stdout.count("\n")) == (141, 1)
+    added = list(shelf.snapshot().manifest.tasks)
+    assert f"added before that, and kept: {', '.join(added)}\n" in done.stderr
+    assert 0 < len(added) < 40
+    assert shelf.verify() == []
+
+
 @pytest.mark.parametrize(("raised", "code"), [("SystemExit(7)", 7), ("SystemExit('why')", 1), ("SystemExit(0)", 1)])
 def test_an_exit_inside_a_command_is_not_the_end_of_a_pipe(shelf: Shelf, raised: str, code: int) -> None:
     broken = f"import lorashelf.shelf as m\ndef log(self):\n    raise {raised}\nm.Shelf.log = log"
@@ -102,20 +114,22 @@ def test_a_bug_shows_its_traceback_and_prints_a_document(shelf: Shelf) -> None:
     assert "ZeroDivisionError" in json.loads(done.stdout)["error"]["message"]
 
 
+HEEDING = [  # a job in the background has Ctrl-C ignored
+    *(sys.executable, "-c"),
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+]
+
+
 def started(command: list[str], ready: Callable[[], bool], **options: object) -> subprocess.Popen[str]:
     """A process in which Ctrl-C is not ignored, once it is ready."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    begun = subprocess.Popen(command, preexec_fn=_heeding, **pipes, **options)  # type: ignore[call-overload]
+    begun = subprocess.Popen([*HEEDING, *command], **pipes, **options)  # type: ignore[call-overload]
     deadline = time.monotonic() + 30
     while not ready():
         assert begun.poll() is None, begun.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     return begun  # type: ignore[no-any-return]
-
-
-def _heeding() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["for people", "--json"])
@@ -134,8 +148,7 @@ def test_ctrl_c_while_importing_is_one_line_and_130(tmp_path: Path, module: str,
 
 def test_who_imports_the_library_keeps_their_own_ctrl_c() -> None:
     asked = "import signal, lorashelf\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
-    command = [sys.executable, "-c", asked]
-    assert subprocess.run(command, preexec_fn=_heeding).returncode == 0
+    assert subprocess.run([*HEEDING, sys.executable, "-c", asked]).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

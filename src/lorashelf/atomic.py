@@ -37,6 +37,11 @@ def refusals(path: Path, act: str = "write") -> Iterator[None]:
         raise DiskError(f"cannot {act}: {reason}", where=str(error.filename or path), cure=cure) from error
 
 
+def expanded(path: str | Path) -> Path:
+    """A path as a caller gives it, with a leading ~ or ~user replaced by that home folder."""
+    return Path(os.path.expanduser(path))
+
+
 def make_folder(path: Path) -> None:
     """Create a folder (its parent exists) and make its name durable."""
     with refusals(path):

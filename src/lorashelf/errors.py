@@ -17,6 +17,7 @@
     │   ├── ShelfLocked           4  another writer holds the lock
     │   ├── StaleShelf            4  the head moved since the plan was made
     │   ├── OverBudget            4  the result does not fit into the slots or the bytes
+    │   ├── Refused               4  the policy or the budget refuses an adapter
     │   └── NotReversible         4  the history needed to take something back is gone
     ├── DiskError             4  the file system refused: full, read-only, no permission
     ├── ModelError            5  the language model, or an evaluation with it, failed
@@ -174,6 +175,12 @@ class OverBudget(ShelfError):
     """The result does not fit into the slots or the bytes."""
 
     kind = "over_budget"
+
+
+class Refused(ShelfError):
+    """The policy or the budget refuses an adapter."""
+
+    kind = "refused"
 
 
 class NotReversible(ShelfError):

@@ -47,7 +47,7 @@ def plan_add(
         cure = "choose another name, or lorashelf update / remove the task first"
         raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
     details = _storable(task, details or {})
-    kind = problem_type(type or details.pop("type", None) or task.split("-")[0])
+    kind = _kind(task, type, details.pop("type", None))
     with beside(lambda: adapter.digest):  # asked for below
         held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
         base = _agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
@@ -269,7 +269,7 @@ def plan_cluster(
     settings = snapshot.settings
     named, base = together(adapters, settings, snapshot.manifest.base, assume_base=assume_base)
     tasks, xs = list(named), content.one_base(list(named.values()))
-    kinds = {task: problem_type((types or {}).get(task) or task.split("-")[0]) for task in tasks}
+    kinds = {task: _kind(task, (types or {}).get(task)) for task in tasks}
     if found is None:
         indices = partition.partition(xs, settings.budget.slots, method=method, seed=settings.recipe.seed)
         blocks = [[tasks[i] for i in block] for block in indices]
@@ -302,6 +302,11 @@ def plan_cluster(
     return plan
 
 
+def _kind(task: str, *given: str | None) -> str:
+    """The problem type: the first that is given, else the name before the first "-". Raises TaskNameError."""
+    return next((problem_type(kind) for kind in given if kind is not None), task.partition("-")[0])
+
+
 def _storable(task: str, details: Mapping[str, Any]) -> dict[str, Any]:
     """What is stored with a task, as a copy. Raises UsageError where JSON cannot hold it."""
     try:
@@ -314,14 +319,18 @@ def _storable(task: str, details: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def together(
-    adapters: Mapping[str, Adapter], settings: Settings, stored: BaseId | None = None, *, assume_base: bool = False
+    adapters: Mapping[str, Adapter],
+    settings: Settings,
+    stored: BaseId | None = None,
+    assume_base: bool = False,
+    where: str | None = None,
 ) -> tuple[dict[str, Adapter], BaseId | None]:
-    """The adapters by their names as stored, and the base that all agree on: what can be refused before a search.
+    """The adapters by their names as stored, and the base that all agree on: what can be refused before the work.
 
     Raises TaskNameError, BaseMismatch, ShapeMismatch.
     """
     named = _named(adapters)
-    return named, _one_base(settings, stored, named, [], assume_base)
+    return named, _one_base(settings, stored, named, [], assume_base, where)
 
 
 def merger(adapters: Mapping[str, Adapter], recipe: Recipe) -> Callable[[Sequence[str]], Adapter]:

@@ -272,8 +272,8 @@ def on_one_line(text: str) -> bool:
 
 
 def problem_type(kind: str) -> str:
-    """The type of a task. Raises TaskNameError where it would break a line."""
-    if not isinstance(kind, str) or not on_one_line(kind):
+    """The type of a task. Raises TaskNameError where it is empty or would break a line."""
+    if not isinstance(kind, str) or not on_one_line(kind) or not kind.strip():
         raise TaskNameError(f"problem type {kind!r} is not printable text", cure="give a plain word: --type TYPE")
     return kind
 

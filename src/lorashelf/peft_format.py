@@ -50,7 +50,7 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
     is read once and refused if it holds NaN or infinity. Raises AdapterFormatError with all faults of config, header
     and values at once.
     """
-    folder = Path(path)
+    folder = atomic.expanded(path)
     try:
         next(folder.iterdir(), None)
     except OSError as error:
@@ -84,7 +84,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[st
     The factors are rounded once, to `adapter.dtype`; scales go to `lora_alpha` and `alpha_pattern`, ranks to `r` and
     `rank_pattern`. Raises UsageError if the path exists, AdapterFormatError if a value overflows the dtype, DiskError.
     """
-    folder = Path(path)
+    folder = atomic.expanded(path)
     if folder.exists():
         raise UsageError("the output exists already", where=str(folder), cure="choose another folder or delete it")
     atomic.make_parents(folder)

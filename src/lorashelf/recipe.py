@@ -210,9 +210,9 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
         faults.append(("threshold", f"threshold is {recipe.threshold!r}; a number from -1 to 1, or 'auto'"))
     if not isinstance(recipe.parameters, Mapping):
         faults.append(("parameters", f"parameters is {recipe.parameters!r}, not a table"))
-    names = [settings.base or "", *settings.base_aliases]
-    if not all(isinstance(item, str) and item.isprintable() for item in names):
-        faults.append(("base", f"base or base_aliases {names!r} hold what is no printable text"))
+    names = [*([] if settings.base is None else [settings.base]), *settings.base_aliases]
+    if not all(isinstance(item, str) and item.isprintable() and item.strip() for item in names):
+        faults.append(("base", f"base or base_aliases {names!r} hold a name that is empty or not printable text"))
     if not isinstance(recipe.restore_norm, bool):
         faults.append(("restore_norm", f"restore_norm is {recipe.restore_norm!r}; true or false"))
     for name, check in (

@@ -50,7 +50,7 @@ class Shelf:
 
     def __init__(self, path: str | Path, clock: Clock = _now) -> None:
         """Open an existing shelf. Raises ShelfNotFound, and on `snapshot` whatever is wrong with its content."""
-        self.path = Path(path)
+        self.path = atomic.expanded(path)
         self._clock = clock
         self._history = history.History(self.path)
         self._lock: Any = None
@@ -65,7 +65,7 @@ class Shelf:
         """Make an empty shelf; the folder appears whole or not at all. Raises UsageError, ShelfError if it exists,
         OverBudget if even an empty shelf exceeds `bytes`, DiskError.
         """
-        path = Path(path)
+        path = atomic.expanded(path)
         settings.checked()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ShelfError("this path exists already", where=str(path), cure="choose another, or delete it")
@@ -98,7 +98,7 @@ class Shelf:
         """Make a shelf with the content that `planner` plans for it; it appears whole or not at all. Raises as `create`
         and `commit`.
         """
-        path = Path(path)
+        path = atomic.expanded(path)
         if path.exists():
             raise ShelfError("this path exists already", where=str(path), cure="choose another, or delete it")
         atomic.make_parents(path)

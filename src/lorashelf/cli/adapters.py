@@ -13,14 +13,13 @@ import typer
 from ..algebra import norm
 from ..errors import UsageError
 from ..merging import merge_measured
-from ..peft_format import read_adapter, write_adapter
+from ..peft_format import write_adapter
 from ..policy import median_similarity
 from ..recipe import new_settings
 from ..similarity import similarity
 from ..survey import describe, forecast
 from . import arguments as arg
 from .output import note, progress, score, show, size, table
-from .shelves import note_unknown_base
 
 
 def show_adapter(
@@ -30,7 +29,7 @@ def show_adapter(
     json: arg.Json = False,
 ) -> None:
     """What an adapter is: modules, ranks, scales, norms, and the energy kept at lower ranks."""
-    show(describe(read_adapter(arg.adapter_path(adapter)[1])), json, _described)
+    show(describe(arg.read_one(adapter)), json, _described)
 
 
 def compare(
@@ -105,8 +104,9 @@ def merge_adapters(
     checked = new_settings(
         1, merge=method, parameters=arg.parameters(parameter), rank=rank, dtype=dtype, seed=seed
     ).recipe
-    xs = [adapter for _, adapter in arg.read_each(adapters)]
-    note_unknown_base(dict(zip(adapters, xs, strict=True)))
+    found = arg.read_each(adapters)
+    xs = [adapter for _, adapter in found]
+    arg.note_unknown_base(dict(found))
     if assume_base:
         xs = [replace(x, base=xs[0].base) for x in xs]
     merged, error = merge_measured(

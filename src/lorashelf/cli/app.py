@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..atomic import expanded
 from ..version import VERSION
 
 MODULES: Mapping[str, Sequence[str]] = MappingProxyType(
     {
-        "shelves": ("init", "add", "update", "remove", "route", "ls", "log", "verify", "undo", "gc"),
+        "filling": ("init", "add"),
+        "shelves": ("update", "remove", "route", "ls", "log", "verify", "undo", "gc"),
         "clustering": ("cluster",),
         "adapters": ("show", "compare", "plan", "threshold", "merge"),
         "training": ("train",),
@@ -40,7 +44,19 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
     asked = [name for name, commands in MODULES.items() if words and words[0] in commands]
     for name in asked or MODULES:
         import_module(f".{name}", __package__).enter(app)
+    for command in app.registered_commands:
+        command.callback = command.callback and _at_home(command.callback)
     return app
+
+
+def _at_home(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with ~ replaced in every path it is given: the shell does not do that in --option=~/path."""
+
+    @wraps(command)
+    def called(**values: Any) -> Any:
+        return command(**{name: expanded(v) if isinstance(v, Path) else v for name, v in values.items()})
+
+    return called
 
 
 def _print_version(wanted: bool) -> None:

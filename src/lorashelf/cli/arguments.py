@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from ..adapter import Adapter
+from ..atomic import expanded
 from ..errors import AdapterError, AdapterFormatError, MissingExtra, TaskNameError, UsageError
 from ..peft_format import CONFIG_FILE, read_adapter
 from ..policy import median_similarity
 from ..similarity import similarity
+from .output import note
 
 ShelfPath = Annotated[Path, typer.Argument(help="The shelf's folder.", metavar="SHELF", show_default=False)]
 Adapters = Annotated[
@@ -51,6 +53,10 @@ TemplateArgs = Annotated[
 Merge = Annotated[str, typer.Option("--merge", help="Merge method (docs/methods.md).")]
 Rank = Annotated[int | None, typer.Option("--rank", help="Cap the rank stored; never pads.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Storage dtype: f32, f16 or bf16.")]
+Threshold = Annotated[
+    str | None,
+    typer.Option("--threshold", help="For kmerge++: a similarity, or 'auto', the default.", show_default=False),
+]
 HeldOut = Annotated[Path | None, typer.Option("--held-out", help="Adapters whose median similarity is the threshold.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is drawn.")]
 Keep = Annotated[int, typer.Option("--keep", help="How many states back undo reaches.")]
@@ -96,21 +102,29 @@ Bytes = Annotated[
 ]
 
 
-def adapter_path(text: str, default: str | None = None) -> tuple[str, Path]:
-    """The task name and the folder of an ADAPTER argument: NAME=either, a folder, or a hub id in the local cache.
-
-    The name is NAME, else `default`, else the folder's (a link keeps its own), else the last part of the hub id.
-    """
+def named(text: str) -> tuple[str | None, str]:
+    """The NAME of an ADAPTER argument NAME=ADAPTER, None without one, and the rest."""
     name, separator, rest = text.partition("=")
-    if separator and not os.path.lexists(text):
-        return name, _folder(rest)
-    own = os.path.basename(os.path.abspath(text))
-    return own if default is None else default, _folder(text)
+    return (name, rest) if separator and not os.path.lexists(expanded(text)) else (None, text)
+
+
+def name_of(text: str, default: str | None = None) -> str:
+    """The task name of an ADAPTER argument: NAME, else `default`, else the folder's (a link keeps its own), else the
+    last part of the hub id.
+    """
+    name, rest = named(text)
+    own = os.path.basename(os.path.abspath(expanded(rest)))
+    return next(each for each in (name, default, own) if each is not None)
+
+
+def read_one(text: str) -> Adapter:
+    """The adapter of an ADAPTER argument."""
+    return read_adapter(_folder(named(text)[1]))
 
 
 def _folder(text: str) -> Path:
-    folder = Path(text)
-    if os.path.lexists(text) or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+    folder = expanded(text)
+    if os.path.lexists(folder) or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         return folder
     try:
         from huggingface_hub import snapshot_download
@@ -126,19 +140,26 @@ def _folder(text: str) -> Path:
         raise AdapterFormatError([f"{text!r} is neither a folder nor a hub id in the cache"], cure=cure) from error
 
 
-def read_each(texts: Sequence[str]) -> list[tuple[str, Adapter]]:
-    """The task name and the adapter of every ADAPTER argument. Raises AdapterFormatError with the faults of all."""
+def read_each(texts: Sequence[str], task: str | None = None) -> list[tuple[str, Adapter]]:
+    """The task name and the adapter of every ADAPTER argument; plain files among folders (a README in adapters/*) are
+    passed over with a notice. Raises AdapterFormatError with the faults of all.
+    """
+    folders = [text for text in texts if not expanded(text).is_file()]
+    for text in texts if folders else ():
+        if text not in folders:
+            note(f"{text}: passed over; it is a file, and an adapter is a folder")
     found: list[tuple[str, Adapter]] = []
     faults: list[str] = []
-    for text in texts:
-        name = text
+    for text in folders or texts:
+        name = name_of(text, task)
         try:
-            name, path = adapter_path(text)
-            found.append((name, read_adapter(path)))
+            found.append((name, read_one(text)))
         except AdapterError as error:
+            if len(texts) == 1:
+                raise
             faults += [f"{name}: {fault}" for fault in error.faults]
     if faults:
-        raise AdapterFormatError(faults, cure="mend or leave out these adapters")
+        raise AdapterFormatError(faults, cure="mend or leave out these adapters; lorashelf show ADAPTER says more")
     return found
 
 
@@ -147,11 +168,18 @@ def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
     `read_each`.
     """
     found = read_each(texts)
-    named = dict(found)
-    if len(named) < len(found):
-        repeated = [name for name in named if sum(other == name for other, _ in found) > 1]
+    by_name = dict(found)
+    if len(by_name) < len(found):
+        repeated = [name for name in by_name if sum(other == name for other, _ in found) > 1]
         raise TaskNameError(f"task names given twice: {', '.join(repeated)}", cure="name them apart: NAME=ADAPTER")
-    return named
+    return by_name
+
+
+def note_unknown_base(adapters: Mapping[str, Adapter]) -> None:
+    """Warn of adapters that name no base: only their shapes can be checked."""
+    for name, adapter in adapters.items():
+        if not adapter.base.name:
+            note(f"{name}: its config names no base model; only shapes can be checked")
 
 
 def adapters_in(folder: Path) -> dict[str, Adapter]:
@@ -218,13 +246,18 @@ def slot_range(text: str) -> list[int]:
     return counts
 
 
-def threshold(text: str, held_out: Path | None = None) -> float | str:
-    """A similarity, 'auto', or the median similarity of held-out adapters."""
+def threshold(text: str | None, held_out: Path | None, policy: str) -> float | str:
+    """A similarity, 'auto' (also of None), or the median similarity of held-out adapters. Raises UsageError, also where
+    the policy would ignore it.
+    """
+    given = [option for option, value in (("--threshold", text), ("--held-out", held_out)) if value is not None]
+    if len(given) > 1:
+        raise UsageError("--threshold and --held-out exclude each other", cure="give one of them")
+    if given and policy != "kmerge++":
+        raise UsageError(f"policy {policy!r} has no threshold", cure=f"leave {given[0]} out, or --policy kmerge++")
     if held_out is not None:
-        if text != "auto":
-            raise UsageError("--threshold and --held-out exclude each other", cure="give one of them")
         return median_similarity(similarity(list(adapters_in(held_out).values())))
     try:
-        return text if text == "auto" else float(text)
+        return "auto" if text in (None, "auto") else float(text or "")
     except ValueError:
         raise UsageError(f"--threshold {text!r} is neither a number nor 'auto'", cure="for example 0.02") from None

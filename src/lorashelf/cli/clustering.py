@@ -23,7 +23,6 @@ from ..shelf import Shelf
 from ..tasks import Task, fields_for, read_tasks
 from . import arguments as arg
 from .output import counted, note, show, table
-from .shelves import note_unknown_base
 
 if TYPE_CHECKING:
     from ..backends.hf import HFBackend
@@ -90,7 +89,7 @@ def cluster(
     template_arg: arg.TemplateArgs = None,
     bytes: arg.Bytes = None,
     policy: Annotated[str, typer.Option("--policy", help="The policy of later adds.")] = "kmerge++",
-    threshold: Annotated[str, typer.Option("--threshold", help="The threshold of later adds.")] = "auto",
+    threshold: arg.Threshold = None,
     held_out: arg.HeldOut = None,
     rank: arg.Rank = None,
     dtype: arg.Dtype = None,
@@ -109,7 +108,7 @@ def cluster(
         slots,
         bytes=bytes,
         policy=policy,
-        threshold=arg.threshold(threshold, held_out),
+        threshold=arg.threshold(threshold, held_out, policy),
         merge=merge or ("ties" if method == D2C else "linear"),
         seed=seed,
         rank=rank,
@@ -122,7 +121,7 @@ def cluster(
     )
     _checked(method, examples, accept, init, _given(context))
     named = arg.read_named(adapters)
-    note_unknown_base(named)
+    arg.note_unknown_base(named)
     together(named, settings, assume_base=assume_base)
     tasks = read_tasks(examples) if examples else {}
     kept = journal or output.with_name(output.name + ".d2c.jsonl")

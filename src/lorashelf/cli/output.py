@@ -6,7 +6,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, TypeVar
+from unicodedata import combining, east_asian_width
 
 from ..errors import DiskError
 
@@ -43,6 +45,24 @@ def print_parts(parts: Iterable[Any]) -> None:
         console.width = 10_000  # a pipe gets whole lines
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str), markup=False)
+
+
+def print_fitting(*texts: str) -> None:
+    """Print, at once, the first of these lines that fits the terminal's width, the last one cut if none does. A pipe
+    gets the first.
+    """
+    text = texts[0]
+    if sys.stdout.isatty():
+        width = get_terminal_size().columns
+        text = next((each for each in texts if cells(each) <= width), texts[-1])
+        while cells(text) > width:
+            text = text.removesuffix("…")[:-1] + "…"
+    print(text, flush=True)
+
+
+def cells(text: str) -> int:
+    """How many columns of a terminal a text takes: two for a wide letter, none for a mark on another letter."""
+    return sum(2 if east_asian_width(c) in "WF" else 0 if combining(c) else 1 for c in text)
 
 
 def print_json(document: Any) -> None:
@@ -94,7 +114,9 @@ class Meter:
                 TimeRemainingColumn(),
             )
             console = Console(stderr=True)
-            self._bar = Progress(*columns, console=console, transient=True, speed_estimate_period=600)
+            self._bar = Progress(
+                *columns, console=console, transient=True, redirect_stdout=False, speed_estimate_period=600
+            )
             self._row = self._bar.add_task("", total=self._total)
             self._bar.start()
         return self

@@ -1,109 +1,20 @@
-"""Commands on a shelf: init, add, update, remove, route, ls, log, verify, undo, gc."""
+"""Commands on a shelf that stands: update, remove, route, ls, log, verify, undo, gc."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from .. import router
-from ..adapter import Adapter
-from ..errors import Interrupted, LorashelfError, TaskNameError, UsageError
-from ..flow import plan_add, plan_remove, plan_update
-from ..manifest import Manifest, Plan, task_name
-from ..peft_format import read_adapter
-from ..recipe import new_settings
+from ..flow import plan_remove, plan_update
+from ..manifest import Manifest
 from ..shelf import Shelf
-from ..snapshot import Snapshot
 from . import arguments as arg
-from .output import note, progress, score, show, size, table
+from .output import show, size, table
 
 Task = Annotated[str, typer.Argument(help="A task on the shelf.", metavar="TASK", show_default=False)]
-
-
-def init(
-    shelf: arg.ShelfPath,
-    slots: arg.Slots,
-    bytes: arg.Bytes = None,
-    policy: Annotated[
-        str, typer.Option("--policy", help="kmerge++, kmerge; half, random, oracle, all for experiments.")
-    ] = "kmerge++",
-    threshold: Annotated[str, typer.Option("--threshold", help="For kmerge++: a similarity, or 'auto'.")] = "auto",
-    held_out: arg.HeldOut = None,
-    merge: arg.Merge = "linear",
-    parameter: arg.Parameters = None,
-    rank: arg.Rank = None,
-    dtype: arg.Dtype = None,
-    keep: arg.Keep = 1,
-    seed: arg.Seed = 0,
-    base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
-    base_alias: arg.Aliases = None,
-    restore_norm: arg.RestoreNorm = False,
-    json: arg.Json = False,
-) -> None:
-    """Make an empty shelf of K slots."""
-    limit = arg.threshold(threshold, held_out)
-    settings = new_settings(
-        slots,
-        bytes=bytes,
-        policy=policy,
-        threshold=limit,
-        merge=merge,
-        parameters=arg.parameters(parameter),
-        rank=rank,
-        dtype=dtype,
-        keep=keep,
-        seed=seed,
-        base=base,
-        base_aliases=tuple(base_alias or ()),
-        restore_norm=restore_norm,
-    )
-    made = Shelf.create(shelf, settings).snapshot()
-    document = {"shelf": str(shelf), "head": made.head, "slots": slots, "policy": policy, "threshold": limit}
-    show(document, json, lambda d: f"{shelf}: {slots} free slots, policy {policy}, threshold {limit}, merge {merge}")
-
-
-def add(
-    shelf: arg.ShelfPath,
-    adapters: arg.Adapters,
-    task: Annotated[str | None, typer.Option("--task", help="The task's name (one adapter only).")] = None,
-    type: Annotated[
-        str | None, typer.Option("--type", help="Problem type; default: the name before the first '-'.")
-    ] = None,
-    task_file: Annotated[
-        Path | None,
-        typer.Option("--task-file", help="The task.toml to store with a task, or a folder of task folders."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")] = False,
-    assume_base: arg.AssumeBase = False,
-    json: arg.Json = False,
-) -> None:
-    """Put adapters on the shelf, in order: each opens a free slot or is folded into the nearest."""
-    if task is not None and len(adapters) > 1:
-        raise UsageError(f"--task with {len(adapters)} adapters", cure="name each: NAME=ADAPTER")
-    names = [task_name(arg.adapter_path(text, task)[0]) for text in adapters]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise TaskNameError(f"several adapters would be {', '.join(map(repr, twice))}", cure="name them: NAME=ADAPTER")
-    opened = Shelf(shelf)
-    documents: list[dict[str, Any]] = []
-    with contextlib.nullcontext() if dry_run else opened.writing(), _telling(opened, documents):
-        snapshot = opened.snapshot()
-        for text in progress(adapters, "adding"):
-            plan = _planned(snapshot, text, task, type, task_file, assume_base)
-            documents.append({**plan.report, "head": None})
-            if not dry_run:
-                documents[-1]["head"] = opened.commit(plan)
-            snapshot = snapshot.after(plan) if dry_run else opened.snapshot()
-            if plan.refused is not None:
-                break
-    show(documents[0] if len(adapters) == 1 else documents, json, lambda _: [_added(d) for d in documents])
-    if documents[-1]["decision"] == "refuse":
-        note(f"lorashelf: refused: {documents[-1]['reason']}")
-        raise typer.Exit(4)
 
 
 def update(
@@ -119,8 +30,8 @@ def update(
 ) -> None:
     """Replace a task's adapter, in its slot."""
     opened = Shelf(shelf)
-    new, old = _read(adapter), _read(was) if was else None
-    note_unknown_base({task: new})
+    new, old = arg.read_one(adapter), arg.read_one(was) if was is not None else None
+    arg.note_unknown_base({task: new})
     with opened.writing():
         plan = plan_update(opened.snapshot(), task, new, old, assume_base=assume_base)
         document = {**plan.report, "head": opened.commit(plan)}
@@ -137,7 +48,7 @@ def remove(
 ) -> None:
     """Take a task off the shelf."""
     opened = Shelf(shelf)
-    original = _read(adapter) if adapter else None
+    original = arg.read_one(adapter) if adapter is not None else None
     with opened.writing():
         plan = plan_remove(opened.snapshot(), task, original)
         document = {**plan.report, "head": opened.commit(plan)}
@@ -252,67 +163,6 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     ]
 
 
-def note_unknown_base(named: Mapping[str, Adapter]) -> None:
-    """Warn of adapters that name no base: only their shapes can be checked."""
-    for name, adapter in named.items():
-        if not adapter.base.name:
-            note(f"{name}: its config names no base model; only shapes can be checked")
-
-
-@contextlib.contextmanager
-def _telling(shelf: Shelf, documents: list[dict[str, Any]]) -> Iterator[None]:
-    """When a later adapter fails, say which ones are on the shelf already."""
-    try:
-        yield
-    except (LorashelfError, KeyboardInterrupt) as error:
-        with contextlib.suppress(LorashelfError):  # a commit may have been made, and not been told
-            now = shelf.snapshot()
-            for document in documents[-1:]:
-                if document["task"] in now.manifest.tasks:
-                    document["head"] = document["head"] or now.head
-        done = [d for d in documents if d["head"]]
-        if done:
-            note(f"added before that, and kept: {', '.join(d['task'] for d in done)}")
-        if isinstance(error, LorashelfError):
-            error.done = {"added": done}
-            raise
-        cure = "run the command again" + (" without those that are added" if done else "")
-        stopped = Interrupted("interrupted; what was committed stays", cure=cure)
-        stopped.done = {"added": done}
-        raise stopped from None
-
-
-def _planned(
-    snapshot: Snapshot, text: str, task: str | None, kind: str | None, task_file: Path | None, assume_base: bool
-) -> Plan:
-    name, path = arg.adapter_path(text, task)
-    adapter = read_adapter(path)
-    note_unknown_base({name: adapter})
-    details: Mapping[str, Any] = {}
-    if task_file:
-        from ..tasks import fields_for
-
-        details = fields_for(task_file, name)
-    plan = plan_add(snapshot, adapter, name, type=kind, details=details, assume_base=assume_base)
-    if plan.report["decision"] == "fold":
-        averaged = "folded" if plan.report["merged"] else "already averaged in, so only routed"
-        note(f"{plan.report['task']}: {averaged}; keep your original: `update` and an exact `remove` need it")
-    return plan
-
-
-def _added(document: dict[str, Any]) -> str:
-    if document["decision"] == "refuse":
-        return f"{document['task']}: refused"
-    best = max(document["scores"].values(), default=None)
-    limit = f", threshold {score(document['threshold'])}" if document["threshold"] is not None else ""
-    with_others = [m for m in document["members"] if m != document["task"]]
-    where = (
-        f"opens slot {document['slot']}" if document["decision"] == "open" else f"folds into slot {document['slot']}"
-    )
-    beside = f" with {', '.join(with_others)}" if with_others else ""
-    return f"{document['task']}: {where}{beside} (best score {score(best)}{limit})"
-
-
 def _served(manifest: Manifest) -> dict[str, tuple[int, str, str]]:
     """Task → what it is served by: slot, object, and the digest of its own adapter."""
     return {t: (s.slot, s.object, manifest.tasks[t]["digest"]) for s in manifest.slots for t in s.members}
@@ -327,13 +177,7 @@ def _precision(document: dict[str, Any]) -> str:
     return "" if document["precision"] is None else f", to a relative precision of about {document['precision']:.1e}"
 
 
-def _read(text: str) -> Any:
-    return read_adapter(arg.adapter_path(text)[1])
-
-
 _EXAMPLES: dict[Callable[..., None], str] = {
-    init: "lorashelf init my.shelf --slots 5 --dtype f16",
-    add: "lorashelf add my.shelf adapters/gec-de adapters/qa-en  ·  lorashelf add my.shelf mail=out/run7 --dry-run",
     update: "lorashelf update my.shelf gec-de out/gec-de-v2 --was out/gec-de",
     remove: "lorashelf remove my.shelf gec-de --adapter adapters/gec-de",
     route: "lorashelf route my.shelf gec-de",

@@ -1,0 +1,234 @@
+"""Commands that make a shelf and fill it: init, add."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..adapter import Adapter
+from ..errors import LorashelfError, Refused, TaskNameError, UsageError
+from ..flow import plan_add, together
+from ..manifest import task_name
+from ..recipe import new_settings
+from ..shelf import Shelf
+from ..snapshot import Snapshot
+from . import arguments as arg
+from .output import Meter, note, print_fitting, score, show
+from .process import interrupted
+
+Arrivals = Sequence[tuple[str, Adapter]]
+
+
+def init(
+    shelf: arg.ShelfPath,
+    slots: arg.Slots,
+    bytes: arg.Bytes = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="kmerge++, kmerge; half, random, oracle, all for experiments.")
+    ] = "kmerge++",
+    threshold: arg.Threshold = None,
+    held_out: arg.HeldOut = None,
+    merge: arg.Merge = "linear",
+    parameter: arg.Parameters = None,
+    rank: arg.Rank = None,
+    dtype: arg.Dtype = None,
+    keep: arg.Keep = 1,
+    seed: arg.Seed = 0,
+    base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
+    base_alias: arg.Aliases = None,
+    restore_norm: arg.RestoreNorm = False,
+    json: arg.Json = False,
+) -> None:
+    """Make an empty shelf of K slots."""
+    limit = arg.threshold(threshold, held_out, policy)
+    settings = new_settings(
+        slots,
+        bytes=bytes,
+        policy=policy,
+        threshold=limit,
+        merge=merge,
+        parameters=arg.parameters(parameter),
+        rank=rank,
+        dtype=dtype,
+        keep=keep,
+        seed=seed,
+        base=base,
+        base_aliases=tuple(base_alias or ()),
+        restore_norm=restore_norm,
+    )
+    made = Shelf.create(shelf, settings).snapshot()
+    document = {"shelf": str(shelf), "head": made.head, "slots": slots, "policy": policy, "threshold": limit}
+    show(document, json, lambda d: f"{shelf}: {slots} free slots, policy {policy}, threshold {limit}, merge {merge}")
+
+
+def add(
+    shelf: arg.ShelfPath,
+    adapters: arg.Adapters,
+    task: Annotated[str | None, typer.Option("--task", help="The task's name (one adapter only).")] = None,
+    type: Annotated[
+        str | None, typer.Option("--type", help="Problem type; default: the name before the first '-'.")
+    ] = None,
+    task_file: Annotated[
+        Path | None,
+        typer.Option("--task-file", help="The task.toml to store with a task, or a folder of task folders."),
+    ] = None,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave out tasks that are on the shelf with the same adapter.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would happen; change nothing.")] = False,
+    assume_base: arg.AssumeBase = False,
+    json: arg.Json = False,
+) -> None:
+    """Put adapters on the shelf, in order: each opens a free slot or is folded into the nearest.
+
+    All of them are read before the first is added. After an interrupt, --skip-existing goes on.
+    """
+    report: dict[str, Any] = {"added": []} | ({"skipped": []} if skip_existing else {})
+    with _reporting(report, shelf, dry_run):
+        _check_names(adapters, task)
+        opened = Shelf(shelf)
+        arrivals = arg.read_each(adapters, task)
+        details = _details([name for name, _ in arrivals], task_file)
+        arg.note_unknown_base(dict(arrivals))
+        with contextlib.nullcontext() if dry_run else opened.writing(), _watched(len(arrivals), json) as told:
+            snapshot = opened.snapshot()
+            arrivals, skipped = _new(snapshot, arrivals, skip_existing)
+            report |= {"skipped": skipped} if skip_existing else {}
+            together(dict(arrivals), snapshot.settings, snapshot.manifest.base, assume_base, str(shelf))
+            for name, adapter in arrivals:
+                plan = plan_add(snapshot, adapter, name, type=type, details=details[name], assume_base=assume_base)
+                report["added"].append({**plan.report, "head": None})
+                if not dry_run:
+                    report["added"][-1]["head"] = opened.commit(plan)
+                if plan.refused is not None:
+                    raise Refused(f"{plan.report['task']} is refused: {plan.refused}", where=str(shelf))
+                snapshot = snapshot.after(plan) if dry_run else opened.snapshot()
+                told(plan.report)
+    if json or not report["added"]:
+        show(report, json, lambda _: "nothing to add: every task is on the shelf already")
+
+
+def _check_names(texts: Sequence[str], task: str | None) -> None:
+    """Refuse names that cannot be before anything is read. Raises UsageError, TaskNameError."""
+    if task is not None and len(texts) > 1:
+        raise UsageError(f"--task with {len(texts)} adapters", cure="name each: NAME=ADAPTER")
+    if task is not None and arg.named(texts[0])[0] is not None:
+        raise UsageError(f"--task and a name in {texts[0]!r} exclude each other", cure="give one of them")
+    names = [task_name(arg.name_of(text, task)) for text in texts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TaskNameError(f"several adapters would be {', '.join(map(repr, twice))}", cure="name them: NAME=ADAPTER")
+
+
+def _details(names: Sequence[str], task_file: Path | None) -> dict[str, Mapping[str, Any]]:
+    if task_file is None:
+        return {name: {} for name in names}
+    from ..tasks import fields_for
+
+    return {name: fields_for(task_file, name) for name in names}
+
+
+def _new(snapshot: Snapshot, arrivals: Arrivals, skip: bool) -> tuple[list[tuple[str, Adapter]], list[str]]:
+    """The arrivals that are to be added, and the names of those that are on the shelf already. Raises TaskNameError."""
+    held = {name: snapshot.manifest.tasks.get(task_name(name)) for name, _ in arrivals}
+    there = [(name, adapter) for name, adapter in arrivals if held[name] is not None]
+    if there and not skip:
+        names, verb = ", ".join(repr(name) for name, _ in there), "are" if len(there) > 1 else "is"
+        cure = "choose another name, or lorashelf update to replace the adapter, or --skip-existing to leave it out"
+        raise TaskNameError(f"{names} {verb} on the shelf already", where=str(snapshot.path), cure=cure)
+    others = [name for name, adapter in there if adapter.digest != (held[name] or {})["digest"]]
+    if others:
+        what = f"on the shelf with another adapter: {', '.join(map(repr, others))}"
+        cure = "lorashelf update SHELF TASK ADAPTER replaces it; or give another name"
+        raise TaskNameError(what, where=str(snapshot.path), cure=cure)
+    return [(name, adapter) for name, adapter in arrivals if held[name] is None], [name for name, _ in there]
+
+
+@contextlib.contextmanager
+def _reporting(report: dict[str, Any], path: Path, dry_run: bool) -> Iterator[None]:
+    """What was added is part of every outcome: of an error's document, and of a notice before its message."""
+    try:
+        yield
+    except (LorashelfError, KeyboardInterrupt) as error:
+        _complete(report, path, dry_run)
+        kept = [] if dry_run else [d["task"] for d in report["added"] if d["decision"] != "refuse"]
+        if kept:
+            note(f"added before that, and kept: {', '.join(kept)}")
+            _note_originals(report, path)
+        cure = "run the same command again" + (" with --skip-existing" if kept else "")
+        known = interrupted(error, cure) if isinstance(error, KeyboardInterrupt) else error
+        known.done = report
+        raise known from error.__cause__
+    if not dry_run:
+        _note_originals(report, path)
+
+
+def _complete(report: dict[str, Any], path: Path, dry_run: bool) -> None:
+    """Settle whether the last one was added: its commit may have been made and not been told."""
+    last = report["added"][-1] if report["added"] and not dry_run else None
+    if last is None or last["head"] is not None:
+        return
+    with contextlib.suppress(LorashelfError):
+        now = Shelf(path).snapshot()
+        if last["task"] in now.manifest.tasks:
+            last["head"] = now.head
+            return
+    report["added"].pop()
+
+
+def _note_originals(report: Mapping[str, Any], path: Path) -> None:
+    """Once a command, where it is true: what was averaged can be taken out again, with its original."""
+    with contextlib.suppress(LorashelfError):
+        slots = {slot.slot: slot for slot in Shelf(path).snapshot().manifest.slots}
+        shared = {d["slot"] for d in report["added"] if d["decision"] == "fold" and d["slot"] in slots}
+        if any(slots[i].average is not None and len(slots[i].merged) > 1 for i in shared):
+            note("keep the original adapters: in a shared slot `update` and an exact `remove` need them")
+
+
+@contextlib.contextmanager
+def _watched(count: int, json: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that prints each decision as it is made; on stderr a bar, where no terminal shows the decisions."""
+    done = 0
+    silent = count < 2 or (sys.stdout.isatty() and not json)
+    with contextlib.nullcontext() if silent else Meter(count) as meter:
+
+        def told(item: Mapping[str, Any]) -> None:
+            nonlocal done
+            done += 1
+            if not json:
+                print_fitting(*_lines(item))
+            if meter is not None:
+                meter.at(done, f"adding: {item['task']}", telling=False)
+
+        yield told
+
+
+def _lines(item: Mapping[str, Any]) -> list[str]:
+    """The decision on one line, from the longest wording to the shortest."""
+    place = f"{item['task']}: {'opens' if item['decision'] == 'open' else 'folds into'} slot {item['slot']}"
+    others = [member for member in item["members"] if member != item["task"]]
+    best = score(max(item["scores"].values(), default=None))
+    limit = f", threshold {score(item['threshold'])}" if item["threshold"] is not None else ""
+    routed = "" if item["merged"] else ", which has averaged it in already"
+    scores = f"{routed} (best score {best}{limit})"
+    if not others:
+        return [f"{place}{scores}", place]
+    count = f" with {len(others)} others" if len(others) > 1 else f" with {others[0]}"
+    return [f"{place} with {', '.join(others)}{scores}", f"{place}{count}{scores}", f"{place}{count}", place]
+
+
+_EXAMPLES: dict[Callable[..., None], str] = {
+    init: "lorashelf init my.shelf --slots 5 --dtype f16",
+    add: "lorashelf add my.shelf adapters/gec-de adapters/qa-en  ·  lorashelf add my.shelf mail=out/run7 --dry-run",
+}
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the commands of this module."""
+    for command, example in _EXAMPLES.items():
+        app.command(epilog=f"Example:  {example}", rich_help_panel="The shelf")(command)
