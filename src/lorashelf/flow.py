@@ -319,18 +319,23 @@ def _storable(task: str, details: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def together(
-    adapters: Mapping[str, Adapter],
-    settings: Settings,
-    stored: BaseId | None = None,
-    assume_base: bool = False,
-    where: str | None = None,
+    adapters: Mapping[str, Adapter], settings: Settings, stored: BaseId | None = None, *, assume_base: bool = False
 ) -> tuple[dict[str, Adapter], BaseId | None]:
-    """The adapters by their names as stored, and the base that all agree on: what can be refused before the work.
+    """The adapters by their names as stored, and the base that all agree on: what can be refused before a search.
 
     Raises TaskNameError, BaseMismatch, ShapeMismatch.
     """
     named = _named(adapters)
-    return named, _one_base(settings, stored, named, [], assume_base, where)
+    return named, _one_base(settings, stored, named, [], assume_base)
+
+
+def check_arrivals(snapshot: Snapshot, adapters: Mapping[str, Adapter], *, assume_base: bool = False) -> None:
+    """Raise what `plan_add` would raise of any of several adapters' bases and shapes, before the first is added.
+
+    Raises TaskNameError, BaseMismatch, ShapeMismatch, CorruptShelf.
+    """
+    held = [snapshot.adapter(slot) for slot in snapshot.manifest.slots]
+    _agreed_base(snapshot, _named(adapters), held, assume_base)
 
 
 def merger(adapters: Mapping[str, Adapter], recipe: Recipe) -> Callable[[Sequence[str]], Adapter]:

@@ -12,7 +12,7 @@ import typer
 
 from ..adapter import Adapter
 from ..errors import LorashelfError, Refused, TaskNameError, UsageError
-from ..flow import plan_add, together
+from ..flow import check_arrivals, plan_add
 from ..manifest import task_name
 from ..recipe import new_settings
 from ..shelf import Shelf
@@ -99,7 +99,7 @@ def add(
             snapshot = opened.snapshot()
             arrivals, skipped = _new(snapshot, arrivals, skip_existing)
             report |= {"skipped": skipped} if skip_existing else {}
-            together(dict(arrivals), snapshot.settings, snapshot.manifest.base, assume_base, str(shelf))
+            check_arrivals(snapshot, dict(arrivals), assume_base=assume_base)
             for name, adapter in arrivals:
                 plan = plan_add(snapshot, adapter, name, type=type, details=details[name], assume_base=assume_base)
                 report["added"].append({**plan.report, "head": None})
