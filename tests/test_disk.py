@@ -32,6 +32,7 @@ from crash.judge import Case, state
 from crash.scenes import SCENES, A, B, C, standing
 from factory import make_adapter, write_peft
 from lorashelf import Shelf, new_settings, plan_add, plan_remove, read_adapter, route, write_adapter
+from lorashelf.atomic import replace_file
 from lorashelf.errors import DiskError
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -442,3 +443,13 @@ def test_a_signal_keeps_what_was_committed_and_says_so(options, name, arrivals, 
     assert list((shelf.path / "tmp").iterdir()) == []
     assert lorashelf("add", shelf.path, *arrivals[: done + 1], "--skip-existing").returncode == 0
     assert on_shelf(shelf, arrivals) == done + 1
+
+
+@pytest.mark.parametrize("place", ["a-folder", "no-such-folder/file"])
+def test_a_file_that_cannot_be_replaced_is_named_and_leaves_nothing(place: str, tmp_path: Path) -> None:
+    (tmp_path / "a-folder").mkdir()
+    target = tmp_path / place
+    with pytest.raises(DiskError) as caught:
+        replace_file(target, b"new", target.parent)
+    assert caught.value.where == str(target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["a-folder"]

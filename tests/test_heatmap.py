@@ -306,6 +306,16 @@ def test_a_file_of_another_format_is_refused_before_an_adapter_is_read(plot: str
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("plot", "why"), [("no/a.svg", "no folder for"), ("a.svg", "a folder stands where")])
+def test_a_place_that_cannot_hold_a_file_is_refused_before_an_adapter_is_read(
+    plot: str, why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.svg").mkdir()
+    ran = compare(tmp_path, "nowhere", "--plot", plot)
+    assert (ran.returncode, why in ran.stderr, f"where: {plot}" in ran.stderr) == (2, True, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]
+
+
 @pytest.mark.parametrize("package", ["matplotlib", "scipy", "sklearn"])
 def test_a_missing_package_is_named_with_its_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)

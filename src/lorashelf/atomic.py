@@ -113,10 +113,16 @@ def publish(staged: Path, final: Path) -> None:
 def replace_file(path: Path, data: bytes, staging: Path) -> None:
     """Replace a small file by way of `staging`, a folder of the same file system; readers see the old or the new."""
     staged = staging / f".{os.urandom(8).hex()}"
-    write_file(staged, [data])
-    with refusals(path):
-        os.replace(staged, path)
-        _sync(path.parent)
+    try:
+        write_file(staged, [data])
+        with refusals(path):
+            os.replace(staged, path)
+            _sync(path.parent)
+    except DiskError as error:
+        error.where = str(path)  # nobody knows the other name
+        with contextlib.suppress(OSError):
+            os.unlink(staged)
+        raise
 
 
 def remove(path: Path) -> None:

@@ -20,11 +20,17 @@ JOINERS = "\u200c\u200d"  # not printable on their own, but part of how Persian 
 
 
 def format_of(path: Path) -> str:
-    """The format that the ending of a heat map's file asks for. Raises UsageError, MissingExtra (`report`)."""
+    """The format that the ending of a heat map's file asks for.
+
+    Raises UsageError where no heat map could be written to it, MissingExtra (`report`).
+    """
     ending = path.suffix.lstrip(".").lower()
     if ending not in FORMATS:
         written = f"a {path.suffix} file" if path.suffix else "a file without an ending"
         raise UsageError(f"cannot draw {written}", where=str(path), cure=f"end its name in .{', .'.join(FORMATS)}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "a folder stands where the heat map goes" if path.is_dir() else "there is no folder for the heat map"
+        raise UsageError(what, where=str(path), cure="choose another place, or make its folder first")
     missing = [name for module, name in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise MissingExtra("a heat map", " and ".join(missing), "report")
