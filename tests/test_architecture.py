@@ -17,12 +17,12 @@ from lorashelf import errors
 SOURCE = Path(lorashelf.__file__).parent
 FLOORS = [  # a module may import from lower floors, and from those before it on its own
     ["version", "early", "errors", "registry", "digest", "parallel"],
-    ["adapter", "atomic", "tensorfile", "matching", "peft_config", "peft_format"],
+    ["adapter", "atomic", "locks", "tensorfile", "matching", "peft_config", "peft_format"],
     ["algebra"],
     ["similarity"],
     ["merging.parameters", "merging.methods", "merging.factor", "merging.exact", "merging.merge", "merging"],
     ["policy", "partition", "d2c"],
-    ["recipe", "manifest", "history", "snapshot", "shelf"],
+    ["recipe", "manifest", "history", "timeline", "snapshot", "shelf"],
     [
         "tasks",
         "prompt",
@@ -69,6 +69,7 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
         "cli.filling",
         "cli.base",
         "cli.shelves",
+        "cli.history",
         "cli.clustering",
         "cli.adapters",
         "cli.evaluation",
@@ -103,7 +104,7 @@ LATE = {  # import inside a function → why
     ("metrics.tokens", "unidic_lite"): "likewise",
     ("metrics.tokens", "jieba"): "extra `metrics`; only for Chinese",
     ("train", "importlib.metadata"): "a mail parser's worth of imports",
-    ("shelf", "filelock"): "only writers need it, and it costs a third of the start",
+    ("locks", "filelock"): "only writers need it, and it costs a third of the start",
     ("journal", "filelock"): "only with an output folder",
     ("cli.adapters", "report.heatmap"): "only with --plot",
     ("backends.base_model", "torch"): "extra `llm`",

@@ -413,16 +413,29 @@ def test_remove_with_another_adapter_is_refused(shelf: Path, zoo: dict[str, Path
     assert tree(shelf) == before
 
 
-def test_undo_twice_is_redo_and_the_log_tells(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_undo_and_redo_tell_what_they_did_and_the_log_where_they_went(
+    shelf: Path, zoo: dict[str, Path], run: Run
+) -> None:
     run("add", shelf, zoo["a-x"], zoo["b-x"])
     full = run("ls", shelf)[1]["slots"]
-    code, document = run("undo", shelf)
+    code, undone = run("undo", shelf)
     assert code == 0
-    assert document["changed"] == ["b-x"]
-    assert run("undo", shelf)[0] == 0
+    assert (undone["changed"], undone["left"], undone["returned"]) == (["b-x"], ["b-x"], [])
+    assert (undone["undo"], undone["redo"]) == (0, 1)
+    code, redone = run("redo", shelf)
+    assert code == 0
+    assert (redone["changed"], redone["left"], redone["returned"]) == (["b-x"], [], ["b-x"])
+    assert (redone["undo"], redone["redo"]) == (1, 0)
     assert run("ls", shelf)[1]["slots"] == full
-    operations = [entry["operation"] for entry in run("log", shelf)[1]]
-    assert operations == ["init", "add", "add", "undo", "undo"]
+    log = run("log", shelf)[1]
+    assert [entry["operation"] for entry in log] == ["init", "add", "add", "undo", "redo"]
+    assert [entry.get("to") for entry in log[3:]] == [log[1]["id"], log[2]["id"]] == [undone["to"], redone["to"]]
+    rows = [text.split() for text in run("log", shelf, as_json=False)[1].splitlines()]
+    assert [[row[0], row[2], row[-2]] for row in rows[-2:]] == [["#3", "undo", "#1"], ["#4", "redo", "#2"]]
+    assert run("redo", shelf)[0] == 4
+    text = run("undo", shelf, as_json=False)[1]
+    assert f"at #1 (add a-x, {undone['to'][:15]}…); left: b-x; 0 more to undo, 1 to redo" in text
+    assert "back: b-x; 1 more to undo, 0 to redo" in run("redo", shelf, as_json=False)[1]
 
 
 def test_undo_says_which_tasks_are_served_otherwise(
@@ -436,8 +449,8 @@ def test_undo_says_which_tasks_are_served_otherwise(
     document = run("undo", shelf)[1]
     assert document["changed"] == sorted(folded["members"])  # who shares the slot is served as before again
     assert document["slots"] == [folded["slot"]]
-    text = run("undo", shelf, as_json=False)[1]
-    assert f"tasks changed: {', '.join(document['changed'])};" in text
+    text = run("redo", shelf, as_json=False)[1]
+    assert f"back: b-x; changed: {', '.join(t for t in document['changed'] if t != 'b-x')};" in text
 
 
 def test_undo_to_a_state_that_is_not_kept_is_refused(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
@@ -594,7 +607,7 @@ def test_every_command_has_an_example_in_its_help(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["--help"])
     commands = re.findall(r"^│ (\w+)  ", capsys.readouterr().out, re.MULTILINE)
-    assert len(commands) == 20
+    assert len(commands) == 21
     for command in commands:
         with pytest.raises(SystemExit):
             main([command, "--help"])

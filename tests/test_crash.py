@@ -47,7 +47,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], C
 def killed(name: str, base: Path, out: Path, *options: str) -> Left:
     """What the killed processes left, in order; the last one lived to acknowledge."""
     command = [sys.executable, child.__file__, name, str(base), str(out), *options]
-    ran = subprocess.run(command, env={**os.environ, **ONE_THREAD}, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, env={**os.environ, **ONE_THREAD}, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     for point in json.loads(ran.stdout):
         yield f"killed before call {point}", picture(out / point), out / point

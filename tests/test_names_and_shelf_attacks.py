@@ -73,7 +73,7 @@ def words_of(shelf: Shelf, *commands: str) -> list[list[object]]:
 
 
 SOME = ("add", "verify")
-EVERY = ("add", "remove", "undo", "gc", "ls", "log", "route", "verify")
+EVERY = ("add", "remove", "undo", "redo", "gc", "ls", "log", "route", "verify")
 
 
 def refused(shelf: Shelf, kind: type[ShelfError], *fragments: str, commands: tuple[str, ...] = SOME) -> None:
@@ -267,8 +267,8 @@ LINKED: dict[str, Callable[[Shelf], Path]] = {
 }
 
 FOLLOWED_BY: dict[str, tuple[str, ...]] = {  # where it is not all commands that would follow the link
-    "log.jsonl": ("add", "remove", "undo", "gc", "log"),
-    "lock": ("add", "remove", "undo", "gc"),
+    "log.jsonl": ("add", "remove", "undo", "redo", "gc", "log"),
+    "lock": ("add", "remove", "undo", "redo", "gc"),
     "an object": ("add", "route"),
     "a config": ("add",),
     "tensors": ("add",),
@@ -798,7 +798,7 @@ def test_a_log_that_is_a_folder_stops_writers_and_is_reported(shelf: Shelf) -> N
     (shelf.path / "log.jsonl").unlink()
     (shelf.path / "log.jsonl").mkdir()
     assert ["log.jsonl" in problem for problem in shelf.verify()] == [True]
-    refused_by(("add", "remove", "undo", "gc", "log", "verify"), shelf, "log.jsonl")
+    refused_by(("add", "remove", "undo", "redo", "gc", "log", "verify"), shelf, "log.jsonl")
 
 
 # two writers ---------------------------------------------------------------------------------------------------------
@@ -856,7 +856,7 @@ def test_while_another_process_writes_one_waits_and_is_told_and_readers_read(
             assert caught.value.exit_code == 4
             for fragment in ("another writer holds this shelf", f"where: {shelf.path / 'lock'}", "cure:  wait"):
                 assert fragment in str(caught.value)
-        for words in words_of(shelf, "add", "remove", "undo", "gc"):
+        for words in words_of(shelf, "add", "remove", "undo", "redo", "gc"):
             code, said = command(*words)
             assert (code, "another writer holds this shelf" in said) == (4, True)
         for words in words_of(shelf, "ls", "log", "route", "verify"):

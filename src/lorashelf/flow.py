@@ -377,6 +377,10 @@ def _plan(
         recipe=settings.recipe.document(),
         budget=settings.budget.document(),
         cause={**cause, "time": PENDING_TIME, "version": VERSION},
+        state=None,
+        undo=(),
+        redo=(),
+        ended=snapshot.timeline.redo,
     )
     return Plan(snapshot.head, planned, writes, report, shrinks=shrinks)
 

@@ -30,18 +30,20 @@ class History:
             raise CorruptShelf(f"{FILE} is not a file", where=str(self.path), cure="move it away")
 
     def append(self, states: Iterable[tuple[str, Manifest]]) -> None:
-        """A line for each (id, manifest). A line that a crash tore is no history, its manifest is still there: it is
-        cut off. Raises CorruptShelf, DiskError.
+        """A line for each (id, manifest) that has none yet. A line that a crash tore off is cut off: its manifest is
+        still there. Raises CorruptShelf, DiskError.
         """
         atomic.no_links(self.path)
-        added = b"".join(line(identity, manifest) for identity, manifest in states)
-        atomic.append(self.path, added, keep=self._whole())
+        whole, added = self._with(states)
+        if added:
+            atomic.append(self.path, added, keep=len(whole))
 
-    def size(self, appended: bool) -> int:
-        """Bytes; once lines are `appended`, without what a crash tore off."""
-        if not self.path.exists():
-            return 0
-        return self._whole() if appended else self.path.lstat().st_size
+    def size(self, states: Iterable[tuple[str, Manifest]]) -> int:
+        """Bytes, once these states were appended."""
+        whole, added = self._with(states)
+        if not added:
+            return self.path.lstat().st_size if self.path.exists() else 0
+        return len(whole) + len(added)
 
     def entries(self) -> list[dict[str, Any]]:
         """The lines as documents, oldest first. Raises CorruptShelf for what is no entry, OSError."""
@@ -75,9 +77,12 @@ class History:
         for number in sorted(number for number, count in counts.items() if count > 1 or not 0 <= number <= head):
             yield f"{FILE}: sequence {number} cannot be, or stands in lines of several states"
 
-    def _whole(self) -> int:
-        """Where the last whole line ends."""
-        return self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0
+    def _with(self, states: Iterable[tuple[str, Manifest]]) -> tuple[bytes, bytes]:
+        """The whole lines, and the lines of those states that have none; the file is read only if there are states."""
+        states = list(states)
+        data = self.path.read_bytes() if states and self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        return whole, b"".join(line(i, manifest) for i, manifest in states if b'"id":"%s"' % i.encode() not in whole)
 
 
 def entry(identity: str, manifest: Manifest) -> dict[str, Any]:

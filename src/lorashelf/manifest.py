@@ -18,6 +18,7 @@ from .recipe import FORMAT
 
 PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of a digest's length, so sizes are exact
 PENDING_TIME = "0000-00-00T00:00:00Z"
+_STATES = ("undo", "redo", "ended")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,14 @@ class Manifest:
     """How many adapters ever arrived."""
     scores: tuple[float, ...] = ()
     """Scores of arrivals while a slot was free, for threshold = auto."""
+    state: str | None = None
+    """Of an undo or a redo: the manifest whose content this one has again. None: the content is this one's own."""
+    undo: tuple[str, ...] = ()
+    """With `state`: the states before it that can be reached, nearest first."""
+    redo: tuple[str, ...] = ()
+    """With `state`: the states after it that can be reached, nearest first."""
+    ended: tuple[str, ...] = ()
+    """The states that could be redone until this change."""
 
     def document(self) -> dict[str, Any]:
         """The JSON document that is stored."""
@@ -105,7 +114,15 @@ class Manifest:
             "arrived": self.arrived,
             "scores": list(self.scores),
             "cause": dict(self.cause),
+            **self._line(),
         }
+
+    def _line(self) -> dict[str, Any]:
+        """The optional keys about undo and redo, where there is something to say."""
+        ended = {"ended": list(self.ended)} if self.ended else {}
+        if self.state is None:
+            return ended
+        return {"state": self.state, "undo": list(self.undo), "redo": list(self.redo), **ended}
 
     def encode(self) -> bytes:
         """Canonical JSON, UTF-8, no newline."""
@@ -131,6 +148,8 @@ class Manifest:
                 tasks=document["tasks"],
                 arrived=document["arrived"],
                 scores=tuple(document["scores"]),
+                state=document.get("state"),
+                **{name: tuple(document.get(name, ())) for name in _STATES},
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptShelf(f"manifest cannot be read: {error!r}", where=where, cure="lorashelf verify") from error
@@ -172,6 +191,9 @@ def _faults(document: dict[str, Any]) -> Iterator[str]:
         yield "format"
     if not (parent is None or is_digest(parent)):
         yield "parent"
+    yield from (name for name in _STATES if not _are_digests(document.get(name, [])))
+    if not (is_digest(document["state"]) if "state" in document else {"undo", "redo"}.isdisjoint(document)):
+        yield "state"
     if not (base is None or (type(base["name"]) is str and isinstance(base["revision"], str | None))):
         yield "base"
     if not {"slots", "scores", "tasks"}.isdisjoint(wrong):
@@ -214,6 +236,10 @@ def _slot_faults(slot: dict[str, Any]) -> Iterator[str]:
 def _is_record(entry: dict[str, Any]) -> bool:
     numbers = all(_number(entry[name]) for name in ("weight", "norm", "rank", "parameters"))
     return numbers and is_digest(entry["digest"]) and type(entry["task"]) is str
+
+
+def _are_digests(value: Any) -> bool:
+    return type(value) is list and all(map(is_digest, value))
 
 
 def _number(value: Any) -> bool:

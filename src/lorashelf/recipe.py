@@ -33,7 +33,7 @@ class Budget:
     slots: int
     bytes: int | None = None
     keep: int = 1
-    """How many predecessors of the head keep their objects, for undo."""
+    """How many other states undo and redo reach, and how many commits the path of a slot stays readable for."""
 
     def document(self) -> dict[str, Any]:
         """As in a manifest."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import atomic, history, recipe
 from .adapter import Adapter
@@ -24,13 +24,13 @@ from .errors import (
     NotReversible,
     OverBudget,
     ShelfError,
-    ShelfLocked,
     ShelfNotFound,
     StaleShelf,
     UnknownName,
     UsageError,
 )
-from .manifest import PENDING, PENDING_TIME, Manifest, Plan, manifest_id
+from .locks import WriterLock
+from .manifest import PENDING, PENDING_TIME, Manifest, Plan, Slot, manifest_id
 from .peft_format import write_files
 from .recipe import Settings
 from .snapshot import HEAD_BYTES, Snapshot, check_budget
@@ -39,6 +39,7 @@ from .version import VERSION
 LOCK_SECONDS = 10.0
 _FOLDERS = ("manifests", "objects", "tmp")
 Clock = Callable[[], datetime]
+T = TypeVar("T")
 
 
 def _now() -> datetime:
@@ -53,7 +54,7 @@ class Shelf:
         self.path = atomic.expanded(path)
         self._clock = clock
         self._history = history.History(self.path)
-        self._lock: Any = None
+        self._lock = WriterLock(self.path / "lock")
         with atomic.refusals(self.path, "read"):
             found = (self.path / "HEAD").exists()
         if not found:
@@ -117,24 +118,46 @@ class Shelf:
     # reading ----------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """The head, its manifest, the settings in force and the kept predecessors.
+        """The head, its manifest, the settings in force and the other kept manifests.
 
         Raises ShelfConfigError where shelf.toml contradicts the content, CorruptShelf, NewerFormat.
         """
         with atomic.refusals(self.path, "read"):
-            return self._snapshot()
+            while True:
+                head, manifest = self._head()
+                try:
+                    return self._snapshot(head, manifest)
+                except LorashelfError:
+                    if self._named_by_head() == head:
+                        raise  # else a writer was at work meanwhile
 
-    def _snapshot(self) -> Snapshot:
-        head, manifest = self._head()
+    def _snapshot(self, head: str, manifest: Manifest) -> Snapshot:
         no_links(self.path / recipe.FILE)
         settings = recipe.read_toml(self.path / recipe.FILE)
         self._check_settings(settings, manifest)
-        ancestors: dict[str, Manifest] = {}
-        parent = manifest.parent
+        kept: dict[str, Manifest] = {}
+        chain, parent = [manifest], manifest.parent
         while parent is not None and (found := self._manifest(parent)) is not None:
-            ancestors[parent] = found
+            kept[parent] = found
+            chain.append(found)
             parent = found.parent
-        return Snapshot(self.path, head, manifest, settings, ancestors)
+        for each in chain:
+            for identity in (each.state, *each.undo, *each.redo, *each.ended):
+                if identity and identity not in kept and (found := self._manifest(identity)) is not None:
+                    kept[identity] = found
+        return Snapshot(self.path, head, manifest, settings, kept, read_at=head)
+
+    def read(self, answer: Callable[[Snapshot], T]) -> T:
+        """What `answer`, which only reads, makes of the present snapshot; of a new one where a commit deleted files of
+        the first meanwhile. Raises as `snapshot` and `answer`.
+        """
+        while True:
+            snapshot = self.snapshot()
+            try:
+                return answer(snapshot)
+            except StaleShelf:
+                if not snapshot.stale:
+                    raise
 
     def log(self) -> list[dict[str, Any]]:
         """Every operation since the shelf was made, oldest first: {id, sequence, operation, time, version} and, where
@@ -143,7 +166,7 @@ class Shelf:
         snapshot = self.snapshot()
         with atomic.refusals(self.path, "read"):
             entries = {told["id"]: told for told in self._history.entries()}
-        for identity, manifest in [*snapshot.ancestors.items(), (snapshot.head, snapshot.manifest)]:
+        for identity, manifest in [*snapshot.kept.items(), (snapshot.head, snapshot.manifest)]:
             entries[identity] = history.entry(identity, manifest)
         return sorted(entries.values(), key=lambda entry: int(entry["sequence"]))
 
@@ -151,22 +174,34 @@ class Shelf:
         """Re-derive every hash from what is on disk; the problems found, in sentences. Changes nothing.
 
         Objects and manifests are hashed. log.jsonl and shelf.toml are not: the log is checked for states that are
-        missing, the settings for what cannot be.
+        missing, the settings for what cannot be. Where a commit was made meanwhile, the new head is checked.
         """
+        sound: set[Slot] = set()
+        while True:
+            try:
+                snapshot = self.snapshot()
+            except (ShelfError, DiskError) as error:
+                return [str(error)]
+            problems = self._problems(snapshot, sound)
+            if not problems or not snapshot.stale:
+                return problems
+
+    def _problems(self, snapshot: Snapshot, sound: set[Slot]) -> list[str]:
+        """The problems of what must be there for a head; slots that are sound, or turn out to be, are read once."""
         problems: list[str] = []
-        try:
-            snapshot = self.snapshot()
-        except (ShelfError, DiskError) as error:
-            return [str(error)]
-        checked: set[str] = set()
-        for manifest in (snapshot.manifest, *snapshot.ancestors.values()):
+        seen: set[str] = set()
+        for manifest in (snapshot.manifest, *snapshot.retained().values()):
             for slot in manifest.slots:
-                if slot.object not in checked:
-                    checked.add(slot.object)
-                    problems += snapshot.problems(slot)
+                if slot.object in seen or slot in sound:
+                    continue
+                seen.add(slot.object)
+                if found := snapshot.problems(slot):
+                    problems += found
+                else:
+                    sound.add(slot)
         try:
             with atomic.refusals(self.path, "read"):
-                problems += self._history.problems({snapshot.head: snapshot.manifest, **snapshot.ancestors})
+                problems += self._history.problems({snapshot.head: snapshot.manifest, **snapshot.kept})
         except (ShelfError, DiskError) as error:
             problems.append(f"{error.what}; {error.where}; {error.cure}")
         return problems
@@ -175,23 +210,10 @@ class Shelf:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the writer's lock; may be nested. Raises ShelfLocked after 10 seconds."""
-        import filelock  # here: readers never need it, and it costs a third of the start
-
-        no_links(self.path / "lock")
-        self._lock = self._lock or filelock.FileLock(self.path / "lock", timeout=LOCK_SECONDS)
-        with atomic.refusals(self.path / "lock"):
-            try:
-                self._lock.acquire()
-            except filelock.Timeout as error:
-                cure = "wait until the other writer is done, then try again"
-                where = str(self.path / "lock")
-                raise ShelfLocked("another writer holds this shelf", where=where, cure=cure) from error
-        try:
+        """Hold the writer's lock; may be nested in one thread. Raises ShelfLocked after 10 seconds."""
+        with self._lock.held(LOCK_SECONDS):
             self._ready()
             yield
-        finally:
-            self._lock.release()
 
     def commit(self, plan: Plan) -> str:
         """Carry a plan out; returns the new head. A refused plan changes nothing and returns the old one.
@@ -216,26 +238,35 @@ class Shelf:
                 return self._advance(plan.sealed(objects, _stamp(self._clock)))
 
     def undo(self, to: str | None = None) -> str:
-        """Commit the content of the head's parent (or of any kept manifest, by a prefix of its id) anew; returns the
-        new head.
+        """Commit the content of the state before (or of any kept manifest, by a prefix of its id) anew; returns the new
+        head.
 
-        Undoing an undo is redo. Raises NotReversible where the objects are gone, UnknownName.
+        As in an editor: n undos go n states back, `redo` goes forward, and a change ends what can be redone. Raises
+        NotReversible where no earlier state is kept or its objects are gone, UnknownName, UsageError.
         """
+        return self._restore("undo", to)
+
+    def redo(self) -> str:
+        """Commit the content that the latest undo left anew; returns the new head. Raises NotReversible."""
+        return self._restore("redo")
+
+    def _restore(self, operation: str, to: str | None = None) -> str:
         with self.writing():
             snapshot = self.snapshot()
-            target = _find(snapshot, to) if to else snapshot.manifest.parent
-            if target is None or target not in snapshot.ancestors:
-                cure = "raise budget.keep in shelf.toml to reach further back in future"
-                raise NotReversible("the state before is not kept any more", where=str(self.path), cure=cure)
-            content = snapshot.ancestors[target]
-            cause = {"operation": "undo", "to": target, "time": _stamp(self._clock), "version": VERSION}
+            line = snapshot.timeline
+            target = _find(snapshot, to) if to else _next(snapshot, operation)
+            moved = line.moved(target, snapshot.keep)
             restored = replace(
-                content,
+                snapshot.kept[target],
                 parent=snapshot.head,
                 sequence=snapshot.manifest.sequence + 1,
                 recipe=snapshot.settings.recipe.document(),
                 budget=snapshot.settings.budget.document(),
-                cause=cause,
+                cause={"operation": operation, "to": target, "time": _stamp(self._clock), "version": VERSION},
+                state=target,
+                undo=moved.undo,
+                redo=moved.redo,
+                ended=() if target in (*line.undo, *line.redo) else line.redo,
             )
             self._check_settings(snapshot.settings, restored)
             for slot in restored.slots:
@@ -246,7 +277,7 @@ class Shelf:
                 return self._advance(restored)
 
     def gc(self) -> list[str]:
-        """Delete what neither the head nor its kept predecessors reach; the relative paths deleted."""
+        """Delete what nothing reaches (docs/format.md); the relative paths deleted."""
         with self.writing():
             return [*self._sweep_staging(), *self._sweep(self.snapshot())]
 
@@ -262,19 +293,25 @@ class Shelf:
 
     def _head(self) -> tuple[str, Manifest]:
         """Read HEAD and its manifest; a writer may retire them in between, so look again."""
-        for _ in range(5):
-            no_links(self.path / "HEAD", *(self.path / folder for folder in _FOLDERS))
-            try:
-                head = (self.path / "HEAD").read_text().strip()
-            except PermissionError:
-                raise
-            except (OSError, UnicodeDecodeError) as error:
-                where, cure = str(self.path / "HEAD"), "write the id of a file under manifests/ into HEAD"
-                raise CorruptShelf(f"HEAD cannot be read: {error}", where=where, cure=cure) from error
+        before = None
+        while True:
+            head = self._named_by_head()
             if is_digest(head) and (manifest := self._manifest(head)) is not None:
                 return head, manifest
-        where, cure = str(self.path / "HEAD"), "write the id of a file under manifests/ into HEAD"
-        raise CorruptShelf(f"HEAD says {head[:80]!r}, which is no manifest here", where=where, cure=cure)
+            if head == before:
+                where, cure = str(self.path / "HEAD"), "write the id of a file under manifests/ into HEAD"
+                raise CorruptShelf(f"HEAD says {head[:80]!r}, which is not a manifest here", where=where, cure=cure)
+            before = head
+
+    def _named_by_head(self) -> str:
+        no_links(self.path / "HEAD", *(self.path / folder for folder in _FOLDERS))
+        try:
+            return (self.path / "HEAD").read_text().strip()
+        except PermissionError:
+            raise
+        except (OSError, UnicodeDecodeError) as error:
+            where, cure = str(self.path / "HEAD"), "write the id of a file under manifests/ into HEAD"
+            raise CorruptShelf(f"HEAD cannot be read: {error}", where=where, cure=cure) from error
 
     def _manifest_path(self, identity: str) -> Path:
         return self.path / "manifests" / f"{identity}.json"
@@ -328,8 +365,10 @@ class Shelf:
         atomic.remove(staged)
         atomic.write_file(staged, [data])
         atomic.publish(staged, self._manifest_path(identity))
+        self._lock.check()
         atomic.replace_file(self.path / "HEAD", f"{identity}\n".encode(), self.path / "tmp")
         with contextlib.suppress(LorashelfError, OSError):  # committed all the same: the next writer sweeps again
+            self._lock.check()
             self._sweep(self.snapshot())
         return identity
 
@@ -340,6 +379,7 @@ class Shelf:
             yield
         except BaseException:
             with contextlib.suppress(LorashelfError, OSError):
+                self._lock.check()  # else what lies there may be another writer's
                 self._sweep_staging()
                 self._sweep(self.snapshot())
             raise
@@ -352,15 +392,14 @@ class Shelf:
         return [f"tmp/{path.name}" for path in left]
 
     def _sweep(self, snapshot: Snapshot) -> list[str]:
-        """Log and delete manifests beyond `keep`, then objects that the rest does not reach."""
-        chain = list(snapshot.ancestors.items())
-        window = [(snapshot.head, snapshot.manifest), *chain[: snapshot.settings.budget.keep]]
-        kept = {identity for identity, _ in window}
-        reached = {slot.object for _, manifest in window for slot in manifest.slots}
-        gone = []
-        leaving = chain[snapshot.settings.budget.keep :]
+        """Log the manifests beyond `keep`, then delete what nothing reaches: manifests, then objects."""
+        retained = snapshot.retained()
+        leaving = list(snapshot.ancestors.items())[snapshot.keep :]
         if leaving:
             self._history.append(reversed(leaving))
+        kept = {snapshot.head, *retained}
+        reached = {slot.object for manifest in (snapshot.manifest, *retained.values()) for slot in manifest.slots}
+        gone = []
         for path in sorted((self.path / "manifests").iterdir()):
             if path.name.removesuffix(".json") not in kept:
                 atomic.remove(path)
@@ -374,13 +413,35 @@ class Shelf:
         return gone
 
 
+def _next(snapshot: Snapshot, operation: str) -> str:
+    """The state that an undo or a redo without --to leads to."""
+    line = snapshot.timeline
+    states = line.undo if operation == "undo" else line.redo
+    if states:
+        return states[0]
+    where = str(snapshot.path)
+    if operation == "redo":
+        raise NotReversible("there is nothing to redo", where=where, cure="redo takes back an undo, until a change")
+    if snapshot.manifest.sequence == 0:
+        raise NotReversible("there is nothing to undo", where=where, cure="nothing was done on this shelf yet")
+    cure = f"undo reaches {snapshot.keep} state(s) back; lorashelf set SHELF --keep N reaches further in future"
+    raise NotReversible("no earlier state is kept", where=where, cure=cure)
+
+
 def _find(snapshot: Snapshot, prefix: str) -> str:
-    found = [identity for identity in snapshot.ancestors if identity.startswith(prefix)]
+    """The state that a kept manifest has, by a prefix of the manifest's id."""
+    every = {**snapshot.kept, snapshot.head: snapshot.manifest}
+    found = [identity for identity in every if identity.startswith(prefix)]
     if len(found) > 1:
         raise UsageError(f"{prefix!r} begins several kept manifests", cure=f"say more of it: {', '.join(found)}")
     if not found:
-        raise UnknownName("kept manifest", prefix, list(snapshot.ancestors), where=str(snapshot.path))
-    return found[0]
+        raise UnknownName("kept manifest", prefix, list(every), where=str(snapshot.path))
+    (identity,) = found
+    own = every[identity].state
+    state = own if own and own in snapshot.kept else identity
+    if snapshot.timeline.state in (state, identity):
+        raise UsageError(f"{identity} is the state that the shelf has", cure="name another one: lorashelf log SHELF")
+    return state
 
 
 def _stamp(clock: Clock) -> str:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .adapter import WIDTHS, Adapter
 from .algebra import energies_hold
 from .atomic import no_links, refusals
-from .errors import AdapterFormatError, CorruptShelf, DiskError, LorashelfError, OverBudget, UnknownName
+from .errors import AdapterFormatError, CorruptShelf, DiskError, LorashelfError, OverBudget, StaleShelf, UnknownName
 from .history import FILE as LOG
 from .history import History
-from .history import line as log_line
 from .manifest import PENDING, Manifest, Plan, Slot
 from .peft_format import CONFIG_FILE, TENSOR_FILE, encode, object_digest, read_adapter
 from .recipe import Settings
+from .timeline import Timeline, timeline
 
 HEAD_BYTES = 68  # a digest and a newline
 _SWEPT = ("HEAD", LOG, "manifests", "objects", "tmp")  # what a commit rewrites or sweeps
@@ -33,10 +34,50 @@ class Snapshot:
     head: str
     manifest: Manifest
     settings: Settings
-    ancestors: Mapping[str, Manifest]
-    """The kept predecessors of the head, nearest first."""
+    kept: Mapping[str, Manifest]
+    """The manifests beside the head's that are there still: its predecessors, and where undo and redo lead."""
     pending: Mapping[int, Adapter] = field(default_factory=dict)
     """Contents of slots that are planned, not written: what a dry run of several adds goes on from."""
+    read_at: str = ""
+    """What HEAD named when the shelf was read; the head itself unless that is planned."""
+
+    @property
+    def keep(self) -> int:
+        """How many other states undo and redo reach at most, and how many commits a path stays readable for."""
+        return self.settings.budget.keep
+
+    @property
+    def ancestors(self) -> Mapping[str, Manifest]:
+        """The kept predecessors of the head, nearest first."""
+        found: dict[str, Manifest] = {}
+        parent = self.manifest.parent
+        while parent is not None and parent in self.kept:
+            found[parent] = self.kept[parent]
+            parent = found[parent].parent
+        return found
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where undo and redo lead."""
+        return timeline(self.head, self.manifest, self.kept, self.keep)
+
+    @property
+    def stale(self) -> bool:
+        """Whether HEAD names another head by now, so that files of this snapshot may be gone."""
+        with contextlib.suppress(OSError, ValueError):
+            return (self.path / "HEAD").read_text().strip() != self.read_at
+        return False
+
+    @contextlib.contextmanager
+    def _standing(self) -> Iterator[None]:
+        """Raise StaleShelf for a failure to read what a later commit may have deleted."""
+        try:
+            yield
+        except (CorruptShelf, DiskError) as error:
+            if not self.stale:
+                raise
+            cure = "run it again, or raise keep: lorashelf set SHELF --keep N"
+            raise StaleShelf("the shelf changed while it was read", where=str(self.path), cure=cure) from error
 
     def slot_path(self, slot: Slot) -> Path:
         """The PEFT folder of a slot, absolute. Raises CorruptShelf if a link stands there."""
@@ -48,14 +89,15 @@ class Snapshot:
         """A slot's content as it is stored, read lazily. Raises CorruptShelf."""
         if slot.slot in self.pending:
             return self.pending[slot.slot]
-        with refusals(self.path, "read"):
-            path = self.slot_path(slot)
-        try:
-            adapter = read_adapter(path, check_values=False)
-        except AdapterFormatError as error:
-            raise CorruptShelf(
-                f"slot {slot.slot}: {error.what}", where=str(path), cure="lorashelf verify, then undo"
-            ) from error
+        with self._standing():
+            with refusals(self.path, "read"):
+                path = self.slot_path(slot)
+            try:
+                adapter = read_adapter(path, check_values=False)
+            except AdapterFormatError as error:
+                raise CorruptShelf(
+                    f"slot {slot.slot}: {error.what}", where=str(path), cure="lorashelf verify, then undo"
+                ) from error
         if len(slot.energies) == len(adapter.modules):
             adapter.modules.energies = dict(zip(adapter.modules, slot.energies, strict=True))
         return adapter
@@ -73,12 +115,13 @@ class Snapshot:
         for slot in slots:
             if slot.slot in self.pending:
                 continue
-            with refusals(self.path, "read"):
-                path = self.slot_path(slot)
-                found = object_digest(path)
-            if found != slot.object:
-                what = f"slot {slot.slot}: the bytes of objects/{slot.object} have changed"
-                raise CorruptShelf(what, where=str(path), cure="lorashelf verify, then undo")
+            with self._standing():
+                with refusals(self.path, "read"):
+                    path = self.slot_path(slot)
+                    found = object_digest(path)
+                if found != slot.object:
+                    what = f"slot {slot.slot}: the bytes of objects/{slot.object} have changed"
+                    raise CorruptShelf(what, where=str(path), cure="lorashelf verify, then undo")
 
     def problems(self, slot: Slot) -> list[str]:
         """What is wrong with the object of a slot, in sentences: its bytes, their number, their energies."""
@@ -107,7 +150,7 @@ class Snapshot:
             self,
             head=f"b2-{plan.manifest.sequence:064d}",  # no manifest's id, but as long as one
             manifest=plan.manifest,
-            ancestors={self.head: self.manifest, **self.ancestors},
+            kept={self.head: self.manifest, **self.kept},
             pending={**self.pending, **plan.writes},
         )
 
@@ -121,25 +164,45 @@ class Snapshot:
 
         To know an object that is there already it has to be `hashed`; without, at least as many bytes.
         """
-        history = [(self.head, self.manifest), *self.ancestors.items()]
-        window, leaving = history[: self.settings.budget.keep], history[self.settings.budget.keep :]
-        unwritten = [slot for slot in plan.manifest.slots if slot.slot not in plan.writes]
-        slots = [*unwritten, *(slot for _, manifest in window for slot in manifest.slots)]
-        objects: dict[object, int] = {
-            slot.object if slot.object != PENDING else (slot.slot, slot.merged): slot.bytes for slot in slots
-        }
+        objects: dict[object, int] = {}
         for slot in plan.manifest.slots:
             if slot.slot in plan.writes:
                 objects[encode(plan.writes[slot.slot]).digest() if hashed else (slot.slot,)] = slot.bytes
+            else:
+                objects[_key(slot)] = slot.bytes
+        after = self.after(plan)
+        return after._size(after._retained(objects), objects)
+
+    def retained(self) -> dict[str, Manifest]:
+        """The manifests that stay beside the head, with their objects: where undo and redo lead, `keep` predecessors,
+        and for `keep` commits what could be redone until a change, as far as the bytes have room.
+        """
+        return self._retained({slot.object: slot.bytes for slot in self.manifest.slots})
+
+    def _retained(self, objects: Mapping[object, int]) -> dict[str, Manifest]:
+        limit, line = self.settings.budget.bytes, self.timeline
+        recent = dict(islice(self.ancestors.items(), self.keep))
+        reached = {i: self.kept[i] for i in (line.state, *line.undo, *line.redo) if i in self.kept}
+        stay = {**recent, **reached}
+        for manifest in (self.manifest, *recent.values()):
+            for identity in manifest.ended:
+                if identity in self.kept and identity not in stay:
+                    more = {**stay, identity: self.kept[identity]}
+                    if limit is None or self._size(more, objects) <= limit:
+                        stay = more
+        return stay
+
+    def _size(self, stay: Mapping[str, Manifest], objects: Mapping[object, int]) -> int:
+        """Every byte under the shelf once it holds the head, whose objects are given, and the manifests that stay."""
+        leaving = list(self.ancestors.items())[self.keep :]
+        stored = {_key(slot): slot.bytes for manifest in stay.values() for slot in manifest.slots}
         others = {name: size for name, size in self._files().items() if name.parts[0] not in _SWEPT}
         return (
             sum(others.values())
             + HEAD_BYTES
-            + History(self.path).size(appended=bool(leaving))
-            + sum(len(log_line(identity, manifest)) for identity, manifest in leaving)
-            + len(plan.manifest.encode())
-            + sum(len(manifest.encode()) for _, manifest in window)
-            + sum(objects.values())
+            + History(self.path).size(leaving)
+            + sum(len(manifest.encode()) for manifest in (self.manifest, *stay.values()))
+            + sum({**stored, **objects}.values())
         )
 
     def _files(self) -> dict[Path, int]:
@@ -151,6 +214,11 @@ class Snapshot:
                 with contextlib.suppress(FileNotFoundError):
                     sizes[path.relative_to(self.path)] = path.lstat().st_size
         return sizes
+
+
+def _key(slot: Slot) -> object:
+    """What tells objects apart, those that are not written yet too."""
+    return slot.object if slot.object != PENDING else (slot.slot, slot.merged)
 
 
 def check_budget(snapshot: Snapshot, plan: Plan) -> None:

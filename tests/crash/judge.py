@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ def tidy(shelf: Shelf, predicted: int) -> None:
     """Fails if something is left that nothing reaches, if the bytes are not those told, if the log forgot something."""
     _sound(shelf)
     snapshot = shelf.snapshot()
-    window = {snapshot.head: snapshot.manifest, **snapshot.ancestors}
-    assert list(window) == [snapshot.head, snapshot.manifest.parent], "not exactly `keep` predecessors are there"
+    window = {snapshot.head: snapshot.manifest, **snapshot.kept}
+    assert set(window) == must_stay(shelf.path, snapshot.keep), "not exactly the states that must stay are there"
     reached = {f"manifests/{identity}.json" for identity in window}
     reached |= {f"objects/{slot.object}" for manifest in window.values() for slot in manifest.slots}
     held = {str(path.relative_to(shelf.path)) for path in shelf.path.glob("[mot]*/*")}
@@ -58,6 +59,23 @@ def tidy(shelf: Shelf, predicted: int) -> None:
     assert predicted == size, f"{predicted} bytes were predicted, {size} are there"
     logged = [entry["sequence"] for entry in shelf.log()]
     assert logged == list(range(snapshot.manifest.sequence + 1)), f"the log has {logged}"
+
+
+def must_stay(path: Path, keep: int) -> set[str]:
+    """The manifests of a shelf without a byte budget by docs/format.md, from the JSON documents alone."""
+    identity = (path / "HEAD").read_text().strip()
+    stay: set[str] = set()
+    reach: list[str] | None = None  # what undo and redo reach, once a manifest is met that lists it
+    for distance in range(keep + 1):
+        if identity is None:
+            break
+        document = json.loads((path / "manifests" / f"{identity}.json").read_text())
+        stay |= {identity, *document.get("ended", ())}
+        if reach is None and "state" in document:
+            reach = [document["state"], *document["undo"], *(document["redo"] if distance == 0 else ())]
+            stay |= set(reach[: keep + 1 - distance])
+        identity = document["parent"]
+    return stay
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class Case:
         assert found == self.after or not acknowledged, "what was acknowledged is lost"
 
     def follow(self, root: Path) -> list[Call]:
-        """The next writer: makes what is not there yet, else adds one more, then undoes it; its calls."""
+        """The next writer: makes what is not there yet, else adds one more, undoes, redoes and undoes it; its calls."""
         target = root / self.scene.target
         with watched(root, seed=1) as watcher:
             if not target.exists():
@@ -103,8 +121,11 @@ class Case:
             predicted = earlier.at_rest(plan)
             assert shelf.commit(plan) == head(target)
             tidy(shelf, predicted)
-            shelf.undo()
-            assert content(shelf) == before, "undo leads elsewhere"
+            added = content(shelf)
+            for move, wanted in ((shelf.undo, before), (shelf.redo, added), (shelf.undo, before)):
+                move()
+                assert content(shelf) == wanted, f"{move.__name__} leads elsewhere"
+                _sound(shelf)
         return watcher.calls
 
 

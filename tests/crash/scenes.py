@@ -91,6 +91,27 @@ def full_of_garbage(path: Path) -> None:
     (path / "tmp" / ".left" / "adapter_config.json").write_text("{")
 
 
+def left_by_an_undo(path: Path, keep: int = 1) -> None:
+    standing(keep=keep, a=A, b=B)(path).undo()
+
+
+def left_by_an_undo_of_two(path: Path) -> None:
+    left_by_an_undo(path, keep=2)
+
+
+def to_an_ended_line(path: Path) -> str:
+    """Undo --to a state that a change made unreachable for redo."""
+    shelf = Shelf(path, clock)
+    (ended,) = shelf.snapshot().manifest.ended
+    return shelf.undo(ended)
+
+
+def changed_after_an_undo(path: Path) -> None:
+    shelf = standing(a=A, b=B)(path)
+    shelf.undo()
+    add(shelf, {"c": C})
+
+
 def make_cluster(path: Path) -> None:
     named = {"a": A, "b": B, "c": C}
     Shelf.create_with(path, new_settings(2), lambda snapshot: plan_cluster(snapshot, named, method="random"), clock)
@@ -115,5 +136,9 @@ SCENES = {
     "remove frees a slot": Scene(planned(plan_remove, "a"), standing(a=A, b=B), later=A),
     "remove from the average": Scene(planned(plan_remove, "b", B), standing(slots=1, a=A, b=B)),
     "undo": Scene(lambda path: Shelf(path, clock).undo(), standing(a=A, b=B)),
+    "redo": Scene(lambda path: Shelf(path, clock).redo(), left_by_an_undo),
+    "a second undo": Scene(lambda path: Shelf(path, clock).undo(), left_by_an_undo_of_two),
+    "an add that ends what can be redone": Scene(arriving(d=D), left_by_an_undo),
+    "undo to a state off the line": Scene(to_an_ended_line, changed_after_an_undo),
     "gc": Scene(lambda path: Shelf(path, clock).gc(), full_of_garbage),
 }

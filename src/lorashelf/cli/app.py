@@ -17,7 +17,8 @@ from ..version import VERSION
 MODULES: Mapping[str, Sequence[str]] = MappingProxyType(
     {
         "filling": ("init", "add"),
-        "shelves": ("update", "remove", "route", "ls", "log", "verify", "undo", "gc"),
+        "shelves": ("update", "remove", "route", "ls"),
+        "history": ("log", "verify", "undo", "redo", "gc"),
         "clustering": ("cluster",),
         "adapters": ("show", "compare", "plan", "threshold", "merge"),
         "training": ("train",),

@@ -59,7 +59,7 @@ Threshold = Annotated[
 ]
 HeldOut = Annotated[Path | None, typer.Option("--held-out", help="Adapters whose median similarity is the threshold.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is drawn.")]
-Keep = Annotated[int, typer.Option("--keep", help="How many states back undo reaches.")]
+Keep = Annotated[int, typer.Option("--keep", help="How many other states undo and redo reach.")]
 Aliases = Annotated[
     list[str] | None, typer.Option("--base-alias", help="Another name of the same base model.", metavar="NAME")
 ]

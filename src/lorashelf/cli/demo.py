@@ -170,10 +170,10 @@ def _route_and_undo(console: Console, shelf: Shelf, task: str) -> None:
     before = len(snapshot.manifest.tasks)
     shelf.undo()
     console.print(
-        f"  undo: {before} tasks, now {len(shelf.snapshot().manifest.tasks)} (without {task}); undo again is redo:",
+        f"  undo: {before} tasks, now {len(shelf.snapshot().manifest.tasks)} (without {task}); redo:",
         markup=False,
     )
-    shelf.undo()
+    shelf.redo()
     problems = shelf.verify()
     console.print(
         f"  {len(shelf.snapshot().manifest.tasks)} tasks; verify: {'; '.join(problems) or 'ok'}", markup=False

@@ -1,4 +1,4 @@
-"""Commands on a shelf that stands: update, remove, route, ls, log, verify, undo, gc."""
+"""Commands on a shelf that stands: update, remove, route, ls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import typer
 
 from .. import router
 from ..flow import plan_remove, plan_update
-from ..manifest import Manifest
 from ..shelf import Shelf
 from . import arguments as arg
 from .output import show, size, table
@@ -68,11 +67,10 @@ def route(
     json: arg.Json = False,
 ) -> None:
     """Which slot serves a task, and where its PEFT folder lies."""
-    snapshot = Shelf(shelf).snapshot()
     if task is not None:
-        show(router.route(snapshot, task), json, lambda d: d["path"])
+        show(Shelf(shelf).read(lambda snapshot: router.route(snapshot, task)), json, lambda d: d["path"])
         return
-    rows = router.routes(snapshot)
+    rows = Shelf(shelf).read(router.routes)
     show(
         rows,
         json,
@@ -82,68 +80,7 @@ def route(
 
 def ls(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
     """The slots, what they hold, and what that saves."""
-    snapshot = Shelf(shelf).snapshot()
-    show(router.listing(snapshot), json, _listed)
-
-
-def log(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
-    """Every operation since the shelf was made."""
-    rows = Shelf(shelf).log()
-    columns = ["time", "operation", "task", "decision", "slot", "id"]
-    show(
-        rows,
-        json,
-        lambda d: table(columns, [[str(e.get(c, ""))[: 15 if c == "id" else None] for c in columns] for e in d]),
-    )
-
-
-def verify(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
-    """Check every object and kept manifest against its hash, every route, and that no state is missing from the log.
-
-    What is under no hash: the lines of log.jsonl, the settings of shelf.toml.
-    """
-    problems = Shelf(shelf).verify()
-    show({"ok": not problems, "problems": problems}, json, lambda d: "\n".join(d["problems"]) or "ok")
-    if problems:
-        raise typer.Exit(4)
-
-
-def undo(
-    shelf: arg.ShelfPath,
-    to: Annotated[
-        str | None, typer.Option("--to", help="A kept manifest's id, or its beginning; default: the one before.")
-    ] = None,
-    json: arg.Json = False,
-) -> None:
-    """Go back to the state before (as a new state: undo again is redo)."""
-    opened = Shelf(shelf)
-    with opened.writing():  # nobody commits in between
-        before = opened.snapshot()
-        head = opened.undo(to)
-        after = opened.snapshot()
-    served, served_before = _served(after.manifest), _served(before.manifest)
-    undone = sorted(t for t in served | served_before if served.get(t) != served_before.get(t))
-    document = {
-        "head": head,
-        "to": after.manifest.cause["to"],
-        "tasks": sorted(after.manifest.tasks),
-        "changed": undone,
-        "slots": _changed_slots(before.manifest, after.manifest),
-    }
-    reach = f"undo reaches {len(after.ancestors)} states back" if after.ancestors else "nothing further back is kept"
-    show(
-        document,
-        json,
-        lambda d: f"{shelf}: back at {d['to'][:15]}…, tasks changed: {', '.join(undone) or 'none'}; {reach}",
-    )
-
-
-def gc(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
-    """Delete what a killed command left behind."""
-    opened = Shelf(shelf)
-    gone = opened.gc()
-    document = {"head": opened.snapshot().head, "deleted": gone}
-    show(document, json, lambda d: "\n".join(gone) or "nothing to delete")
+    show(Shelf(shelf).read(router.listing), json, _listed)
 
 
 def _listed(document: dict[str, Any]) -> list[Any]:
@@ -163,14 +100,6 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _served(manifest: Manifest) -> dict[str, tuple[int, str, str]]:
-    """Task → what it is served by: slot, object, and the digest of its own adapter."""
-    return {t: (s.slot, s.object, manifest.tasks[t]["digest"]) for s in manifest.slots for t in s.members}
-
-
-def _changed_slots(before: Manifest, after: Manifest) -> list[int]:
-    """The slots that are not what they were, by id."""
-    return sorted({slot.slot for slot in set(before.slots) ^ set(after.slots)})
 
 
 def _precision(document: dict[str, Any]) -> str:
@@ -182,10 +111,6 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     remove: "lorashelf remove my.shelf gec-de --adapter adapters/gec-de",
     route: "lorashelf route my.shelf gec-de",
     ls: "lorashelf ls my.shelf",
-    log: "lorashelf log my.shelf",
-    verify: "lorashelf verify my.shelf",
-    undo: "lorashelf undo my.shelf",
-    gc: "lorashelf gc my.shelf",
 }
 
 

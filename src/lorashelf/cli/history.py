@@ -1,0 +1,137 @@
+"""Commands on a shelf's history: log, verify, undo, redo, gc."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import history
+from ..manifest import Manifest
+from ..shelf import Shelf
+from . import arguments as arg
+from .output import show, table
+
+
+def log(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
+    """Every operation since the shelf was made; `to` is the state that an undo or a redo led to."""
+    show(Shelf(shelf).log(), json, _logged)
+
+
+def verify(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
+    """Check every object and kept manifest against its hash, every route, and that no state is missing from the log.
+
+    What is under no hash: the lines of log.jsonl, the settings of shelf.toml.
+    """
+    problems = Shelf(shelf).verify()
+    show({"ok": not problems, "problems": problems}, json, lambda d: "\n".join(d["problems"]) or "ok")
+    if problems:
+        raise typer.Exit(4)
+
+
+def undo(
+    shelf: arg.ShelfPath,
+    to: Annotated[
+        str | None, typer.Option("--to", help="A kept manifest's id, or its beginning; default: the one before.")
+    ] = None,
+    json: arg.Json = False,
+) -> None:
+    """Go back to the state before; redo takes it back, until the next change."""
+    _restore(shelf, json, lambda opened: opened.undo(to))
+
+
+def redo(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
+    """Go forward again to the state that the latest undo left."""
+    _restore(shelf, json, Shelf.redo)
+
+
+def _restore(shelf: Path, json: bool, act: Callable[[Shelf], str]) -> None:
+    """Undo or redo, and what it did."""
+    opened = Shelf(shelf)
+    with opened.writing():  # nobody commits in between
+        before = opened.snapshot()
+        head = act(opened)
+        after = opened.snapshot()
+    served, served_before = _served(after.manifest), _served(before.manifest)
+    line = after.timeline
+    document = {
+        "head": head,
+        "to": line.state,
+        "tasks": sorted(after.manifest.tasks),
+        "changed": sorted(t for t in served | served_before if served.get(t) != served_before.get(t)),
+        "left": sorted(served_before.keys() - served.keys()),
+        "returned": sorted(served.keys() - served_before.keys()),
+        "slots": _changed_slots(before.manifest, after.manifest),
+        "undo": len(line.undo),
+        "redo": len(line.redo),
+    }
+    state = history.entry(line.state, after.kept.get(line.state, after.manifest))
+    show(document, json, lambda d: f"{shelf}: {_restored(d, state)}")
+
+
+def gc(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
+    """Delete what a killed command left behind."""
+    opened = Shelf(shelf)
+    gone = opened.gc()
+    document = {"head": opened.snapshot().head, "deleted": gone}
+    show(document, json, lambda d: "\n".join(gone) or "nothing to delete")
+
+
+def _logged(entries: list[dict[str, Any]]) -> Any:
+    """A row for every entry; a column for where they went only if there are undos."""
+    numbers = {entry["id"]: entry["sequence"] for entry in entries}
+    columns = ["time", "operation", "task", "decision", "slot"]
+    went = any("to" in entry for entry in entries)
+    rows = []
+    for entry in entries:
+        to = entry.get("to", "")
+        rows.append(
+            [
+                f"#{entry['sequence']}",
+                *(str(entry.get(column, "")) for column in columns),
+                *([f"#{numbers[to]}" if to in numbers else to[:15]] if went else []),
+                entry["id"][:15],
+            ]
+        )
+    return table([">", *columns, *(["to"] if went else []), "id"], rows)
+
+
+def _restored(document: dict[str, Any], state: dict[str, Any]) -> str:
+    """What an undo or a redo did, in a line; `state` is the log's entry of the state that it led to."""
+    came = f"{state['operation']} {state.get('task', '')}".rstrip()
+    both = {*document["left"], *document["returned"]}
+    told = {
+        "left": document["left"],
+        "back": document["returned"],
+        "changed": [task for task in document["changed"] if task not in both],
+    }
+    tasks = "; ".join(f"{what}: {', '.join(names)}" for what, names in told.items() if names) or "no task changed"
+    reach = f"{document['undo']} more to undo, {document['redo']} to redo"
+    return f"at #{state['sequence']} ({came}, {document['to'][:15]}…); {tasks}; {reach}"
+
+
+def _served(manifest: Manifest) -> dict[str, tuple[int, str, Mapping[str, Any]]]:
+    """Task → what it is served by: slot, object, and what is stored with the task."""
+    return {t: (s.slot, s.object, manifest.tasks[t]) for s in manifest.slots for t in s.members}
+
+
+def _changed_slots(before: Manifest, after: Manifest) -> list[int]:
+    """The slots that are not what they were, by id."""
+    return sorted({slot.slot for slot in set(before.slots) ^ set(after.slots)})
+
+
+_EXAMPLES: dict[Callable[..., None], str] = {
+    log: "lorashelf log my.shelf",
+    verify: "lorashelf verify my.shelf",
+    undo: "lorashelf undo my.shelf",
+    redo: "lorashelf redo my.shelf",
+    gc: "lorashelf gc my.shelf",
+}
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the commands of this module."""
+    for command, example in _EXAMPLES.items():
+        app.command(epilog=f"Example:  {example}", rich_help_panel="The shelf")(command)
