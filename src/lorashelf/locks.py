@@ -24,7 +24,7 @@ class WriterLock:
 
     @contextlib.contextmanager
     def held(self, seconds: float) -> Iterator[None]:
-        """Hold the lock. Raises ShelfLocked where another writer holds it for so long or may hold it by now, DiskError."""
+        """Hold the lock. Raises ShelfLocked where another writer holds it for so long, or may by now; DiskError."""
         import filelock  # here: readers never need it, and it costs a third of the start
 
         atomic.no_links(self.path)

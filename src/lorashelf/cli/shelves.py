@@ -100,8 +100,6 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     ]
 
 
-
-
 def _precision(document: dict[str, Any]) -> str:
     return "" if document["precision"] is None else f", to a relative precision of about {document['precision']:.1e}"
 
