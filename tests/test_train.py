@@ -634,15 +634,22 @@ class Terminal(io.StringIO):
 def test_progress_has_the_time_left_on_a_terminal_and_in_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = itertools.count(0, 30)
+    clock = itertools.count(0, 20)
     monkeypatch.setattr("lorashelf.cli.output.time.monotonic", lambda: next(clock))
     with Meter(10) as meter:
         for done in (3, 4, 5, 6):
             meter.at(done, f"a  step {done}", done != 5)
     assert capsys.readouterr().err.splitlines() == [
         "a  step 3  (3 of 10)",
-        "a  step 4  (4 of 10, 3 min 0 s left)",
-        "a  step 6  (6 of 10, 2 min 0 s left)",
+        "a  step 4  (4 of 10, 2 min 0 s left)",
+        "a  step 6  (6 of 10, 1 min 20 s left)",
+    ]
+    with Meter(10) as meter:
+        for done in range(1, 6):
+            meter.at(done, f"b  step {done}")
+    assert capsys.readouterr().err.splitlines() == [  # a line each half minute at least
+        "b  step 2  (2 of 10, 2 min 40 s left)",
+        "b  step 4  (4 of 10, 2 min 0 s left)",
     ]
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Meter(10) as meter:

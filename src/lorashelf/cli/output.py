@@ -99,6 +99,7 @@ class Meter:
     def __init__(self, total: int) -> None:
         self._total = total
         self._begun: tuple[int, float] | None = None
+        self._told = time.monotonic()
         self._bar: Progress | None = None
         self._row: TaskID | None = None
 
@@ -125,26 +126,24 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
-    def at(self, done: int, text: str, telling: bool) -> None:
-        """So much is done; `telling` marks what is worth a line where there is no terminal."""
+    def at(self, done: int, text: str, telling: bool = False) -> None:
+        """Show how far the work is: without a terminal as a line, if `telling` or if the last is half a minute old."""
         if self._bar is not None and self._row is not None:
             self._bar.update(self._row, completed=done, description=text)
             return
         now = time.monotonic()
         first, since = self._begun = self._begun or (done, now)
-        if telling:
+        if telling or now - self._told >= TELLING:
+            self._told = now
             left = "" if done == first else f", {duration((now - since) * (self._total - done) / (done - first))} left"
             note(f"{text}  ({done} of {self._total}{left})")
 
 
 def counted(items: Sequence[T], said: Callable[[T], str]) -> Iterator[T]:
     """The items, each said, with the time left on stderr: a bar on a terminal, else a line now and then."""
-    told = time.monotonic()
     with Meter(len(items)) as meter:
         for done, item in enumerate(items):
-            due = time.monotonic() - told >= TELLING
-            told = time.monotonic() if due else told
-            meter.at(done, said(item), due)
+            meter.at(done, said(item))
             yield item
 
 
