@@ -15,6 +15,7 @@ from lorashelf.backend import Loss, Pair, QuadraticBackend, mean_loss
 from lorashelf.clustering import cluster_by_loss
 from lorashelf.d2c import Block, search
 from lorashelf.errors import UsageError
+from lorashelf.journal import Journal
 from lorashelf.objective import Objective
 from lorashelf.tasks import Example, ExampleSet
 
@@ -250,6 +251,45 @@ def test_a_journal_of_other_settings_is_refused_by_name(tmp_path: Path, change: 
     with pytest.raises(UsageError, match=named):
         clustered(adapters, Counting(adapters), journal, **change)
     assert journal.read_bytes() == before
+
+
+@pytest.mark.parametrize("shape", [[], {}, "0.5", True])
+def test_a_loss_of_another_shape_is_measured_again(
+    tmp_path: Path, shape: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapters, file = related(5), tmp_path / "j.jsonl"
+    expected = clustered(adapters, Counting(adapters), file)
+    lines = [json.loads(line) for line in file.read_bytes().splitlines()]
+    file.write_bytes(b"")
+    journal = Journal(file)
+    for line in lines:
+        journal.put(line["unit"], shape if line is lines[-1] else line["result"])
+    backend = Counting(adapters)
+    assert clustered(adapters, backend, file).found == expected.found
+    assert backend.pairs == 1
+    assert caplog.text.count("of another shape") == 1
+
+
+@pytest.mark.parametrize("shape", [[], "settings", 3])
+def test_settings_of_another_shape_are_no_search_of_ours(tmp_path: Path, shape: object) -> None:
+    adapters, file = related(5), tmp_path / "j.jsonl"
+    clustered(adapters, Counting(adapters), file)
+    losses = [json.loads(line) for line in file.read_bytes().splitlines()][1:]
+    file.write_bytes(b"")
+    journal = Journal(file)
+    for unit, result in [({"what": "settings"}, shape), *((line["unit"], line["result"]) for line in losses)]:
+        journal.put(unit, result)
+    with pytest.raises(UsageError, match="cannot be read"):
+        clustered(adapters, Counting(adapters), file)
+
+
+def test_losses_whose_settings_are_damaged_are_not_taken_for_those_of_another_search(tmp_path: Path) -> None:
+    adapters, file = related(5), tmp_path / "j.jsonl"
+    clustered(adapters, Counting(adapters), file)
+    first, *others = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first.replace(b'"iterations":40', b'"iterations":41') + b"".join(others))
+    with pytest.raises(UsageError, match="which search"):
+        clustered(adapters, Counting(adapters), file, iterations=41)
 
 
 def test_a_journal_of_other_adapters_examples_or_merge_is_refused(tmp_path: Path) -> None:

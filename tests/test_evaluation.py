@@ -426,10 +426,14 @@ def test_tasks_of_other_examples_or_another_metric_are_left_out_and_it_is_said(w
 def test_what_is_no_evaluation_is_refused_with_all_its_faults(tmp_path: Path, world: World) -> None:
     for text in ("{", "[]", "{}", '{"tasks": 3}', "[" * 100_000):
         (tmp_path / "r.json").write_text(text)
-        with pytest.raises(UsageError, match="this is no evaluation"):
+        with pytest.raises(UsageError, match="this is not an evaluation"):
             read_result(tmp_path / "r.json")
-    with pytest.raises(UsageError, match="this is no evaluation"):
-        read_result(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    for absent in (tmp_path / "absent", tmp_path / "empty"):
+        with pytest.raises(UsageError, match="cannot be read: No such file or directory") as error:
+            read_result(absent)
+        assert str(absent) in str(error.value)
+        assert "Error" not in str(error.value)
     document = own_document(world)
     document["base"] = 3
     document["tasks"]["a-en"]["loss"] = math.nan
@@ -507,7 +511,7 @@ def test_what_a_result_depends_on_is_measured_again_when_it_changes(world: World
     assert len(backend.calls) == journal.written - before == again
 
 
-def test_lines_that_are_torn_or_altered_are_not_used(tmp_path: Path) -> None:
+def test_lines_that_are_torn_or_altered_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with opened(tmp_path / "out") as journal:
         for i in range(4):
             journal.put({"unit": i}, [[float(i), 1]])
@@ -517,10 +521,49 @@ def test_lines_that_are_torn_or_altered_are_not_used(tmp_path: Path) -> None:
     file.write_bytes(lines[0] + lines[1].replace(b"[[1,1]]", b"[[2,1]]") + b"[]\n{\n" + lines[2] + lines[3][:-9])
     with opened(tmp_path / "out") as journal:
         assert [journal.get({"unit": i}) for i in range(4)] == [[[0, 1]], None, [[2, 1]], None]
+        assert "passed over: 2, 3, 4\n" in caplog.text  # and not the torn one
         journal.put({"unit": 3}, ["ü\u2028"])
     with opened(tmp_path / "out") as journal:
         assert journal.get({"unit": 2}) == [[2, 1]]
         assert journal.get({"unit": 3}) == ["ü\u2028"]
+
+
+SHAPES = ["", {}, [], None, 1, "one too many"]  # beside those of one entry: another journal's, another version's
+LOSSES = [[], [1.0], [1.0, 0], ["1", 1], [1.0, True], [1.0, 2, 3], {}, 3, "a"]
+
+
+@pytest.fixture(scope="module")
+def units(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The lines of the journal of an evaluation."""
+    folder = tmp_path_factory.mktemp("units") / "out"
+    with opened(folder) as journal:
+        evaluate(world.backend, world.own, world.tasks, journal=journal)
+    return [json.loads(line) for line in (folder / "journal.jsonl").read_bytes().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("what", "shape"),
+    [
+        *((what, shape) for what in ("loss", "answers") for shape in SHAPES),
+        *(("loss", [entry] * 4) for entry in LOSSES),
+        *(("answers", [entry] * 4) for entry in ([], {}, 3, None)),
+    ],
+    ids=str,
+)
+def test_a_result_of_another_shape_is_measured_again_with_a_notice(
+    world: World, units: list[dict[str, Any]], caplog: pytest.LogCaptureFixture, what: str, shape: Any
+) -> None:
+    journal, right = Journal(), Journal()
+    changed = next(unit for unit in units if unit["unit"]["what"] == what)
+    for unit in units:
+        wrong = [*unit["result"], unit["result"][0]] if shape == "one too many" else shape
+        journal.put(unit["unit"], wrong if unit is changed else unit["result"])
+        right.put(unit["unit"], unit["result"])
+    written = journal.written
+    again = evaluate(world.backend, world.own, world.tasks, journal=journal)
+    assert journal.written == written + 1
+    assert again.document() == evaluate(world.backend, world.own, world.tasks, journal=right).document()
+    assert caplog.text.count("of another shape") == (shape is not None)
 
 
 def test_ctrl_c_keeps_what_is_done(
@@ -737,15 +780,15 @@ def test_all_faults_of_the_data_are_named_at_once() -> None:
         (["--tasks", ","], "names no task"),
         (["--split", "test"], "no examples in split 'test'"),
         (["--limit", "0"], "limit is 0"),
-        (["--own", "absent.json"], "this is no evaluation"),
-        (["--zero-shot", "absent.json"], "this is no evaluation"),
+        (["--own", "absent.json"], "cannot be read: No such file or directory"),
+        (["--zero-shot", "absent.json"], "cannot be read: No such file or directory"),
         (["absent"], "no adapter here"),
     ],
 )
 def test_bad_requests_end_before_the_model_is_opened(
     run: Run, common: list[object], monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
-    monkeypatch.setattr(HFBackend, "open", None)
+    monkeypatch.setattr("lorashelf.cli.base.open_base", None)
     code, document = run(*common, *words)
     assert (code, document["error"]["kind"] in ("usage", "unknown_name")) == (2, True)
     assert said in document["error"]["message"]
@@ -758,7 +801,7 @@ def test_a_missing_package_is_named_before_the_model_is_opened(
         raise MissingExtra("a ROUGE score", "rouge-score", "metrics")
 
     monkeypatch.setattr(module, "metric", absent)
-    monkeypatch.setattr(HFBackend, "open", None)
+    monkeypatch.setattr("lorashelf.cli.base.open_base", None)
     code, document = run(*common)
     assert (code, document["error"]["kind"]) == (2, "missing_extra")
     assert "lorashelf[metrics]" in document["error"]["cure"]

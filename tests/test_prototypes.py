@@ -91,14 +91,35 @@ def test_means_are_kept_by_embedder_and_examples(tmp_path: Path) -> None:
     assert other.asked == ["a", "aa", "b"]
 
 
-@pytest.mark.parametrize("torn", [b"", b"\x00\x00\x80", np.array([np.nan] * 3, "<f4").tobytes()])
-def test_a_torn_file_in_the_cache_is_made_again(tmp_path: Path, torn: bytes) -> None:
-    made = prototypes(Letters(), examples(a=["abc"]), tmp_path / "cache")
-    (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(torn)
-    again = prototypes(Letters(), examples(a=["abc"]), tmp_path / "cache")
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda whole: b"",
+        lambda whole: whole[:3],
+        lambda whole: whole[:4],  # whole values, fewer of them
+        lambda whole: whole[:8],
+        lambda whole: whole[:-1],
+        lambda whole: whole + b"\0",
+        lambda whole: bytes([whole[0] ^ 1]) + whole[1:],
+        lambda whole: np.array([np.nan] * 3, "<f4").tobytes() + whole[12:],
+    ],
+)
+def test_a_damaged_file_in_the_cache_is_made_again_with_a_notice(
+    tmp_path: Path, damaged: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = examples(a=["abc"], b=["b"])
+    made = prototypes(Letters(), shown, tmp_path / "cache")
+    files = {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
+    file, whole = next(iter(files.items()))
+    file.write_bytes(damaged(whole))
+    again = prototypes(Letters(), shown, tmp_path / "cache")
     assert np.array_equal(made.means, again.means)
-    assert file.read_bytes() == made.means.tobytes()
+    assert {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()} == files
+    assert caplog.text.count("is damaged and is made again") == 1
+    assert str(file) in caplog.text
+    caplog.clear()
+    prototypes(Letters(), shown, tmp_path / "cache")
+    assert caplog.text == ""
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:

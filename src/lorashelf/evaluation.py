@@ -15,6 +15,7 @@ and over tasks, "own" being each task's own adapter and "zero" the bare base:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -72,6 +73,14 @@ class Unit:
             "backend": backend.id,
             "max_new_tokens": self.task.max_new_tokens if self.what == "answers" else None,
         }
+
+    def fits(self, result: Any) -> bool:
+        """Whether a result has the shape of what `measured` gives."""
+        if not isinstance(result, list) or len(result) != len(self.examples.examples):
+            return False
+        if self.what == "answers":
+            return all(isinstance(answer, str) for answer in result)
+        return all(isinstance(loss, list) and len(loss) == 2 and _is_loss(*loss) for loss in result)
 
     def measured(self, backend: Backend) -> list[Any]:
         """[nll, tokens] of each example, or its answer."""
@@ -273,7 +282,7 @@ class Prepared:
     ) -> Evaluation:
         """The evaluation; see `evaluate`."""
         journal = Journal() if journal is None else journal
-        missing = [unit for r in self.ready for unit in r.units() if journal.get(unit.key(backend)) is None]
+        missing = [unit for r in self.ready for unit in r.units() if journal.get(unit.key(backend), unit.fits) is None]
         for unit in missing if watch is None else watch(missing):
             journal.put(unit.key(backend), unit.measured(backend))
         tasks, notes = {}, []
@@ -386,6 +395,10 @@ def _like_scored(mine: Mapping[str, Any], owns: Mapping[str, Mapping[str, Any]],
     if unlike:
         notes.append(f"the own evaluation scored {', '.join(unlike)} by another metric or length: left out of S")
     return {t: float(owns[t]["score"]) for t in both if t not in unlike}
+
+
+def _is_loss(nll: Any, tokens: Any) -> bool:
+    return type(nll) in (int, float) and math.isfinite(nll) and type(tokens) is int and tokens > 0
 
 
 def _cannot_start(faults: Sequence[str]) -> UsageError:

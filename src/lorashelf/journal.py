@@ -4,15 +4,17 @@
     lock            beside it, held by the evaluation that writes into this folder
 
 `unit` is a JSON document of everything the result depends on, `digest` that of [unit, result]. A result is found under
-exactly its unit, so other settings simply find nothing; a line that is torn or altered is passed over.
+exactly its unit, so other settings simply find nothing. A whole line that is altered or of another program is passed
+over with a warning, a torn last one without.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from .errors import UsageError
 
 FILE = "journal.jsonl"
 LOCK = "lock"
+_logger = logging.getLogger("lorashelf")
 _STAGED = re.compile(r"\.[0-9a-f]{16}")  # what atomic.replace_file leaves behind when it is killed
 
 
@@ -43,13 +46,19 @@ class Journal:
             self._read(kept)
 
     @property
-    def foreign(self) -> bool:
-        """Whether its file holds something, but no result of ours."""
-        return not self._results and self.kept is not None and self.kept.exists() and self.kept.stat().st_size > 0
+    def begun(self) -> bool:
+        """Whether its file holds anything, be it a result or not."""
+        return self.kept is not None and self.kept.exists() and self.kept.stat().st_size > 0
 
-    def get(self, unit: Mapping[str, Any]) -> Any:
-        """The result of a unit, or None."""
-        return self._results.get(canonical_json(unit))
+    def get(self, unit: Mapping[str, Any], fits: Callable[[Any], bool] = lambda _: True) -> Any:
+        """The result of a unit, or None; one that does not fit is dropped with a warning."""
+        found = self._results.get(canonical_json(unit))
+        if found is None or fits(found):
+            return found
+        where, named = self.kept or "the journal", canonical_json(unit).decode()
+        _logger.warning("%s: a result is of another shape and is measured again: %s", where, named)
+        del self._results[canonical_json(unit)]
+        return None
 
     def put(self, unit: Mapping[str, Any], result: Any) -> None:
         """Keep the result of a unit; it is on the disk when this returns. Raises DiskError."""
@@ -64,11 +73,16 @@ class Journal:
         with atomic.refusals(path, "read"):
             data = path.read_bytes() if path.exists() else b""
         self._size = data.rfind(b"\n") + 1
-        for line in data[: self._size].splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                entry = json.loads(line)
-                if line == _line(entry["unit"], entry["result"]):
-                    self._results[canonical_json(entry["unit"])] = entry["result"]
+        faulty = []
+        for number, line in enumerate(data[: self._size].split(b"\n")[:-1], 1):
+            entry = _entry(line)
+            if entry is None:
+                faulty.append(number)
+            else:
+                self._results[canonical_json(entry["unit"])] = entry["result"]
+        if faulty:
+            shown = ", ".join(map(str, faulty[:5])) + (", …" if len(faulty) > 5 else "")
+            _logger.warning("%s: lines that are damaged or not of this program are passed over: %s", path, shown)
 
 
 @contextlib.contextmanager
@@ -123,3 +137,12 @@ def _make(folder: Path) -> None:
 def _line(unit: Any, result: Any) -> bytes:
     entry = {"digest": digest([canonical_json([unit, result])]), "unit": unit, "result": result}
     return canonical_json(entry) + b"\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None unless it is whole and of this program."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        entry: dict[str, Any] = json.loads(line)
+        if line + b"\n" == _line(entry["unit"], entry["result"]):
+            return entry
+    return None

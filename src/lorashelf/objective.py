@@ -7,6 +7,7 @@ asks for it again gets it from memory, and one that was interrupted from its jou
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Objective:
         self.asked += len(pairs)
         keys = [self._key(block, task) for block, task in pairs]
         for key in keys:
-            if key not in self.known and (kept := self._journal.get(_unit(key))) is not None:
+            if key not in self.known and (kept := self._journal.get(_unit(key), _is_loss)) is not None:
                 self.known[key] = kept
         missing = [key for key in dict.fromkeys(keys) if key not in self.known]
         if missing:
@@ -86,9 +87,10 @@ class Objective:
     def _resume(self, path: Path) -> Journal:
         """The journal of this very search, new or from before."""
         journal = Journal(path)
-        before = journal.get({"what": "settings"})
-        if before is None and journal.foreign:
-            raise UsageError("the journal cannot be read", where=str(path), cure="delete it, or name another")
+        before = journal.get({"what": "settings"}, lambda found: isinstance(found, dict))
+        if before is None and journal.begun:
+            what = "the journal cannot be read: it does not say which search it is of"
+            raise UsageError(what, where=str(path), cure="delete it, or name another")
         if before is None:
             journal.put({"what": "settings"}, self._settings)
             return journal
@@ -98,6 +100,10 @@ class Objective:
             what = f"the journal is of another search: {', '.join(differing)} differ"
             raise UsageError(what, where=str(path), cure="give the same settings, or delete it, or name another")
         return journal
+
+
+def _is_loss(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _unit(key: Key) -> dict[str, Any]:

@@ -7,6 +7,7 @@ confidences are softmax(cosine / TEMPERATURE) over the tasks; a slot's is the su
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from .tasks import ExampleSet, Task
 
 TEMPERATURE = 0.02  # of 0.02, 0.03 … 0.15 the likeliest on held-out training texts: docs/results.md
 MOST_EXAMPLES = 100  # of a task, drawn
+KEPT = ".prototype"  # a file of the cache: float32 values, little-endian, and their digest
+_logger = logging.getLogger("lorashelf")
 
 
 class Embedder(Protocol):
@@ -100,27 +103,36 @@ def choose(embedder: Embedder, known: Prototypes, snapshot: Snapshot, text: str)
 def _mean(embedder: Embedder, examples: ExampleSet, cache: Path | None) -> Matrix:
     """The mean representation of a task's texts, from the cache if it is there whole."""
     key = digest([canonical_json([embedder.embedding_id, examples.digest])])
-    file = None if cache is None else cache / f"{key}.f32"
-    kept = _kept(file)
-    if kept is not None:
+    file = None if cache is None else cache / f"{key}{KEPT}"
+    if (kept := _kept(file, examples.task)) is not None:
         return kept
     embedded = embedder.embed([example.input for example in examples.examples])
     mean = np.asarray(embedded.mean(axis=0), "<f4")
     if file is not None:
         with contextlib.suppress(DiskError):  # where nothing can be kept, it is computed again next time
             atomic.make_parents(file)
-            atomic.replace_file(file, mean.tobytes(), file.parent)
+            atomic.replace_file(file, _sealed(mean.tobytes()), file.parent)
     return mean
 
 
-def _kept(file: Path | None) -> Matrix | None:
+def _kept(file: Path | None, task: str) -> Matrix | None:
+    """The mean in a file of the cache; None where there is no such file, and with a warning where it is damaged."""
     if file is None or not file.exists():
         return None
     try:
-        mean = np.frombuffer(file.read_bytes(), "<f4")
-    except (OSError, ValueError):
+        data = file.read_bytes()
+    except OSError:
         return None
-    return mean if mean.size and np.isfinite(mean).all() else None
+    values = data[: -len(digest([]))]
+    if data != _sealed(values):
+        _logger.warning("the kept prototype of %s is damaged and is made again (%s)", task, file)
+        return None
+    return np.frombuffer(values, "<f4")
+
+
+def _sealed(values: bytes) -> bytes:
+    """The values and their digest."""
+    return values + digest([values]).encode()
 
 
 def _directions(vectors: Matrix) -> NDArray[np.float64]:

@@ -70,8 +70,14 @@ def read_result(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_bytes())
         tasks = dict(document["tasks"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"this is no evaluation: {error!r}", where=str(file), cure=cure) from error
+    except OSError as error:
+        what = f"the earlier evaluation cannot be read: {error.strerror}"
+        raise UsageError(what, where=str(file), cure=cure) from error
+    except (ValueError, RecursionError) as error:
+        what = f"this is not an evaluation: it is not JSON ({error})"
+        raise UsageError(what, where=str(file), cure=cure) from error
+    except (KeyError, TypeError) as error:
+        raise UsageError("this is not an evaluation: it has no tasks", where=str(file), cure=cure) from error
     faults = [
         f"{name} is {document.get(name)!r}" for name, kind in _STATED.items() if not _is(document.get(name), kind)
     ]
@@ -85,7 +91,7 @@ def read_result(path: Path) -> dict[str, Any]:
         if known.get("score") is not None and not _is(known["score"], float):
             faults.append(f"{task}: score is {known['score']!r}")
     if faults:
-        raise UsageError("this is no evaluation: " + "; ".join(faults), where=str(file), cure=cure)
+        raise UsageError("this is not an evaluation: " + "; ".join(faults), where=str(file), cure=cure)
     return {**document, "tasks": {task: {"score": None, "metric": None, **entry} for task, entry in tasks.items()}}
 
 
