@@ -90,11 +90,73 @@ def test_a_linked_task_keeps_the_links_name(tmp_path: Path) -> None:
 
 
 def test_a_task_needs_a_prompt_and_known_fields(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no prompt"):
+    with pytest.raises(TaskDataError, match=r"task\.toml: the task has no prompt"):
         read_task(task_folder(tmp_path / "t", ['{"input": "a", "output": "b"}'], 'metric = "f1"\n'))
     (tmp_path / "x.toml").write_text('promt = "x"\nmax_new_tokens = true\n')
     with pytest.raises(UsageError, match=r"promt.*max_new_tokens"):
         read_task_file(tmp_path / "x.toml")
+
+
+LINE = '{"input": "a", "output": "b"}'
+FAULTS = {  # what is wrong → files of the folder, what is said, the cure
+    "no prompt": ({"task.toml": 'metric = "f1"\n'}, "no prompt", 'add prompt = "…" to task.toml'),
+    "unknown field": ({"task.toml": 'promt = "x"\nprompt = "x"\n'}, "unknown field 'promt'", "the fields are prompt"),
+    "mistyped field": ({"task.toml": "prompt = 3\n"}, "prompt is 3, not a string", "give prompt as a string"),
+    "no TOML": ({"task.toml": "prompt: x\n"}, "is not TOML", "a line is name = value"),
+    "UTF-16 TOML": ({"task.toml": 'prompt = "x"'.encode("utf-16")}, "is not UTF-8", "save it as UTF-8"),
+    "no split": ({"train.jsonl": None}, "none of train.jsonl", "add train.jsonl"),
+    "an empty split": ({"train.jsonl": ""}, "train.jsonl is empty", "add lines to train.jsonl"),
+    "no JSON": ({"train.jsonl": "{\n"}, "line 1 is not JSON", 'a line is {"input"'),
+    "no object": ({"train.jsonl": "[]\n"}, "line 1 is not a JSON object", 'a line is {"input"'),
+    "no text": ({"train.jsonl": '{"input": 3, "output": "b"}\n'}, "'input' is 3", 'a line is {"input"'),
+    "references": (
+        {"train.jsonl": LINE[:-1] + ', "references": "c"}'},
+        "not a list of texts",
+        '"references" is a list',
+    ),
+    "half a pair": ({"train.jsonl": r'{"input": "\ud83d", "output": "b"}'}, "half a surrogate", "write the character itself"),
+    "UTF-16 lines": ({"train.jsonl": LINE.encode("utf-16")}, "is not UTF-8", "save it as UTF-8"),
+}
+
+
+def faulty_folder(folder: Path, files: dict[str, str | bytes | None]) -> Path:
+    task_folder(folder, [LINE])
+    for name, content in files.items():
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_every_kind_of_fault_has_its_own_cure_and_one_exit_code(tmp_path: Path, kind: str) -> None:
+    files, said, cure = FAULTS[kind]
+    faulty_folder(tmp_path / "tasks" / "a", files)
+    with pytest.raises(TaskDataError, match=re.escape(said)) as of_one:
+        read_task(tmp_path / "tasks" / "a")
+    faulty_folder(tmp_path / "tasks" / "b", files)
+    with pytest.raises(TaskDataError, match=re.escape(said)) as of_two:
+        read_tasks(tmp_path / "tasks")
+    assert len(of_two.value.faults) == 2
+    assert of_one.value.cure == of_two.value.cure  # once, not once per folder
+    assert str(of_one.value.cure).startswith(cure)
+    assert of_one.value.exit_code == of_two.value.exit_code == 5
+
+
+def test_cures_of_all_kinds_are_named_together(tmp_path: Path) -> None:
+    faulty_folder(tmp_path / "t", {"task.toml": "", "train.jsonl": "{\n"})
+    with pytest.raises(TaskDataError) as error:
+        read_task(tmp_path / "t")
+    assert len(error.value.faults) == 2
+    assert error.value.cure == 'add prompt = "…" to task.toml; a line is {"input": "…", "output": "…"}'
+
+
+@pytest.mark.parametrize("name", ["task.toml", "train.jsonl"])
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path, name: str) -> None:
+    folder = task_folder(tmp_path / "t", [LINE])
+    plain = read_task(folder)
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    assert read_task(folder) == plain
 
 
 def test_the_digest_follows_the_examples(tmp_path: Path) -> None:

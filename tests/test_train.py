@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,7 +28,7 @@ from lorashelf.curriculum import Curriculum, TrainSettings
 from lorashelf.errors import MissingExtra, ModelError, TaskDataError, UsageError
 from lorashelf.lesson import prepare
 from lorashelf.tasks import Example, ExampleSet, Task, read_tasks
-from lorashelf.train import RECORD_FILE, STATE_FOLDER, Moment, train, train_into
+from lorashelf.train import LOCK, RECORD_FILE, STATE_FOLDER, Moment, train, train_into
 from tiny_base import ARCHITECTURES, tiny_base
 
 ROOT = Path(__file__).parent.parent
@@ -365,12 +366,12 @@ def test_a_folder_of_tasks_is_trained_once(base: BaseModel, tmp_path: Path) -> N
     out = tmp_path / "new" / "out"
     with pytest.raises(KeyboardInterrupt):
         train_into(out, lessons, base, watch=lambda m: stopping_at(2)(m) if m.task == "b" else None)
-    assert sorted(path.name for path in out.iterdir()) == [STATE_FOLDER, "a"]
+    assert sorted(path.name for path in out.iterdir()) == [LOCK, STATE_FOLDER, "a"]
     finished = (out / "a" / RECORD_FILE).stat().st_mtime_ns
     seen: list[Moment] = []
     records = train_into(out, lessons, base, watch=seen.append)
     assert [(m.task, m.step) for m in seen] == [("b", 3), ("c", 1), ("c", 2), ("c", 3)]
-    assert sorted(path.name for path in out.iterdir()) == ["a", "b", "c"]
+    assert sorted(path.name for path in out.iterdir()) == [LOCK, "a", "b", "c"]
     assert (out / "a" / RECORD_FILE).stat().st_mtime_ns == finished
     for name in tasks:
         files = sorted(path.name for path in (out / name).iterdir())
@@ -409,10 +410,69 @@ def test_another_training_in_the_same_folder_is_refused_and_named(base: BaseMode
         train(tasks["b"], base, replace(short, rate=1e-3), state=tmp_path / STATE_FOLDER / "b.pt")
 
 
-def test_a_state_that_cannot_be_read_is_named(base: BaseModel, tmp_path: Path) -> None:
-    (tmp_path / "state.pt").write_bytes(b"nothing of ours")
+def saved(**changes: object) -> bytes:
+    """A state of another shape: a part is lacking where it is None."""
+    document = {"identity": {}, "past": {}, **{k: v for k, v in changes.items() if k in ("identity", "past")}}
+    parts = {"document": json.dumps({k: v for k, v in document.items() if v is not None})}
+    parts |= {name: {} for name in ("best", "parameters", "optimizer")}
+    parts |= {k: v for k, v in changes.items() if k not in ("identity", "past")}
+    file = io.BytesIO()
+    torch.save({k: v for k, v in parts.items() if v is not None}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"nothing of ours",
+        *(saved(**{part: None}) for part in ("document", "identity", "past", "best", "parameters", "optimizer")),
+        *(saved(**{part: 3}) for part in ("document", "identity", "past", "best", "parameters", "optimizer")),
+        saved(past={"pace": 1}),
+        saved(past={"looks": [1]}),
+        saved(past={"losses": ["a"]}),
+    ],
+)
+def test_a_state_that_cannot_be_read_is_named(base: BaseModel, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(UsageError, match="cannot be read"):
         train(make_task(), base, QUICK, state=tmp_path / "state.pt")
+    lessons = prepare({"a": make_task("a")}, base, QUICK)
+    (tmp_path / "out" / STATE_FOLDER).mkdir(parents=True)
+    (tmp_path / "out" / STATE_FOLDER / "a.pt").write_bytes(content)
+    with pytest.raises(UsageError, match="cannot be read"):
+        train_into(tmp_path / "out", lessons, base)
+
+
+@pytest.mark.parametrize("lacking", ["examples", "settings", "steps", "best_step", "loss", "seconds", "improved"])
+@pytest.mark.parametrize("value", [None, "another shape"])
+def test_a_record_of_another_shape_is_no_finished_task(
+    base: BaseModel, tmp_path: Path, lacking: str, value: object
+) -> None:
+    lessons = prepare({"a": make_task("a")}, base, replace(QUICK, steps=1))
+    train_into(tmp_path, lessons, base)
+    record = json.loads((tmp_path / "a" / RECORD_FILE).read_text())
+    changed = {**record, lacking: value} if value else {k: v for k, v in record.items() if k != lacking}
+    (tmp_path / "a" / RECORD_FILE).write_text(json.dumps(changed))
+    with pytest.raises(UsageError, match=r"a is there already, without a training\.json"):
+        train_into(tmp_path, lessons, base)
+
+
+def test_two_trainings_into_one_folder_are_not_run_at_once(base: BaseModel, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--device", "cpu", "--model-dtype", "f32", "--steps", 2, "--rank", 2, "--json"]
+    words = ["train", data, "--base", base.name, "-o", out, *options]
+    refused: list[subprocess.CompletedProcess[str]] = []
+
+    def other(moment: Moment) -> None:
+        if not refused:
+            program = [sys.executable, "-m", "lorashelf", *map(str, words)]
+            refused.append(subprocess.run(program, capture_output=True, text=True))
+
+    train_into(out, prepare(read_tasks(data), base, TrainSettings(rank=2, steps=2)), base, watch=other)
+    assert refused[0].returncode == 2
+    assert json.loads(refused[0].stdout)["error"]["message"].startswith("another training writes into this folder")
+    assert sorted(path.name for path in out.iterdir()) == [LOCK, "calm-en", "loud-en"]
+    assert command(*words[1:]) == 0  # the lock is free again
 
 
 # refusals -------------------------------------------------------------------------------------------------------------
@@ -527,7 +587,7 @@ def test_the_faults_of_all_task_folders_are_named(tmp_path: Path) -> None:
         (tmp_path / name / "train.jsonl").write_text("{\n")
     with pytest.raises(TaskDataError) as caught:
         read_tasks(tmp_path)
-    assert [fault.split(":")[0] for fault in caught.value.faults] == ["a", "b"]
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["a", "b", "b"]
 
 
 # other programs -------------------------------------------------------------------------------------------------------

@@ -100,17 +100,19 @@ def drawn(
 
     Raises UnknownName for a task without a folder, TaskDataError naming every one without examples that fit.
     """
-    sets, faults, dropped = {}, [], 0
+    sets: dict[str, ExampleSet] = {}
+    faults: dict[str, str] = {}
+    dropped = 0
     for name in names:
         if name not in tasks:
             raise UnknownName("task among the examples", name, sorted(tasks))
         if split not in tasks[name].splits:
-            faults.append(f"{name} has no {split}.jsonl")
+            faults[f"{name} has no {split}.jsonl"] = f"add {split}.jsonl"
             continue
         fit, beyond = fitting(tasks[name].examples(split))
         sets[name], dropped = fit.drawn(limit, seed), dropped + beyond
         if not fit.examples:
-            faults.append(f"{name}: no example of {split}.jsonl fits the model's context")
+            faults[f"{name}: no example of {split}.jsonl fits the model's context"] = "shorten the examples"
     if faults:
         raise TaskDataError(faults)
     return sets, dropped

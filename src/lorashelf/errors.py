@@ -21,7 +21,7 @@
     │   └── NotReversible         4  the history needed to take something back is gone
     ├── DiskError             4  the file system refused: full, read-only, no permission
     ├── ModelError            5  the language model, or an evaluation with it, failed
-    │   └── TaskDataError         5  the examples of a task cannot be read
+    │   └── TaskDataError         5  a task folder cannot be read or used
     ├── Interrupted         130  Ctrl-C, SIGTERM or SIGHUP after part of the work; `done` says which
     └── Unread              141  whoever reads standard output went away
 
@@ -204,13 +204,14 @@ class ModelError(LorashelfError):
 
 
 class TaskDataError(ModelError):
-    """The examples of a task cannot be read; `faults` names file, line and field of each."""
+    """A task folder cannot be read or used; `faults` names file, line and field of each, and has a cure for it."""
 
     kind = "task_data"
 
-    def __init__(self, faults: Sequence[str], *, where: str | None = None) -> None:
+    def __init__(self, faults: Mapping[str, str], *, where: str | None = None) -> None:
         self.faults = tuple(faults)
-        super().__init__("; ".join(self.faults), where=where, cure='a line is {"input": "…", "output": "…"}')
+        self.cures = dict(faults)
+        super().__init__("; ".join(faults), where=where, cure="; ".join(dict.fromkeys(faults.values())))
 
 
 class Interrupted(LorashelfError):

@@ -72,15 +72,17 @@ def prepare(tasks: Mapping[str, Task], base: BaseModel, settings: TrainSettings 
     layers = tuple(target_layers(base.model, settings.targets))
     dtype = str(base.model.dtype).removeprefix("torch.")
     known = {"base": base.name, "weights": backend.weights, "computed in": dtype, "prompt": base.template.id}
-    lessons, faults = [], []
+    lessons: list[Lesson] = []
+    faults: dict[str, str] = {}
     for name, task in sorted(tasks.items()):
         if "train" not in task.splits:
-            faults.append(f"{name}: there are no training examples (train.jsonl)")
+            faults[f"{name}: there are no training examples (train.jsonl)"] = "add train.jsonl"
             continue
         fitting = {split: backend.fitting(task.examples(split), settings.max_length) for split in task.splits}
         train = fitting["train"][0]
         if not train.examples:
-            faults.append(f"{name}: all {fitting['train'][1]} training examples are too long")
+            cure = "raise --max-length" if settings.max_length else "shorten them to the model's context"
+            faults[f"{name}: all {fitting['train'][1]} training examples are too long"] = cure
             continue
         kept = replace(task, splits={"validation": (), **{split: s.examples for split, (s, _) in fitting.items()}})
         lessons.append(

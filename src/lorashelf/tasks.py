@@ -87,22 +87,40 @@ def read_task_file(path: str | Path) -> dict[str, Any]:
 
     Raises UsageError naming every unknown or mistyped field.
     """
-    path = expanded(path)
-    try:
-        fields = tomllib.loads(path.read_bytes().decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"the task file cannot be read: {error}", where=str(path), cure="give a TOML file") from error
-    faults = [f"unknown field {name!r}" for name in fields if name not in FIELDS]
-    faults += [
-        f"{name} is {fields[name]!r}, not {'a string' if kind is str else 'a whole number'}"
-        for name, kind in FIELDS.items()
-        if name in fields and type(fields[name]) is not kind
-    ]
-    if type(fields.get("max_new_tokens", 1)) is int and not 0 < fields.get("max_new_tokens", 1) < 2**31:
-        faults.append(f"max_new_tokens is {fields['max_new_tokens']}")
+    fields, faults = _fields(expanded(path))
     if faults:
-        raise UsageError("; ".join(faults), where=str(path), cure=f"the fields are {', '.join(FIELDS)}")
+        cure = "; ".join(dict.fromkeys(faults.values()))
+        raise UsageError("; ".join(faults), where=str(path), cure=cure)
     return fields
+
+
+def _fields(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields of a task.toml, and its faults with their cures."""
+    try:
+        fields = tomllib.loads(
+            path.read_bytes().decode("utf-8-sig")
+        )  # some editors begin a file with a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, dict([_unread("the task file", error)])
+    except (ValueError, RecursionError) as error:
+        return {}, {f"the task file is not TOML: {error}": 'a line is name = value, text in quotes: prompt = "…"'}
+    known = f"the fields are {', '.join(FIELDS)}"
+    faults = {f"unknown field {name!r}": known for name in fields if name not in FIELDS}
+    for name, kind in FIELDS.items():
+        if name in fields and type(fields[name]) is not kind:
+            wanted = "a string" if kind is str else "a whole number"
+            faults[f"{name} is {fields[name]!r}, not {wanted}"] = f"give {name} as {wanted}"
+    if type(fields.get("max_new_tokens", 1)) is int and not 0 < fields.get("max_new_tokens", 1) < 2**31:
+        faults[f"max_new_tokens is {fields['max_new_tokens']}"] = "give max_new_tokens as 1 or more, below 2^31"
+    return fields, faults
+
+
+def _unread(what: str, error: OSError | UnicodeDecodeError) -> tuple[str, str]:
+    """The fault of a file that cannot be read, and its cure."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{what} is not UTF-8: {error}", "save it as UTF-8 (iconv -t UTF-8)"
+    cure = "add it" if isinstance(error, FileNotFoundError) else "let this user read it"
+    return f"{what} cannot be read: {error.strerror}", cure
 
 
 def fields_for(path: str | Path, task: str) -> dict[str, Any]:
@@ -118,19 +136,20 @@ def fields_for(path: str | Path, task: str) -> dict[str, Any]:
 
 
 def read_task(folder: str | Path) -> Task:
-    """A task folder. Raises UsageError for its task.toml, TaskDataError with file, line and field of all faults."""
+    """A task folder. Raises TaskDataError with file, line and field of all faults."""
     folder = expanded(folder)
-    fields = read_task_file(folder / FILE)
-    if not fields.get("prompt"):
-        raise UsageError("the task has no prompt", where=str(folder / FILE), cure='add prompt = "…"')
-    faults: list[str] = []
+    fields, faults = _fields(folder / FILE)
+    if not faults and not fields.get("prompt"):
+        faults["the task has no prompt"] = f'add prompt = "…" to {FILE}'
+    faults = {f"{FILE}: {fault}": cure for fault, cure in faults.items()}
     splits = {
         split: _read_lines(folder / f"{split}.jsonl", faults)
         for split in SPLITS
         if (folder / f"{split}.jsonl").exists()
     }
     if not splits:
-        faults.append(f"none of {', '.join(f'{split}.jsonl' for split in SPLITS)} is there")
+        files = [f"{split}.jsonl" for split in SPLITS]
+        faults[f"none of {', '.join(files)} is there"] = f"add {' or '.join(files)}"
     if faults:
         raise TaskDataError(faults, where=str(folder))
     name = os.path.basename(os.path.abspath(folder))  # a link's own name, as of adapters
@@ -141,7 +160,7 @@ def read_task(folder: str | Path) -> Task:
 def read_tasks(folder: str | Path) -> dict[str, Task]:
     """Every task folder below a folder, or the folder itself, by name.
 
-    Raises as read_task, of several folders with the faults of all, or if there is none.
+    Raises as read_task, of several folders with the faults of all; UsageError if there is none.
     """
     folder = expanded(folder)
     if (folder / FILE).exists():
@@ -151,25 +170,29 @@ def read_tasks(folder: str | Path) -> dict[str, Task]:
     if not found:
         raise UsageError("no task folder here", where=str(folder), cure=f"a task folder holds {FILE} and JSONL files")
     tasks: dict[str, Task] = {}
-    faults: list[str] = []
+    faults: dict[str, str] = {}
     for path in found:
         try:
             tasks[path.name] = read_task(path)
         except TaskDataError as error:
-            faults += [f"{path.name}: {fault}" for fault in error.faults]
-        except UsageError as error:
-            faults.append(f"{path.name}: {error.what}")
+            faults |= {f"{path.name}: {fault}": cure for fault, cure in error.cures.items()}
     if faults:
         raise TaskDataError(faults, where=str(folder))
     return tasks
 
 
-def _read_lines(path: Path, faults: list[str]) -> tuple[Example, ...]:
+_LINE = 'a line is {"input": "…", "output": "…"}'
+_REFERENCES = '"references" is a list of texts: ["…", "…"]'
+_HALF = "write the character itself, or both halves of its pair"
+
+
+def _read_lines(path: Path, faults: dict[str, str]) -> tuple[Example, ...]:
     examples = []
     try:
         text = path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        faults.append(f"{path.name} cannot be read: {error}")
+        fault, cure = _unread(path.name, error)
+        faults[fault] = cure
         return ()
     lines = text.rstrip("\r\n").split("\n") if text.strip() else []  # U+2028 and such may stand inside a text
     for number, line in enumerate(lines, 1):
@@ -177,30 +200,30 @@ def _read_lines(path: Path, faults: list[str]) -> tuple[Example, ...]:
         if example:
             examples.append(example)
     if not text.strip():
-        faults.append(f"{path.name} is empty")
+        faults[f"{path.name} is empty"] = f"add lines to {path.name}, or delete it"
     return tuple(examples)
 
 
-def _example(line: str, where: str, faults: list[str]) -> Example | None:
+def _example(line: str, where: str, faults: dict[str, str]) -> Example | None:
     before = len(faults)
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        faults.append(f"{where} is not JSON: {error}")
+        faults[f"{where} is not JSON: {error}"] = _LINE
         return None
     if not isinstance(record, dict):
-        faults.append(f"{where} is not a JSON object")
+        faults[f"{where} is not a JSON object"] = _LINE
         return None
     for name in ("input", "output"):
         if not isinstance(record.get(name), str) or not record[name].strip():
-            faults.append(f"{where}: {name!r} is {record.get(name)!r}, not a text")
+            faults[f"{where}: {name!r} is {record.get(name)!r}, not a text"] = _LINE
         elif _broken(record[name]):
-            faults.append(f"{where}: {name!r} holds half a surrogate pair, which UTF-8 cannot")
+            faults[f"{where}: {name!r} holds half a surrogate pair, which UTF-8 cannot"] = _HALF
     references = record.get("references", [])
     if not isinstance(references, list) or not all(isinstance(item, str) and item.strip() for item in references):
-        faults.append(f"{where}: 'references' is not a list of texts")
+        faults[f"{where}: 'references' is not a list of texts"] = _REFERENCES
     elif any(map(_broken, references)):
-        faults.append(f"{where}: 'references' holds half a surrogate pair, which UTF-8 cannot")
+        faults[f"{where}: 'references' holds half a surrogate pair, which UTF-8 cannot"] = _HALF
     if len(faults) > before:
         return None
     return Example(record["input"], record["output"], tuple(references))

@@ -12,7 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from .backends.hf import HFBackend
 from .backends.trainee import Trainee
 from .curriculum import TrainSettings
 from .errors import AdapterFormatError, ModelError, UsageError
+from .journal import sole
 from .lesson import Lesson, prepare
 from .peft_format import write_adapter
 from .tasks import Task
@@ -31,8 +32,10 @@ from .version import VERSION
 
 RECORD_FILE = "training.json"
 STATE_FOLDER = ".training"
+LOCK = ".lock"  # held while a training writes into the folder; left behind
 # What a kill or a power cut costs at most, or the time between two validations; Ctrl-C costs nothing.
 SAVE_SECONDS = 60.0
+_NUMBERS = ("steps", "best_step", "zero_shot", "loss", "seconds")  # of a record, beside those of its settings
 _PACKAGES = ("torch", "transformers", "peft", "numpy")
 Watch = Callable[["Moment"], None]
 
@@ -77,14 +80,21 @@ def train_into(
     """Train every lesson into `folder/<task>`, a PEFT folder and its training.json; returns the records by task.
 
     Finished tasks are not trained again, a cut-off one goes on. Raises UsageError, before anything is trained, naming
-    everything in the folder that was begun with other data, base or settings; and as `train`.
+    everything in the folder that was begun with other data, base or settings, and where another training writes there;
+    and as `train`.
     """
     folder = Path(folder)
-    states = {lesson.task: folder / STATE_FOLDER / f"{lesson.task}.pt" for lesson in lessons}
-    records, faults = _standing(folder, lessons, states)
-    if faults:
-        cure = "give the data and options it was begun with, or another output folder"
-        raise UsageError("; ".join(faults), where=str(folder), cure=cure)
+    _standing(folder, lessons)  # before anything is made
+    atomic.make_parents(folder / LOCK)
+    cure = "wait until it is done, or choose another output folder"
+    with sole(folder / LOCK, "another training writes into this folder", folder, cure):
+        return _taught_into(folder, lessons, base, watch)
+
+
+def _taught_into(
+    folder: Path, lessons: Sequence[Lesson], base: BaseModel, watch: Watch | None
+) -> dict[str, dict[str, Any]]:
+    records, states = _standing(folder, lessons), _states(folder, lessons)
     for lesson in lessons:
         state = states[lesson.task]
         if lesson.task not in records:
@@ -235,8 +245,7 @@ class _Run:
         self._saved = (state["past"].step, time.monotonic())
 
     def _restore(self, begun: Mapping[str, Any]) -> None:
-        past = begun["past"]
-        self.past = _Past(**{**past, "losses": tuple(past["losses"]), "looks": tuple(map(tuple, past["looks"]))})
+        self.past = begun["past"]
         self.trainee.restore(begun)
         now = self.trainee.adapter(self.lesson.settings.dtype)
         if begun["best"]:
@@ -296,10 +305,13 @@ def _short(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def _standing(
-    folder: Path, lessons: Sequence[Lesson], states: Mapping[str, Path]
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The records of the tasks that are finished in a folder, and what stands in the way of the others."""
+def _states(folder: Path, lessons: Sequence[Lesson]) -> dict[str, Path]:
+    return {lesson.task: folder / STATE_FOLDER / f"{lesson.task}.pt" for lesson in lessons}
+
+
+def _standing(folder: Path, lessons: Sequence[Lesson]) -> dict[str, dict[str, Any]]:
+    """The records of the tasks that are finished in a folder. Raises UsageError for what bars the others."""
+    states = _states(folder, lessons)
     records, faults = {}, []
     if folder.exists() and not folder.is_dir():
         faults.append("the output is a file, not a folder")
@@ -307,14 +319,27 @@ def _standing(
         task, made = lesson.task, folder / lesson.task
         if made.exists():
             try:
-                record = json.loads((made / RECORD_FILE).read_bytes())
-                faults += _changes(lesson, record["settings"])
-                records[task] = record
-            except (OSError, ValueError, KeyError, TypeError):
+                records[task] = _record(made / RECORD_FILE)
+                faults += _changes(lesson, records[task]["settings"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 faults.append(f"{task} is there already, without a {RECORD_FILE} of this program")
         elif states[task].exists():
             faults += _changes(lesson, _read_state(states[task])["identity"])
-    return records, faults
+    if faults:
+        cure = "give the data and options it was begun with, or another output folder"
+        raise UsageError("; ".join(faults), where=str(folder), cure=cure)
+    return records
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """A training's record. Raises what reading it raises, and ValueError for one of another shape."""
+    record: dict[str, Any] = json.loads(file.read_bytes())
+    shown = [record["examples"]["train"], record["settings"]["rank"], *(record[name] for name in _NUMBERS)]
+    if any(value is not None and type(value) not in (int, float) for value in shown):
+        raise ValueError(file)
+    if record["improved"] not in (True, False, None):
+        raise ValueError(file)
+    return record
 
 
 def _changes(lesson: Lesson, begun: Mapping[str, Any]) -> list[str]:
@@ -338,6 +363,11 @@ def _read_state(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(file.read_bytes()), map_location="cpu", weights_only=True)
         document: dict[str, Any] = json.loads(state.pop("document"))
+        identity, past = dict(document["identity"]), _Past(**document["past"])
+        looks = tuple((int(step), float(loss)) for step, loss in past.looks)
+        past = replace(past, losses=tuple(map(float, past.losses)), looks=looks)
+        kept = {name: dict(state[name]) for name in ("best", "parameters", "optimizer")}
     except Exception as error:  # torch names no error of its own for a file that is not its
-        raise UsageError("the state of a training cannot be read", where=str(file), cure="delete it") from error
-    return {**state, **document}
+        cure = "delete it: the training begins anew"
+        raise UsageError("the state of a training cannot be read", where=str(file), cure=cure) from error
+    return {"identity": identity, "past": past, **kept}

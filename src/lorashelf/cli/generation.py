@@ -105,7 +105,7 @@ def _read(text: str | None) -> str:
         if sys.stdin.isatty():
             note("the text to answer, then Ctrl-D:")
         try:
-            text = sys.stdin.buffer.read().decode().rstrip("\r\n")
+            text = sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UsageError(f"standard input is not UTF-8: {error}", cure="convert it (iconv)") from error
     return checked(text)
