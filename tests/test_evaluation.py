@@ -324,7 +324,8 @@ def test_tasks_that_the_target_lacks_are_named_and_left_out(
     assert code == 0
     assert list(document["tasks"]) == ["b-en"]
     assert document["left_out"] == dict.fromkeys(["a-en", "c-xx"], "no adapter of this name")
-    assert "left out: a-en, c-xx" in run.stderr  # type: ignore[attr-defined]
+    shown = run(tmp_path / "some", *common, "--loss-only", as_json=False)[1]
+    assert shown.splitlines()[-1] == "not measured, no adapter of this name: a-en, c-xx"
     assert document["tasks"]["b-en"]["score"] is None
     assert document["storage"] == 1.0
     assert run(tmp_path / "some" / "b-en", *common, "--loss-only")[1]["tasks"] == document["tasks"]
@@ -649,22 +650,58 @@ def test_csv_has_a_row_a_task(world: World, run: Run, common: list[object], tmp_
         assert run(*common, "--csv", path)[0] == 2
 
 
-def test_the_table_for_people(world: World, run: Run, common: list[object]) -> None:
-    code, text = run(world.shelf, *common, "--own", world.adapters, as_json=False)
+def test_the_table_for_people(world: World, run: Run, common: list[object], tmp_path: Path) -> None:
+    zero = tmp_path / "zero"
+    assert run(*common, "-o", zero)[0] == 0
+    words = [world.shelf, *common, "--own", world.adapters, "--zero-shot", zero]
+    code, text = run(*words, as_json=False)
     assert code == 0
-    document = run(world.shelf, *common, "--own", world.adapters)[1]
-    head, first, *_, summary = text.splitlines()[:5]
-    assert head.split() == ["task", "n", "loss", "own", "kept", "score", "metric", "own", "S"]
-    entry = document["tasks"]["a-en"]
-    cells = ["a-en", "4", f"{entry['loss']:.4f}", f"{entry['own_loss']:.4f}", "-", f"{entry['score']:.1f}"]
-    cells += [f"[{entry['low']:.1f},", f"{entry['high']:.1f}]", "F1", f"{entry['own_score']:.1f}", f"{entry['S']:.3f}"]
-    assert first.split() == cells
+    document = run(*words)[1]
+    head, *rows = text.splitlines()[:4]
+    summary, *below = text.splitlines()[4:]
+    assert head.split() == ["task", "n", "loss", "own", "zero-shot", "kept", "score", "S"]
+    for row, (name, entry) in zip(rows, document["tasks"].items(), strict=True):
+        losses = [f"{entry[key]:.4f}" for key in ("loss", "own_loss", "zero_shot_loss")]
+        shares = ["-" if entry[key] is None else f"{entry[key]:.3f}" for key in ("loss_kept", "S")]
+        score = ["-"]
+        if entry["score"] is not None:
+            score = [f"{entry['score']:.1f}", f"[{entry['low']:.1f},", f"{entry['high']:.1f}]"]
+        assert row.split() == [name, "4", *losses, shares[0], *score, shares[1]]
     assert summary.startswith("3 tasks: average loss ")
     assert f"S {document['normalised']['S']:.3f}" in summary
     assert f"storage {100 * document['storage']:.0f} %" in summary
+    by_metric = {entry["metric"]: name for name, entry in document["tasks"].items() if entry["metric"]}
+    assert below[: len(by_metric)] == [f"scored by {metric}: {name}" for metric, name in by_metric.items()]
     plain = run(*common, "--loss-only", as_json=False)[1].splitlines()
-    assert plain[0].split() == ["task", "n", "loss", "score", "metric"]
-    assert plain[1].split()[3:] == ["-", "-"]
+    assert plain[0].split() == ["task", "n", "loss"]
+
+
+def test_the_table_fits_eighty_columns_and_groups_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from lorashelf.cli.evaluation import _tables
+
+    names = ["tone-detection-in-long-words", *(f"task-{i:02d}" for i in range(40))]
+    entry = {"n": 1000, "loss": 12.3456, "own_loss": 11.2345, "zero_shot_loss": 13.4567, "loss_kept": -12.345}
+    entry |= {"score": 100.0, "low": 100.0, "high": 100.0, "metric": "F0.5 (token edits)", "S": 1.234}
+    left_out = {f"left-{i}": "no data" if i % 2 else "no adapter of this name" for i in range(6)}
+    kept = {"S": 1.0, "loss_kept": 0.5, "left_out": {"S": ["task-01", "task-02"], "loss_kept": ["task-03"]}}
+    document = {"tasks": dict.fromkeys(names, entry), "average": 100.0, "average_loss": 12.3, "normalised": kept}
+    shown, *lines = _tables({**document, "storage": 0.125, "left_out": left_out})
+    with capsys.disabled():
+        console = Console(width=80, file=io.StringIO())
+        console.print(shown)
+    printed = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, printed)) <= 80
+    for whole in ("100.0 [100.0, 100.0]", "12.3456", "11.2345", "13.4567", "-12.345", "1.234"):
+        assert sum(whole in line for line in printed) == len(names)  # no number is folded or cut
+    assert lines[1:] == [
+        f"scored by F0.5 (token edits): {', '.join(names)}",
+        "not measured, no adapter of this name: left-0, left-2, left-4",
+        "not measured, no data: left-1, left-3, left-5",
+        "not in S, no own score of at least 1 to compare with: task-01, task-02",
+        "not in loss kept, no own gain of at least 0.02 nats over zero-shot: task-03",
+    ]
 
 
 # warnings and refusals -----------------------------------------------------------------------------------------------

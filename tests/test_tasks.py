@@ -114,7 +114,11 @@ FAULTS = {  # what is wrong → files of the folder, what is said, the cure
         "not a list of texts",
         '"references" is a list',
     ),
-    "half a pair": ({"train.jsonl": r'{"input": "\ud83d", "output": "b"}'}, "half a surrogate", "write the character itself"),
+    "half a pair": (
+        {"train.jsonl": r'{"input": "\ud83d", "output": "b"}'},
+        "half a surrogate",
+        "write the character itself",
+    ),
     "UTF-16 lines": ({"train.jsonl": LINE.encode("utf-16")}, "is not UTF-8", "save it as UTF-8"),
 }
 

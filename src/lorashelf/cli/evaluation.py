@@ -76,7 +76,7 @@ def evaluation(
         result = _measured(backend, served, compared, chosen, options, journal, output)
         if output is not None:
             write_result(result, output)
-    for line in _notes(result, target):
+    for line in result.warnings:
         note(line)
     document = result.document()
     if csv is not None:
@@ -217,30 +217,32 @@ def _check_parent(path: Path | None) -> None:
         raise UsageError("the table cannot be written there", where=str(path), cure="name a file in an existing folder")
 
 
-def _notes(result: Evaluation, target: Path | None) -> list[str]:
-    where = f"{target} has" if target else "there is"
-    left_out = [f"left out: {', '.join(result.left_out)}: {where} no adapter of this name"] if result.left_out else []
-    return [*left_out, *result.warnings]
-
-
 def _tables(document: dict[str, Any]) -> list[Any]:
-    compared = document["normalised"] is not None
-    columns = ["task", ">n", ">loss", *([">own", ">kept"] if compared else []), ">score", "", "metric"]
-    columns += [">own", ">S"] if compared else []
-    rows = [_row(name, entry, compared) for name, entry in document["tasks"].items()]
-    return [table(columns, rows), *_summary(document)]
+    """A row per task, within 80 columns, and below it what holds for all of them."""
+    entries = document["tasks"]
+    columns = {"task": list(entries), ">n": [str(e["n"]) for e in entries.values()]}
+    columns[">loss"] = [_number(e["loss"], 4) for e in entries.values()]
+    if document["normalised"] is not None:
+        columns[">own"] = [_number(e["own_loss"], 4) for e in entries.values()]
+        if any(e["zero_shot_loss"] is not None for e in entries.values()):
+            columns[">zero-shot"] = [_number(e["zero_shot_loss"], 4) for e in entries.values()]
+            columns[">kept"] = [_number(e["loss_kept"], 3) for e in entries.values()]
+    if document["average"] is not None:
+        columns[">score"] = [_interval(e) for e in entries.values()]
+        if document["normalised"] is not None:
+            columns[">S"] = [_number(e["S"], 3) for e in entries.values()]
+    rows = zip(*columns.values(), strict=True)
+    return [table(list(columns), rows), *_summary(document), *_scored_by(entries), *_left_out(document)]
 
 
-def _row(name: str, entry: Mapping[str, Any], compared: bool) -> list[str]:
-    interval = "" if entry["score"] is None else f"[{entry['low']:.1f}, {entry['high']:.1f}]"
-    kept = [_number(entry["own_loss"], 4), _number(entry["loss_kept"], 3)] if compared else []
-    share = [_number(entry["own_score"], 1), _number(entry["S"], 3)] if compared else []
-    score = [_number(entry["score"], 1), interval, entry["metric"] or "-"]
-    return [name, str(entry["n"]), _number(entry["loss"], 4), *kept, *score, *share]
+def _interval(entry: Mapping[str, Any]) -> str:
+    """A score with its 95 % interval."""
+    return "-" if entry["score"] is None else f"{entry['score']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"
 
 
 def _summary(document: Mapping[str, Any]) -> Sequence[str]:
-    parts = [f"{len(document['tasks'])} tasks: average loss {_number(document['average_loss'], 4)}"]
+    count = len(document["tasks"])
+    parts = [f"{count} {'task' if count == 1 else 'tasks'}: average loss {_number(document['average_loss'], 4)}"]
     parts.append(f"average score {_number(document['average'], 1)}")
     if document["normalised"] is not None:
         parts += [
@@ -249,16 +251,33 @@ def _summary(document: Mapping[str, Any]) -> Sequence[str]:
         ]
     if document["storage"] is not None:
         parts.append(f"storage {100 * document['storage']:.0f} %")
-    lines = [", ".join(parts)]
-    if document["normalised"] is not None:
-        for name, tasks in document["normalised"]["left_out"].items():
-            lines += [f"without {', '.join(tasks)}: {_WHY[name]}"] if tasks else []
-    return lines
+    return [", ".join(parts)]
 
 
-_WHY = {
-    "S": "no own score of at least 1 to compare with",
-    "loss_kept": "no own gain of at least 0.02 nats over zero-shot",
+def _scored_by(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The metrics, each with its tasks."""
+    by_metric = _grouped({name: e["metric"] for name, e in entries.items() if e["metric"]})
+    return [f"scored by {metric}: {', '.join(tasks)}" for metric, tasks in by_metric.items()]
+
+
+def _left_out(document: Mapping[str, Any]) -> list[str]:
+    """The tasks that were not measured, or not counted, one line per reason."""
+    lines = [f"not measured, {why}: {', '.join(tasks)}" for why, tasks in _grouped(document["left_out"]).items()]
+    kept = document["normalised"]["left_out"] if document["normalised"] is not None else {}
+    return lines + [f"not in {_NOT_IN[name]}: {', '.join(tasks)}" for name, tasks in kept.items() if tasks]
+
+
+def _grouped(labels: Mapping[str, str]) -> dict[str, list[str]]:
+    """The tasks of each label."""
+    found: dict[str, list[str]] = {}
+    for task, label in labels.items():
+        found.setdefault(label, []).append(task)
+    return found
+
+
+_NOT_IN = {
+    "S": "S, no own score of at least 1 to compare with",
+    "loss_kept": "loss kept, no own gain of at least 0.02 nats over zero-shot",
 }
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from unicodedata import combining, east_asian_width
 
 from ..errors import DiskError
@@ -77,7 +77,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
 
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
-        drawn.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+        number = name.startswith(">")  # names are folded where a line is too short, numbers are not
+        justify: Literal["left", "right"] = "right" if number else "left"
+        drawn.add_column(name.lstrip(">"), justify=justify, overflow="fold", no_wrap=number)
     for row in rows:
         drawn.add_row(*(cell if isinstance(cell, str) else _cell(cell) for cell in row))
     return drawn
