@@ -393,8 +393,10 @@ def test_remove_says_how_far_it_went(shelf: Path, zoo: dict[str, Path], run: Run
     first, second, *_ = big["members"]
     code, document = run("remove", shelf, first)
     assert (code, document["removed"]) == (0, "route")
-    assert "--adapter" in document["reason"]
+    assert "give the original with --adapter ADAPTER, after an undo, to take it out" in document["reason"]
     assert run("ls", shelf)[1]["adapters"] == 4  # it is averaged in all the same
+    assert run("undo", shelf)[0] == 0
+    assert run("remove", shelf, first, "--adapter", zoo[first])[1]["removed"] == "average"
     code, document = run("remove", shelf, second, "--adapter", zoo[second])
     assert code == 0
     for task in run("route", shelf)[1]:

@@ -220,7 +220,7 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
         slots = known.without_slot(slot.slot)
     else:
         try:
-            rest, report["precision"] = _without(snapshot, slot, task, adapter, "--adapter ADAPTER")
+            rest, report["precision"] = _without(snapshot, slot, task, adapter, "--adapter ADAPTER, after an undo,")
             report["removed"] = "average"
             slots, writes = known.with_slot(rest.slot(slot.slot, members)), {slot.slot: rest.adapter}
         except NotReversible as error:
