@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -147,10 +148,12 @@ def test_neighbours_in_the_order_are_alike() -> None:
     assert np.all(steps > 0) or np.all(steps < 0)
 
 
-def test_160_adapters_are_in_order_at_once() -> None:
-    """Own code took 15 s; the time of a whole map is the guard against such growth."""
+def test_160_adapters_are_arranged_in_less_than_a_few_seconds() -> None:
+    """It takes 0.2 s of a processor; an ordering that recomputes all means at every step took 15 s."""
     matrix, centre = planted(160, 8)
+    begun = time.process_time()
     order, borders = arranged(matrix)
+    assert time.process_time() - begun < 4.0
     assert len(borders) == 7
     assert np.count_nonzero(np.diff(centre[order])) == 7
 
