@@ -20,7 +20,15 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
     ["adapter", "atomic", "locks", "tensorfile", "matching", "peft_config", "peft_format"],
     ["algebra"],
     ["similarity"],
-    ["merging.parameters", "merging.methods", "merging.factor", "merging.exact", "merging.merge", "merging"],
+    [
+        "merging.parameters",
+        "merging.methods",
+        "merging.factor",
+        "merging.exact",
+        "merging.merge",
+        "merging.inverse",
+        "merging",
+    ],
     ["policy", "partition", "d2c"],
     ["recipe", "manifest", "history", "timeline", "snapshot", "shelf"],
     [

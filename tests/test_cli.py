@@ -120,6 +120,7 @@ def test_add_tells_decision_slot_scores_members_and_head(shelf: Path, zoo: dict[
         "members": ["a-x"],
         "head": "",
         "merged": True,
+        "reversible": True,
     }
     run("add", shelf, zoo["b-x"])
     code, document = run("add", shelf, f"third={zoo['a-y']}")

@@ -29,6 +29,7 @@ from lorashelf import (
     plan_remove,
     plan_update,
 )
+from lorashelf.content import of_slot, without
 from lorashelf.digest import canonical_json
 from lorashelf.errors import CorruptShelf, TaskNameError, UsageError
 from lorashelf.manifest import manifest_id
@@ -93,17 +94,39 @@ def test_golden_blocks_would_show_a_changed_byte(tmp_path: Path) -> None:
     assert (shelf.path / "HEAD").read_text() != golden("HEAD")
 
 
-def test_worn_stands_in_a_manifest_only_where_an_adapter_was_taken_out(tmp_path: Path) -> None:
-    x, y = make_adapter(0), make_adapter(1)
-    shelf = Shelf.create(tmp_path / "s", new_settings(1, policy="kmerge"), clock)
-    for task, adapter in (("a", x), ("b", y)):
-        shelf.commit(plan_add(shelf.snapshot(), adapter, task))
-    assert "worn" not in shelf.snapshot().manifest.document()["slots"][0]
-    shelf.commit(plan_remove(shelf.snapshot(), "b", y))
-    manifest = shelf.snapshot().manifest
-    assert manifest.document()["slots"][0]["worn"] == manifest.slots[0].worn == 2
+def taken_out(path: Path) -> Shelf:
+    """A slot of c after folds of a and b, of which b was taken out again."""
+    shelf = Shelf.create(path, new_settings(1, policy="kmerge"), clock)
+    for i, task in enumerate("abc"):
+        shelf.commit(plan_add(shelf.snapshot(), make_adapter(i, dtype="f16"), task))
+    assert not {"worn", "noise", "fixed"} & shelf.snapshot().manifest.document()["slots"][0].keys()
+    shelf.commit(plan_remove(shelf.snapshot(), "b", make_adapter(1, dtype="f16")))
+    return shelf
+
+
+def test_noise_stands_in_a_manifest_only_where_an_adapter_was_taken_out(tmp_path: Path) -> None:
+    snapshot = taken_out(tmp_path / "s").snapshot()
+    slot = snapshot.manifest.slots[0]
+    assert len(slot.noise) == 2 * len(snapshot.adapter(slot).modules) + 2
+    assert Manifest.decode(snapshot.manifest.encode(), "here").slots[0] == slot
+    assert "noise" not in slot.document()
+    held = of_slot(snapshot, slot).noise
+    assert held is not None
+    assert [float(energy) for pair in [*held.modules.values(), held.elsewhere] for energy in pair] == list(slot.noise)
+    with pytest.raises(CorruptShelf, match="noise is of 3 modules"):
+        of_slot(snapshot, replace(slot, noise=slot.noise[:-2]))
+
+
+def test_what_earlier_writers_counted_as_worn_is_noise(tmp_path: Path) -> None:
+    shelf = taken_out(tmp_path / "s")
+    rewritten(shelf, lambda slot: [slot.pop("noise"), slot.update(worn=50)])
+    snapshot, c = shelf.snapshot(), make_adapter(2, dtype="f16")
+    assert snapshot.manifest.document()["slots"][0]["worn"] == 50
+    fresh = of_slot(snapshot, replace(snapshot.manifest.slots[0], worn=0))
+    expected = without(fresh, c.digest, c, snapshot.settings.recipe)[1]
+    assert plan_remove(snapshot, "c", c).report["precision"] == pytest.approx(expected * 26**0.5, rel=0.2)
     with pytest.raises(CorruptShelf):
-        Manifest.decode(manifest.encode().replace(b'"worn":2', b'"worn":-2'), "here")
+        Manifest.decode(snapshot.manifest.encode().replace(b'"worn":50', b'"worn":-2'), "here")
 
 
 def test_the_golden_shelf_verifies(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from factory import SHAPES, dense, make_adapter
-from lorashelf import METHODS, Adapter, Factors, Modules, combine, compress, merge, read_adapter, write_adapter
+from lorashelf import METHODS, Adapter, Factors, Modules, combine, compress, merge, norm, read_adapter, write_adapter
 from lorashelf.adapter import WIDTHS, numpy_dtype
 from lorashelf.errors import AdapterFormatError, UsageError
 from lorashelf.merging import unmerge
@@ -317,8 +317,8 @@ def test_a_merge_of_different_modules_and_ranks_loads_with_exactly_those_modules
 
 def test_what_is_left_after_one_is_taken_out_loads_with_the_modules_of_the_others(tmp_path: Path) -> None:
     xs = read_all(trained({"first": lora(), "second": lora(["q_proj"])}), tmp_path / "saved", PAIR)
-    rest, _ = unmerge(merge(xs, method="linear"), xs[0], 2, method="linear")
-    write_adapter(rest, tmp_path / "rest")
+    rest = unmerge(merge(xs, method="linear"), xs[0], [norm(xs[1])], method="linear")
+    write_adapter(rest.adapter, tmp_path / "rest")
     assert_deltas(dense(xs[1]), peft_deltas(loaded(tmp_path / "rest")))
 
 
@@ -339,7 +339,7 @@ def test_what_is_merged_has_one_alpha_for_all_ranks(method: str, tmp_path: Path)
     xs = read_all(trained(configs), tmp_path / "saved", list(configs))
     held = {"merged": merge(xs, method=method)}
     if METHODS[method].average is not None:
-        held["rest"], _ = unmerge(held["merged"], xs[2], 3, method=method)
+        held["rest"] = unmerge(held["merged"], xs[2], [norm(x) for x in xs[:2]], method=method).adapter
         assert len({shape.rank for shape in held["rest"].shapes.values()}) > 1
     for name, adapter in held.items():
         write_adapter(adapter, tmp_path / name)

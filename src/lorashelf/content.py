@@ -11,14 +11,16 @@ import numpy as np
 
 from .adapter import Adapter, BaseId, Factors, wider
 from .algebra import compress, energies, norm
-from .errors import AdapterFormatError, NotReversible
+from .errors import AdapterFormatError, CorruptShelf, NotReversible
 from .manifest import PENDING, Merged, Slot
-from .merging import METHODS, merge_measured, unmerge
+from .merging import METHODS, Noise, merge_measured, noise_of, unmerge
 from .peft_format import encode, rounded
 from .recipe import Recipe
 from .snapshot import Snapshot
 
 LARGEST_NORM = 1e9
+GROWS = 0.9  # of the energy of what a sum had before this much is left, unless adapters cancel each other
+UNRECORDED = "merged or cut before the shelf recorded how"
 LEAST_PRECISION = 0.1  # an adapter is taken out of an average only if this much of the rest is left
 
 
@@ -31,7 +33,9 @@ class Content:
     error: float = 0.0
     average: str | None = None
     restored: float = 1.0
-    worn: int = 0
+    noise: Noise | None = None
+    """Of the content without norm restoration; None is that of folding `merged` one by one in its dtype."""
+    fixed: str | None = None
 
     def slot(self, slot_id: int, members: Sequence[str]) -> Slot:
         """The manifest's entry for it, its object pending."""
@@ -46,8 +50,9 @@ class Content:
             error=self.error,
             average=self.average,
             restored=self.restored,
-            worn=self.worn,
             energies=tuple(energies(self.adapter).values()),
+            noise=_flat(self.noise),
+            fixed=self.fixed,
         )
 
     @property
@@ -63,9 +68,26 @@ class Content:
         return "*" if len(self.merged) == 1 and not self.error else self.average
 
 
+def irreversible(held: Content | Slot) -> str | None:
+    """Why no adapter can be taken out of what is held, None where one can: an equal average, or one adapter alone."""
+    if held.average is not None or len(held.merged) < 2:
+        return None
+    return f"the slot's adapters cannot be taken apart: {held.fixed or UNRECORDED}"
+
+
 def of_slot(snapshot: Snapshot, slot: Slot) -> Content:
     """A stored slot as what the next fold starts from: norm restoration divided out. Raises CorruptShelf."""
-    return Content(snapshot.adapter(slot), slot.merged, slot.error, slot.average, slot.restored, slot.worn).plain
+    adapter = snapshot.adapter(slot)
+    content = Content(adapter, slot.merged, slot.error, slot.average, slot.restored, fixed=slot.fixed).plain
+    if slot.noise:
+        pairs = np.reshape(slot.noise, (-1, 2))
+        if len(pairs) != len(adapter.modules) + 1:
+            what = f"slot {slot.slot}: the manifest's noise is of {len(pairs) - 1} modules"
+            raise CorruptShelf(what, where=str(snapshot.path), cure="lorashelf verify, then undo")
+        return replace(content, noise=Noise(dict(zip(adapter.modules, pairs, strict=False)), pairs[-1]))
+    if slot.worn:  # earlier writers counted roundings
+        return replace(content, noise=noise_of(content.adapter, (len(slot.merged) + slot.worn) / 2))
+    return content
 
 
 def entry(task: str, kind: str, adapter: Adapter) -> Merged:
@@ -84,7 +106,7 @@ def single(adapter: Adapter, record: Merged, recipe: Recipe) -> Content:
     error = 0.0
     if recipe.rank is not None:
         stored, error = compress(stored, recipe.rank)
-    return Content(rounded(stored), (record,), error)
+    return Content(rounded(stored), (record,), error, fixed=f"cut to rank {recipe.rank}" if error else None)
 
 
 def fold(
@@ -112,11 +134,10 @@ def fold(
         newcomer
     ]
     merged, error = _merge([*(source.adapter for source in sources), adapter], [*shares, newcomer], recipe)
-    continued = all(source.faithful in ("*", recipe.merge) for source in sources)
-    even = average == "mean" and METHODS[recipe.merge].average is not None and not error
     entries = tuple(replace(m, weight=round(w, 15)) for m, w in zip([*records, record], weights, strict=True))
-    method, worn = recipe.merge if even and continued else None, sum(source.worn for source in sources)
-    return _restored(Content(merged, entries, error, method, worn=worn), recipe)
+    fixed = _fixed(sources, recipe, average, error)
+    method, noise = (recipe.merge, _noise(sources, shares, merged, recipe)) if fixed is None else (None, None)
+    return _restored(Content(merged, entries, error, method, noise=noise, fixed=fixed), recipe)
 
 
 def block(adapters: Sequence[Adapter], records: Sequence[Merged], recipe: Recipe) -> Content:
@@ -130,8 +151,10 @@ def block(adapters: Sequence[Adapter], records: Sequence[Merged], recipe: Recipe
     method = METHODS[recipe.merge]
     weight = 1.0 / len(adapters) if method.weights == "mean" else 1.0
     merged, error = _merge(adapters, [weight] * len(adapters), recipe)
-    average = recipe.merge if method.average is not None and not error else None
-    return _restored(Content(merged, tuple(replace(m, weight=weight) for m in records), error, average), recipe)
+    fixed = _fixed([], recipe, "mean", error)
+    average = recipe.merge if fixed is None else None
+    entries = tuple(replace(m, weight=weight) for m in records)
+    return _restored(Content(merged, entries, error, average, fixed=fixed), recipe)
 
 
 def without(content: Content, digest: str, adapter: Adapter, recipe: Recipe) -> tuple[Content, float]:
@@ -139,18 +162,67 @@ def without(content: Content, digest: str, adapter: Adapter, recipe: Recipe) -> 
 
     Raises NotReversible where the content is no equal average of several, or rounding would leave nothing of the rest.
     """
-    if content.average is None or len(content.merged) < 2:
-        how = "a merge that cannot be taken apart" if len(content.merged) > 1 else "one adapter only"
-        raise NotReversible(f"the slot holds {how}", cure="its content stays as it is")
-    rest, precision = unmerge(content.adapter, adapter, len(content.merged), method=content.average, worn=content.worn)
-    if precision > LEAST_PRECISION:
-        what = f"the rest is so small beside it that rounding would leave a relative precision of {precision:.0e}"
-        raise NotReversible(what, cure="its content stays as it is")
+    if len(content.merged) < 2:
+        raise NotReversible("the slot holds one adapter only")
+    if content.average is None:
+        raise NotReversible(str(irreversible(content)))
     index = next(i for i, m in enumerate(content.merged) if m.digest == digest)
     remaining = [*content.merged[:index], *content.merged[index + 1 :]]
+    rest = unmerge(content.adapter, adapter, [m.norm for m in remaining], method=content.average, noise=content.noise)
+    if rest.precision > LEAST_PRECISION:
+        left = "nothing of it" if rest.precision > 1 else f"a relative precision of {rest.precision:.0e}"
+        raise NotReversible(f"the rest is so small beside it that rounding would leave {left}")
     entries = tuple(replace(m, weight=1.0 / len(remaining)) for m in remaining)
-    # the rounding of the fold that is undone stays, and there is one more
-    return _restored(Content(rounded(rest), entries, 0.0, content.average, worn=content.worn + 2), recipe), precision
+    taken = Content(rounded(rest.adapter), entries, 0.0, content.average, noise=rest.noise)
+    return _restored(taken, recipe), rest.precision
+
+
+def _fixed(sources: Sequence[Content], recipe: Recipe, average: str, error: float) -> str | None:
+    """Why a merge is no equal average, so that nothing can be taken out of it; None where it is one."""
+    if any(source.faithful is None for source in sources):
+        return next((source.fixed for source in sources if source.fixed), UNRECORDED)
+    if METHODS[recipe.merge].average is None:
+        return f"merged by {recipe.merge}"
+    if error:
+        return f"cut to rank {recipe.rank}"
+    if average == "half":
+        return "folded with half weights"
+    other = next((source.faithful for source in sources if source.faithful not in ("*", recipe.merge)), None)
+    return f"merged by {recipe.merge} after {other}" if other else None
+
+
+def _noise(sources: Sequence[Content], shares: Sequence[float], merged: Adapter, recipe: Recipe) -> Noise | None:
+    """The noise after a fold of averages; None where it is that of a sum which grew, in one dtype, fold by fold."""
+    power = METHODS[recipe.merge].average or 0.0
+    usual = (source.noise is None and source.adapter.dtype == merged.dtype for source in sources)
+    if all(usual) and not _cancels(sources, shares, merged, power):
+        return None
+    total, elsewhere = dict(noise_of(merged, 1).modules), np.zeros(2)
+    for source, share in zip(sources, shares, strict=True):
+        exact = len(source.merged) == 1 and source.merged[0].dtype == source.adapter.dtype
+        before = source.noise or noise_of(source.adapter, 0 if exact else len(source.merged) / 2)
+        total = {path: found + before[path] * share ** (2 * power) for path, found in total.items()}
+        elsewhere = elsewhere + before.elsewhere * share ** (2 * power)
+    return Noise(total, elsewhere)
+
+
+def _cancels(sources: Sequence[Content], shares: Sequence[float], merged: Adapter, power: float) -> bool:
+    """Whether a module's ΔW is smaller than what a source brought to it: it was larger when it was rounded."""
+    now = energies(merged)
+    return any(
+        now[path] < GROWS * energy * share ** (4 * power)
+        for source, share in zip(sources, shares, strict=True)
+        for path, energy in energies(source.adapter).items()
+    )
+
+
+def _flat(noise: Noise | None) -> tuple[float, ...]:
+    """As in a manifest: A and B of every module in the order of their paths, then of all others together."""
+    if noise is None:
+        return ()
+    return tuple(float(energy) for _, pair in sorted(noise.modules.items()) for energy in pair) + tuple(
+        map(float, noise.elsewhere)
+    )
 
 
 def one_base(adapters: Sequence[Adapter]) -> list[Adapter]:

@@ -24,6 +24,7 @@ from .version import VERSION
 if TYPE_CHECKING:
     from .d2c import Found
 
+_ANEW = "for a slot without it, remove the slot's other tasks as well and add their originals anew"
 MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold
 
 
@@ -127,8 +128,9 @@ def _decided(
     before = () if kind == "open" else known.slot(slot_id).members
     members = tuple(sorted([*before, report["task"]]))
     cause = {"operation": "add", "decision": kind, "slot": slot_id, "seed": snapshot.settings.recipe.seed, **report}
-    report |= {"decision": kind, "slot": slot_id, "members": list(members), "merged": new is not None}
     slot = new.slot(slot_id, members) if new else replace(known.slot(slot_id), members=members)
+    report |= {"decision": kind, "slot": slot_id, "members": list(members), "merged": new is not None}
+    report["reversible"] = content.irreversible(slot) is None
     writes = {slot_id: new.adapter} if new else {}
     plan = _plan(snapshot, replace(known, slots=known.with_slot(slot)), writes, cause, report)
     try:
@@ -139,7 +141,8 @@ def _decided(
 
 
 def _refused(snapshot: Snapshot, report: Mapping[str, Any], reason: str) -> Plan:
-    report = {**report, "decision": "refuse", "slot": None, "members": [], "merged": False, "reason": reason}
+    report = {**report, "decision": "refuse", "slot": None, "members": [], "merged": False, "reversible": None}
+    report["reason"] = reason
     return Plan(snapshot.head, snapshot.manifest, {}, report, refused=reason)
 
 
@@ -181,7 +184,11 @@ def plan_update(
     if slot.members == (task,):
         new = content.single(adapter, record, recipe)
     else:
-        new, precision = _without(snapshot, slot, task, was, "--was OLD_ADAPTER")
+        try:
+            new, precision = _without(snapshot, slot, task, was, "--was OLD_ADAPTER")
+        except NotReversible as error:
+            error.cure = error.cure or f"lorashelf remove {task}, then add the new adapter; {_ANEW}"
+            raise
         if adapter.digest not in {m.digest for m in new.merged}:
             new = content.fold([new.plain], adapter, record, recipe)
     tasks = {**snapshot.manifest.tasks, task: {**details, "digest": adapter.digest}}
@@ -224,7 +231,7 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
             report["removed"] = "average"
             slots, writes = known.with_slot(rest.slot(slot.slot, members)), {slot.slot: rest.adapter}
         except NotReversible as error:
-            report |= {"removed": "route", "reason": f"{error.what}; {error.cure}"}
+            report |= {"removed": "route", "reason": f"{error.what}; {error.cure or _ANEW}"}
             slots = known.with_slot(replace(slot, members=members))
     return _plan(snapshot, replace(known, slots=slots), writes, cause, report, shrinks=True)
 
@@ -235,6 +242,8 @@ def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None,
     digest = tasks[task]["digest"]
     if any(tasks[other]["digest"] == digest for other in slot.members if other != task):
         raise NotReversible("another task here is served by the same adapter", cure="it stays in the average")
+    if why := content.irreversible(slot):
+        raise NotReversible(why)
     if adapter is None:
         raise NotReversible(
             "the adapter is averaged with others", cure=f"give the original with {option} to take it out"

@@ -17,6 +17,7 @@ from .errors import CorruptShelf, NewerFormat, TaskNameError
 from .recipe import FORMAT
 
 PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of a digest's length, so sizes are exact
+_PACKED = ("energies", "noise")  # fields of a slot that are stored as float64 in base64
 PENDING_TIME = "0000-00-00T00:00:00Z"
 _STATES = ("undo", "redo", "ended")
 
@@ -54,19 +55,26 @@ class Slot:
     """The factor of norm restoration inside the object's scales; divided out before the next fold."""
     encoding: str = "peft"
     worn: int = 0
-    """How many roundings the content has seen beyond those of folding `merged`: two for every adapter taken out."""
+    """How many roundings the content has seen beyond those of folding `merged`; earlier writers kept it for `noise`."""
     energies: tuple[float, ...] = ()
     """‖ΔW‖² of every module of the object, in the order of their paths; empty where its writer kept none."""
+    noise: tuple[float, ...] = ()
+    """Energies of the errors that rounding has left on A and on B of every module, both multiplied by √|s|; empty where
+    they are those of folding `merged` one by one in `dtype`.
+    """
+    fixed: str | None = None
+    """Why no adapter can be taken out of the content, in words; None where one can, or where nobody recorded it."""
 
     def document(self) -> dict[str, Any]:
-        """As in every JSON answer: without energies, and `worn` only where it is not 0."""
+        """As in every JSON answer: without energies and noise, and `worn` and `fixed` only where there is any."""
         document = asdict(self) | {"merged": [asdict(entry) for entry in self.merged], "members": list(self.members)}
-        del document["energies"]
-        return document if self.worn else {key: value for key, value in document.items() if key != "worn"}
+        hidden = {"energies", "noise"} | {key for key in ("worn", "fixed") if not document[key]}
+        return {key: value for key, value in document.items() if key not in hidden}
 
     def stored(self) -> dict[str, Any]:
         """As in a manifest."""
-        return self.document() | ({"energies": _packed(self.energies)} if self.energies else {})
+        packed = {key: _packed(values) for key in _PACKED if (values := getattr(self, key))}
+        return self.document() | packed
 
     @property
     def digests(self) -> frozenset[str]:
@@ -229,6 +237,7 @@ def _slot_faults(slot: dict[str, Any]) -> Iterator[str]:
         "restored": _number(slot["restored"]) and slot["restored"] > 0,
         "average": slot["average"] is None or type(slot["average"]) is str,
         "worn": type(slot.get("worn", 0)) is int and slot.get("worn", 0) >= 0,
+        "fixed": slot.get("fixed") is None or (type(slot["fixed"]) is str and on_one_line(slot["fixed"])),
     }
     yield from (field for field, holds in sound.items() if not holds)
 
@@ -248,8 +257,8 @@ def _number(value: Any) -> bool:
 
 def _slot(document: dict[str, Any]) -> Slot:
     merged = tuple(Merged(**entry) for entry in document["merged"])
-    energies = _unpacked(document.get("energies", ""))
-    return Slot(**{**document, "merged": merged, "members": tuple(document["members"]), "energies": energies})
+    unpacked = {key: _unpacked(document.get(key, "")) for key in _PACKED}
+    return Slot(**{**document, "merged": merged, "members": tuple(document["members"]), **unpacked})
 
 
 def _packed(values: Sequence[float]) -> str:
@@ -261,7 +270,7 @@ def _unpacked(text: str) -> tuple[float, ...]:
     data = a2b_base64(text)
     values = struct.unpack(f"<{len(data) // 8}d", data[: len(data) // 8 * 8])
     if _packed(values) != text or not all(0 <= value < math.inf for value in values):
-        raise ValueError("energies are not what lorashelf writes")
+        raise ValueError("energies or noise are not what lorashelf writes")
     return values
 
 

@@ -11,8 +11,22 @@ The keyword-only parameters of the function are the method's parameters, with th
 """
 
 from . import exact, factor
-from .merge import merge, merge_measured, unmerge
+from .inverse import Noise, Rest, noise_of, unmerge
+from .merge import merge, merge_measured
 from .methods import METHODS, MergeMethod, merge_method
 from .parameters import Within
 
-__all__ = ["METHODS", "MergeMethod", "Within", "exact", "factor", "merge", "merge_measured", "merge_method", "unmerge"]
+__all__ = [
+    "METHODS",
+    "MergeMethod",
+    "Noise",
+    "Rest",
+    "Within",
+    "exact",
+    "factor",
+    "merge",
+    "merge_measured",
+    "merge_method",
+    "noise_of",
+    "unmerge",
+]

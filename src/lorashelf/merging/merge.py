@@ -1,4 +1,4 @@
-"""The driver of all merge methods, module by module, and the inverse of those that average."""
+"""The driver of all merge methods, module by module."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import numpy as np
 from ..adapter import Adapter, Factors, check_fit
 from ..algebra import assemble, norm, truncate, truncate_dense, union
 from ..digest import canonical_json
-from ..errors import NotReversible, UsageError
+from ..errors import UsageError
 from ..parallel import WORKERS, each
 from . import factor
 from .methods import METHODS, Draw, MergeMethod, Tensor
 
 _LARGE = 2**17  # values of all adapters' factors of a module that are worth a thread
-UNIT_ROUNDOFF = {"f32": 2.0**-23, "f16": 2.0**-11, "bf16": 2.0**-8}  # of a fold: in f32 its arithmetic rounds too
 
 
 def merge(
@@ -86,7 +85,7 @@ def merge_measured(
             modules[path], lost, left = found
             dropped += lost
             kept += left
-    result = assemble(xs, modules if len(xs) == 1 else _one_alpha(modules))
+    result = assemble(xs, modules if len(xs) == 1 else one_alpha(modules))
     if dropped:
         kept = norm(result) ** 2
     return result, math.sqrt(dropped / (dropped + kept)) if dropped else 0.0
@@ -119,7 +118,7 @@ def _merge_module(
     return Factors(a, b), 0.0, 0.0
 
 
-def _one_alpha(modules: dict[str, Factors]) -> dict[str, Factors]:
+def one_alpha(modules: dict[str, Factors]) -> dict[str, Factors]:
     """Modules of scale 1 with the largest rank for the alpha of all, so that ΔW = alpha / r · B A is read alike where
     an alpha of each module's own is passed over (llama.cpp's converter).
     """
@@ -163,52 +162,3 @@ def _masks(xs: Sequence[Adapter], present: list[int], path: str, seed: int) -> d
         return draw
 
     return {name: side(name) for name in "ABW"}
-
-
-def unmerge(merged: Adapter, removed: Adapter, count: int, *, method: str, worn: int = 0) -> tuple[Adapter, float]:
-    """Take one adapter out of the equal average of `count` ≥ 2, and the relative precision that its dtype leaves.
-
-    With p the method's `average` and X the √|s|-scaled factors of each side, merged = n^-p Σ X, so the rest is
-    (n - 1)^-p (n^p merged - X). Ranks, and modules, of which nothing but rounding is left on a side are dropped: cosine
-    would take them for an adapter. The precision is the rounding of `count - 1` folds and of `worn` steps more,
-    u √((n + worn)/2), magnified by the subtraction. Raises NotReversible for a method that does not average.
-    """
-    power = METHODS[method].average
-    if power is None:
-        raise NotReversible(f"a merge by {method} cannot be taken apart", cure="use linear or factor_mean")
-    rounding = UNIT_ROUNDOFF[merged.dtype] * math.sqrt((count + worn) / 2)
-    modules: dict[str, Factors] = {}
-    empty: dict[str, Factors] = {}
-    grown, left = np.zeros(2), np.zeros(2)
-    for path, held in merged.modules.items():
-        before = [side * count**power for side in _rooted(held)]
-        after = [side.copy() for side in before]
-        if path in removed.modules:
-            for side, taken in zip(after, _rooted(removed.modules[path]), strict=True):
-                side[: taken.shape[0], : taken.shape[1]] -= taken
-        kept = np.logical_and(
-            *(_signal(b, a, axis, rounding) for b, a, axis in zip(before, after, (1, 0), strict=True))
-        )
-        share = (count - 1) ** -power
-        if kept.any():
-            a, b = after[0][kept] * share, after[1][:, kept] * share
-            modules[path] = Factors(a.astype(np.float32), np.ascontiguousarray(b, dtype=np.float32))
-            grown += [np.sum(side**2) for side in before]
-            left += [np.sum(after[0][kept] ** 2), np.sum(after[1][:, kept] ** 2)]
-        else:
-            empty[path] = Factors(np.zeros_like(held.a[:1]), np.zeros_like(held.b[:, :1]))
-    rest = merged.with_factors(_one_alpha(modules or empty))
-    if not modules:
-        return rest, 0.0
-    return rest, float(rounding * np.linalg.norm(np.sqrt(grown / left)))
-
-
-def _signal(before: Any, after: Any, axis: int, rounding: float) -> Any:
-    """Which ranks of one side hold more than what rounding left of what was there."""
-    noise = 4 * rounding * np.linalg.norm(before) / math.sqrt(before.shape[1 - axis])
-    return np.linalg.norm(after, axis=axis) > noise
-
-
-def _rooted(f: Factors) -> list[Any]:
-    signed = factor.roots([f.scale])[0]
-    return [f.a.astype(np.float64) * signed, f.b.astype(np.float64) * abs(signed)]

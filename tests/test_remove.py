@@ -1,0 +1,102 @@
+"""Taking a task off a shared slot: exactly, or by its route with the reason and a cure that works."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from factory import assert_same_delta, make_adapter
+from lorashelf import Adapter, Shelf, new_settings, norm, plan_add, plan_remove, plan_update
+from lorashelf.content import scaled
+from lorashelf.errors import NotReversible
+from lorashelf.peft_format import rounded
+
+CANNOT = {
+    "ties": ({"merge": "ties"}, "merged by ties"),
+    "svd": ({"merge": "svd"}, "merged by svd"),
+    "rank": ({"rank": 2}, "cut to rank 2"),
+    "half": ({"policy": "half"}, "folded with half weights"),
+}
+
+
+def one_slot(path: Path, xs: dict[str, Adapter], **options: Any) -> Shelf:
+    shelf = Shelf.create(path, new_settings(1, **{"policy": "kmerge", **options}))
+    for task, x in xs.items():
+        shelf.commit(plan_add(shelf.snapshot(), x, task))
+    return shelf
+
+
+def held(shelf: Shelf, task: str) -> Adapter:
+    snapshot = shelf.snapshot()
+    return snapshot.adapter(snapshot.located(task)[0])
+
+
+def one_step(seed: int, size: float, dtype: str) -> Adapter:
+    """An adapter as after one step of training: A is random, B tiny; ‖ΔW‖ = size."""
+    x = make_adapter(seed, dtype=dtype)
+    factor = np.float32(size / norm(x))
+    return rounded(x.with_factors({path: replace(f, b=f.b * factor) for path, f in x.modules.items()}))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("f16", 1e-3), ("bf16", 0.03), ("f32", 1e-8)])
+def test_a_task_that_stays_is_not_wiped_by_what_is_taken_out(tmp_path: Path, dtype: str, size: float) -> None:
+    large, small = scaled(rounded(make_adapter(0, dtype=dtype)), 0.25), one_step(1, size, dtype)
+    shelf = one_slot(tmp_path / "s", {"large": large, "small": small})
+    before = held(shelf, "small")
+    with pytest.raises(NotReversible, match="the rest is so small beside it"):
+        plan_update(shelf.snapshot(), "large", make_adapter(2, dtype=dtype), large)
+    plan = plan_remove(shelf.snapshot(), "large", large)
+    assert (plan.report["removed"], plan.report["precision"]) == ("route", None)
+    assert "the rest is so small beside it that rounding would leave" in plan.report["reason"]
+    shelf.commit(plan)
+    assert held(shelf, "small").digest == before.digest
+    assert norm(before) > 0
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_a_slot_that_cannot_be_taken_apart_says_why_and_what_to_do(tmp_path: Path, name: str) -> None:
+    options, reason = CANNOT[name]
+    xs = {task: make_adapter(i) for i, task in enumerate("abc")}
+    shelf = one_slot(tmp_path / "s", xs, **options)
+    for adapter in (None, xs["b"]):  # the original would not help
+        report = plan_remove(shelf.snapshot(), "b", adapter).report
+        assert report["removed"] == "route"
+        assert report["reason"].startswith(f"the slot's adapters cannot be taken apart: {reason}; ")
+    with pytest.raises(NotReversible, match=f"cannot be taken apart: {reason}") as caught:
+        plan_update(shelf.snapshot(), "b", make_adapter(9), xs["b"])
+    assert "lorashelf remove b, then add the new adapter" in str(caught.value.cure)
+    shelf.commit(plan_remove(shelf.snapshot(), "b"))
+    shelf.commit(plan_add(shelf.snapshot(), make_adapter(9), "b"))
+    assert shelf.snapshot().manifest.slots[0].members == ("a", "b", "c")
+    assert "remove the slot's other tasks as well and add their originals anew" in str(caught.value.cure)
+    for task in ("a", "b", "c"):
+        plan = plan_remove(shelf.snapshot(), task)
+        shelf.commit(plan)
+    assert plan.report["removed"] == "slot"
+    fresh = one_slot(tmp_path / "fresh", {task: xs[task] for task in "ac"}, **options)
+    for task in "ac":
+        shelf.commit(plan_add(shelf.snapshot(), xs[task], task))
+    assert_same_delta(held(fresh, "a"), held(shelf, "a"))
+
+
+@pytest.mark.parametrize(
+    ("options", "folded"),
+    [({}, True), ({"merge": "factor_mean"}, True), *((options, False) for options, _ in CANNOT.values())],
+)
+def test_an_add_reports_whether_it_can_be_taken_out_again(
+    tmp_path: Path, options: dict[str, Any], folded: bool
+) -> None:
+    x, y = make_adapter(0), make_adapter(1)
+    shelf = one_slot(tmp_path / "s", {"a": x}, **options)
+    assert plan_add(Shelf.create(tmp_path / "t", new_settings(1)).snapshot(), x, "a").report["reversible"] is True
+    plan = plan_add(shelf.snapshot(), y, "b")
+    assert plan.report["reversible"] is folded
+    shelf.commit(plan)
+    assert plan_add(shelf.snapshot(), y, "copy").report["reversible"] is folded  # only routed
+    assert (plan_remove(shelf.snapshot(), "b", y).report["removed"] == "average") is folded
+    refused = plan_add(Shelf.create(tmp_path / "u", new_settings(1, bytes=2000)).snapshot(), x, "a")
+    assert (refused.report["decision"], refused.report["reversible"]) == ("refuse", None)
