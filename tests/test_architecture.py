@@ -17,7 +17,7 @@ from lorashelf import errors
 SOURCE = Path(lorashelf.__file__).parent
 FLOORS = [  # a module may import from lower floors, and from those before it on its own
     ["version", "early", "errors", "registry", "digest", "parallel"],
-    ["adapter", "atomic", "locks", "tensorfile", "matching", "peft_config", "peft_format"],
+    ["adapter", "atomic", "objects", "locks", "tensorfile", "matching", "peft_config", "peft_format"],
     ["algebra"],
     ["similarity"],
     [
@@ -243,6 +243,19 @@ def test_the_drawn_tree_is_the_error_tree() -> None:
 def test_every_error_has_a_kind_of_its_own() -> None:
     kinds = [c.kind for c in error_classes()]
     assert len(kinds) == len(set(kinds))
+
+
+def test_only_atomic_opens_files() -> None:
+    """Whatever is read is opened by atomic.open_file, which no pipe or device blocks."""
+    pattern = re.compile(
+        r"\.(read_text|read_bytes)\(|(?<!os\.)\bopen\((?!(atomic\.)?open_file|self)|Path.*\.open\(|os\.open\((?!os\.devnull)"
+    )
+    offenders = []
+    for path in SOURCE.rglob("*.py"):
+        if module_name(path) != "atomic":
+            rows = [line.strip() for line in path.read_text().splitlines() if "def open(" not in line]
+            offenders += [f"{path.name}: {row}" for row in rows if pattern.search(row) and "Backend.open(" not in row]
+    assert offenders == []
 
 
 def test_only_atomic_writes() -> None:

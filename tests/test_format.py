@@ -186,7 +186,8 @@ def test_the_next_fold_takes_energies_from_the_manifest(tmp_path: Path) -> None:
     halved = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
     assert halved == pytest.approx({slot: score / 2 for slot, score in scores.items()}, abs=1e-7)
     assert shelf.verify() == [
-        f"slot {slot.slot}: the manifest's energies are not those of objects/{slot.object}"
+        f"slot {slot.slot}, objects/{slot.object}: the manifest's energies are not those of its values; "
+        f"tasks: {', '.join(slot.members)}"
         for slot in shelf.snapshot().manifest.slots
     ]
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +27,18 @@ from factory import make_adapter, write_peft
 from lorashelf import (
     LorashelfError,
     Shelf,
+    atomic,
+    content,
     history,
     new_settings,
+    objects,
     plan_add,
     plan_cluster,
     plan_remove,
+    plan_update,
+    read_adapter,
     route,
+    router,
 )
 from lorashelf.digest import digest
 from lorashelf.errors import (
@@ -44,6 +54,7 @@ from lorashelf.errors import (
     TaskNameError,
     UsageError,
 )
+from lorashelf.generation import service
 from test_attacks import command, state
 
 
@@ -649,7 +660,9 @@ def test_verify_finds_a_damaged_object_and_ends_with_4(shelf: Shelf, tmp_path: P
     before = state(tmp_path)
     problems = shelf.verify()
     assert len(problems) == 1
-    assert f"slot 0: the bytes of objects/{folder.name} have changed" in problems[0] or "No such file" in problems[0]
+    assert problems[0].startswith(f"slot 0, objects/{folder.name}: ")
+    assert problems[0].endswith("; tasks: gec-de")
+    assert "its bytes have changed" in problems[0] or "No such file" in problems[0]
     code, said = command("verify", shelf.path)
     assert (code, folder.name in said) == (4, True)
     assert state(tmp_path) == before
@@ -664,7 +677,7 @@ def test_an_object_that_cannot_be_read_stops_an_add(shelf: Shelf, tmp_path: Path
     before = state(tmp_path)
     with pytest.raises(CorruptShelf) as caught:
         plan_add(shelf.snapshot(), make_adapter(3), "new")
-    for fragment in ("slot 0", f"where: {folder}", "cure:  lorashelf verify"):
+    for fragment in ("slot 0", "tasks: gec-de", f"where: {folder}", f"cure:  lorashelf repair {shelf.path}"):
         assert fragment in str(caught.value)
     code, said = command("add", shelf.path, tmp_path / "third")
     assert (code, str(folder) in said) == (4, True)
@@ -694,8 +707,55 @@ def test_a_damaged_object_is_not_averaged_on(shelf: Shelf, tmp_path: Path, damag
         ["remove", shelf.path, task, "--adapter", original],
     ):
         code, said = command(*words)
-        assert (code, "have changed" in said, "cure:  lorashelf verify, then undo" in said) == (4, True, True), said
+        assert (code, "have changed" in said, "cure:  lorashelf repair" in said) == (4, True, True), said
         assert state(tmp_path) == before
+
+
+def test_no_damaged_slot_is_served(shelf: Shelf, tmp_path: Path) -> None:
+    """Whatever reads a slot's values checks its bytes before; the faults of all slots are named at once."""
+    assert command("add", shelf.path, tmp_path / "third")[0] == 0
+    snapshot = shelf.snapshot()
+    for slot in snapshot.manifest.slots[:2]:
+        flip(snapshot.slot_path(slot) / "adapter_model.safetensors", -7)  # a lowest bit: the value stays as good
+    tasks = [*snapshot.manifest.slots[0].members, *snapshot.manifest.slots[1].members]
+    fourth = write_peft(tmp_path / "fourth", make_adapter(3))
+    reads: dict[str, tuple[Callable[[], Any], list[str]]] = {
+        "route": (lambda: router.route(snapshot, tasks[0]), tasks[:1]),
+        "routes": (lambda: router.routes(snapshot), tasks),
+        "a service": (lambda: service(snapshot, tasks[1], prompt="?"), tasks[1:]),
+        "the content of a slot": (lambda: content.of_slot(snapshot, snapshot.manifest.slots[1]), tasks[1:]),
+        "an arrival, compared with all": (lambda: plan_add(snapshot, read_adapter(fourth), "fourth"), tasks),
+        "an update of another task": (lambda: plan_update(snapshot, "third", read_adapter(fourth)), tasks),
+    }
+    for name, (read, concerned) in reads.items():
+        with pytest.raises(CorruptShelf) as caught:
+            read()
+        for task in tasks:
+            assert (f"tasks: {task}" in str(caught.value)) is (task in concerned), (name, task)
+    for words in (["route", shelf.path], ["route", shelf.path, tasks[0]]):
+        assert command(*words)[0] == 4
+        assert command(*words, "--no-verify")[0] == 0
+    assert command("route", shelf.path, "third")[0] == 0
+    assert command("ls", shelf.path)[0] == 0
+
+
+def test_an_object_is_hashed_once_and_again_once_it_was_touched(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    of = objects.object_digest
+    monkeypatch.setattr(objects, "object_digest", lambda folder: hashed.append(folder.name) or of(folder))
+    snapshot = shelf.snapshot()
+    slot = snapshot.manifest.slots[0]
+    path = snapshot.slot_path(slot) / "adapter_model.safetensors"
+    time.sleep(0.02)  # what was written just now is not remembered: it may change without a change of its times
+    for _ in range(3):
+        snapshot.check_bytes(slot)
+    assert hashed == [slot.object]
+    flip(path, -7)
+    with pytest.raises(CorruptShelf):
+        snapshot.check_bytes(slot)
+    flip(path, -7)
+    snapshot.check_bytes(slot)
+    assert hashed == [slot.object] * 3
 
 
 def test_what_is_only_planned_has_no_bytes_to_check(shelf: Shelf) -> None:
@@ -735,6 +795,64 @@ def test_an_empty_folder_that_a_copy_lost_is_made_again(tmp_path: Path, two_task
     assert shelf.verify() == []
     assert command("add", shelf.path, two_tasks / "third")[0] == 0
     assert shelf.verify() == []
+
+
+# no files ------------------------------------------------------------------------------------------------------------
+
+
+def device(path: Path) -> None:
+    """An endless file; where only root may make one, a pipe again."""
+    try:
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+    except PermissionError:
+        os.mkfifo(path)
+
+
+@contextlib.contextmanager
+def no_longer_than(seconds: int) -> Iterator[None]:
+    """End what waits on a pipe for ever."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"still waiting after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+PLACES: dict[str, Callable[[Shelf], Path]] = {
+    "HEAD": lambda shelf: shelf.path / "HEAD",
+    "shelf.toml": lambda shelf: shelf.path / "shelf.toml",
+    "the manifest": head_manifest,
+    "the manifest before": lambda shelf: shelf.path / "manifests" / f"{shelf.snapshot().manifest.parent}.json",
+    "log.jsonl": lambda shelf: shelf.path / "log.jsonl",
+    "a config": lambda shelf: object_of(shelf) / "adapter_config.json",
+    "tensors": lambda shelf: object_of(shelf) / "adapter_model.safetensors",
+}
+
+
+@pytest.mark.parametrize("kind", [os.mkfifo, device, Path.mkdir], ids=["pipe", "device", "folder"])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_no_file_is_an_error_and_not_waited_for(
+    shelf: Shelf, tmp_path: Path, place: str, kind: Callable[[Path], Any]
+) -> None:
+    path = PLACES[place](shelf)
+    path.unlink()
+    kind(path)
+    commands = words_of(shelf, "verify", "add", "route", "remove", "undo", "log", "gc", "ls")
+    with no_longer_than(120):
+        codes = {words[0]: command(*words) for words in commands[:3]}
+        assert codes["verify"][0] == 4
+        assert path.name in codes["verify"][1]
+        assert "not a" in codes["verify"][1]
+        if place != "log.jsonl":  # history only
+            assert {name: code for name, (code, _) in codes.items()} == dict.fromkeys(codes, 4)
+        for words in commands[3:]:
+            assert command(*words)[0] in (0, 4), words
 
 
 # the log -------------------------------------------------------------------------------------------------------------
@@ -895,10 +1013,10 @@ def test_many_processes_add_to_one_shelf_and_nothing_is_lost(shelf: Shelf, tmp_p
 
 
 def test_a_head_that_may_not_be_read_has_a_cure_of_its_own(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused_to_read(path: Path, *_: Any) -> str:
+    def refused_to_read(path: Path, *_: Any) -> bytes:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", refused_to_read)
+    monkeypatch.setattr(atomic, "read_file", refused_to_read)
     with pytest.raises(DiskError, match="let this user read it"):
         shelf.snapshot()
 

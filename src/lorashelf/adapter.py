@@ -157,7 +157,7 @@ class Modules(Mapping[str, Factors]):
 class Adapter:
     """A LoRA adapter: its modules, the base it belongs to, the dtype it is stored in, the PEFT fields it carries.
 
-    `modules` may read lazily from a mapped file; a Factors taken out of it is float32 whatever the storage dtype.
+    `modules` may read lazily from an open file; a Factors taken out of it is float32 whatever the storage dtype.
     `config` holds the fields of adapter_config.json that do not follow from the factors, unknown ones included.
     Two adapters are the same when their `digest` is.
     """

@@ -1,4 +1,4 @@
-"""Every effect on the disk, durable and all-or-nothing; nothing else in lorashelf writes.
+"""Every effect on the disk, durable and all-or-nothing; nothing else in lorashelf writes. Files are opened here, too.
 
 A file is complete once `write_file` returns; it is visible under its final name only after `publish` or `replace_file`,
 which are renames inside one file system followed by an fsync of the folder. What the operating system refuses becomes a
@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import CorruptShelf, DiskError
 
+TICK = 11_000_000  # ns: file systems set a file's times by a clock that ticks every 1 to 10 ms
 _CURES = {
     errno.ENOSPC: "free some space; what was there before is unchanged",
     errno.EDQUOT: "free some space; what was there before is unchanged",
@@ -32,7 +34,7 @@ def refusals(path: Path, act: str = "write") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        reason = error.strerror or str(error)
         cure = _CURES.get(error.errno or 0) if act == "write" else "let this user read it, or mend the path"
         raise DiskError(f"cannot {act}: {reason}", where=str(error.filename or path), cure=cure) from error
 
@@ -40,6 +42,25 @@ def refusals(path: Path, act: str = "write") -> Iterator[None]:
 def expanded(path: str | Path) -> Path:
     """A path as a caller gives it, with a leading ~ or ~user replaced by that home folder."""
     return Path(os.path.expanduser(path))
+
+
+def open_file(path: Path) -> int:
+    """A handle of a regular file, to read from. Raises OSError, also for a FIFO or a device, which could block."""
+    return _open(path, os.O_RDONLY)
+
+
+def _open(path: Path, flags: int) -> int:
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return handle
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file. Raises OSError."""
+    with os.fdopen(open_file(path), "rb") as file:
+        return file.read()
 
 
 def make_folder(path: Path) -> None:
@@ -78,7 +99,7 @@ def staging(parent: Path) -> Iterator[Path]:
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a new file from chunks and fsync it. Raises DiskError, also if the file exists."""
     with refusals(path):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        handle = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             for chunk in chunks:
                 _write_all(handle, chunk)
@@ -90,7 +111,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 def append(path: Path, data: bytes, keep: int) -> None:
     """Cut a file to its first `keep` bytes (what a crash tore off goes), append, fsync. The file may be new."""
     with refusals(path):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        handle = _open(path, os.O_WRONLY | os.O_CREAT)
         try:
             os.ftruncate(handle, keep)
             os.lseek(handle, keep, os.SEEK_SET)

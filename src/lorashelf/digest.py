@@ -17,16 +17,31 @@ TAG = "b2-"
 PATTERN = re.compile(r"b2-[0-9a-f]{64}")
 
 
+class Hasher:
+    """A digest in the making: `update` with the next bytes, `digest` of those so far."""
+
+    def __init__(self) -> None:
+        self._state = blake2b(digest_size=32)
+
+    def update(self, chunk: bytes | memoryview) -> None:
+        """The next bytes."""
+        self._state.update(chunk)
+
+    def digest(self) -> str:
+        """BLAKE2b-256 of what it was given, tagged."""
+        return TAG + self._state.hexdigest()
+
+
 def digest(chunks: Iterable[bytes | memoryview]) -> str:
     """BLAKE2b-256 of the chunks one after the other, tagged.
 
     >>> digest([b"lora", b"shelf"]) == digest([b"lorashelf"])
     True
     """
-    state = blake2b(digest_size=32)
+    hasher = Hasher()
     for chunk in chunks:
-        state.update(chunk)
-    return TAG + state.hexdigest()
+        hasher.update(chunk)
+    return hasher.digest()
 
 
 def is_digest(text: object) -> bool:

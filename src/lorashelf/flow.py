@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,8 @@ def plan_add(
         raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
     details = _storable(task, details or {})
     kind = _kind(task, type, details.pop("type", None))
-    with beside(lambda: adapter.digest):  # asked for below
-        held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
+    with _checked(snapshot, *manifest.slots), beside(lambda: adapter.digest):  # asked for below
+        held = {slot.slot: snapshot.unchecked(slot) for slot in manifest.slots}
         base = _agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
         energies(adapter)  # likewise
         values = similarity([adapter], list(held.values()))[0] if held else []
@@ -104,16 +105,22 @@ def _placed(
 
 
 def _folded(snapshot: Snapshot, decision: Fold, adapter: Adapter, record: Merged) -> Content:
-    """What the slot holds after the fold. The bytes folded into are checked meanwhile: damage would pass for content
-    under the new object's id, and a merge that fails of it would blame the newcomer.
-    """
+    """What the slot holds after the fold."""
     slots = [snapshot.manifest.slot(i) for i in decision.sources or (decision.slot,)]
+    sources = [content.of_slot(snapshot, slot) for slot in slots]
+    new = content.fold(sources, adapter, record, snapshot.settings.recipe, decision.average)
+    energies(new.adapter)  # asked for below
+    return new
+
+
+@contextlib.contextmanager
+def _checked(snapshot: Snapshot, *slots: Slot) -> Iterator[None]:
+    """Check the bytes of slots beside the block. Damage is raised rather than what fails of it, which would blame the
+    newcomer.
+    """
     with beside(lambda: snapshot.check_bytes(*slots)) as checked:
         try:
-            sources = [content.of_slot(snapshot, slot) for slot in slots]
-            new = content.fold(sources, adapter, record, snapshot.settings.recipe, decision.average)
-            energies(new.adapter)  # asked for below
-            return new
+            yield
         finally:
             checked.result()
 
@@ -177,8 +184,9 @@ def plan_update(
         raise _another(task, was, details["digest"])
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
-    others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
-    base = _agreed_base(snapshot, {task: adapter}, others, assume_base)
+    with _checked(snapshot, *snapshot.manifest.slots):
+        others = [snapshot.unchecked(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
+        base = _agreed_base(snapshot, {task: adapter}, others, assume_base)
     record = content.entry(task, details["type"], adapter)
     precision = None
     if slot.members == (task,):
@@ -248,7 +256,6 @@ def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None,
         raise NotReversible(
             "the adapter is averaged with others", cure=f"give the original with {option} to take it out"
         )
-    snapshot.check_bytes(slot)
     return content.without(content.of_slot(snapshot, slot), digest, adapter, snapshot.settings.recipe)
 
 

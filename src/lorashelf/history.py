@@ -50,7 +50,7 @@ class History:
         if not self.path.exists():
             return []
         atomic.no_links(self.path)
-        data = self.path.read_bytes()
+        data = atomic.read_file(self.path)
         found = []
         for number, text in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
             try:
@@ -80,7 +80,7 @@ class History:
     def _with(self, states: Iterable[tuple[str, Manifest]]) -> tuple[bytes, bytes]:
         """The whole lines, and the lines of those states that have none; the file is read only if there are states."""
         states = list(states)
-        data = self.path.read_bytes() if states and self.path.exists() else b""
+        data = atomic.read_file(self.path) if states and self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         return whole, b"".join(line(i, manifest) for i, manifest in states if b'"id":"%s"' % i.encode() not in whole)
 

@@ -71,7 +71,7 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         with atomic.refusals(path, "read"):
-            data = path.read_bytes() if path.exists() else b""
+            data = atomic.read_file(path) if path.exists() else b""
         self._size = data.rfind(b"\n") + 1
         faulty = []
         for number, line in enumerate(data[: self._size].split(b"\n")[:-1], 1):

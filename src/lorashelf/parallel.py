@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -31,6 +32,16 @@ def each(function: Callable[[T], R], items: Iterable[T], workers: int = WORKERS)
         yield from pool.map(function, items)
 
 
+def at_once(function: Callable[[T], R], items: Sequence[T], workers: int = WORKERS) -> list[R]:
+    """What `function` gives for every item, in order; for work without BLAS, whose threads stay as they are."""
+    if min(len(items), workers) < 2:
+        return [function(item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(len(items), workers)) as pool:
+        return list(pool.map(function, items))
+
+
 @contextlib.contextmanager
 def beside(function: Callable[[], R]) -> Iterator[Future[R]]:
     """Run `function` while the block runs; it is done when the block is left."""
@@ -38,3 +49,25 @@ def beside(function: Callable[[], R]) -> Iterator[Future[R]]:
 
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(function)
+
+
+@contextlib.contextmanager
+def following(function: Callable[[T], object], most: int = 8) -> Iterator[Callable[[T], T]]:
+    """Give a function that returns its argument at once, while a thread calls `function` with the arguments in order.
+
+    At most `most` arguments wait; the thread has done with all of them when the block is left.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    running: deque[Future[object]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+
+        def passed(item: T) -> T:
+            running.append(pool.submit(function, item))
+            if len(running) > most:
+                running.popleft().result()
+            return item
+
+        yield passed
+        for future in running:
+            future.result()

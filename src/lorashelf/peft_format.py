@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from numpy.typing import NDArray
 
 from . import atomic
 from .adapter import WIDTHS, Adapter, BaseId, Factors, Matrix, Modules, Shape, Stack, numpy_dtype
-from .digest import digest
+from .digest import Hasher, digest
 from .errors import AdapterFormatError, UsageError
-from .parallel import beside
+from .objects import CONFIG_FILE, TENSOR_FILE, length
+from .parallel import following
 from .peft_config import RESOLVED, config_faults, resolved_scales, stored_scale, unmatched, written_config
-from .tensorfile import STORED, TensorFile, encode_header
+from .tensorfile import STORED, Lost, TensorFile, encode_header
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
 LARGEST_VALUE = 1e9
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight")
 _TORCH = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -44,13 +44,23 @@ _FOREIGN_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
-    """Read a PEFT adapter folder; tensors stay in the mapped file until they are used.
+    """Read a PEFT adapter folder; tensors stay in the file, held open, until they are used.
 
     Each module's Factors are a (r, din), b (dout, r) float32 and the resolved scale. With `check_values` every tensor
     is read once and refused if it holds NaN or infinity. Raises AdapterFormatError with all faults of config, header
-    and values at once.
+    and values at once; the adapter's modules raise it if the file changes before they are read.
     """
-    folder = atomic.expanded(path)
+    return _read(atomic.expanded(path), check_values, None)
+
+
+def read_stored(folder: Path, lost: Lost) -> Adapter:
+    """Read an object of a shelf, whose values were checked when it was stored; `lost` makes the error of a file that
+    changes later. Raises AdapterFormatError.
+    """
+    return _read(folder, False, lost)
+
+
+def _read(folder: Path, check_values: bool, lost: Lost | None) -> Adapter:
     try:
         next(folder.iterdir(), None)
     except OSError as error:
@@ -58,7 +68,7 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
         raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(folder), cure=cure) from error
     faults: list[str] = []
     config = _read_config(folder, faults)
-    tensors = _read_tensors(folder, faults)
+    tensors = _read_tensors(folder, faults, lost)
     halves = _pair(tensors, faults) if tensors is not None else {}
     shapes = _shapes(tensors, halves, faults) if tensors is not None else {}
     scales = resolved_scales(config, shapes, faults) if config is not None else {}
@@ -66,6 +76,8 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
         faults += unmatched(config, shapes)
     if tensors is not None and check_values:
         faults += _bad_values(tensors, halves)
+    if config is not None and _read_config(folder, []) != config:
+        faults.append(f"{CONFIG_FILE} changed while the adapter was read")
     if faults or config is None or tensors is None:
         raise AdapterFormatError(faults, where=str(folder), cure=_cure(faults, folder))
     stored = sorted({STORED[tensors[name].dtype] for pair in halves.values() for name in pair.values()})
@@ -97,32 +109,13 @@ def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[st
 
 
 def write_files(adapter: Adapter, folder: Path) -> str:
-    """Write both files into an existing folder, synced; returns their object digest (see `object_digest`)."""
-    encoded = encode(adapter)
-    with beside(encoded.digest) as identity:  # to hash takes as long as to write and sync
+    """Write both files into an existing folder, synced; returns their `object_digest`."""
+    encoded, identity = encode(adapter), Hasher()
+    with following(identity.update) as hashed:  # the very bytes that are written; it takes as long as to write and sync
+        hashed(encoded.head)
         atomic.write_file(folder / CONFIG_FILE, [encoded.config])
-        atomic.write_file(folder / TENSOR_FILE, encoded.tensor_chunks())
-    return identity.result()
-
-
-def object_digest(folder: Path) -> str:
-    """The identity of a stored folder: BLAKE2b over the length and bytes of the config, then of the tensors. Raises
-    OSError.
-    """
-    return digest(_file_chunks(folder))
-
-
-def _length(size: int) -> bytes:
-    return size.to_bytes(8, "little")
-
-
-def _file_chunks(folder: Path) -> Iterator[bytes | memoryview]:
-    for name in (CONFIG_FILE, TENSOR_FILE):
-        with (folder / name).open("rb") as handle:
-            yield _length(handle.seek(0, 2))
-            handle.seek(0)
-            while block := handle.read(1 << 20):
-                yield block
+        atomic.write_file(folder / TENSOR_FILE, map(hashed, encoded.tensor_chunks()))
+    return identity.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +129,12 @@ class Encoded:
 
     def digest(self) -> str:
         """The object digest: what `object_digest` of the written folder is."""
-        return digest(self._chunks())
+        return digest(chain([self.head], self.tensor_chunks()))
 
-    def _chunks(self) -> Iterator[bytes | memoryview]:
-        yield _length(len(self.config))
-        yield self.config
-        yield _length(self.size - len(self.config))
-        yield from self.tensor_chunks()
+    @property
+    def head(self) -> bytes:
+        """What the digest covers before the tensor file's bytes."""
+        return length(len(self.config)) + self.config + length(self.size - len(self.config))
 
     def tensor_chunks(self) -> Iterator[bytes | memoryview]:
         """The tensor file's bytes, one module in memory at a time."""
@@ -194,7 +186,7 @@ def encode(adapter: Adapter) -> Encoded:
 
 
 class _FileModules(Modules):
-    """Modules of a mapped file: float32 tensors are views of it, half precision is widened as a module is taken out."""
+    """Modules of an open file: read, and widened to float32, as a module is taken out."""
 
     def __init__(
         self,
@@ -237,15 +229,15 @@ class _FileModules(Modules):
 
 
 def _read_config(folder: Path, faults: list[str]) -> dict[str, Any] | None:
-    if (folder / CONFIG_FILE).exists() and not (folder / CONFIG_FILE).is_file():
-        faults.append(f"{CONFIG_FILE} cannot be read: not a file")
-        return None
     try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
+        config = json.loads(atomic.read_file(folder / CONFIG_FILE))
     except FileNotFoundError:
         faults.append(f"{CONFIG_FILE} is missing")
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        faults.append(f"{CONFIG_FILE} cannot be read: {error.strerror}")
+        return None
+    except (ValueError, RecursionError) as error:
         faults.append(f"{CONFIG_FILE} cannot be read: {error}")
         return None
     if not isinstance(config, dict):
@@ -266,7 +258,7 @@ def _encodable(document: Any) -> bool:
     return True
 
 
-def _read_tensors(folder: Path, faults: list[str]) -> TensorFile | None:
+def _read_tensors(folder: Path, faults: list[str], lost: Lost | None) -> TensorFile | None:
     path = folder / TENSOR_FILE
     if not os.path.lexists(path):
         pickles = sorted(item.name for item in folder.glob("*.bin"))
@@ -275,11 +267,8 @@ def _read_tensors(folder: Path, faults: list[str]) -> TensorFile | None:
         else:
             faults.append(f"{TENSOR_FILE} is missing")
         return None
-    if path.exists() and not path.is_file():
-        faults.append(f"{TENSOR_FILE} cannot be read: not a file")
-        return None
     try:
-        return TensorFile(path)
+        return TensorFile(path, lost)
     except AdapterFormatError as error:
         faults += [f"{TENSOR_FILE}: {fault}" for fault in error.faults]
         return None

@@ -120,7 +120,7 @@ def _kept(file: Path | None, task: str) -> Matrix | None:
     if file is None or not file.exists():
         return None
     try:
-        data = file.read_bytes()
+        data = atomic.read_file(file)
     except OSError:
         return None
     values = data[: -len(digest([]))]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import WIDTHS, BaseId
+from .atomic import read_file
 from .errors import LorashelfError, NewerFormat, ShelfConfigError, UsageError
 from .merging import METHODS
 from .policy import POLICIES
@@ -137,7 +138,7 @@ def write_toml(settings: Settings) -> bytes:
 def read_toml(path: Path) -> Settings:
     """Read and check shelf.toml. Raises ShelfConfigError with every fault and its line, NewerFormat."""
     try:
-        text = path.read_bytes().decode()
+        text = read_file(path).decode()
         document = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ShelfConfigError([f"cannot be read: {error}"], where=str(path), cure="mend the file") from error

@@ -68,7 +68,7 @@ def read_result(path: Path) -> dict[str, Any]:
     file = path / FILE if path.is_dir() else path
     cure = "give what `lorashelf eval --json` printed, or the folder of its -o"
     try:
-        document = json.loads(file.read_bytes())
+        document = json.loads(atomic.read_file(file))
         tasks = dict(document["tasks"])
     except OSError as error:
         what = f"the earlier evaluation cannot be read: {error.strerror}"

@@ -11,14 +11,21 @@ from .manifest import Slot
 from .snapshot import Snapshot
 
 
-def route(snapshot: Snapshot, task: str) -> dict[str, Any]:
-    """`{task, slot, path, members}`: the PEFT folder that serves the task. Raises UnknownName with the nearest."""
+def route(snapshot: Snapshot, task: str, *, verify: bool = True) -> dict[str, Any]:
+    """`{task, slot, path, members}`: the PEFT folder that serves the task, its bytes checked unless `verify` is False.
+
+    Raises UnknownName with the nearest names, CorruptShelf.
+    """
     slot, _ = snapshot.located(task)
+    if verify:
+        snapshot.check_bytes(slot)
     return _answer(snapshot, task, slot)
 
 
-def routes(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
-    """The whole map, task → `{task, slot, path, members}`."""
+def routes(snapshot: Snapshot, *, verify: bool = True) -> dict[str, dict[str, Any]]:
+    """The whole map, task → `{task, slot, path, members}`; likewise. Raises CorruptShelf."""
+    if verify:
+        snapshot.check_bytes(*snapshot.manifest.slots)
     return {task: _answer(snapshot, task, slot) for slot in snapshot.manifest.slots for task in slot.members}
 
 
@@ -56,7 +63,7 @@ def _apart(snapshot: Snapshot) -> dict[str, int]:
     for slot in snapshot.manifest.slots:
         width = WIDTHS[slot.dtype]
         try:
-            beside = slot.bytes - snapshot.adapter(slot).parameters * width
+            beside = slot.bytes - snapshot.unchecked(slot).parameters * width
         except CorruptShelf:  # a damaged shelf is listed all the same
             beside = 0
         for entry in slot.merged:

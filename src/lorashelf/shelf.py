@@ -306,7 +306,7 @@ class Shelf:
     def _named_by_head(self) -> str:
         no_links(self.path / "HEAD", *(self.path / folder for folder in _FOLDERS))
         try:
-            return (self.path / "HEAD").read_text().strip()
+            return atomic.read_file(self.path / "HEAD").decode().strip()
         except PermissionError:
             raise
         except (OSError, UnicodeDecodeError) as error:
@@ -321,7 +321,7 @@ class Shelf:
         path = self._manifest_path(identity)
         no_links(path)
         try:
-            data = path.read_bytes()
+            data = atomic.read_file(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -344,7 +344,7 @@ class Shelf:
             faults.append(("base", f"base is {settings.base!r}, but the adapters here are of {stored!r}"))
         if faults:
             path = self.path / recipe.FILE
-            raise recipe.config_error(path, path.read_text(), faults)
+            raise recipe.config_error(path, atomic.read_file(path).decode(), faults)
 
     def _store(self, adapter: Adapter) -> str:
         with atomic.staging(self.path / "tmp") as staged:

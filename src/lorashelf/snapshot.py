@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,12 +13,14 @@ from typing import Any
 
 from .adapter import WIDTHS, Adapter
 from .algebra import energies_hold
-from .atomic import no_links, refusals
-from .errors import AdapterFormatError, CorruptShelf, DiskError, LorashelfError, OverBudget, StaleShelf, UnknownName
+from .atomic import no_links, read_file, refusals
+from .errors import AdapterFormatError, CorruptShelf, DiskError, OverBudget, StaleShelf, UnknownName
 from .history import FILE as LOG
 from .history import History
 from .manifest import PENDING, Manifest, Plan, Slot
-from .peft_format import CONFIG_FILE, TENSOR_FILE, encode, object_digest, read_adapter
+from .objects import CONFIG_FILE, TENSOR_FILE, known_digest, object_digest
+from .parallel import at_once
+from .peft_format import encode, read_stored
 from .recipe import Settings
 from .timeline import Timeline, timeline
 
@@ -65,7 +67,7 @@ class Snapshot:
     def stale(self) -> bool:
         """Whether HEAD names another head by now, so that files of this snapshot may be gone."""
         with contextlib.suppress(OSError, ValueError):
-            return (self.path / "HEAD").read_text().strip() != self.read_at
+            return read_file(self.path / "HEAD").decode().strip() != self.read_at
         return False
 
     @contextlib.contextmanager
@@ -86,18 +88,21 @@ class Snapshot:
         return path
 
     def adapter(self, slot: Slot) -> Adapter:
-        """A slot's content as it is stored, read lazily. Raises CorruptShelf."""
+        """A slot's content as it is stored, read lazily, its bytes checked before. Raises CorruptShelf."""
+        self.check_bytes(slot)
+        return self.unchecked(slot)
+
+    def unchecked(self, slot: Slot) -> Adapter:
+        """The same, its bytes unchecked: for its shapes, or where `check_bytes` runs beside. Raises CorruptShelf."""
         if slot.slot in self.pending:
             return self.pending[slot.slot]
         with self._standing():
             with refusals(self.path, "read"):
                 path = self.slot_path(slot)
             try:
-                adapter = read_adapter(path, check_values=False)
+                adapter = read_stored(path, lambda what: self._corrupt([_damaged(slot, what)], path))
             except AdapterFormatError as error:
-                raise CorruptShelf(
-                    f"slot {slot.slot}: {error.what}", where=str(path), cure="lorashelf verify, then undo"
-                ) from error
+                raise self._corrupt([_damaged(slot, "; ".join(error.faults))], path) from error
         if len(slot.energies) == len(adapter.modules):
             adapter.modules.energies = dict(zip(adapter.modules, slot.energies, strict=True))
         return adapter
@@ -111,35 +116,48 @@ class Snapshot:
         return slot, self.manifest.tasks[task]
 
     def check_bytes(self, *slots: Slot) -> None:
-        """Raise CorruptShelf unless the stored bytes of these slots are those that their objects are named by."""
-        for slot in slots:
-            if slot.slot in self.pending:
-                continue
-            with self._standing():
-                with refusals(self.path, "read"):
-                    path = self.slot_path(slot)
-                    found = object_digest(path)
-                if found != slot.object:
-                    what = f"slot {slot.slot}: the bytes of objects/{slot.object} have changed"
-                    raise CorruptShelf(what, where=str(path), cure="lorashelf verify, then undo")
+        """Raise CorruptShelf unless the stored bytes of these slots are those that their objects are named by.
+
+        An object is hashed once a process, and again where the times of its files have changed.
+        """
+        stored = [slot for slot in slots if slot.slot not in self.pending]
+        with self._standing():
+            faults = {slot: fault for slot, fault in zip(stored, at_once(self._fault, stored), strict=True) if fault}
+            if faults:
+                where = self.slot_path(*faults) if len(faults) == 1 else self.path
+                raise self._corrupt([*faults.values()], where)
+
+    def _fault(self, slot: Slot, digest_of: Callable[[Path], str] = known_digest) -> str | None:
+        """What is wrong with the stored bytes of a slot."""
+        with refusals(self.path, "read"):
+            path = self.slot_path(slot)
+            try:
+                found = digest_of(path)
+            except PermissionError:
+                raise
+            except OSError as error:
+                return _damaged(slot, f"{Path(error.filename or path).name} cannot be read: {error.strerror}")
+        return None if found == slot.object else _damaged(slot, "its bytes have changed")
+
+    def _corrupt(self, faults: Sequence[str], where: Path) -> CorruptShelf:
+        return CorruptShelf("; ".join(faults), where=str(where), cure=f"lorashelf repair {self.path}")
 
     def problems(self, slot: Slot) -> list[str]:
         """What is wrong with the object of a slot, in sentences: its bytes, their number, their energies."""
-        stored = f"objects/{slot.object}"
         try:
-            self.check_bytes(slot)
-            path = self.slot_path(slot)
-            adapter = self.adapter(slot)
+            if fault := self._fault(slot, object_digest):
+                return [fault]
+            path, adapter = self.slot_path(slot), self.unchecked(slot)
             with refusals(path, "read"):
                 size = sum((path / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
             if size != slot.bytes:
-                return [f"slot {slot.slot}: {stored} has {size} bytes, the manifest says {slot.bytes}"]
+                return [_damaged(slot, f"it has {size} bytes, the manifest says {slot.bytes}")]
             if slot.energies and not energies_hold(adapter):
-                return [f"slot {slot.slot}: the manifest's energies are not those of {stored}"]
+                return [_damaged(slot, "the manifest's energies are not those of its values")]
+        except (CorruptShelf, StaleShelf) as error:
+            return [error.what]
         except DiskError as error:
-            return [f"slot {slot.slot}: {stored}: {error.what}"]
-        except LorashelfError as error:
-            return [f"slot {slot.slot}: {error.what.removeprefix(f'slot {slot.slot}: ')}"]
+            return [_damaged(slot, error.what)]
         return []
 
     def after(self, plan: Plan) -> Snapshot:
@@ -219,6 +237,11 @@ class Snapshot:
 def _key(slot: Slot) -> object:
     """What tells objects apart, those that are not written yet too."""
     return slot.object if slot.object != PENDING else (slot.slot, slot.merged)
+
+
+def _damaged(slot: Slot, what: str) -> str:
+    """A fault of a slot's object, with the tasks that it serves."""
+    return f"slot {slot.slot}, objects/{slot.object}: {what}; tasks: {', '.join(slot.members)}"
 
 
 def check_budget(snapshot: Snapshot, plan: Plan) -> None:

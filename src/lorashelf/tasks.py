@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .atomic import expanded
+from .atomic import expanded, read_file
 from .digest import canonical_json, digest
 from .errors import TaskDataError, UnknownName, UsageError
 
@@ -97,9 +97,7 @@ def read_task_file(path: str | Path) -> dict[str, Any]:
 def _fields(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The fields of a task.toml, and its faults with their cures."""
     try:
-        fields = tomllib.loads(
-            path.read_bytes().decode("utf-8-sig")
-        )  # some editors begin a file with a byte order mark
+        fields = tomllib.loads(read_file(path).decode("utf-8-sig"))  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         return {}, dict([_unread("the task file", error)])
     except (ValueError, RecursionError) as error:
@@ -189,7 +187,7 @@ _HALF = "write the character itself, or both halves of its pair"
 def _read_lines(path: Path, faults: dict[str, str]) -> tuple[Example, ...]:
     examples = []
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        text = read_file(path).decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         fault, cure = _unread(path.name, error)
         faults[fault] = cure

@@ -1,17 +1,18 @@
-"""safetensors files: a bounded header, tensors mapped without a copy (bfloat16 too), and writing as a stream.
+"""safetensors files: a bounded header, tensors read one by one (bfloat16 too), and writing as a stream.
 
 The format is safetensors' own: 8 bytes of header length, a JSON header, then the tensors without holes. Every fault of
-a header is reported at once; nothing of a faulty file is mapped.
+a header is reported at once; no tensor of a faulty file is read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adapter import numpy_dtype
-from .errors import AdapterFormatError
+from .atomic import TICK, open_file
+from .errors import AdapterFormatError, LorashelfError
 
 MAX_HEADER = 100 * 2**20  # bytes; safetensors' own cap
 STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+Lost = Callable[[str], LorashelfError]  # what happened to an open file → the error
+_CHANGED = "changed while it was read"
 _SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
 _WIDTHS = {dtype: width for width, dtypes in _SIZES.items() for dtype in dtypes.split()}
+
+# glibc returns freed blocks to the system at once, to be zeroed page by page when they are taken again, until a larger
+# one was freed (mallopt(3), M_MMAP_THRESHOLD). Tensors are read into such blocks again and again, in half the time.
+np.empty(2**23, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,42 +46,67 @@ class Entry:
 
 
 class TensorFile(Mapping[str, Entry]):
-    """A mapped safetensors file; `array` gives a tensor as a read-only view of the file."""
+    """A safetensors file, held open; `array` and `stack` read tensors out of it, a copy each.
 
-    def __init__(self, path: Path) -> None:
-        """Map the file. Raises AdapterFormatError with every fault of the header."""
+    It is read, not mapped: a mapped file that is cut off later ends the process (SIGBUS). A file that changes after it
+    was opened is an error of the next read, so everything that was read belongs to one state of the file.
+    """
+
+    def __init__(self, path: Path, lost: Lost | None = None) -> None:
+        """Open the file. Raises AdapterFormatError with every fault of the header; `lost` makes the error of a later
+        read.
+        """
         self.path = path
+        self._lost = lost or self._refused
         try:
-            with path.open("rb") as handle:
-                size = handle.seek(0, 2)
-                handle.seek(0)
-                offset, header = _read_header(handle.read(8), size, handle.read, path)
-                self._entries = _check_entries(header, size - offset, path)
-                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            self._handle = open_file(path)
+            weakref.finalize(self, os.close, self._handle)
+            self._opened = os.fstat(self._handle)
+            if lost is None:  # what lies on a shelf is held against its digest
+                self._opened = _settled(self._handle, self._opened)
+            size = self._opened.st_size
+            with open(self._handle, "rb", closefd=False) as file:
+                self._offset, header = _read_header(file.read(8), size, file.read, path)
         except OSError as error:
             raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path)) from error
-        self._offset = offset
+        self._check_unchanged()
+        self._entries = _check_entries(header, size - self._offset, path)
 
     def array(self, name: str) -> NDArray[Any]:
-        """The tensor as stored (f32, f16 or bf16), a view of the mapped file."""
-        entry = self._entries[name]
-        count = math.prod(entry.shape)
-        flat = np.frombuffer(
-            self._map, dtype=numpy_dtype(STORED[entry.dtype]), count=count, offset=self._offset + entry.start
-        )
-        return flat.reshape(entry.shape)
+        """The tensor as stored (f32, f16 or bf16). Raises AdapterFormatError if the file has changed."""
+        return np.asarray(self.stack([name])[0])
 
     def stack(self, names: Sequence[str]) -> NDArray[Any]:
-        """Tensors of one shape as (n, *shape): a view of the file where they lie in it at equal distances, as those of
-        like layers do, else a float32 copy.
-        """
-        first, *others = [self._entries[name] for name in names]
-        steps = {late.start - early.start for early, late in pairwise([first, *others])} or {first.stop - first.start}
-        if len(steps) > 1 or min(steps) <= 0 or any(entry.dtype != first.dtype for entry in others):
+        """Tensors of one shape as (n, *shape), as stored; float32 where their dtypes differ. Raises as `array`."""
+        entries = [self._entries[name] for name in names]
+        first = entries[0]
+        if any(entry.dtype != first.dtype for entry in entries):
             return np.stack([self.array(name).astype("<f4", copy=False) for name in names])
-        one = self.array(names[0])
-        offset, strides = self._offset + first.start, (steps.pop(), *one.strides)
-        return np.ndarray((len(names), *one.shape), one.dtype, self._map, offset, strides)  # refuses to leave the file
+        data = np.empty((len(entries), first.stop - first.start), np.uint8)
+        try:
+            for row, entry in zip(data, entries, strict=True):
+                self._fill(row.data, self._offset + entry.start)
+        except OSError as error:
+            raise self._lost(f"cannot be read: {error.strerror}") from error
+        self._check_unchanged()
+        return data.view(numpy_dtype(STORED[first.dtype])).reshape(len(entries), *first.shape)
+
+    def _fill(self, room: memoryview, offset: int) -> None:
+        while room and (count := os.preadv(self._handle, [room], offset)):
+            room, offset = room[count:], offset + count
+        if room:
+            raise self._lost(_CHANGED)
+
+    def _check_unchanged(self) -> None:
+        then, now = self._opened, os.fstat(self._handle)
+        same = (then.st_size, then.st_mtime_ns) == (now.st_size, now.st_mtime_ns)
+        # a name that is taken away or given sets ctime too, and changes no byte
+        if not same or (then.st_ctime_ns != now.st_ctime_ns and then.st_nlink == now.st_nlink):
+            raise self._lost(_CHANGED)
+
+    def _refused(self, what: str) -> LorashelfError:
+        cure = "wait until whatever writes the file is done, then run the command again"
+        return AdapterFormatError([f"{self.path.name} {what}"], where=str(self.path.parent), cure=cure)
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -83,6 +116,15 @@ class TensorFile(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _settled(handle: int, found: os.stat_result) -> os.stat_result:
+    """The file's times once they are older than a tick of the clock that sets them: any later change shows in them."""
+    age = time.time_ns() - found.st_ctime_ns
+    if not 0 <= age < TICK:
+        return found
+    time.sleep((TICK - age) / 1e9)
+    return os.fstat(handle)
 
 
 def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:

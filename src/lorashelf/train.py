@@ -333,7 +333,7 @@ def _standing(folder: Path, lessons: Sequence[Lesson]) -> dict[str, dict[str, An
 
 def _record(file: Path) -> dict[str, Any]:
     """A training's record. Raises what reading it raises, and ValueError for one of another shape."""
-    record: dict[str, Any] = json.loads(file.read_bytes())
+    record: dict[str, Any] = json.loads(atomic.read_file(file))
     shown = [record["examples"]["train"], record["settings"]["rank"], *(record[name] for name in _NUMBERS)]
     if any(value is not None and type(value) not in (int, float) for value in shown):
         raise ValueError(file)
@@ -361,7 +361,7 @@ def _read_state(file: Path) -> dict[str, Any]:
     """A state as `save` keeps it. Raises UsageError."""
     torch, _ = libraries()
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(file.read_bytes()), map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(io.BytesIO(atomic.read_file(file)), map_location="cpu", weights_only=True)
         document: dict[str, Any] = json.loads(state.pop("document"))
         identity, past = dict(document["identity"]), _Past(**document["past"])
         looks = tuple((int(step), float(loss)) for step, loss in past.looks)

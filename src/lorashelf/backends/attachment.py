@@ -60,7 +60,7 @@ class Attachment:
         """Aᵀ and s Bᵀ where the base is. Raises ModelError where memory ends."""
         kind = {"dtype": self._base.model.dtype, "device": self._base.model.device}
         with within_memory("out of memory for an adapter", self._base.name, "free memory, or give a smaller base"):
-            a = self._torch.tensor(f.a).T.to(**kind)  # a copy: the file may be mapped read-only, and may go
+            a = self._torch.tensor(f.a).T.to(**kind)
             return a, (self._torch.tensor(f.b).T * f.scale).to(**kind)
 
     def _faults(self, adapter: Adapter) -> list[str]:

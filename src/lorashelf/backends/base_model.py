@@ -140,7 +140,7 @@ def _snapshot(name: str) -> Path | None:
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
-        listed = [json.loads(index.read_bytes())["weight_map"].values() for index in folder.glob("*.index.json")]
+        listed = [json.loads(atomic.read_file(index))["weight_map"].values() for index in folder.glob("*.index.json")]
     except (OSError, ValueError, KeyError):  # not in the cache, or no name of a model, or cut off
         return None
     shards = {shard for shards in listed for shard in shards}
@@ -191,7 +191,7 @@ def _dequantised(file: Path) -> Path:
 
 def cached(file: Path) -> Path:
     """Where a GGUF file's weights are kept, by its whole content: two fine-tunes of a base differ in that only."""
-    with file.open("rb") as handle:
+    with open(atomic.open_file(file), "rb") as handle:
         key = digest(iter(lambda: handle.read(1 << 22), b"")).removeprefix("b2-")[:16]
     return cache_folder() / f"{file.stem}-{key}"
 

@@ -101,7 +101,7 @@ def _versions() -> dict[str, str]:
 def _processor() -> str:
     """The processor's name, as Linux gives it."""
     try:
-        rows = Path("/proc/cpuinfo").read_text().splitlines()
+        rows = atomic.read_file(Path("/proc/cpuinfo")).decode().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((row.split(":")[1].strip() for row in rows if row.startswith("model name")), platform.machine())
@@ -126,7 +126,7 @@ def read_results(suite: Suite, folder: Path) -> dict[str, dict[str, Any]]:
         if not path.exists():
             continue
         try:
-            result = json.loads(path.read_bytes())
+            result = json.loads(atomic.read_file(path))
             sound = result["format"] == FORMAT and result["conditions"] == conditions(suite)
             measured = set(cell.measure) <= set(result["cell"]["measure"])
         except (OSError, ValueError, KeyError, TypeError) as error:

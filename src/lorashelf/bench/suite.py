@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..atomic import read_file
 from ..d2c import Accept
 from ..digest import canonical_json, digest
 from ..errors import LorashelfError, UsageError
@@ -134,7 +135,7 @@ def read_suite(path: str | Path) -> Suite:
     """Read a suite's TOML file. Raises UsageError naming every unknown, mistyped or impossible value."""
     path = Path(path)
     try:
-        document = tomllib.loads(path.read_bytes().decode())
+        document = tomllib.loads(read_file(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         cure = "give a suite's TOML file; docs/experiments.md has the keys"
         raise UsageError(f"the suite cannot be read: {error}", where=str(path), cure=cure) from error

@@ -15,7 +15,8 @@ import typer
 from ..adapter import Adapter
 from ..atomic import expanded
 from ..errors import AdapterError, AdapterFormatError, MissingExtra, TaskNameError, UsageError
-from ..peft_format import CONFIG_FILE, read_adapter
+from ..objects import CONFIG_FILE
+from ..peft_format import read_adapter
 from ..policy import median_similarity
 from ..similarity import similarity
 from .output import note

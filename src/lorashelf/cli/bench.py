@@ -15,7 +15,7 @@ from ..bench.run import run as measure
 from ..bench.run import status as standing
 from ..bench.suite import Cell, Suite, read_suite
 from ..errors import UsageError
-from ..peft_format import CONFIG_FILE
+from ..objects import CONFIG_FILE
 from ..tasks import Task, read_tasks
 from . import arguments as arg
 from .output import counted, duration, note, show, table

@@ -16,11 +16,12 @@ import typer
 
 from .. import recipe
 from ..adapter import Adapter, BaseId
+from ..atomic import read_file
 from ..backends.hf import HFBackend
 from ..errors import LorashelfError, UnknownName, UsageError
 from ..evaluation import Evaluation, Unit, metrics_of, prepare
 from ..journal import Journal, opened
-from ..peft_format import CONFIG_FILE
+from ..objects import CONFIG_FILE
 from ..results import FILE, read_result, write_csv, write_result
 from ..router import storage
 from ..shelf import Shelf
@@ -152,7 +153,7 @@ def _adapters_of(folder: Path, tasks: Mapping[str, Task]) -> Served:
 def _trained_under(folder: Path) -> str | None:
     """The prompt rendering that the training record in an adapter's folder states; None without one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        return str(json_of((folder / RECORD_FILE).read_bytes())["settings"]["prompt"])
+        return str(json_of(read_file(folder / RECORD_FILE))["settings"]["prompt"])
     return None
 
 

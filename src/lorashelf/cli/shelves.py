@@ -64,13 +64,16 @@ def route(
     task: Annotated[
         str | None, typer.Argument(help="A task on the shelf; none: all.", metavar="[TASK]", show_default=False)
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Check the bytes of the folder against their hash.")
+    ] = True,
     json: arg.Json = False,
 ) -> None:
     """Which slot serves a task, and where its PEFT folder lies."""
     if task is not None:
-        show(Shelf(shelf).read(lambda snapshot: router.route(snapshot, task)), json, lambda d: d["path"])
+        show(Shelf(shelf).read(lambda s: router.route(s, task, verify=verify)), json, lambda d: d["path"])
         return
-    rows = Shelf(shelf).read(router.routes)
+    rows = Shelf(shelf).read(lambda s: router.routes(s, verify=verify))
     show(
         rows,
         json,
