@@ -11,7 +11,22 @@ from pathlib import Path
 from lorashelf import METHODS
 
 HERE = Path(__file__).parent
-SHELF = ["demo", "init", "add", "update", "cluster", "remove", "route", "ls", "log", "verify", "undo", "redo", "gc"]
+SHELF = [
+    "demo",
+    "init",
+    "add",
+    "update",
+    "cluster",
+    "remove",
+    "route",
+    "ls",
+    "set",
+    "log",
+    "verify",
+    "undo",
+    "redo",
+    "gc",
+]
 BENCH = ["bench run", "bench status", "bench table", "bench plot"]
 COMMANDS = [*SHELF, "show", "compare", "plan", "threshold", "merge", "train", "eval", "generate", *BENCH]
 CLI_HEAD = """# Command line

@@ -9,7 +9,7 @@ from . import early  # noqa: F401  first, as it is for the seconds in which the 
 from .adapter import Adapter, BaseId, Factors, Modules
 from .algebra import combine, compress, gram, inner, norm
 from .errors import LorashelfError
-from .flow import plan_add, plan_cluster, plan_remove, plan_update
+from .flow import plan_add, plan_cluster, plan_remove, plan_set, plan_update
 from .manifest import Manifest, Plan, Slot
 from .merging import METHODS, Within, merge, merge_method
 from .partition import PARTITIONERS, partition, partitioner
@@ -57,6 +57,7 @@ __all__ = [
     "plan_add",
     "plan_cluster",
     "plan_remove",
+    "plan_set",
     "plan_update",
     "policy",
     "read_adapter",

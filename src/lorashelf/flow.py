@@ -244,6 +244,29 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
     return _plan(snapshot, replace(known, slots=slots), writes, cause, report, shrinks=True)
 
 
+def plan_set(snapshot: Snapshot, task: str, fields: Mapping[str, Any]) -> Plan:
+    """Change what is stored with a task: prompt, type, language, metric, max_new_tokens (`tasks.checked_fields`).
+
+    Raises UnknownName, UsageError where nothing would change, TaskNameError for a type that cannot be.
+    """
+    task = unicodedata.normalize("NFC", task)
+    slot, details = snapshot.located(task)
+    given = _storable(task, fields)
+    changed = {name: value for name, value in given.items() if details.get(name) != value}
+    if not changed:
+        raise UsageError(f"{task!r} has this stored with it already", cure="nothing is to be done")
+    kind = problem_type(changed.get("type", details["type"]))
+    own = (task, details["digest"])
+    merged = tuple(replace(entry, type=kind) if (entry.task, entry.digest) == own else entry for entry in slot.merged)
+    known = replace(
+        snapshot.manifest,
+        tasks={**snapshot.manifest.tasks, task: {**details, **changed, "digest": details["digest"]}},
+        slots=snapshot.manifest.with_slot(replace(slot, merged=merged)),
+    )
+    report = {"task": task, "slot": slot.slot, "changed": changed}
+    return _plan(snapshot, known, {}, {"operation": "set", "task": task, "slot": slot.slot}, report)
+
+
 def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None, option: str) -> tuple[Content, float]:
     """The slot's content with a task's adapter taken out. Raises NotReversible, saying what is missing."""
     tasks = snapshot.manifest.tasks

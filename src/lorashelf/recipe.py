@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,32 @@ class Settings:
 
     def checked(self) -> Settings:
         """Itself, or UsageError naming every value that cannot be."""
-        faults = [fault for _, fault in _faults(self)]
+        faults = [fault for _, fault in self.faults()]
         if faults:
             raise UsageError("; ".join(faults))
         return self
+
+    def faults(self) -> list[tuple[str, str]]:
+        """Every value that cannot be, as (key, sentence)."""
+        return _faults(self)
+
+    def changed(self, changes: Mapping[str, Any]) -> Settings:
+        """The settings with other values, by the flat names that `new_settings` takes. Raises UsageError."""
+        parts: dict[str, dict[str, Any]] = {"budget": {}, "recipe": {}, "": {}}
+        for name, value in changes.items():
+            if name not in SECTIONS:
+                raise UsageError(f"there is no setting {name!r}", cure=f"the settings are {', '.join(SECTIONS)}")
+            parts[SECTIONS[name]][name] = value
+        budget, recipe = replace(self.budget, **parts["budget"]), replace(self.recipe, **parts["recipe"])
+        return replace(self, budget=budget, recipe=recipe, **parts[""])
+
+
+SECTIONS = {
+    **{f.name: "budget" for f in fields(Budget)},
+    **{f.name: "recipe" for f in fields(Recipe)},
+    **dict.fromkeys(("base", "base_aliases"), ""),
+}
+"""Setting → the table of shelf.toml that holds it; "" for the top."""
 
 
 def new_settings(slots: int, **options: Any) -> Settings:
@@ -133,6 +155,21 @@ def write_toml(settings: Settings) -> bytes:
         lines += ["", "[recipe.parameters]"]
         lines += [f"{name} = {_toml(value)}" for name, value in sorted(recipe.parameters.items())]
     return ("\n".join(lines) + "\n").encode()
+
+
+def edited_toml(text: str, changes: Mapping[str, Any]) -> bytes:
+    """The text of a shelf.toml with other values; all else stays as it is, comments too. None takes a key out."""
+    import tomlkit  # here: only `set` edits
+
+    document = tomlkit.parse(text)
+    for name, value in changes.items():
+        section = SECTIONS[name]
+        table = document.setdefault(section, tomlkit.table()) if section else document
+        if value is None or value in ((), {}):
+            table.pop(name, None)
+        else:
+            table[name] = list(value) if isinstance(value, tuple) else value
+    return tomlkit.dumps(document).encode()
 
 
 def read_toml(path: Path) -> Settings:

@@ -7,7 +7,7 @@ Readers need no lock. A writer holds `lock`; killed at any point, the shelf open
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -276,6 +276,33 @@ class Shelf:
             with self._nothing_left():
                 return self._advance(restored)
 
+    def configure(self, changes: Mapping[str, Any]) -> Settings:
+        """Change settings in shelf.toml, by the flat names that `new_settings` takes; None takes one out. What a person
+        wrote around them stays. Raises UsageError naming every value that cannot be, and what contradicts the content.
+        """
+        path = self.path / recipe.FILE
+        with self.writing():
+            snapshot = self.snapshot()
+            settings = snapshot.settings.changed(changes)
+            faults = settings.faults()
+            wrong = {name for name, _ in faults}
+            if wrong.isdisjoint(("slots", "base")):
+                faults += _contradictions(settings, snapshot.manifest)
+            limit = settings.budget.bytes
+            if wrong.isdisjoint(("bytes", "keep")) and limit is not None and "bytes" in changes:
+                least = replace(snapshot, settings=settings).resting
+                if least > limit:
+                    faults.append(("bytes", f"bytes is {limit}, but the shelf takes {least}: at least that"))
+            if faults:
+                raise UsageError("; ".join(fault for _, fault in faults), where=str(path), cure="give other values")
+            with atomic.refusals(path, "read"):
+                edited = recipe.edited_toml(path.read_bytes().decode(), changes)
+            self._lock.check()
+            self._sweep_staging()
+            atomic.replace_file(path, edited, self.path / "tmp")
+            self._sweep(self.snapshot())
+            return settings
+
     def gc(self) -> list[str]:
         """Delete what nothing reaches (docs/format.md); the relative paths deleted."""
         with self.writing():
@@ -333,16 +360,7 @@ class Shelf:
 
     def _check_settings(self, settings: Settings, manifest: Manifest) -> None:
         """Raise ShelfConfigError where shelf.toml contradicts the content."""
-        faults = []
-        need = max((slot.slot + 1 for slot in manifest.slots), default=0)
-        if settings.budget.slots < need:
-            faults.append(
-                ("slots", f"slots is {settings.budget.slots}, but slot {need - 1} is filled: at least {need}")
-            )
-        stored = manifest.base.name if manifest.base else ""
-        if settings.base and stored and stored not in (settings.base, *settings.base_aliases):
-            faults.append(("base", f"base is {settings.base!r}, but the adapters here are of {stored!r}"))
-        if faults:
+        if faults := _contradictions(settings, manifest):
             path = self.path / recipe.FILE
             raise recipe.config_error(path, atomic.read_file(path).decode(), faults)
 
@@ -411,6 +429,18 @@ class Shelf:
                 atomic.remove(path)
                 gone.append(f"objects/{path.name}")
         return gone
+
+
+def _contradictions(settings: Settings, manifest: Manifest) -> list[tuple[str, str]]:
+    """The settings that the content contradicts, as (key, sentence)."""
+    faults = []
+    need = max((slot.slot + 1 for slot in manifest.slots), default=0)
+    if settings.budget.slots < need:
+        faults.append(("slots", f"slots is {settings.budget.slots}, but slot {need - 1} is filled: at least {need}"))
+    stored = manifest.base.name if manifest.base else ""
+    if settings.base and stored and stored not in (settings.base, *settings.base_aliases):
+        faults.append(("base", f"base is {settings.base!r}, but the adapters here are of {stored!r}"))
+    return faults
 
 
 def _next(snapshot: Snapshot, operation: str) -> str:

@@ -177,6 +177,12 @@ class Snapshot:
         """Every byte under the shelf."""
         return sum(self._files().values())
 
+    @property
+    def resting(self) -> int:
+        """Every byte under the shelf once it is swept."""
+        objects: dict[object, int] = {slot.object: slot.bytes for slot in self.manifest.slots}
+        return self._size(self._retained(objects), objects)
+
     def at_rest(self, plan: Plan, *, hashed: bool = True) -> int:
         """Every byte under the shelf once this plan is committed and what it makes unreachable is deleted.
 

@@ -102,6 +102,21 @@ def _fields(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         return {}, dict([_unread("the task file", error)])
     except (ValueError, RecursionError) as error:
         return {}, {f"the task file is not TOML: {error}": 'a line is name = value, text in quotes: prompt = "…"'}
+    return fields, _field_faults(fields)
+
+
+def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a task, as a copy. Raises UsageError naming every unknown or mistyped one, and an empty prompt."""
+    faults = _field_faults(fields)
+    if "prompt" in fields and not str(fields["prompt"]).strip():
+        faults["the prompt is empty"] = "give a prompt"
+    if faults:
+        raise UsageError("; ".join(faults), cure="; ".join(dict.fromkeys(faults.values())))
+    return dict(fields)
+
+
+def _field_faults(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The unknown and mistyped fields, with their cures."""
     known = f"the fields are {', '.join(FIELDS)}"
     faults = {f"unknown field {name!r}": known for name in fields if name not in FIELDS}
     for name, kind in FIELDS.items():
@@ -110,7 +125,7 @@ def _fields(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             faults[f"{name} is {fields[name]!r}, not {wanted}"] = f"give {name} as {wanted}"
     if type(fields.get("max_new_tokens", 1)) is int and not 0 < fields.get("max_new_tokens", 1) < 2**31:
         faults[f"max_new_tokens is {fields['max_new_tokens']}"] = "give max_new_tokens as 1 or more, below 2^31"
-    return fields, faults
+    return faults
 
 
 def _unread(what: str, error: OSError | UnicodeDecodeError) -> tuple[str, str]:

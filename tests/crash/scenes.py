@@ -19,6 +19,7 @@ from lorashelf import (
     plan_add,
     plan_cluster,
     plan_remove,
+    plan_set,
     plan_update,
     write_adapter,
 )
@@ -140,5 +141,7 @@ SCENES = {
     "a second undo": Scene(lambda path: Shelf(path, clock).undo(), left_by_an_undo_of_two),
     "an add that ends what can be redone": Scene(arriving(d=D), left_by_an_undo),
     "undo to a state off the line": Scene(to_an_ended_line, changed_after_an_undo),
+    "set a prompt": Scene(planned(plan_set, "a", {"prompt": "Answer."}), standing(a=A, b=B)),
+    "set keep": Scene(lambda path: Shelf(path, clock).configure({"keep": 1}), standing(keep=3, a=A, b=B, c=C, d=D)),
     "gc": Scene(lambda path: Shelf(path, clock).gc(), full_of_garbage),
 }

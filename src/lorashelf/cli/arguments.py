@@ -258,7 +258,12 @@ def threshold(text: str | None, held_out: Path | None, policy: str) -> float | s
         raise UsageError(f"policy {policy!r} has no threshold", cure=f"leave {given[0]} out, or --policy kmerge++")
     if held_out is not None:
         return median_similarity(similarity(list(adapters_in(held_out).values())))
+    return "auto" if text is None else similarity_or_auto(text)
+
+
+def similarity_or_auto(text: str) -> float | str:
+    """A threshold. Raises UsageError."""
     try:
-        return "auto" if text in (None, "auto") else float(text or "")
+        return text if text == "auto" else float(text)
     except ValueError:
         raise UsageError(f"--threshold {text!r} is neither a number nor 'auto'", cure="for example 0.02") from None

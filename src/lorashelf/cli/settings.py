@@ -1,0 +1,145 @@
+"""The command that changes what is stored with a task, and the settings of a shelf: set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from ..flow import plan_set
+from ..recipe import SECTIONS
+from ..shelf import Shelf
+from ..tasks import checked_fields, fields_for
+from . import arguments as arg
+from .output import show
+
+NONE = "none"
+
+
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser that leaves the word none as it is."""
+    return lambda text: text if text == NONE else parse(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"{text!r} is not a whole number", cure="give a number, or none")
+    return int(text)
+
+
+def set_(
+    shelf: arg.ShelfPath,
+    task: Annotated[
+        str | None, typer.Argument(help="A task on the shelf; none: the shelf.", metavar="[TASK]", show_default=False)
+    ] = None,
+    task_file: Annotated[
+        Path | None, typer.Option("--task-file", help="The task.toml to store with the task, or its folder.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The task's instruction.")] = None,
+    type: Annotated[str | None, typer.Option("--type", help="The task's problem type.")] = None,
+    language: Annotated[str | None, typer.Option("--language", help="The task's language.")] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="The task's metric.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="Most tokens of an answer to the task.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option("--slots", help="K, how many adapters there is room for.")] = None,
+    bytes: Annotated[
+        Any,
+        typer.Option("--bytes", parser=_or_none(arg.byte_count), metavar="SIZE", help="Room at rest; none: no limit."),
+    ] = None,
+    keep: Annotated[int | None, typer.Option("--keep", help="How many other states undo and redo reach.")] = None,
+    policy: Annotated[str | None, typer.Option("--policy", help="How later adapters are placed.")] = None,
+    threshold: arg.Threshold = None,
+    merge: Annotated[str | None, typer.Option("--merge", help="Merge method of later adds.")] = None,
+    parameter: arg.Parameters = None,
+    rank: Annotated[
+        Any, typer.Option("--rank", parser=_or_none(_whole), metavar="INT", help="Cap the rank stored; none: no cap.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Storage dtype: f32, f16, bf16; none: as the adapter.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of whatever is drawn.")] = None,
+    restore_norm: Annotated[
+        bool | None, typer.Option("--restore-norm/--no-restore-norm", help="Scale merged slots to the mean norm.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base-name", help="Accept only adapters of this base model; none: of any.")
+    ] = None,
+    base_alias: arg.Aliases = None,
+    json: arg.Json = False,
+) -> None:
+    """Change what is stored with a task (undo takes it back), or the settings of a shelf (in its shelf.toml)."""
+    given = {"prompt": prompt, "type": type, "language": language, "metric": metric, "max_new_tokens": max_new_tokens}
+    fields = {name: value for name, value in given.items() if value is not None}
+    settings = {
+        "slots": slots,
+        "bytes": bytes,
+        "keep": keep,
+        "policy": policy,
+        "threshold": None if threshold is None else arg.similarity_or_auto(threshold),
+        "merge": merge,
+        "parameters": None if merge is None and parameter is None else arg.parameters(parameter),
+        "rank": rank,
+        "dtype": dtype,
+        "seed": seed,
+        "restore_norm": restore_norm,
+        "base": base,
+        "base_aliases": None if base_alias is None else tuple(base_alias),
+    }
+    changes = {name: None if value == NONE else value for name, value in settings.items() if value is not None}
+    if task is None:
+        if fields or task_file:
+            raise UsageError("these are fields of a task, and none is named", cure="lorashelf set SHELF TASK …")
+        _set_shelf(shelf, changes, json)
+    else:
+        if changes:
+            named = ", ".join(changes)
+            raise UsageError(
+                f"settings of the shelf, not of a task: {named}", cure="lorashelf set SHELF … without TASK"
+            )
+        _set_task(shelf, task, task_file, fields, json)
+
+
+def _set_task(shelf: Path, task: str, task_file: Path | None, fields: dict[str, Any], json: bool) -> None:
+    fields = {**(fields_for(task_file, task) if task_file else {}), **checked_fields(fields)}
+    if not fields:
+        cure = "give --prompt, --type, --language, --metric, --max-new-tokens, or a --task-file that has this task"
+        raise UsageError(f"nothing to store with {task!r}", cure=cure)
+    opened = Shelf(shelf)
+    with opened.writing():
+        plan = plan_set(opened.snapshot(), task, fields)
+        document = {**plan.report, "head": opened.commit(plan)}
+    show(document, json, lambda d: f"{d['task']}: {', '.join(d['changed'])} stored")
+
+
+def _set_shelf(shelf: Path, changes: dict[str, Any], json: bool) -> None:
+    if not changes:
+        raise UsageError("nothing to set", cure="give a setting, as --keep 3; or a task and its fields")
+    opened = Shelf(shelf)
+    with opened.writing():
+        before = opened.snapshot()
+        after = opened.configure(changes)
+    was, now = _flat(before.settings), _flat(after)
+    changed = {name: [was[name], now[name]] for name in SECTIONS if was[name] != now[name]}
+    document = {"head": before.head, "changed": changed, "settings": now}
+    told = ", ".join(f"{name} {_word(old)} → {_word(new)}" for name, (old, new) in changed.items())
+    show(document, json, lambda _: f"{shelf}: {told or 'nothing changed'}")
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    """Every setting by its flat name."""
+    outer = {"base": settings.base, "base_aliases": list(settings.base_aliases)}
+    return {**settings.budget.document(), **settings.recipe.document(), **outer}
+
+
+def _word(value: Any) -> str:
+    return NONE if value is None or value in ([], {}) else str(value)
+
+
+def enter(app: typer.Typer) -> None:
+    """Enter the command of this module."""
+    example = 'lorashelf set my.shelf qa-de --prompt "Answer."  ·  lorashelf set my.shelf --keep 3 --bytes 80MB'
+    app.command("set", epilog=f"Example:  {example}", rich_help_panel="The shelf")(set_)
