@@ -598,12 +598,15 @@ def test_hub_ids_come_from_the_local_cache(
 def test_a_command_is_found_in_the_module_that_is_imported_for_it() -> None:
     from lorashelf.cli.app import MODULES, application
 
-    everything = {info.name or info.callback.__name__ for info in application().registered_commands}  # type: ignore[union-attr]
-    assert everything == {command for commands in MODULES.values() for command in commands}
+    def names(*words: str) -> set[str]:
+        app = application(words)
+        commands = {info.name or info.callback.__name__ for info in app.registered_commands}  # type: ignore[union-attr]
+        return commands | {str(group.typer_instance.info.name) for group in app.registered_groups}  # type: ignore[union-attr]
+
+    assert names() == {command for commands in MODULES.values() for command in commands}
     for commands in MODULES.values():
         for command in commands:
-            found = {info.name or info.callback.__name__ for info in application([command]).registered_commands}  # type: ignore[union-attr]
-            assert found == set(commands)
+            assert names(command) == set(commands)
 
 
 def test_every_command_has_an_example_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:

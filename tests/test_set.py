@@ -146,7 +146,7 @@ def test_all_settings_that_cannot_be_are_named_at_once_and_nothing_changes(shelf
     least = shelf.snapshot().resting
     for fragment in (
         "slots is 1, but slot 1 is filled: at least 2",
-        "base is 'acme/other'",
+        "base is 'acme/x'",
         f"takes {least}: at least",
     ):
         assert fragment in document["error"]["message"]
