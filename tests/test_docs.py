@@ -39,7 +39,7 @@ def run_python(code: str, folder: Path) -> str:
 
 
 def test_the_readme_example_runs(tmp_path: Path) -> None:
-    (code,) = blocks("README.md", "python")
+    code = blocks("README.md", "python")[0]
     printed = run_python(code, tmp_path)
     assert (Path(printed.strip()) / "adapter_model.safetensors").exists()
     assert (tmp_path / "qa-both" / "adapter_config.json").exists()
@@ -50,11 +50,12 @@ def test_the_readme_commands_run(tmp_path: Path) -> None:
     commands = [
         line.split("#")[0] for line in blocks("README.md", "bash")[1].splitlines() if line.startswith("lorashelf")
     ]
-    assert len(commands) == 4
+    assert [command.split()[1] for command in commands] == ["init", "add", "ls", "route", "generate"]
     for command in commands:
         program = command.replace("lorashelf", f"{sys.executable} -m lorashelf", 1)
         run = subprocess.run(program, shell=True, cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 0, (command, run.stderr)
+    assert run.stdout.strip()  # the answer
 
 
 def test_the_contributors_method_works(tmp_path: Path) -> None:

@@ -50,6 +50,51 @@ def test_the_block_blocks(offline: dict[str, str]) -> None:
         assert "RuntimeError" in run.stderr
 
 
+def blocks(*words: str) -> str:
+    """The README's Python blocks that hold one of these words, as one program."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return "\n".join(block for block in found if any(word in block for word in words))
+
+
+def run_offline(code: str, folder: Path, environment: dict[str, str]) -> str:
+    (folder / "examples").symlink_to(ROOT / "examples")
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_a_slot_loads_in_peft_on_the_packaged_base(tmp_path: Path, offline: dict[str, str]) -> None:
+    code = blocks("PeftModel", "Shelf.create")
+    assert code.index("Shelf.create") < code.index("PeftModel.from_pretrained")
+    code += """
+import torch
+layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+factors = ls.read_adapter("examples/zoo/gec-de").modules["model.layers.0.self_attn.q_proj"]
+assert torch.allclose(layer.get_delta_weight("default").float(), torch.tensor(factors.delta()), atol=1e-4)
+print(model.peft_config["default"].peft_type.value, sum(p.numel() for p in model.base_model.model.parameters()))
+"""
+    kind, parameters = run_offline(code, tmp_path, offline).split()[-2:]
+    assert kind == "LORA"
+    assert int(parameters) > 134_000_000
+
+
+def test_six_adapters_are_clustered_and_measured_from_python(tmp_path: Path, offline: dict[str, str]) -> None:
+    code = blocks("cluster_by_loss")
+    assert len(code.splitlines()) <= 12
+    fewer = {"iterations=60": "iterations=2", 'examples("train")': 'examples("train", 1)'}
+    fewer["loss_only=True"] = "loss_only=True, limit=1"
+    quick = code
+    for whole, less in fewer.items():
+        assert quick.count(whole) == 1
+        quick = quick.replace(whole, less)
+    printed = run_offline(quick + "print(len(served))", tmp_path, offline)
+    found = re.fullmatch(r"\((\(.*\))\) ([\d.]+)\n6\n", printed)
+    assert found, printed
+    assert sorted(re.findall(r"[\w-]+", found[1])) == ["gec-en", "gec-es", "qa-en", "qa-es", "tone-en", "tone-es"]
+    assert found[1].count("(") <= 3
+    assert 0.1 < float(found[2]) < 9
+
+
 def test_a_dozen_examples_become_a_skill_on_a_full_shelf(tmp_path: Path, offline: dict[str, str]) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     section = (ROOT / "README.md").read_text().split("## Teach it your e-mail style")[1]

@@ -5,6 +5,9 @@
 ['cat', 'dare_linear', 'dare_linear_svd']
 """
 
+import importlib
+import typing
+
 from . import early  # noqa: F401  first, as it is for the seconds in which the rest is imported
 from .adapter import Adapter, BaseId, Factors, Modules
 from .algebra import combine, compress, gram, inner, norm
@@ -22,7 +25,21 @@ from .similarity import METRICS, similarity
 from .snapshot import Snapshot
 from .version import VERSION
 
+if typing.TYPE_CHECKING:
+    from .backends.base_model import base_folder
+    from .backends.hf import HFBackend
+    from .clustering import cluster_by_loss
+    from .evaluation import evaluate
+    from .tasks import read_tasks
+
 __version__ = VERSION
+_LATE = {  # the language model's side: name → the module that it is imported from when it is asked for
+    "HFBackend": "backends.hf",
+    "base_folder": "backends.base_model",
+    "cluster_by_loss": "clustering",
+    "evaluate": "evaluation",
+    "read_tasks": "tasks",
+}
 
 __all__ = [
     "METHODS",
@@ -33,6 +50,7 @@ __all__ = [
     "BaseId",
     "Budget",
     "Factors",
+    "HFBackend",
     "LorashelfError",
     "Manifest",
     "Modules",
@@ -44,8 +62,11 @@ __all__ = [
     "Snapshot",
     "Within",
     "__version__",
+    "base_folder",
+    "cluster_by_loss",
     "combine",
     "compress",
+    "evaluate",
     "gram",
     "inner",
     "merge",
@@ -61,8 +82,19 @@ __all__ = [
     "plan_update",
     "policy",
     "read_adapter",
+    "read_tasks",
     "route",
     "routes",
     "similarity",
     "write_adapter",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name in _LATE:
+        return getattr(importlib.import_module(f".{_LATE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})

@@ -2,7 +2,7 @@ r"""What adapters are worth on their tasks: loss, score, and the share of the ta
 
 Per task, over the examples i of a split, y_i the answer with its end of turn and x_i the prompt and the input:
 
-    loss      = Σ_i −log p(y_i | x_i) / Σ_i |y_i|           nats a token, the prompt masked (D2C, arXiv 2601.17441)
+    loss      = Σ_i −log p(y_i | x_i) / Σ_i |y_i|           nats per token, the prompt masked (D2C, arXiv 2601.17441)
     score     = the task's metric of the greedy answers, 0 to 100, with a 95 % bootstrap interval (see `metrics`)
 
 and over tasks, "own" being each task's own adapter and "zero" the bare base:
@@ -105,7 +105,7 @@ class Measured:
 
     @property
     def loss(self) -> float:
-        """Σ NLL / Σ tokens, in nats a token."""
+        """Σ NLL / Σ tokens, in nats per token."""
         return mean_loss(self.losses)
 
     def document(self) -> dict[str, Any]:
@@ -161,6 +161,11 @@ class Evaluation:
         """The mean score over the tasks that have one."""
         return _mean([m.score.value for m in self.tasks.values() if m.score])
 
+    @property
+    def average_loss(self) -> float | None:
+        """The mean loss over the tasks, in nats per token."""
+        return _mean([m.loss for m in self.tasks.values()])
+
     def document(self) -> dict[str, Any]:
         """The JSON document of `eval`."""
         kept = self.kept or {"tasks": {}}
@@ -168,7 +173,7 @@ class Evaluation:
         return {
             "tasks": tasks,
             "average": self.average,
-            "average_loss": _mean([m.loss for m in self.tasks.values()]),
+            "average_loss": self.average_loss,
             "normalised": {name: kept[name] for name in ("S", "loss_kept", "left_out")} if self.kept else None,
             "storage": self.storage,
             **self.settings,

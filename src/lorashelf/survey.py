@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,18 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def forecast(adapters: Mapping[str, Adapter], slot_counts: Sequence[int], recipe: Recipe) -> list[dict[str, Any]]:
+def forecast(
+    adapters: Mapping[str, Adapter],
+    slot_counts: Sequence[int],
+    recipe: Recipe,
+    *,
+    watch: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> list[dict[str, Any]]:
     """For each K: what an agglomerative partition merged by the recipe would take and keep; nothing is written.
 
     `bytes` of the K objects and `storage` relative to all adapters; `error` of compression (mean over slots, relative);
     `norm_ratio`, ‖merged‖ over the mean norm of the members (mean over slots of several); `similarity_inside` and
-    `similarity_between` slots, mean cosine of pairs.
+    `similarity_between` slots, mean cosine of pairs. `watch` wraps the numbers of slots as they are gone through.
     """
     check_fit(list(adapters.values()))
     names = sorted(adapters)
@@ -58,7 +64,7 @@ def forecast(adapters: Mapping[str, Adapter], slot_counts: Sequence[int], recipe
     records = [content.entry(name, name.split("-")[0], x) for name, x in zip(names, xs, strict=True)]
     whole = sum(encode(x).size for x in xs)
     rows = []
-    for count in slot_counts:
+    for count in watch(slot_counts):
         labels = average_linkage(1.0 - table, count) if count < len(xs) else list(range(len(xs)))
         blocks = [[i for i in range(len(xs)) if labels[i] == label] for label in sorted(set(labels))]
         held = [content.block([xs[i] for i in b], [records[i] for i in b], recipe) for b in blocks]

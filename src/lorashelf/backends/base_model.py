@@ -74,6 +74,18 @@ def open_base(
     return BaseModel(shown, model, tokenizer, template)
 
 
+def base_folder(file: str | Path | None = None) -> Path:
+    """The folder that transformers loads a base model from: of SmolLM2-135M-Instruct in its package, or of a GGUF file.
+
+    Its weights are dequantised into the cache folder on first use; no network is needed. Raises MissingExtra,
+    UsageError without a file where the package is not installed, ModelError for a file that cannot be read.
+    """
+    source, shown = _source(None if file is None else str(file))
+    if source.suffix != ".gguf":
+        raise UsageError("this is not a GGUF file", where=shown, cure="give what it is to transformers itself")
+    return _dequantised(source)
+
+
 def _whole(transformers: Any, *source: Any, **options: Any) -> Any:
     """The model with all its weights. Raises ModelError where some are lacking: they would be random numbers."""
     load = transformers.AutoModelForCausalLM.from_pretrained

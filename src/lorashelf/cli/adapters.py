@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from ..recipe import new_settings
 from ..similarity import similarity
 from ..survey import describe, forecast
 from . import arguments as arg
-from .output import note, progress, score, show, size, table
+from .output import counted, note, progress, score, show, size, table
 
 
 def show_adapter(
@@ -64,7 +65,8 @@ def plan(
     """What K slots would cost and keep, for several K; nothing is written."""
     named = arg.read_named(adapters)
     settings = new_settings(1, merge=merge, parameters=arg.parameters(parameter), rank=rank, dtype=dtype)
-    rows = forecast(named, arg.slot_range(slots), settings.recipe)
+    watch = partial(counted, said=lambda count: f"planning {count} {'slot' if count == 1 else 'slots'}")
+    rows = forecast(named, arg.slot_range(slots), settings.recipe, watch=watch)
     columns = [">slots", ">size", ">storage", ">error", ">norm ratio", ">similarity inside", ">between"]
     show(rows, json, lambda d: table(columns, [_forecast_row(row) for row in d]))
 
