@@ -30,7 +30,7 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
         "merging",
     ],
     ["policy", "partition", "d2c"],
-    ["recipe", "manifest", "history", "timeline", "snapshot", "shelf"],
+    ["naming", "recipe", "manifest", "history", "timeline", "snapshot", "shelf"],
     [
         "tasks",
         "prompt",

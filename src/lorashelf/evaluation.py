@@ -25,8 +25,8 @@ from .backend import Loss, LossBackend, mean_loss
 from .backends.base_model import BaseModel
 from .errors import MissingExtra, TaskNameError, UnknownName, UsageError
 from .journal import Journal
-from .manifest import task_name
 from .metrics import Metric, Score, loss_kept, metric, normalised, scored
+from .naming import task_name
 from .recipe import LARGEST
 from .tasks import ExampleSet, Task
 from .version import VERSION

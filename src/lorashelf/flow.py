@@ -14,7 +14,8 @@ from .algebra import energies
 from .content import Content
 from .digest import canonical_json
 from .errors import NotReversible, OverBudget, TaskNameError, UsageError
-from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot, problem_type, task_name
+from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot
+from .naming import problem_type, task_name
 from .parallel import beside
 from .policy import Decision, Fold, Open, Refuse
 from .recipe import Recipe, Settings

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-import unicodedata
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 
 from .adapter import WIDTHS, Adapter, BaseId
 from .digest import canonical_json, digest, is_digest
-from .errors import CorruptShelf, NewerFormat, TaskNameError
+from .errors import CorruptShelf, NewerFormat
 from .recipe import FORMAT
 
 PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of a digest's length, so sizes are exact
@@ -299,38 +298,3 @@ class Plan:
         """The manifest with the written objects' ids and the time filled in."""
         slots = tuple(replace(s, object=objects.get(s.slot, s.object)) for s in self.manifest.slots)
         return replace(self.manifest, slots=slots, cause={**self.manifest.cause, "time": time})
-
-
-def on_one_line(text: str) -> bool:
-    """Whether a text is without control characters, line breaks and halves of surrogate pairs; joiners are letters."""
-    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
-
-
-def problem_type(kind: str) -> str:
-    """The type of a task. Raises TaskNameError where it is empty or would break a line."""
-    if not isinstance(kind, str) or not on_one_line(kind) or not kind.strip():
-        raise TaskNameError(f"problem type {kind!r} is not printable text", cure="give a plain word: --type TYPE")
-    return kind
-
-
-def task_name(name: str) -> str:
-    """A task name in NFC. Raises TaskNameError for an empty one, '/', '..', control characters, line breaks, over 255
-    bytes.
-    """
-    normal = unicodedata.normalize("NFC", name)
-    faults = []
-    if not normal.strip():
-        faults.append("is empty")
-    if "/" in normal or "\\" in normal:
-        faults.append("has a slash")
-    if ".." in normal or normal == ".":
-        faults.append("has '..' or is '.'")
-    if not on_one_line(normal):
-        faults.append("has a control character or a line break")
-    if len(normal.encode(errors="surrogatepass")) > 255:
-        faults.append("is longer than 255 bytes")
-    if faults:
-        raise TaskNameError(
-            f"task name {name!r} {', '.join(faults)}", cure="give a plain name: --task NAME, or NAME=ADAPTER"
-        )
-    return normal

@@ -17,7 +17,7 @@ from typing import Any
 from . import atomic
 from .errors import UsageError
 from .evaluation import Evaluation
-from .manifest import task_name
+from .naming import task_name
 
 FILE = "result.json"
 PREDICTIONS = "predictions"

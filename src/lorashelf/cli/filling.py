@@ -13,7 +13,7 @@ import typer
 from ..adapter import Adapter
 from ..errors import LorashelfError, Refused, TaskNameError, UsageError
 from ..flow import check_arrivals, plan_add
-from ..manifest import task_name
+from ..naming import task_name
 from ..recipe import new_settings
 from ..shelf import Shelf
 from ..snapshot import Snapshot

@@ -1,0 +1,116 @@
+"""What a task, and its problem type, may be called: text that is seen as it is, on one line."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+
+from .errors import TaskNameError
+
+_BREAKS = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line breaks
+_UNSEEN = frozenset(
+    [0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0]
+)  # fillers and such that are not of category Cf
+_VARIATIONS = frozenset([*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)])
+_NON_JOINER, _JOINER, _KEYCAP = "\u200c", "\u200d", "\u20e3"
+_JOINING = frozenset(
+    [
+        "ARABIC",
+        "SYRIAC",
+        "MANDAIC",
+        "NKO",
+        "MONGOLIAN",
+        "DEVANAGARI",
+        "BENGALI",
+        "GURMUKHI",
+        "GUJARATI",
+        "ORIYA",
+        "TAMIL",
+        "TELUGU",
+        "KANNADA",
+        "MALAYALAM",
+        "SINHALA",
+        "KHMER",
+        "MYANMAR",
+    ]
+)  # scripts whose letters a joiner joins or keeps apart
+
+
+def task_name(name: str) -> str:
+    """A task name in NFC. Raises TaskNameError for an empty one, '/', '..', outer blanks, invisible characters, control
+    characters, line breaks, over 255 bytes.
+    """
+    if not isinstance(name, str):
+        raise TaskNameError(f"task name {name!r} is not text", cure="give a plain name")
+    normal = unicodedata.normalize("NFC", name)
+    faults = list(_unprintable(normal))
+    if "/" in normal or "\\" in normal:
+        faults.append("has a slash")
+    if ".." in normal or normal == ".":
+        faults.append("has '..' or is '.'")
+    if len(normal.encode(errors="surrogatepass")) > 255:
+        faults.append("is longer than 255 bytes")
+    if faults:
+        what = f"task name {ascii(name) if _hidden(name) else repr(name)} {', '.join(faults)}"
+        raise TaskNameError(what, cure="give a plain name: --task NAME, or NAME=ADAPTER")
+    return normal
+
+
+def problem_type(kind: str) -> str:
+    """The type of a task. Raises TaskNameError where it is empty, has outer blanks, or is not printable text."""
+    faults = list(_unprintable(kind)) if isinstance(kind, str) else ["is not text"]
+    if faults:
+        what = f"problem type {kind!a} is not printable text: it {', '.join(faults)}"
+        raise TaskNameError(what, cure="give a plain word: --type TYPE")
+    return kind
+
+
+def _unprintable(text: str) -> Iterator[str]:
+    if not text.strip():
+        yield "is empty"
+    elif text != text.strip():
+        yield "begins or ends with a blank"
+    if any(unicodedata.category(c) in _BREAKS for c in text):
+        yield "has a control character or a line break"
+    if hidden := _hidden(text):
+        yield f"has an invisible character ({', '.join(f'U+{ord(c):04X}' for c in hidden)})"
+
+
+def _hidden(text: str) -> list[str]:
+    """The characters that show nothing, or turn the direction of text: two names that look alike could differ by them.
+
+    What changes how its neighbours look is no such character: a joiner between letters of a script that joins, or in an
+    emoji; a variation selector after a symbol or a Chinese character.
+    """
+    padded = f" {text} "
+    return [
+        c
+        for before, c, after in zip(padded, text, padded[2:], strict=False)
+        if _unseen(c) and not _shapes(before, c, after)
+    ]
+
+
+def _unseen(c: str) -> bool:
+    return unicodedata.category(c) == "Cf" or ord(c) in _UNSEEN or ord(c) in _VARIATIONS
+
+
+def _shapes(before: str, c: str, after: str) -> bool:
+    """Whether an unseen character changes the look of those beside it."""
+    if c in (_NON_JOINER, _JOINER) and _script(before) in _JOINING and _script(after) in _JOINING:
+        return True
+    if c == _JOINER:  # one person of several, one flag of two
+        return unicodedata.category(after) == "So" and (
+            unicodedata.category(before) in ("So", "Sk") or _selects(before)
+        )
+    if _selects(c):
+        symbol = not before.isascii() and unicodedata.category(before) in ("So", "Sm", "Po")
+        return symbol or after == _KEYCAP or _script(before) == "CJK"
+    return False
+
+
+def _selects(c: str) -> bool:
+    return ord(c) in _VARIATIONS
+
+
+def _script(c: str) -> str:
+    return unicodedata.name(c, "").partition(" ")[0]
