@@ -95,7 +95,7 @@ def test_combine_is_the_weighted_sum_of_the_updates_and_the_ranks_add(xs: list[A
 
 
 def test_combine_wants_one_weight_for_each_adapter() -> None:
-    with pytest.raises(UsageError, match="1 weights for 2 adapters"):
+    with pytest.raises(UsageError, match="1 weight for 2 adapters"):
         combine([make_adapter(0), make_adapter(1)], [1.0])
 
 

@@ -17,7 +17,7 @@ from lorashelf import errors
 SOURCE = Path(lorashelf.__file__).parent
 FLOORS = [  # a module may import from lower floors, and from those before it on its own
     ["version", "early", "errors", "registry", "digest", "parallel"],
-    ["adapter", "atomic", "objects", "locks", "tensorfile", "matching", "peft_config", "peft_format"],
+    ["adapter", "given", "atomic", "objects", "locks", "tensorfile", "matching", "peft_config", "peft_format"],
     ["algebra"],
     ["similarity"],
     [

@@ -758,3 +758,38 @@ def test_add_refuses_what_it_would_ignore(
     code, document = run("add", shelf, f"one={zoo['a-x']}", "--task", "two")
     assert (code, document["error"]["kind"]) == (2, "usage")
     assert tree(shelf).keys() - {"lock"} == before.keys()
+
+
+@pytest.mark.parametrize("command", ["merge", "plan", "cluster", "add"])
+def test_adapters_of_several_bases_are_all_named_with_a_cure_that_works(
+    tmp_path: Path, shelf: Path, run: Run, command: str
+) -> None:
+    bases = {"a": "acme/one", "b": "acme/two", "c": "acme/two", "d": "acme/three"}
+    folders = [write_peft(tmp_path / "in" / name, make_adapter(1, base=base)) for name, base in bases.items()]
+    words: dict[str, list[object]] = {
+        "merge": [*folders, "-o", tmp_path / "m", "--method", "svd"],
+        "plan": folders,
+        "cluster": [*folders, "-o", tmp_path / "c", "--slots", 2, "--method", "random"],
+        "add": [shelf, *folders],
+    }
+    code, document = run(command, *words[command])
+    assert (code, document["error"]["kind"]) == (3, "base_mismatch")
+    for line in ("trained on acme/one: a\n", "trained on acme/two: b, c\n", "trained on acme/three: d\n"):
+        assert line in document["error"]["message"]
+    assert "--assume-base" in document["error"]["cure"]
+    assert run(command, *words[command], "--assume-base")[0] == 0
+
+
+def test_one_is_singular(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+    assert "1 free slot, " in run("init", tmp_path / "s", "--slots", 1, as_json=False)[1]
+    run("add", tmp_path / "s", zoo["a-x"])
+    text = run("ls", tmp_path / "s", as_json=False)[1]
+    assert "1 adapter would take" in text
+    assert "with 1 state of history" in text
+    assert "1 of 1 slot filled" in text
+    run("add", tmp_path / "s", zoo["a-y"])
+    assert "2 adapters would take" in run("ls", tmp_path / "s", as_json=False)[1]
+    code, document = run("threshold", zoo["a-x"].parent / "a-x")
+    assert "0 adapters here" in document["error"]["message"]
+    code, document = run("merge", zoo["a-x"], "-o", tmp_path / "m", "--method", "svd", "--weights", "1,2")
+    assert (code, "2 weights for 1 adapter\n" in document["error"]["message"]) == (2, True)

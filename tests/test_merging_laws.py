@@ -379,7 +379,7 @@ def test_default_weights_are_those_declared(method: MergeMethod) -> None:
 @pytest.mark.parametrize(
     ("given_to", "message"),
     [
-        ({"weights": [1.0]}, "1 weights for 2 adapters"),
+        ({"weights": [1.0]}, "1 weight for 2 adapters"),
         ({"weights": [1.0, 1.0, 1.0]}, "3 weights for 2 adapters"),
         ({"weights": []}, "0 weights for 2 adapters"),
         ({"weights": [1.0, math.nan]}, "not finite"),

@@ -587,7 +587,7 @@ def test_peft_drops_adapters_that_have_no_weight_where_we_refuse(tmp_path: Path)
     model = trained({"first": lora(), "second": lora()})
     xs = read_all(model, tmp_path, PAIR)
     assert_deltas(dense(xs[0]), merged_by_peft(model, PAIR, (1.0,), "linear"))
-    with pytest.raises(UsageError, match="1 weights for 2 adapters"):
+    with pytest.raises(UsageError, match="1 weight for 2 adapters"):
         merge(xs, (1.0,), method="linear")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import combinations
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -210,12 +211,24 @@ class Adapter:
         return replace(self, modules=Modules(factors))
 
 
-def check_fit(xs: Sequence[Adapter]) -> None:
+def base_faults(offered: Iterable[tuple[str, BaseId]]) -> list[str]:
+    """A sentence for each base of several (name, base) that contradict each other, with who names it; none if all
+    agree.
+    """
+    named: dict[BaseId, list[str]] = {}
+    for name, base in offered:
+        if base.name:
+            named.setdefault(base, []).append(name)
+    if not any(base.contradicts(other) for base, other in combinations(named, 2)):
+        return []
+    return [f"trained on {base}: {', '.join(names)}" for base, names in named.items()]
+
+
+def check_fit(xs: Sequence[Adapter], names: Sequence[str] | None = None) -> None:
     """Raise BaseMismatch or ShapeMismatch unless all belong together: known base names agree, and so do shapes."""
-    known = [x.base for x in xs if x.base.name]
-    others = sorted({str(base) for base in known if base.contradicts(known[0])})
-    cure = "if these are one model under two names, declare it: --assume-base, or --base-alias NAME at init"
-    refuse([f"trained on {other}, the others on {known[0]}" for other in others], xs, None, cure)
+    names = names or [f"xs[{i}]" for i in range(len(xs))]
+    cure = "if these are one model under two names: --assume-base (in Python: give them one `base`)"
+    refuse(base_faults(zip(names, (x.base for x in xs), strict=True)), xs, None, cure)
 
 
 def check_shapes(xs: Sequence[Adapter]) -> None:

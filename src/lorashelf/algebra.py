@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adapter import Adapter, Factors, Modules, Shape, Stack, check_shapes, wider
-from .errors import UsageError
+from .errors import UsageError, numbered
+from .given import as_adapters, as_numbers
 from .parallel import each
 
 Vector = NDArray[np.float64]
@@ -77,6 +78,7 @@ def _energy(f: Factors) -> float:
 
 def gram(xs: Sequence[Adapter]) -> Square:
     """The (n, n) float64 matrix of all inner products, one module of every adapter in memory at a time."""
+    xs = as_adapters(xs)
     check_shapes(xs)
     total = np.zeros((len(xs), len(xs)))
     for path in union(xs):
@@ -292,8 +294,10 @@ def combine(xs: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """The exact sum Σ w_i ΔW_i by concatenation: per module a (Σr, din), b (dout, Σr), scale 1. A linear combination,
     rank Σr.
     """
+    xs, weights = as_adapters(xs), as_numbers(weights)
     if not xs or len(weights) != len(xs):
-        raise UsageError(f"{len(weights)} weights for {len(xs)} adapters", cure="give one weight an adapter")
+        what = f"{numbered(len(weights), 'weight')} for {numbered(len(xs), 'adapter')}"
+        raise UsageError(what, cure="give one weight per adapter")
     check_shapes(xs)
     modules = {}
     for path in union(xs):

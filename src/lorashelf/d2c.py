@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from .errors import UsageError
+from .errors import UsageError, numbered
 from .partition import balanced
 
 Block = frozenset[str]
@@ -51,7 +51,8 @@ def search(
     """
     names = sorted(tasks)
     if k < 1 or not names:
-        raise UsageError(f"{len(names)} adapters into {k} slots", cure="give at least one adapter and one slot")
+        what = f"{numbered(len(names), 'adapter')} into {numbered(k, 'slot')}"
+        raise UsageError(what, cure="give at least one adapter and one slot")
     if len(names) <= k:
         return Found(tuple((name,) for name in names), (), 0)
     blocks = _started(names, k, seed, start)

@@ -34,6 +34,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def numbered(count: int, noun: str) -> str:
+    """A number of things.
+
+    >>> numbered(1, "adapter"), numbered(2, "adapter")
+    ('1 adapter', '2 adapters')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class LorashelfError(Exception):
     """Base of every error that lorashelf raises on purpose: `what` happened, `where`, and the `cure`."""
 
@@ -102,8 +111,7 @@ class AdapterError(LorashelfError):
     def __init__(self, faults: Sequence[str], *, where: str | None = None, cure: str | None = None) -> None:
         self.faults = tuple(faults)
         shown = "\n".join(f"  - {fault}" for fault in self.faults)
-        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        super().__init__(f"adapter refused ({count}):\n{shown}", where=where, cure=cure)
+        super().__init__(f"adapter refused ({numbered(len(faults), 'fault')}):\n{shown}", where=where, cure=cure)
 
 
 class AdapterFormatError(AdapterError):

@@ -14,6 +14,7 @@ from .algebra import energies
 from .content import Content
 from .digest import canonical_json
 from .errors import NotReversible, OverBudget, TaskNameError, UsageError
+from .given import as_adapter, as_named
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot
 from .naming import problem_type, task_name
 from .parallel import beside
@@ -49,6 +50,7 @@ def plan_add(
     if task in manifest.tasks:
         cure = "choose another name, or lorashelf update / remove the task first"
         raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
+    adapter = as_adapter(adapter)
     details = _storable(task, details or {})
     kind = _kind(task, type, details.pop("type", None))
     with _checked(snapshot, *manifest.slots), beside(lambda: adapter.digest):  # asked for below
@@ -160,7 +162,8 @@ def _opening(snapshot: Snapshot, adapter: Adapter, record: Merged) -> tuple[int,
     taken = {slot.slot for slot in manifest.slots}
     free = next((i for i in range(settings.budget.slots) if i not in taken), None)
     if free is None:
-        return OverBudget(f"all {len(taken)} slots are filled", cure="raise budget.slots in shelf.toml")
+        what = f"all {len(taken)} slots are filled" if len(taken) > 1 else "the one slot is filled"
+        return OverBudget(what, cure="raise budget.slots in shelf.toml")
     new = content.single(adapter, record, settings.recipe)
     try:
         trial = replace(manifest, slots=manifest.with_slot(new.slot(free, (record.task,))))
@@ -178,8 +181,8 @@ def plan_update(
     Raises UnknownName, NotReversible where that needs an adapter or a history that is not there, BaseMismatch,
     ShapeMismatch.
     """
-    task = unicodedata.normalize("NFC", task)
     slot, details = snapshot.located(task)
+    task, adapter = unicodedata.normalize("NFC", task), as_adapter(adapter)
     recipe = snapshot.settings.recipe
     if was is not None and was.digest != details["digest"]:
         raise _another(task, was, details["digest"])
@@ -342,9 +345,9 @@ def plan_cluster(
     return plan
 
 
-def _kind(task: str, *given: str | None) -> str:
-    """The problem type: the first that is given, else the name before the first "-". Raises TaskNameError."""
-    return next((problem_type(kind) for kind in given if kind is not None), task.partition("-")[0])
+def _kind(task: str, *stated: str | None) -> str:
+    """The problem type: the first that is stated, else the name before the first "-". Raises TaskNameError."""
+    return next((problem_type(kind) for kind in stated if kind is not None), task.partition("-")[0])
 
 
 def _storable(task: str, details: Mapping[str, Any]) -> dict[str, Any]:
@@ -387,7 +390,8 @@ def merger(adapters: Mapping[str, Adapter], recipe: Recipe) -> Callable[[Sequenc
 
 
 def _named(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    named = {task_name(name): adapter for name, adapter in sorted(adapters.items())}
+    offered = as_named(adapters).items()
+    named = {task_name(name): adapter for name, adapter in sorted(offered, key=lambda item: str(item[0]))}
     if len(named) < len(adapters):
         raise TaskNameError("two adapters have the same task name", cure="name them: NAME=ADAPTER")
     return named
@@ -449,6 +453,6 @@ def _one_base(
     every shape that disagrees with the rest or with those `held`; ShapeMismatch if it is shapes only.
     """
     base, faults = settings.agreed(stored, {task: x.base for task, x in adapters.items()}, assume)
-    cure = "if these are one model under two names: --assume-base, or base_aliases in shelf.toml (init --base-alias)"
+    cure = "if these are one model under two names: --assume-base, or --base-alias NAME (base_aliases in shelf.toml)"
     refuse(faults, [*held, *adapters.values()], where, cure)
     return base

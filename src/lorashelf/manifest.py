@@ -13,6 +13,7 @@ from typing import Any
 from .adapter import WIDTHS, Adapter, BaseId
 from .digest import canonical_json, digest, is_digest
 from .errors import CorruptShelf, NewerFormat
+from .naming import on_one_line
 from .recipe import FORMAT
 
 PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of a digest's length, so sizes are exact

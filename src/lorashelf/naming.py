@@ -13,27 +13,19 @@ _UNSEEN = frozenset(
 )  # fillers and such that are not of category Cf
 _VARIATIONS = frozenset([*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)])
 _NON_JOINER, _JOINER, _KEYCAP = "\u200c", "\u200d", "\u20e3"
-_JOINING = frozenset(
-    [
-        "ARABIC",
-        "SYRIAC",
-        "MANDAIC",
-        "NKO",
-        "MONGOLIAN",
-        "DEVANAGARI",
-        "BENGALI",
-        "GURMUKHI",
-        "GUJARATI",
-        "ORIYA",
-        "TAMIL",
-        "TELUGU",
-        "KANNADA",
-        "MALAYALAM",
-        "SINHALA",
-        "KHMER",
-        "MYANMAR",
-    ]
-)  # scripts whose letters a joiner joins or keeps apart
+_INDIC = {
+    "DEVANAGARI",
+    "BENGALI",
+    "GURMUKHI",
+    "GUJARATI",
+    "ORIYA",
+    "TAMIL",
+    "TELUGU",
+    "KANNADA",
+    "MALAYALAM",
+    "SINHALA",
+}
+_JOINING = _INDIC | {"ARABIC", "SYRIAC", "MANDAIC", "NKO", "MONGOLIAN", "KHMER", "MYANMAR"}  # scripts with joiners
 
 
 def task_name(name: str) -> str:
@@ -65,12 +57,17 @@ def problem_type(kind: str) -> str:
     return kind
 
 
+def on_one_line(text: str) -> bool:
+    """Whether a text is without control characters, line breaks and halves of surrogate pairs."""
+    return not any(unicodedata.category(c) in _BREAKS for c in text)
+
+
 def _unprintable(text: str) -> Iterator[str]:
     if not text.strip():
         yield "is empty"
     elif text != text.strip():
         yield "begins or ends with a blank"
-    if any(unicodedata.category(c) in _BREAKS for c in text):
+    if not on_one_line(text):
         yield "has a control character or a line break"
     if hidden := _hidden(text):
         yield f"has an invisible character ({', '.join(f'U+{ord(c):04X}' for c in hidden)})"

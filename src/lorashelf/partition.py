@@ -16,7 +16,8 @@ import numpy as np
 
 from .adapter import Adapter
 from .algebra import Square
-from .errors import MissingExtra, UsageError
+from .errors import MissingExtra, UsageError, numbered
+from .given import as_adapters
 from .registry import Registry
 from .similarity import principal_coordinates, raw_gram, similarity
 
@@ -33,9 +34,10 @@ def partition(xs: Sequence[Adapter], k: int, *, method: str, seed: int = 0) -> P
     With n ≤ k every adapter is its own block. Raises UsageError for k < 1 or no adapters, UnknownName, MissingExtra
     (`cluster`).
     """
-    partitioner = PARTITIONERS[method]
+    partitioner, xs = PARTITIONERS[method], as_adapters(xs)
     if k < 1 or not xs:
-        raise UsageError(f"{len(xs)} adapters into {k} slots", cure="give at least one adapter and one slot")
+        what = f"{numbered(len(xs), 'adapter')} into {numbered(k, 'slot')}"
+        raise UsageError(what, cure="give at least one adapter and one slot")
     labels = range(len(xs)) if len(xs) <= k and method != "single" else partitioner(xs, k, seed)
     blocks: dict[int, list[int]] = {}
     for index, label in enumerate(labels):

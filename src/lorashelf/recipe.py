@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .adapter import WIDTHS, BaseId
+from .adapter import WIDTHS, BaseId, base_faults
 from .atomic import read_file
 from .errors import LorashelfError, NewerFormat, ShelfConfigError, UsageError
+from .given import as_texts
 from .merging import METHODS
 from .policy import POLICIES
 
@@ -88,6 +89,8 @@ class Settings:
             declared = other.name != base.name and other.name in equal
             if other.contradicts(base) and not declared and not assume:
                 faults.append(f"{task}: trained on {other}, expected is {base}")
+        if faults and not self.base and not (stored and stored.name):  # then none of them is the right one
+            faults = base_faults(offered.items())
         return base if base.name else None, faults
 
     def checked(self) -> Settings:
@@ -122,10 +125,12 @@ SECTIONS = {
 
 def new_settings(slots: int, **options: Any) -> Settings:
     """Settings from flat options, as `init` and `cluster` take them; None means the default. Raises UsageError."""
-    given = {name: value for name, value in options.items() if value is not None}
-    budget = {name: given.pop(name) for name in ("bytes", "keep") if name in given}
-    outer = {name: given.pop(name) for name in ("base", "base_aliases") if name in given}
-    return Settings(Budget(slots, **budget), Recipe(**given), **outer).checked()
+    chosen = {name: value for name, value in options.items() if value is not None}
+    budget = {name: chosen.pop(name) for name in ("bytes", "keep") if name in chosen}
+    outer = {name: chosen.pop(name) for name in ("base", "base_aliases") if name in chosen}
+    if "base_aliases" in outer:
+        outer["base_aliases"] = as_texts(outer["base_aliases"], "base_aliases")
+    return Settings(Budget(slots, **budget), Recipe(**chosen), **outer).checked()
 
 
 def write_toml(settings: Settings) -> bytes:

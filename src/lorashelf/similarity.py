@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .adapter import Adapter, check_shapes
 from .algebra import Square, Vector, products, row, runs, union
+from .given import as_adapters
 from .parallel import each
 from .registry import Registry
 
@@ -25,6 +26,8 @@ def similarity(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, metri
     """The (n, m) float64 matrix of similarities between `xs` and `ys`, or (n, n) within `xs`. Raises UnknownName,
     ShapeMismatch.
     """
+    xs = as_adapters(xs)
+    ys = None if ys is None else as_adapters(ys, "ys")
     check_shapes([*xs, *(ys or [])])
     return METRICS[metric](xs, ys)
 

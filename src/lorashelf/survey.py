@@ -57,7 +57,7 @@ def forecast(
     `norm_ratio`, ‖merged‖ over the mean norm of the members (mean over slots of several); `similarity_inside` and
     `similarity_between` slots, mean cosine of pairs. `watch` wraps the numbers of slots as they are gone through.
     """
-    check_fit(list(adapters.values()))
+    check_fit(list(adapters.values()), list(adapters))
     names = sorted(adapters)
     xs = content.one_base([adapters[name] for name in names])
     table = similarity(xs)

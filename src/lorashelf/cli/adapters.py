@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from ..adapter import check_fit
 from ..algebra import norm
-from ..errors import UsageError
+from ..content import one_base
+from ..errors import UsageError, numbered
 from ..merging import merge_measured
 from ..peft_format import write_adapter
 from ..policy import median_similarity
@@ -60,12 +62,15 @@ def plan(
     parameter: arg.Parameters = None,
     rank: arg.Rank = None,
     dtype: arg.Dtype = None,
+    assume_base: arg.AssumeBase = False,
     json: arg.Json = False,
 ) -> None:
     """What K slots would cost and keep, for several K; nothing is written."""
     named = arg.read_named(adapters)
     settings = new_settings(1, merge=merge, parameters=arg.parameters(parameter), rank=rank, dtype=dtype)
-    watch = partial(counted, said=lambda count: f"planning {count} {'slot' if count == 1 else 'slots'}")
+    if assume_base:
+        named = dict(zip(named, one_base(list(named.values())), strict=True))
+    watch = partial(counted, said=lambda count: f"planning {numbered(count, 'slot')}")
     rows = forecast(named, arg.slot_range(slots), settings.recipe, watch=watch)
     columns = [">slots", ">size", ">storage", ">error", ">norm ratio", ">similarity inside", ">between"]
     show(rows, json, lambda d: table(columns, [_forecast_row(row) for row in d]))
@@ -110,7 +115,8 @@ def merge_adapters(
     xs = [adapter for _, adapter in found]
     arg.note_unknown_base(dict(found))
     if assume_base:
-        xs = [replace(x, base=xs[0].base) for x in xs]
+        xs = one_base(xs)
+    check_fit(xs, [name for name, _ in found])
     merged, error = merge_measured(
         xs,
         _weights(weights),

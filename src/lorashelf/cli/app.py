@@ -46,8 +46,9 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
     asked = [name for name, commands in MODULES.items() if words and words[0] in commands]
     for name in asked or MODULES:
         import_module(f".{name}", __package__).enter(app)
-    for command in app.registered_commands:
-        command.callback = command.callback and _at_home(command.callback)
+    for group in (app, *(info.typer_instance for info in app.registered_groups if info.typer_instance)):
+        for command in group.registered_commands:
+            command.callback = command.callback and _at_home(command.callback)
     return app
 
 

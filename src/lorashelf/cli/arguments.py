@@ -14,7 +14,7 @@ import typer
 
 from ..adapter import Adapter
 from ..atomic import expanded
-from ..errors import AdapterError, AdapterFormatError, MissingExtra, TaskNameError, UsageError
+from ..errors import AdapterError, AdapterFormatError, MissingExtra, TaskNameError, UsageError, numbered
 from ..objects import CONFIG_FILE
 from ..peft_format import read_adapter
 from ..policy import median_similarity
@@ -190,7 +190,9 @@ def adapters_in(folder: Path) -> dict[str, Adapter]:
     found = sorted(child for child in folder.iterdir() if (child / CONFIG_FILE).exists())
     if len(found) < 2:
         raise UsageError(
-            f"{len(found)} adapters here, two are needed", where=str(folder), cure="give a folder of PEFT folders"
+            f"{numbered(len(found), 'adapter')} here, two are needed",
+            where=str(folder),
+            cure="give a folder of PEFT folders",
         )
     return read_named([f"{path.name}={path}" for path in found])
 

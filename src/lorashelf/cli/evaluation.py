@@ -18,7 +18,7 @@ from .. import recipe
 from ..adapter import Adapter, BaseId
 from ..atomic import read_file
 from ..backends.hf import HFBackend
-from ..errors import LorashelfError, UnknownName, UsageError
+from ..errors import LorashelfError, UnknownName, UsageError, numbered
 from ..evaluation import Evaluation, Unit, metrics_of, prepare
 from ..journal import Journal, opened
 from ..objects import CONFIG_FILE
@@ -242,8 +242,7 @@ def _interval(entry: Mapping[str, Any]) -> str:
 
 
 def _summary(document: Mapping[str, Any]) -> Sequence[str]:
-    count = len(document["tasks"])
-    parts = [f"{count} {'task' if count == 1 else 'tasks'}: average loss {_number(document['average_loss'], 4)}"]
+    parts = [f"{numbered(len(document['tasks']), 'task')}: average loss {_number(document['average_loss'], 4)}"]
     parts.append(f"average score {_number(document['average'], 1)}")
     if document["normalised"] is not None:
         parts += [

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..adapter import Adapter
-from ..errors import LorashelfError, Refused, TaskNameError, UsageError
+from ..errors import LorashelfError, Refused, TaskNameError, UsageError, numbered
 from ..flow import check_arrivals, plan_add
 from ..naming import task_name
 from ..recipe import new_settings
@@ -63,7 +63,8 @@ def init(
     )
     made = Shelf.create(shelf, settings).snapshot()
     document = {"shelf": str(shelf), "head": made.head, "slots": slots, "policy": policy, "threshold": limit}
-    show(document, json, lambda d: f"{shelf}: {slots} free slots, policy {policy}, threshold {limit}, merge {merge}")
+    settled = f"policy {policy}, threshold {limit}, merge {merge}"
+    show(document, json, lambda d: f"{shelf}: {numbered(slots, 'free slot')}, {settled}")
 
 
 def add(

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import router
+from ..errors import numbered
 from ..flow import plan_remove, plan_update
 from ..shelf import Shelf
 from . import arguments as arg
@@ -93,13 +94,14 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     held = sum(slot["bytes"] for slot in document["slots"])
     apart = document["adapter_bytes"]
     share = f" ({100 * held / apart:.0f} %)" if apart else ""
-    routed = f" ({document['tasks']} tasks routed)" if document["tasks"] != document["adapters"] else ""
+    routed = f" ({numbered(document['tasks'], 'task')} routed)" if document["tasks"] != document["adapters"] else ""
     room = f", budget {size(document['budget']['bytes'])}" if document["budget"]["bytes"] else ""
     return [
         table([">slot", ">rank", "dtype", ">size", ">merged", "members"], rows),
-        f"{document['adapters']} adapters{routed} would take {size(apart)}, the shelf takes {size(held)}{share}; "
-        f"on disk, with {document['budget']['keep']} state(s) of history, {size(document['bytes'])}{room}; "
-        f"{len(rows)} of {document['budget']['slots']} slots filled",
+        f"{numbered(document['adapters'], 'adapter')}{routed} would take {size(apart)}, "
+        f"the shelf takes {size(held)}{share}; "
+        f"on disk, with {numbered(document['budget']['keep'], 'state')} of history, {size(document['bytes'])}{room}; "
+        f"{len(rows)} of {numbered(document['budget']['slots'], 'slot')} filled",
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..curriculum import PAPERS, TrainSettings
-from ..errors import UnknownName
+from ..errors import UnknownName, numbered
 from ..lesson import Lesson, prepare
 from ..tasks import Task, read_tasks
 from ..train import Moment, Watch, train_into
@@ -94,7 +94,9 @@ def train(
             note(f"{name}: the validation loss is not below the bare base's; more data, or another --lr")
     document = {"output": str(output), "tasks": records}
     show(
-        document, json, lambda d: [_trained(d["tasks"]), f"{output}: {len(records)} adapters, each with training.json"]
+        document,
+        json,
+        lambda d: [_trained(d["tasks"]), f"{output}: {numbered(len(records), 'adapter')}, each with training.json"],
     )
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from ..adapter import Adapter, Factors, check_fit
 from ..algebra import assemble, norm, truncate, truncate_dense, union
 from ..digest import canonical_json
-from ..errors import UsageError
+from ..errors import UsageError, numbered
+from ..given import as_adapters, as_numbers
 from ..parallel import WORKERS, each
 from . import factor
 from .methods import METHODS, Draw, MergeMethod, Tensor
@@ -57,7 +58,8 @@ def merge_measured(
     """
     chosen = METHODS[method]
     params = chosen.checked(params)
-    ws = _weights(xs, weights, chosen)
+    xs = as_adapters(xs)
+    ws = _weights(xs, None if weights is None else as_numbers(weights), chosen)
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}; it must be at least 1")
     check_fit(xs)
@@ -136,11 +138,12 @@ def _weights(xs: Sequence[Adapter], weights: Sequence[float] | None, method: Mer
     if weights is None:
         return [1.0 / len(xs) if method.weights == "mean" else 1.0] * len(xs)
     if len(weights) != len(xs):
-        raise UsageError(f"{len(weights)} weights for {len(xs)} adapters", cure="give one weight an adapter")
+        what = f"{numbered(len(weights), 'weight')} for {numbered(len(xs), 'adapter')}"
+        raise UsageError(what, cure="give one weight per adapter")
     bad = [w for w in weights if not math.isfinite(w)]
     if bad:
         raise UsageError(f"weights {bad} are not finite numbers")
-    return [float(w) for w in weights]
+    return list(weights)
 
 
 def _default_rank(method: MergeMethod, fs: list[Factors]) -> int | None:
