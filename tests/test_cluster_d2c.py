@@ -10,10 +10,11 @@ from typing import Any
 import filelock
 import pytest
 
-from factory import tree
-from lorashelf import BaseId, Shelf, read_adapter, write_adapter
+from factory import assert_same_delta, tree
+from lorashelf import BaseId, Shelf, merge, plan_add, read_adapter, write_adapter
 from lorashelf.backends.hf import HFBackend
 from lorashelf.cli import main, output
+from lorashelf.content import scaled
 from test_hf import random_adapter
 from tiny_base import tiny_base
 
@@ -59,7 +60,7 @@ def test_the_document_and_the_shelf(house: Path, tmp_path: Path, capsys: pytest.
     assert document["loss"]["held_out"] > 0
     snapshot = Shelf(tmp_path / "s").snapshot()
     assert document["head"] == snapshot.head
-    assert snapshot.settings.recipe.merge == "ties"
+    assert (document["merge"], document["later_merge"]) == ("ties", "linear")
     assert snapshot.manifest.tasks["qa-en"]["prompt"] == "Mend:"
     assert snapshot.manifest.tasks["qa-en"]["max_new_tokens"] == 9
     assert snapshot.manifest.tasks["qa-en"]["type"] == "qa"
@@ -124,6 +125,67 @@ def test_progress_is_told_where_there_is_no_terminal(
     said = run(capsys, house, tmp_path / "s")[2]
     assert "D2C: move 1 of 12 is tried  (0 of 12)" in said
     assert " left)" in said
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "blocks", "later"),
+    [
+        ("d2c", [], ("ties", {}), ("linear", {})),
+        ("d2c", ["--merge", "ties", "-p", "density=0.3"], ("ties", {"density": 0.3}), ("linear", {})),
+        ("d2c", ["--merge", "svd"], ("svd", {}), ("svd", {})),
+        ("d2c", ["--policy", "all"], ("ties", {}), ("linear", {})),
+        ("random", [], ("linear", {}), ("linear", {})),
+        ("random", ["--merge", "factor_mean"], ("factor_mean", {}), ("factor_mean", {})),
+        ("random", ["--merge", "dare_linear", "-p", "density=0.9"], ("dare_linear", {"density": 0.9}), ("linear", {})),
+    ],
+)
+def test_blocks_and_later_adds_have_recipes_of_their_own(
+    house: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    options: list[str],
+    blocks: tuple[str, dict[str, float]],
+    later: tuple[str, dict[str, float]],
+) -> None:
+    words = ["--method", method, *options]
+    if method == "d2c":
+        code, document, _ = run(capsys, house, tmp_path / "s", *options)
+    else:
+        names = [str(house / "zoo" / name) for name in NAMES]
+        with pytest.raises(SystemExit) as exit_:
+            main(["cluster", *names, "-o", str(tmp_path / "s"), "--slots", "2", *words, "--json"])
+        code, document = exit_.value.code, json.loads(capsys.readouterr().out)
+    assert (code, document["merge"], document["later_merge"]) == (0, blocks[0], later[0])
+    snapshot = Shelf(tmp_path / "s").snapshot()
+    recipe = snapshot.settings.recipe
+    assert (recipe.merge, dict(recipe.parameters)) == later
+    assert (snapshot.manifest.cause["merge"], snapshot.manifest.cause["parameters"]) == blocks
+    assert snapshot.manifest.recipe["merge"] == later[0]
+    for slot in snapshot.manifest.slots:
+        members = [read_adapter(house / "zoo" / name) for name in slot.members]
+        if len(members) > 1:
+            expected = merge(members, method=blocks[0], seed=recipe.seed, **blocks[1])
+            assert_same_delta(expected, snapshot.adapter(slot), 1e-6)
+            assert slot.fixed == (None if blocks[0] in ("linear", "factor_mean") else f"merged by {blocks[0]}")
+
+
+def test_a_later_fold_into_a_ties_block_is_a_running_average(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newcomer counts as one of n + 1, however the block of n was merged, and so does the next."""
+    assert run(capsys, house, tmp_path / "s", "--slots", 1)[0] == 0
+    shelf, n = Shelf(tmp_path / "s"), len(NAMES)
+    held = shelf.snapshot().adapter(shelf.snapshot().manifest.slots[0])
+    for i, name in enumerate(("gec-de", "qa-de")):
+        x = scaled(read_adapter(house / "zoo" / name), i + 2.0)
+        total = n + i + 1
+        held = merge([held, x], [(total - 1) / total, 1 / total], method="linear")
+        shelf.commit(plan_add(shelf.snapshot(), x, f"late-{i}"))
+        slot = shelf.snapshot().manifest.slots[0]
+        assert_same_delta(held, shelf.snapshot().adapter(slot), 1e-5)
+        assert [m.weight for m in slot.merged[n:]] == pytest.approx([1 / total] * (i + 1))
+        assert (slot.average, slot.fixed) == (None, "merged by ties")
 
 
 def test_a_named_journal_stays(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -297,30 +297,32 @@ def plan_cluster(
     *,
     method: str,
     found: Found | None = None,
+    recipe: Recipe | None = None,
     types: Mapping[str, str] | None = None,
     details: Mapping[str, Mapping[str, Any]] | None = None,
     assume_base: bool = False,
 ) -> Plan:
     """Partition the adapters (task → adapter) into the shelf's K slots and merge each block; the shelf must be empty.
 
-    `found` is the partition of a search (d2c), in place of one by `method` from `partition.PARTITIONERS`; `details` are
-    stored with the tasks. Blocks are numbered by their smallest task name. Raises TaskNameError, BaseMismatch,
-    ShapeMismatch, OverBudget, UsageError.
+    `found` is the partition of a search (d2c), in place of one by `method` from `partition.PARTITIONERS`; `recipe` is
+    that of the blocks, by default the shelf's; `details` are stored with the tasks. Blocks are numbered by their
+    smallest task name. Raises TaskNameError, BaseMismatch, ShapeMismatch, OverBudget, UsageError.
     """
     if snapshot.manifest.slots:
         raise UsageError("the shelf is not empty", where=str(snapshot.path), cure="cluster writes a new shelf")
     settings = snapshot.settings
+    recipe = recipe or settings.recipe
     named, base = together(adapters, settings, snapshot.manifest.base, assume_base=assume_base)
     tasks, xs = list(named), content.one_base(list(named.values()))
     kinds = {task: _kind(task, (types or {}).get(task)) for task in tasks}
     if found is None:
-        indices = partition.partition(xs, settings.budget.slots, method=method, seed=settings.recipe.seed)
+        indices = partition.partition(xs, settings.budget.slots, method=method, seed=recipe.seed)
         blocks = [[tasks[i] for i in block] for block in indices]
     else:
         blocks = [list(block) for block in found.blocks]
     slots, writes = [], {}
     for slot_id, block in enumerate(blocks):
-        new = _block(dict(zip(tasks, xs, strict=True)), kinds, block, settings.recipe)
+        new = _block(dict(zip(tasks, xs, strict=True)), kinds, block, recipe)
         slots.append(new.slot(slot_id, block))
         writes[slot_id] = new.adapter
     known = replace(
@@ -333,12 +335,15 @@ def plan_cluster(
         },
         arrived=len(xs),
     )
-    cause = {"operation": "cluster", "method": method, "seed": settings.recipe.seed}
+    cause = {"operation": "cluster", "method": method, "seed": recipe.seed}
+    cause |= {"merge": recipe.merge, "parameters": dict(recipe.parameters)}
     report = {
         "partition": dict(sorted((task, slot_id) for slot_id, block in enumerate(blocks) for task in block)),
         "method": method,
-        "seed": settings.recipe.seed,
+        "seed": recipe.seed,
         "evaluations": None,
+        "merge": recipe.merge,
+        "later_merge": settings.recipe.merge,
     }
     plan = _plan(snapshot, known, writes, cause, report)
     check_budget(snapshot, plan)

@@ -57,6 +57,14 @@ class Recipe:
     restore_norm: bool = False
     """Scale every merged slot to the mean norm of what it averages."""
 
+    @property
+    def later(self) -> Recipe:
+        """The recipe of adds to slots that this one merged: itself, with `linear` in place of a method whose default
+        weight is 1. Such a fold gives the newcomer as much weight as all before it and trims them anew each time.
+        """
+        averages = METHODS[self.merge].weights == "mean"
+        return self if averages else replace(self, merge="linear", parameters={})
+
     def document(self) -> dict[str, Any]:
         """As in a manifest."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"parameters": dict(self.parameters)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -17,8 +18,9 @@ from ..d2c import Accept
 from ..errors import DiskError, ModelError, ShelfError, UnknownName, UsageError
 from ..flow import plan_cluster, together
 from ..journal import sole
+from ..merging import METHODS
 from ..partition import PARTITIONERS
-from ..recipe import Settings, new_settings
+from ..recipe import Recipe, new_settings
 from ..shelf import Shelf
 from ..tasks import Task, fields_for, read_tasks
 from . import arguments as arg
@@ -55,7 +57,10 @@ def cluster(
     merge: Annotated[
         str | None,
         typer.Option(
-            "--merge", help="Merge method (docs/methods.md); default linear, with d2c ties.", show_default=False
+            "--merge",
+            help="Merge method of the clusters (docs/methods.md), default linear, with d2c ties; and of later adds, "
+            "but linear where it does not average.",
+            show_default=False,
         ),
     ] = None,
     parameter: arg.Parameters = None,
@@ -104,21 +109,24 @@ def cluster(
     if output.exists():
         cure = "choose another path; add works on a shelf"
         raise ShelfError("the output exists already", where=str(output), cure=cure)
+    blocks = Recipe(merge=merge or ("ties" if method == D2C else "linear"), parameters=arg.parameters(parameter))
+    METHODS[blocks.merge].checked(blocks.parameters)
     settings = new_settings(
         slots,
         bytes=bytes,
         policy=policy,
         threshold=arg.threshold(threshold, held_out, policy),
-        merge=merge or ("ties" if method == D2C else "linear"),
+        merge=blocks.later.merge,
         seed=seed,
         rank=rank,
         dtype=dtype,
         keep=keep,
-        parameters=arg.parameters(parameter),
+        parameters=blocks.later.parameters,
         base=base,
         base_aliases=tuple(base_alias or ()),
         restore_norm=restore_norm,
     )
+    blocks = replace(settings.recipe, merge=blocks.merge, parameters=blocks.parameters)
     _checked(method, examples, accept, init, _given(context))
     named = arg.read_named(adapters)
     arg.note_unknown_base(named)
@@ -130,7 +138,7 @@ def cluster(
         options = {"iterations": iterations, "accept": accept, "init": init, "keep_best": keep_best, "journal": kept}
         with _alone(kept):
             backend = partial(_opened, base_model, device, model_dtype, template_arg)
-            searched = _searched(named, settings, tasks, per_task, backend, options)
+            searched = _searched(named, slots, blocks, tasks, per_task, backend, options)
     details = {name: fields_for(examples, name) for name in named} if examples else {}
     found = searched.found if searched else None
     made, plan = Shelf.create_with(
@@ -141,6 +149,7 @@ def cluster(
             named,
             method=method,
             found=found,
+            recipe=blocks,
             types={name: task.type for name, task in tasks.items()},
             details=details,
             assume_base=assume_base,
@@ -177,7 +186,8 @@ def _checked(method: str, examples: Path | None, accept: str, init: str, given: 
 
 def _searched(
     named: Mapping[str, Adapter],
-    settings: Settings,
+    slots: int,
+    recipe: Recipe,
     tasks: Mapping[str, Task],
     per_task: int,
     opened: Callable[[], HFBackend],
@@ -190,7 +200,7 @@ def _searched(
         raise UsageError(f"no examples for {', '.join(absent)}", cure=cure)
     backend = opened()
     backend.fits(named)
-    seed = settings.recipe.seed
+    seed = recipe.seed
     sets, dropped = drawn(tasks, named, backend.fitting, "train", per_task, seed)
     others = None
     if all("validation" in tasks[task].splits for task in named):
@@ -200,8 +210,8 @@ def _searched(
         note(f"{dropped} examples are longer than the model's context and were left out")
     return cluster_by_loss(
         named,
-        settings.budget.slots,
-        settings.recipe,
+        slots,
+        recipe,
         backend,
         sets,
         held_out=others,
@@ -235,6 +245,8 @@ def _alone(journal: Path) -> Iterator[None]:
 def _clustered(document: dict[str, Any]) -> list[Any]:
     rows = [(slot["slot"], slot["members"]) for slot in document["slots"]]
     shown: list[Any] = [table([">slot", "members"], rows)]
+    if document["merge"] != document["later_merge"]:
+        shown.append(f"merged by {document['merge']}; later adds by {document['later_merge']} (merge in shelf.toml)")
     if "losses" in document:
         loss, counts = document["loss"], document["losses"]
         others = "" if loss["held_out"] is None else f", {loss['held_out']:.4f} on others"
