@@ -16,8 +16,9 @@ from lorashelf import errors
 
 SOURCE = Path(lorashelf.__file__).parent
 FLOORS = [  # a module may import from lower floors, and from those before it on its own
-    ["version", "early", "errors", "registry", "digest", "parallel"],
-    ["adapter", "given", "atomic", "objects", "locks", "tensorfile", "matching", "peft_config", "peft_format"],
+    ["version", "early", "errors", "faults", "registry", "digest", "parallel"],
+    ["adapter", "given", "atomic", "objects", "locks", "tensorfile"],
+    ["matching", "peft_config", "peft_folder", "peft_tensors", "peft_format"],
     ["algebra"],
     ["similarity"],
     [

@@ -89,7 +89,8 @@ def refused(shelf: Shelf, folder: Path, kind: type[LorashelfError], *fragments: 
     code, said = command("add", shelf.path, f"new={folder}")
     assert code == 3
     where = [f"\n  where: {error.where}"] if error.where else []
-    for fragment in (*fragments, *where, f"\n  cure:  {error.cure}"):
+    cures = [f"\n  cure:  {line}" for line in (error.cure or "no cure").splitlines()]
+    for fragment in (*fragments, *where, *cures):
         assert fragment in text
         assert fragment in said
     assert state(shelf.path.parent) == before
@@ -317,7 +318,8 @@ BAD_TENSORS: dict[str, tuple[Spoil, str]] = {
     "a factor's bias": (tensors({f"{V}.lora_B.bias": ones(8)}), "a bias of a factor"),
     "an embedding's factors": (tensors({f"{V}.lora_embedding_A": ones(4, 16)}), "a factor of an embedding"),
     "a module saved whole": (tensors({"base_model.model.lm_head.modules_to_save.weight": ones(2, 2)}), "saved whole"),
-    "an unknown tensor": (tensors({"base_model.model.lm_head.weight": ones(2, 2)}), "lm_head.weight: unknown tensor"),
+    "an unknown tensor": (tensors({"base_model.model.norm.weight": ones(2)}), "model.norm.weight: unknown tensor"),
+    "a whole head": (tensors({"base_model.model.lm_head.weight": ones(2, 2)}), "lm_head.weight: a whole embedding or"),
     "an adapter's name in the key": (renamed(Q, "lora_A", "lora_A.default"), "a key with an adapter's name in it"),
     "no prefix": (renamed(Q, "base_model.model.", ""), "lacks PEFT's prefix 'base_model.model.'"),
     "kohya's keys": (renamed(Q, f"{Q}.lora_A", "lora_unet_q_proj.lora_down"), "kohya's style"),
@@ -437,7 +439,9 @@ BAD_CONFIGS: dict[str, tuple[Spoil, str]] = {
     "rank_pattern with a string": field("rank_pattern", {"q_proj": "4"}, "rank_pattern['q_proj'] is '4'"),
     "rank_pattern with a zero": field("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj'] is 0"),
     "alpha_pattern with NaN": field("alpha_pattern", {"q_proj": math.nan}, "alpha_pattern['q_proj'] is nan"),
-    "rank_pattern of another rank": field("rank_pattern", {"q_proj": 2}, "q_proj: the config says rank 2"),
+    "rank_pattern of another rank": field(
+        "rank_pattern", {"q_proj": 2}, "self_attn.q_proj in model.layers 0-1: the config says rank 2"
+    ),
     **{
         f"{name} with the pattern {text[:12]}": field(name, value, f"{place} is not a regular expression")
         for text in ("q_proj(", "a{99999999999}", "(" * 3000 + ")" * 3000)
@@ -458,10 +462,14 @@ BAD_CONFIGS: dict[str, tuple[Spoil, str]] = {
     "targets match no module": field("target_modules", ["k_proj"], "matches no module of the file"),
     "no target at all": field("target_modules", [], "matches no module of the file"),
     "a pattern matches no module": field("target_modules", r".*k_proj", "matches no module of the file"),
-    "targets match a part": field("target_modules", ["q_proj"], "layers.0.self_attn.v_proj: not matched by target"),
+    "targets match a part": field(
+        "target_modules", ["q_proj"], "self_attn.v_proj in model.layers 0-1: not matched by target"
+    ),
     "a pattern matches a part": field("target_modules", r".*\.0\..*", "layers.1.self_attn.q_proj: not matched by"),
-    "targets excluded": field("exclude_modules", ["q_proj"], "layers.0.self_attn.q_proj: not matched by"),
-    "targets excluded by a pattern": field("exclude_modules", ".*q_proj", "layers.1.self_attn.q_proj: not matched by"),
+    "targets excluded": field("exclude_modules", ["q_proj"], "self_attn.q_proj in model.layers 0-1: not matched by"),
+    "targets excluded by a pattern": field(
+        "exclude_modules", ".*q_proj", "self_attn.q_proj in model.layers 0-1: not matched by"
+    ),
     "layers left out": field("layers_to_transform", [0], "layers.1.self_attn.q_proj: not matched by"),
 }
 

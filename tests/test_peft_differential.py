@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from factory import SHAPES, dense, make_adapter
@@ -606,3 +606,59 @@ def test_patterns_whose_order_peft_s_own_file_loses_are_read_as_peft_reads_them_
         loaded(tmp_path / "ranks")
     with pytest.raises(AdapterFormatError, match="the config says rank 6, the tensors have 2"):
         read_adapter(tmp_path / "ranks")
+
+
+# fields by which PEFT makes another function of an adapter -----------------------------------------------------------
+
+FIELDS = [
+    *("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
+]
+EMPTY: list[Any] = [None, False, [], {}]
+
+
+@pytest.mark.parametrize("value", EMPTY, ids=str)
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_is_off_here_where_it_is_off_in_peft(field: str, value: Any, tmp_path: Path) -> None:
+    model = trained({"default": lora()})
+    model.save_pretrained(tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    (tmp_path / "x" / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    try:
+        peft = loaded(tmp_path / "x")
+        modules = list(peft.modules())
+        variants = [module.lora_variant for module in modules if isinstance(module, LoraLayer)]
+        plain = not any(variants) and not any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules)
+    except (TypeError, ValueError, AttributeError, KeyError, UserWarning):  # such a file PEFT does not load
+        plain = False
+    if plain:
+        assert_deltas(peft_deltas(peft), dense(read_adapter(tmp_path / "x")))
+    else:
+        with pytest.raises(AdapterFormatError, match=f"{field} is set"):
+            read_adapter(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"velora_config": {"num_groups": 4}},
+        {"velora_config": {}},
+        {"monteclora_config": {"num_samples": 2}},
+        {"init_lora_weights": "mica"},
+    ],
+    ids=str,
+)
+def test_a_variant_of_training_is_read_as_peft_evaluates_it(options: dict[str, Any], tmp_path: Path) -> None:
+    model = trained({"default": lora(**options)}).eval()
+    model.save_pretrained(tmp_path / "x")
+    read = read_adapter(tmp_path / "x")
+    write_adapter(replace(read, dtype="f32"), tmp_path / "y")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected, bare = model(ids).logits, llama()(ids).logits
+        found = loaded(tmp_path / "y").eval()(ids).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(bare, expected, atol=1e-2)
+    variant = next(iter(options))
+    kept_for_training = [notice for notice in read.notices if notice.startswith(variant)]
+    assert len(kept_for_training) == (variant != "init_lora_weights")

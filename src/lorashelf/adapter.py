@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .digest import canonical_json, digest
 from .errors import AdapterFormatError, BaseMismatch, ShapeMismatch
+from .faults import by_module
 
 Matrix = NDArray[np.float32]
 WIDTHS: Mapping[str, int] = MappingProxyType({"f32": 4, "f16": 2, "bf16": 2})
@@ -160,13 +161,15 @@ class Adapter:
 
     `modules` may read lazily from an open file; a Factors taken out of it is float32 whatever the storage dtype.
     `config` holds the fields of adapter_config.json that do not follow from the factors, unknown ones included.
-    Two adapters are the same when their `digest` is.
+    `notices` are sentences about what its folder holds beyond that, which is not kept. Two adapters are the same when
+    their `digest` is.
     """
 
     modules: Modules
     base: BaseId = BaseId()
     dtype: str = "f32"
     config: Mapping[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise AdapterFormatError for no module, for modules of another type and for an unknown dtype, all at once."""
@@ -250,10 +253,10 @@ def refuse(bases: Sequence[str], xs: Sequence[Adapter], where: str | None = None
 
 def _shape_faults(xs: Sequence[Adapter]) -> list[str]:
     expected: dict[str, Shape] = {}
-    faults = set()
+    faults: dict[tuple[str, str], None] = {}
     for x in xs:
         for path, shape in x.shapes.items():
             other = expected.setdefault(path, shape)
             if (shape.dout, shape.din) != (other.dout, other.din):
-                faults.add(f"{path}: ΔW is {shape.dout}x{shape.din}, elsewhere {other.dout}x{other.din}")
-    return sorted(faults)
+                faults[path, f"ΔW is {shape.dout}x{shape.din}, elsewhere {other.dout}x{other.din}"] = None
+    return by_module(faults)

@@ -25,12 +25,14 @@
     ├── Interrupted         130  Ctrl-C, SIGTERM or SIGHUP after part of the work; `done` says which
     └── Unread              141  whoever reads standard output went away
 
-The number is the exit status of the command line. All faults of one adapter are raised at once, in `faults`.
+The number is the exit status of the command line. All faults of one adapter are raised at once, in `faults`; each
+brings its own cure, and `cure` holds the distinct ones, a line for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -44,7 +46,7 @@ def numbered(count: int, noun: str) -> str:
 
 
 class LorashelfError(Exception):
-    """Base of every error that lorashelf raises on purpose: `what` happened, `where`, and the `cure`."""
+    """Base of every error that lorashelf raises on purpose: `what` happened, `where`, and the `cure`, one a line."""
 
     exit_code = 1
     kind = "error"
@@ -59,8 +61,8 @@ class LorashelfError(Exception):
 
     def __str__(self) -> str:
         where = f"\n  where: {self.where}" if self.where else ""
-        cure = f"\n  cure:  {self.cure}" if self.cure else ""
-        return f"{self.what}{where}{cure}"
+        cures = "".join(f"\n  cure:  {line}" for line in (self.cure or "").splitlines())
+        return f"{self.what}{where}{cures}"
 
 
 class UsageError(LorashelfError):
@@ -102,16 +104,33 @@ class TaskNameError(UsageError):
     kind = "task_name"
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One reason why an adapter is refused: what is wrong with it, and the cure that belongs to it."""
+
+    what: str
+    cure: str | None = None
+
+    def at(self, name: str) -> Fault:
+        """The same fault, of the module or adapter of this name."""
+        return replace(self, what=f"{name}: {self.what}")
+
+
 class AdapterError(LorashelfError):
-    """An adapter is refused; `faults` names every reason at once."""
+    """An adapter is refused; `faults` names every reason at once, `reasons` each with its cure."""
 
     exit_code = 3
     kind = "adapter"
 
-    def __init__(self, faults: Sequence[str], *, where: str | None = None, cure: str | None = None) -> None:
-        self.faults = tuple(faults)
+    def __init__(self, faults: Sequence[str | Fault], *, where: str | None = None, cure: str | None = None) -> None:
+        """`cure` is that of every fault which does not bring one."""
+        reasons = (fault if isinstance(fault, Fault) else Fault(fault) for fault in faults)
+        self.reasons = tuple(reason if reason.cure else replace(reason, cure=cure) for reason in reasons)
+        self.faults = tuple(reason.what for reason in self.reasons)
         shown = "\n".join(f"  - {fault}" for fault in self.faults)
-        super().__init__(f"adapter refused ({numbered(len(faults), 'fault')}):\n{shown}", where=where, cure=cure)
+        count = numbered(len(self.faults), "fault")
+        cures = dict.fromkeys(reason.cure for reason in self.reasons if reason.cure)
+        super().__init__(f"adapter refused ({count}):\n{shown}", where=where, cure="\n".join(cures) or cure)
 
 
 class AdapterFormatError(AdapterError):

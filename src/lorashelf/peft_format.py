@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -18,29 +16,24 @@ from numpy.typing import NDArray
 from . import atomic
 from .adapter import WIDTHS, Adapter, BaseId, Factors, Matrix, Modules, Shape, Stack, numpy_dtype
 from .digest import Hasher, digest
-from .errors import AdapterFormatError, UsageError
+from .errors import AdapterFormatError, Fault, UsageError
+from .faults import Faults
 from .objects import CONFIG_FILE, TENSOR_FILE, length
 from .parallel import following
-from .peft_config import RESOLVED, config_faults, resolved_scales, stored_scale, unmatched, written_config
+from .peft_config import (
+    carried,
+    config_faults,
+    resolved_scales,
+    stored_scale,
+    training_only,
+    unmatched,
+    written_config,
+)
+from .peft_folder import not_a_folder, not_the_file, prompt_notices, something_else, trained_beside
+from .peft_tensors import factor_shapes, paired, value_faults
 from .tensorfile import STORED, Lost, TensorFile, encode_header
 
-LARGEST_VALUE = 1e9
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight")
 _TORCH = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-
-_FOREIGN_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"lora_magnitude_vector"), "a DoRA magnitude"),
-    (re.compile(r"lora_embedding_[AB]"), "a factor of an embedding (v1 reads linear modules)"),
-    (re.compile(r"lora_[AB]\.bias$"), "a bias of a factor"),
-    (re.compile(r"modules_to_save"), "a module saved whole"),
-    (re.compile(r"lora_(up|down)\.|^lora_(unet|te)"), "a key of kohya's style; convert it to PEFT's first"),
-    (re.compile(r"lora_[ab]$"), "a key of MLX's or GGUF's style; convert it to PEFT's first"),
-    (
-        re.compile(r"lora_[AB]\.[^.]+\.weight$"),
-        "a key with an adapter's name in it; save it with PEFT's save_pretrained",
-    ),
-    (re.compile(r"lora_[AB]\.weight$"), "lacks PEFT's prefix 'base_model.model.'"),
-)
 
 
 def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
@@ -62,30 +55,40 @@ def read_stored(folder: Path, lost: Lost) -> Adapter:
 
 def _read(folder: Path, check_values: bool, lost: Lost | None) -> Adapter:
     try:
-        next(folder.iterdir(), None)
+        names = {entry.name for entry in folder.iterdir()}
+        found = something_else(folder, names)
     except OSError as error:
-        cure = "give a PEFT adapter's folder that this user can read"
-        raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(folder), cure=cure) from error
-    faults: list[str] = []
+        raise AdapterFormatError([not_a_folder(folder, error)], where=str(folder)) from error
+    if found is not None:
+        raise AdapterFormatError([found], where=str(folder))
+    faults = Faults()
     config = _read_config(folder, faults)
     tensors = _read_tensors(folder, faults, lost)
-    halves = _pair(tensors, faults) if tensors is not None else {}
-    shapes = _shapes(tensors, halves, faults) if tensors is not None else {}
+    faults.extend(trained_beside(names))
+    in_training = training_only(config or {})
+    halves = paired(tensors, tuple(in_training.values()), faults) if tensors is not None else {}
+    shapes = factor_shapes(tensors, halves, faults) if tensors is not None else {}
     scales = resolved_scales(config, shapes, faults) if config is not None else {}
     if config is not None and tensors is not None:
-        faults += unmatched(config, shapes)
+        unmatched(config, shapes, faults)
     if tensors is not None and check_values:
-        faults += _bad_values(tensors, halves)
-    if config is not None and _read_config(folder, []) != config:
-        faults.append(f"{CONFIG_FILE} changed while the adapter was read")
+        value_faults(tensors, halves, faults)
+    if config is not None and _read_config(folder, Faults()) != config:
+        cure = "wait until whatever writes the file is done, then run the command again"
+        faults.append(f"{CONFIG_FILE} changed while the adapter was read", cure)
     if faults or config is None or tensors is None:
-        raise AdapterFormatError(faults, where=str(folder), cure=_cure(faults, folder))
+        raise AdapterFormatError(faults.listed(), where=str(folder))
     stored = sorted({STORED[tensors[name].dtype] for pair in halves.values() for name in pair.values()})
+    base = BaseId(config.get("base_model_name_or_path") or "", config.get("revision"))
     return Adapter(
         modules=_FileModules(tensors, halves, shapes, scales),
-        base=BaseId(config.get("base_model_name_or_path") or "", config.get("revision")),
+        base=base,
         dtype=stored[0] if len(stored) == 1 else "f32",
-        config={key: value for key, value in config.items() if key not in RESOLVED},
+        config=carried(config),
+        notices=(
+            *(f"{name} and its tensors act in training only and are not kept" for name in in_training),
+            *prompt_notices(folder, names, base.name),
+        ),
     )
 
 
@@ -228,25 +231,28 @@ class _FileModules(Modules):
 # reading ------------------------------------------------------------------------------------------------------------
 
 
-def _read_config(folder: Path, faults: list[str]) -> dict[str, Any] | None:
+def _read_config(folder: Path, faults: Faults) -> dict[str, Any] | None:
+    mend = f"mend {CONFIG_FILE}, or copy the one that was saved with the tensors"
     try:
-        config = json.loads(atomic.read_file(folder / CONFIG_FILE))
+        config = json.loads(atomic.read_file(folder / CONFIG_FILE))  # with or without a byte order mark
     except FileNotFoundError:
-        faults.append(f"{CONFIG_FILE} is missing")
+        faults.append(f"{CONFIG_FILE} is missing", "give the folder that save_pretrained wrote, which holds this file")
         return None
     except OSError as error:
-        faults.append(f"{CONFIG_FILE} cannot be read: {error.strerror}")
+        cure = "put the file that was saved in its place, readable for this user"
+        faults.append(f"{CONFIG_FILE} cannot be read: {error.strerror}", cure)
         return None
     except (ValueError, RecursionError) as error:
-        faults.append(f"{CONFIG_FILE} cannot be read: {error}")
+        found = not_the_file(CONFIG_FILE, folder / CONFIG_FILE)
+        faults.extend([found or Fault(f"{CONFIG_FILE} cannot be read: {error}", mend)])
         return None
     if not isinstance(config, dict):
-        faults.append(f"{CONFIG_FILE} is not a JSON object")
+        faults.append(f"{CONFIG_FILE} is not a JSON object", mend)
         return None
     if not _encodable(config):
-        faults.append(f"{CONFIG_FILE} holds text that is not Unicode (a lone surrogate)")
+        faults.append(f"{CONFIG_FILE} holds text that is not Unicode (a lone surrogate)", mend)
         return None
-    faults += config_faults(config)
+    faults.extend(config_faults(config))
     return config
 
 
@@ -258,90 +264,17 @@ def _encodable(document: Any) -> bool:
     return True
 
 
-def _read_tensors(folder: Path, faults: list[str], lost: Lost | None) -> TensorFile | None:
+def _read_tensors(folder: Path, faults: Faults, lost: Lost | None) -> TensorFile | None:
     path = folder / TENSOR_FILE
     if not os.path.lexists(path):
-        pickles = sorted(item.name for item in folder.glob("*.bin"))
-        if pickles:
-            faults.append(f"{pickles[0]} is a pickle, which can run code when loaded: refused, never opened")
-        else:
-            faults.append(f"{TENSOR_FILE} is missing")
+        faults.append(f"{TENSOR_FILE} is missing", "give the folder that save_pretrained wrote, which holds this file")
+        return None
+    if not path.exists():
+        faults.append(f"{TENSOR_FILE} is a link to nothing", "download it again (hf download), or mend the link")
         return None
     try:
         return TensorFile(path, lost)
     except AdapterFormatError as error:
-        faults += [f"{TENSOR_FILE}: {fault}" for fault in error.faults]
+        found = not_the_file(TENSOR_FILE, path)
+        faults.extend([found] if found else [reason.at(TENSOR_FILE) for reason in error.reasons])
         return None
-
-
-def _pair(tensors: TensorFile, faults: list[str]) -> dict[str, dict[str, str]]:
-    halves: dict[str, dict[str, str]] = {}
-    for name in tensors:
-        match = _KEY.fullmatch(name)
-        if not name.isprintable():
-            faults.append(f"{name!r}: not a printable name")
-        elif match:
-            halves.setdefault(match["path"], {})[match["half"]] = name
-        else:
-            faults.append(f"{name}: {_foreign(name)}")
-    for path, pair in halves.items():
-        for half in "AB":
-            if half not in pair:
-                faults.append(f"{path}: lora_{half} is missing")
-    if not halves and not faults:
-        faults.append("no LoRA factors in the file")
-    return {path: pair for path, pair in halves.items() if len(pair) == 2}
-
-
-def _foreign(name: str) -> str:
-    for pattern, meaning in _FOREIGN_KEYS:
-        if pattern.search(name):
-            return meaning
-    return "unknown tensor"
-
-
-def _shapes(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]], faults: list[str]) -> dict[str, Shape]:
-    shapes: dict[str, Shape] = {}
-    for path, pair in halves.items():
-        entries = [tensors[pair[half]] for half in "AB"]
-        odd = [
-            f"{path}.lora_{half}: dtype {entry.dtype} (supported: {', '.join(STORED)})"
-            for half, entry in zip("AB", entries, strict=True)
-            if entry.dtype not in STORED
-        ]
-        odd += [
-            f"{path}.lora_{half}: shape {entry.shape} is not that of a linear module's factor"
-            for half, entry in zip("AB", entries, strict=True)
-            if len(entry.shape) != 2 or 0 in entry.shape
-        ]
-        if not odd and entries[0].shape[0] != entries[1].shape[1]:
-            odd = [f"{path}: lora_A has rank {entries[0].shape[0]}, lora_B has rank {entries[1].shape[1]}"]
-        faults += odd
-        if not odd:
-            shapes[path] = Shape(entries[1].shape[0], entries[0].shape[0], entries[0].shape[1])
-    return shapes
-
-
-def _bad_values(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
-    for pair in halves.values():
-        for name in pair.values():
-            if tensors[name].dtype in STORED and 0 not in tensors[name].shape:
-                values = tensors.array(name)
-                with np.errstate(invalid="ignore"):
-                    low, high = float(values.min()), float(values.max())  # NaN if any value is
-                if not math.isfinite(low - high):
-                    kind = "NaN" if np.isnan(values).any() else "infinity"
-                    bad = values.size - int(np.isfinite(values).sum())
-                    yield f"{name}: {bad} of {values.size} values are {kind}"
-                elif (largest := max(-low, high)) > LARGEST_VALUE:
-                    yield f"{name}: holds {largest:.0e}; no trained factor does"
-
-
-def _cure(faults: Sequence[str], folder: Path) -> str:
-    if next(folder.glob(f"*/{CONFIG_FILE}"), None):
-        return f"this folder holds adapters: give them one by one, {folder}/*/"
-    if any("pickle" in fault for fault in faults):
-        return "load it where you trust it and save it again with safe_serialization=True"
-    if any("is set:" in fault or "init_lora_weights" in fault for fault in faults):
-        return "train or convert it to a plain LoRA (PEFT documents the conversion), then add that"
-    return "save the adapter again with PEFT's save_pretrained"

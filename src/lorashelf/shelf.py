@@ -296,7 +296,7 @@ class Shelf:
             if faults:
                 raise UsageError("; ".join(fault for _, fault in faults), where=str(path), cure="give other values")
             with atomic.refusals(path, "read"):
-                edited = recipe.edited_toml(path.read_bytes().decode(), changes)
+                edited = recipe.edited_toml(atomic.read_file(path).decode(), changes)
             self._lock.check()
             self._sweep_staging()
             atomic.replace_file(path, edited, self.path / "tmp")

@@ -10,6 +10,7 @@ import numpy as np
 from . import content
 from .adapter import Adapter, check_fit
 from .algebra import norm, singular_values
+from .faults import natural
 from .partition import average_linkage
 from .peft_format import encode
 from .recipe import Recipe
@@ -19,7 +20,8 @@ from .similarity import similarity
 def describe(adapter: Adapter) -> dict[str, Any]:
     """Modules with rank, scale, norm ‖ΔW‖ and shape; the share of ‖ΔW‖² that the best rank-ρ approximation keeps."""
     modules, spectra = [], []
-    for path, factors in adapter.modules.items():
+    for path in sorted(adapter.modules, key=natural):
+        factors = adapter.modules[path]
         values = singular_values(factors)
         spectra.append(values)
         size = float(np.sqrt(np.sum(values**2)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,7 +69,8 @@ class TensorFile(Mapping[str, Entry]):
             with open(self._handle, "rb", closefd=False) as file:
                 self._offset, header = _read_header(file.read(8), size, file.read, path)
         except OSError as error:
-            raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path)) from error
+            cure = "put the file that was saved in its place, readable for this user"
+            raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path), cure=cure) from error
         self._check_unchanged()
         self._entries = _check_entries(header, size - self._offset, path)
 
@@ -179,16 +181,26 @@ def _check_entries(header: dict[str, Any], room: int, path: Path) -> dict[str, E
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         faults.append("__metadata__ is not a map of strings")
     entries: dict[str, Entry] = {}
+    odd: list[tuple[str, str]] = []
     for name, described in header.items():
         entry, fault = _entry(described, room)
         if fault:
-            faults.append(f"{name}: {fault}")
+            odd.append((name, fault))
         if entry:
             entries[name] = entry
+    faults += _by_kind(odd)
     faults += _layout_faults(entries, room) if not faults else []
     if faults:
         raise AdapterFormatError(faults, where=str(path), cure="download or copy the file again")
     return dict(sorted(entries.items()))
+
+
+def _by_kind(faults: list[tuple[str, str]]) -> list[str]:
+    """Sentences about tensors, those that differ in numbers and names only as one with their number."""
+    kinds: dict[str, list[str]] = {}
+    for name, what in faults:
+        kinds.setdefault(re.sub(r"\d+| those of .*", "", what), []).append(f"{name}: {what}")
+    return [first + (f", and {len(more)} more tensors" if more else "") for first, *more in kinds.values()]
 
 
 def _entry(described: Any, room: int) -> tuple[Entry | None, str | None]:
@@ -214,13 +226,14 @@ def _naturals(values: Any) -> bool:
 
 
 def _layout_faults(entries: Mapping[str, Entry], room: int) -> list[str]:
-    faults = []
+    odd = []
     end, last = 0, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
             relation = "overlap" if entry.start < end else "leave a hole after"
-            faults.append(f"{name}: bytes {entry.start}:{entry.stop} {relation} those of {last}")
+            odd.append((name, f"bytes {entry.start}:{entry.stop} {relation} those of {last}"))
         end, last = max(end, entry.stop), name
+    faults = _by_kind(odd)
     if end != room and not faults:
         faults.append(f"{room - end} bytes after the last tensor")
     return faults

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import LorashelfError, Unread, UsageError
+from ..errors import AdapterError, LorashelfError, Unread, UsageError
 from .app import application
 from .output import print_json
 from .process import interrupted, notices_unread, open_streams, signals
@@ -74,6 +74,8 @@ def _fail(words: list[str], error: LorashelfError) -> int:
     print(f"lorashelf: {error}", file=sys.stderr)
     if "--json" in words:
         document: dict[str, Any] = {"kind": error.kind, "message": str(error), "cure": error.cure}
+        if isinstance(error, AdapterError):
+            document["faults"] = list(error.faults)
         print_json({"error": document, **error.done})
         sys.stdout.flush()
     return error.exit_code

@@ -32,7 +32,9 @@ def show_adapter(
     json: arg.Json = False,
 ) -> None:
     """What an adapter is: modules, ranks, scales, norms, and the energy kept at lower ranks."""
-    show(describe(arg.read_one(adapter)), json, _described)
+    read = arg.read_one(adapter)
+    arg.note_adapters({arg.name_of(adapter): read})
+    show(describe(read), json, _described)
 
 
 def compare(
@@ -113,7 +115,7 @@ def merge_adapters(
     ).recipe
     found = arg.read_each(adapters)
     xs = [adapter for _, adapter in found]
-    arg.note_unknown_base(dict(found))
+    arg.note_adapters(dict(found))
     if assume_base:
         xs = one_base(xs)
     check_fit(xs, [name for name, _ in found])

@@ -14,7 +14,7 @@ import typer
 
 from ..adapter import Adapter
 from ..atomic import expanded
-from ..errors import AdapterError, AdapterFormatError, MissingExtra, TaskNameError, UsageError, numbered
+from ..errors import AdapterError, AdapterFormatError, Fault, MissingExtra, TaskNameError, UsageError, numbered
 from ..objects import CONFIG_FILE
 from ..peft_format import read_adapter
 from ..policy import median_similarity
@@ -150,7 +150,7 @@ def read_each(texts: Sequence[str], task: str | None = None) -> list[tuple[str, 
         if text not in folders:
             note(f"{text}: passed over; it is a file, and an adapter is a folder")
     found: list[tuple[str, Adapter]] = []
-    faults: list[str] = []
+    faults: list[Fault] = []
     for text in folders or texts:
         name = name_of(text, task)
         try:
@@ -158,7 +158,7 @@ def read_each(texts: Sequence[str], task: str | None = None) -> list[tuple[str, 
         except AdapterError as error:
             if len(texts) == 1:
                 raise
-            faults += [f"{name}: {fault}" for fault in error.faults]
+            faults += [reason.at(name) for reason in error.reasons]
     if faults:
         raise AdapterFormatError(faults, cure="mend or leave out these adapters; lorashelf show ADAPTER says more")
     return found
@@ -176,11 +176,15 @@ def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
     return by_name
 
 
-def note_unknown_base(adapters: Mapping[str, Adapter]) -> None:
-    """Warn of adapters that name no base: only their shapes can be checked."""
+def note_adapters(adapters: Mapping[str, Adapter]) -> None:
+    """Warn of adapters that name no base, and of what their folders hold that is not kept; each once for all."""
+    alike: dict[str, list[str]] = {}
     for name, adapter in adapters.items():
-        if not adapter.base.name:
-            note(f"{name}: its config names no base model; only shapes can be checked")
+        nameless = () if adapter.base.name else ("its config names no base model; only shapes can be checked",)
+        for notice in (*nameless, *adapter.notices):
+            alike.setdefault(notice, []).append(name)
+    for notice, names in alike.items():
+        note(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {notice}")
 
 
 def adapters_in(folder: Path) -> dict[str, Adapter]:

@@ -129,7 +129,7 @@ def cluster(
     blocks = replace(settings.recipe, merge=blocks.merge, parameters=blocks.parameters)
     _checked(method, examples, accept, init, _given(context))
     named = arg.read_named(adapters)
-    arg.note_unknown_base(named)
+    arg.note_adapters(named)
     together(named, settings, assume_base=assume_base)
     tasks = read_tasks(examples) if examples else {}
     kept = journal or output.with_name(output.name + ".d2c.jsonl")

@@ -145,7 +145,7 @@ def _adapters_of(folder: Path, tasks: Mapping[str, Task]) -> Served:
         cure = "give a shelf, or a folder of PEFT folders that bear the tasks' names"
         raise UsageError(f"no adapter here for any of {names}", where=str(folder), cure=cure)
     named = arg.read_named([f"{name}={path}" for name, path in found.items()])
-    arg.note_unknown_base(named)
+    arg.note_adapters(named)
     prompts = {name: _trained_under(path) for name, path in found.items()}
     return Served(named, storage=1.0, trained={name: prompt for name, prompt in prompts.items() if prompt is not None})
 

@@ -95,7 +95,7 @@ def add(
         opened = Shelf(shelf)
         arrivals = arg.read_each(adapters, task)
         details = _details([name for name, _ in arrivals], task_file)
-        arg.note_unknown_base(dict(arrivals))
+        arg.note_adapters(dict(arrivals))
         with contextlib.nullcontext() if dry_run else opened.writing(), _watched(len(arrivals), json) as told:
             snapshot = opened.snapshot()
             arrivals, skipped = _new(snapshot, arrivals, skip_existing)

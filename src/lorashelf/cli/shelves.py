@@ -31,7 +31,7 @@ def update(
     """Replace a task's adapter, in its slot."""
     opened = Shelf(shelf)
     new, old = arg.read_one(adapter), arg.read_one(was) if was is not None else None
-    arg.note_unknown_base({task: new})
+    arg.note_adapters({task: new})
     with opened.writing():
         plan = plan_update(opened.snapshot(), task, new, old, assume_base=assume_base)
         document = {**plan.report, "head": opened.commit(plan)}
