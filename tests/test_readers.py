@@ -66,11 +66,11 @@ def test_verify_finds_a_sound_shelf_sound_whatever_is_committed_meanwhile(
 
 def test_verify_sees_damage_that_a_commit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf = standing(tmp_path)
+    other = Shelf(shelf.path)
+    arriving = plan_update(other.snapshot(), "a", adapter(9))
     damaged = shelf.snapshot().manifest.slots[1]
     file = shelf.snapshot().slot_path(damaged) / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x77")
-    other = Shelf(shelf.path)
-    arriving = plan_update(other.snapshot(), "a", adapter(9))
     at_first(monkeypatch, (Snapshot, "problems"), lambda: other.commit(arriving))
     (problem,) = shelf.verify()
     assert damaged.object in problem

@@ -25,6 +25,7 @@ from ..objects import CONFIG_FILE
 from ..results import FILE, read_result, write_csv, write_result
 from ..router import storage
 from ..shelf import Shelf
+from ..snapshot import Snapshot
 from ..tasks import Task, read_tasks
 from ..train import RECORD_FILE
 from . import arguments as arg
@@ -122,14 +123,18 @@ def _served(target: Path | None, tasks: Mapping[str, Task]) -> Served:
         return Served(dict.fromkeys(tasks))
     if not (target / recipe.FILE).exists() and not (target / "HEAD").exists():
         return _adapters_of(target, tasks)
-    snapshot = Shelf(target).snapshot()
+    return Shelf(target).read(lambda snapshot: _served_by(snapshot, tasks))
+
+
+def _served_by(snapshot: Snapshot, tasks: Mapping[str, Task]) -> Served:
+    """The adapters of a shelf's slots, for the tasks that it holds."""
     slots = {slot.slot: snapshot.adapter(slot) for slot in snapshot.manifest.slots}
     routed = {name: snapshot.manifest.slot_of(unicodedata.normalize("NFC", name)) for name in tasks}
     adapters = {name: slots[slot.slot] for name, slot in routed.items() if slot is not None}
     if not adapters:
         have = ", ".join(sorted(snapshot.manifest.tasks)) or "none"
         cure = "a task's folder bears the name it has on the shelf"
-        raise UsageError(f"none of the tasks is on the shelf; it holds {have}", where=str(target), cure=cure)
+        raise UsageError(f"none of the tasks is on the shelf; it holds {have}", where=str(snapshot.path), cure=cure)
     return Served(adapters, storage(snapshot), frozenset(snapshot.settings.base_aliases))
 
 

@@ -46,17 +46,20 @@ def generate(
     json: arg.Json = False,
 ) -> None:
     """Answer a text with the slot that serves its task; the answer appears as it is written."""
-    snapshot = Shelf(shelf).snapshot()
+    reads = Shelf(shelf)
+    snapshot = reads.snapshot()
     task, text = _positionals(snapshot, task, text, auto)
     shown = _shown(snapshot, examples, auto)
-    asked = None if task is None else service(snapshot, task, prompt=prompt, max_new_tokens=max_new_tokens)
+    asked = None
+    if task is not None:
+        asked = reads.read(lambda now: service(now, task, prompt=prompt, max_new_tokens=max_new_tokens))
     question = _read(text)
     backend = HFBackend(opened(base, device=device, dtype=dtype, template=template_arg, learns=False))
     choice = None
     if asked is None:
         choice = _chosen(backend, snapshot, shown, question)
         instruction = prompt or snapshot.manifest.tasks[choice.task].get("prompt", shown[choice.task].instruction)
-        asked = service(snapshot, choice.task, prompt=instruction, max_new_tokens=max_new_tokens)
+        asked = reads.read(lambda now: service(now, choice.task, prompt=instruction, max_new_tokens=max_new_tokens))
     pieces = asked.stream(backend, question)
     if json:
         document = {"task": asked.task, "slot": asked.slot, "text": "".join(pieces), "base": backend.base_name}
