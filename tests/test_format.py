@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -177,6 +178,47 @@ def test_a_shelf_without_energies_goes_on_and_gets_them_where_it_writes(tmp_path
     assert shelf.verify() == []
     shelf.commit(plan)
     assert {bool(slot.energies) for slot in shelf.snapshot().manifest.slots} == {True, False}
+
+
+def test_a_shelf_without_sums_is_checked_against_its_ids_and_gets_them_where_it_writes(tmp_path: Path) -> None:
+    shelf, arriving = filled(tmp_path / "s"), make_adapter(9, dtype="f16")
+    assert all(slot.sums for slot in shelf.snapshot().manifest.slots)
+    scores = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
+    rewritten(shelf, lambda slot: slot.pop("sums"))
+    slots = shelf.snapshot().manifest.slots
+    assert not any(slot.sums for slot in slots)
+    assert shelf.verify() == []
+    plan = plan_add(shelf.snapshot(), arriving, "new")
+    assert plan.report["scores"] == scores
+    folder = shelf.snapshot().slot_path(slots[0]) / "adapter_model.safetensors"
+    data = folder.read_bytes()
+    folder.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for read in (lambda: plan_add(shelf.snapshot(), arriving, "new"), lambda: shelf.snapshot().adapter(slots[0])):
+        with pytest.raises(CorruptShelf, match="its bytes have changed"):
+            read()
+    folder.write_bytes(data)
+    shelf.commit(plan)
+    assert {bool(slot.sums) for slot in shelf.snapshot().manifest.slots} == {True, False}
+
+
+def test_sums_are_those_of_the_bytes_stored(tmp_path: Path) -> None:
+    shelf = filled(tmp_path / "s")
+    for slot in shelf.snapshot().manifest.slots:
+        folder = shelf.snapshot().slot_path(slot)
+        config = (folder / "adapter_config.json").read_bytes()
+        data = (folder / "adapter_model.safetensors").read_bytes()
+        size = 8 + int.from_bytes(data[:8], "little")
+        spans = [entry["data_offsets"] for name, entry in json.loads(data[8:size]).items() if name != "__metadata__"]
+        tensors = [zlib.crc32(data[size + start : size + stop]) for start, stop in sorted(spans)]
+        assert slot.sums == (zlib.crc32(config + data[:size]), *tensors)
+
+
+@pytest.mark.parametrize("sums", ["AAAA", "%%%", "é", 3, None])
+def test_sums_that_cannot_be_are_refused(tmp_path: Path, sums: Any) -> None:
+    shelf = filled(tmp_path / "s")
+    rewritten(shelf, lambda slot: slot.update(sums=sums))
+    with pytest.raises(CorruptShelf, match="manifest cannot be read"):
+        shelf.snapshot()
 
 
 def test_the_next_fold_takes_energies_from_the_manifest(tmp_path: Path) -> None:

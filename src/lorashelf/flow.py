@@ -13,7 +13,7 @@ from .adapter import Adapter, BaseId, refuse
 from .algebra import energies
 from .content import Content
 from .digest import canonical_json
-from .errors import NotReversible, OverBudget, TaskNameError, UsageError
+from .errors import CorruptShelf, NotReversible, OverBudget, TaskNameError, UsageError
 from .given import as_adapter, as_named
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot
 from .naming import problem_type, task_name
@@ -53,8 +53,8 @@ def plan_add(
     adapter = as_adapter(adapter)
     details = _storable(task, details or {})
     kind = _kind(task, type, details.pop("type", None))
-    with _checked(snapshot, *manifest.slots), beside(lambda: adapter.digest):  # asked for below
-        held = {slot.slot: snapshot.unchecked(slot) for slot in manifest.slots}
+    with _all_damage(snapshot), beside(lambda: adapter.digest):  # asked for below
+        held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
         base = _agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
         energies(adapter)  # likewise
         values = similarity([adapter], list(held.values()))[0] if held else []
@@ -117,15 +117,13 @@ def _folded(snapshot: Snapshot, decision: Fold, adapter: Adapter, record: Merged
 
 
 @contextlib.contextmanager
-def _checked(snapshot: Snapshot, *slots: Slot) -> Iterator[None]:
-    """Check the bytes of slots beside the block. Damage is raised rather than what fails of it, which would blame the
-    newcomer.
-    """
-    with beside(lambda: snapshot.check_bytes(*slots)) as checked:
-        try:
-            yield
-        finally:
-            checked.result()
+def _all_damage(snapshot: Snapshot) -> Iterator[None]:
+    """Where the block meets a damaged slot, name all that are."""
+    try:
+        yield
+    except CorruptShelf:
+        snapshot.check_bytes(*snapshot.manifest.slots)
+        raise
 
 
 def _decided(
@@ -188,8 +186,8 @@ def plan_update(
         raise _another(task, was, details["digest"])
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
-    with _checked(snapshot, *snapshot.manifest.slots):
-        others = [snapshot.unchecked(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
+    with _all_damage(snapshot):
+        others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
         base = _agreed_base(snapshot, {task: adapter}, others, assume_base)
     record = content.entry(task, details["type"], adapter)
     precision = None

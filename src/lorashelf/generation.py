@@ -54,6 +54,7 @@ def service(snapshot: Snapshot, task: str, *, prompt: str | None = None, max_new
     most = details.get("max_new_tokens", MOST_TOKENS) if max_new_tokens is None else max_new_tokens
     if most < 1:
         raise UsageError(f"an answer of at most {most} tokens is none", cure="give 1 or more")
+    snapshot.check_bytes(slot)  # before a model is loaded
     base, settings = snapshot.manifest.base, snapshot.settings
     names = {base.name if base else "", settings.base or "", *settings.base_aliases} - {""}
     return Service(task, slot.slot, snapshot.adapter(slot), instruction, most, frozenset(names))

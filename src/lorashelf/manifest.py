@@ -14,10 +14,11 @@ from .adapter import WIDTHS, Adapter, BaseId
 from .digest import canonical_json, digest, is_digest
 from .errors import CorruptShelf, NewerFormat
 from .naming import on_one_line
+from .objects import Stored
 from .recipe import FORMAT
 
 PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of a digest's length, so sizes are exact
-_PACKED = ("energies", "noise")  # fields of a slot that are stored as float64 in base64
+_PACKED = {"energies": "d", "noise": "d", "sums": "I"}  # fields of a slot that are stored in base64: float64, uint32
 PENDING_TIME = "0000-00-00T00:00:00Z"
 _STATES = ("undo", "redo", "ended")
 
@@ -62,18 +63,22 @@ class Slot:
     """Energies of the errors that rounding has left on A and on B of every module, both multiplied by √|s|; empty where
     they are those of folding `merged` one by one in `dtype`.
     """
+    sums: tuple[int, ...] = ()
+    """CRC-32 of the config and header of the object, then of every tensor in the order of the file; empty where its
+    writer kept none.
+    """
     fixed: str | None = None
     """Why no adapter can be taken out of the content, in words; None where one can, or where nobody recorded it."""
 
     def document(self) -> dict[str, Any]:
-        """As in every JSON answer: without energies and noise, and `worn` and `fixed` only where there is any."""
+        """As in every JSON answer: without energies, noise and sums, and `worn` and `fixed` only where there is any."""
         document = asdict(self) | {"merged": [asdict(entry) for entry in self.merged], "members": list(self.members)}
-        hidden = {"energies", "noise"} | {key for key in ("worn", "fixed") if not document[key]}
+        hidden = _PACKED.keys() | {key for key in ("worn", "fixed") if not document[key]}
         return {key: value for key, value in document.items() if key not in hidden}
 
     def stored(self) -> dict[str, Any]:
         """As in a manifest."""
-        packed = {key: _packed(values) for key in _PACKED if (values := getattr(self, key))}
+        packed = {key: _packed(values, code) for key, code in _PACKED.items() if (values := getattr(self, key))}
         return self.document() | packed
 
     @property
@@ -257,20 +262,21 @@ def _number(value: Any) -> bool:
 
 def _slot(document: dict[str, Any]) -> Slot:
     merged = tuple(Merged(**entry) for entry in document["merged"])
-    unpacked = {key: _unpacked(document.get(key, "")) for key in _PACKED}
+    unpacked: dict[str, Any] = {key: _unpacked(document.get(key, ""), code) for key, code in _PACKED.items()}
     return Slot(**{**document, "merged": merged, "members": tuple(document["members"]), **unpacked})
 
 
-def _packed(values: Sequence[float]) -> str:
-    """float64, little-endian, in base64."""
-    return b2a_base64(struct.pack(f"<{len(values)}d", *values), newline=False).decode()
+def _packed(values: Sequence[float], code: str) -> str:
+    """Numbers of a kind that `struct` names, little-endian, in base64."""
+    return b2a_base64(struct.pack(f"<{len(values)}{code}", *values), newline=False).decode()
 
 
-def _unpacked(text: str) -> tuple[float, ...]:
+def _unpacked(text: str, code: str) -> tuple[Any, ...]:
     data = a2b_base64(text)
-    values = struct.unpack(f"<{len(data) // 8}d", data[: len(data) // 8 * 8])
-    if _packed(values) != text or not all(0 <= value < math.inf for value in values):
-        raise ValueError("energies or noise are not what lorashelf writes")
+    count = len(data) // struct.calcsize(f"<{code}")
+    values = struct.unpack_from(f"<{count}{code}", data)
+    if _packed(values, code) != text or not all(0 <= value < math.inf for value in values):
+        raise ValueError("energies, noise or sums are not what lorashelf writes")
     return values
 
 
@@ -295,7 +301,10 @@ class Plan:
     shrinks: bool = False
     """Whether it may pass a budget that is exceeded already (remove)."""
 
-    def sealed(self, objects: Mapping[int, str], time: str) -> Manifest:
-        """The manifest with the written objects' ids and the time filled in."""
-        slots = tuple(replace(s, object=objects.get(s.slot, s.object)) for s in self.manifest.slots)
+    def sealed(self, written: Mapping[int, Stored], time: str) -> Manifest:
+        """The manifest with the ids and sums of what was written, by slot, and the time filled in."""
+        slots = tuple(
+            replace(s, object=written[s.slot].identity, sums=written[s.slot].sums) if s.slot in written else s
+            for s in self.manifest.slots
+        )
         return replace(self.manifest, slots=slots, cause={**self.manifest.cause, "time": time})

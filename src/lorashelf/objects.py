@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from .atomic import TICK, open_file
 from .digest import digest
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-_BLOCK = 2**20  # bytes hashed at a time
+_BLOCK = 2**22  # bytes hashed at a time: long enough that waiting for the interpreter in between does not count
 _known: dict[tuple[int, ...], str] = {}
+_locks: dict[tuple[int, ...], threading.Lock] = {}
+
+
+class Stored(NamedTuple):
+    """An object that was written: its id; CRC-32 of config and header together, then of each tensor in file order."""
+
+    identity: str
+    sums: tuple[int, ...]
 
 
 def object_digest(folder: Path) -> str:
@@ -24,13 +34,14 @@ def object_digest(folder: Path) -> str:
 def known_digest(folder: Path) -> str:
     """`object_digest`, remembered in this process as long as size and times of both files stay what they are."""
     before = _stamp(folder)
-    if before not in _known:
+    with _locks.setdefault(before, threading.Lock()):  # who comes while another thread is at it waits
+        if before in _known:
+            return _known[before]
         found = object_digest(folder)
         # a file that changed just now may change again without a change of its times
-        if max(before[4::5]) > time.time_ns() - TICK or _stamp(folder) != before:
-            return found
-        _known[before] = found
-    return _known[before]
+        if max(before[4::5]) <= time.time_ns() - TICK and _stamp(folder) == before:
+            _known[before] = found
+        return found
 
 
 def length(size: int) -> bytes:

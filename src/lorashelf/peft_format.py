@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from .adapter import WIDTHS, Adapter, BaseId, Factors, Matrix, Modules, Shape, S
 from .digest import Hasher, digest
 from .errors import AdapterFormatError, Fault, UsageError
 from .faults import Faults
-from .objects import CONFIG_FILE, TENSOR_FILE, length
+from .objects import CONFIG_FILE, TENSOR_FILE, Stored, length
 from .parallel import following
 from .peft_config import (
     carried,
@@ -31,7 +32,7 @@ from .peft_config import (
 )
 from .peft_folder import not_a_folder, not_the_file, prompt_notices, something_else, trained_beside
 from .peft_tensors import factor_shapes, paired, value_faults
-from .tensorfile import STORED, Lost, TensorFile, encode_header
+from .tensorfile import STORED, Guard, Lost, TensorFile, encode_header
 
 _TORCH = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
@@ -46,14 +47,14 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
     return _read(atomic.expanded(path), check_values, None)
 
 
-def read_stored(folder: Path, lost: Lost) -> Adapter:
-    """Read an object of a shelf, whose values were checked when it was stored; `lost` makes the error of a file that
-    changes later. Raises AdapterFormatError.
+def read_stored(folder: Path, sums: Sequence[int], lost: Lost) -> Adapter:
+    """Read an object of a shelf, whose values were checked when it was stored. Whatever is read, now or later, is held
+    against the `sums` of `Stored`, if there are any; `lost` makes the error. Raises AdapterFormatError.
     """
-    return _read(folder, False, lost)
+    return _read(folder, False, Guard(sums, lost))
 
 
-def _read(folder: Path, check_values: bool, lost: Lost | None) -> Adapter:
+def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:
     try:
         names = {entry.name for entry in folder.iterdir()}
         found = something_else(folder, names)
@@ -63,7 +64,7 @@ def _read(folder: Path, check_values: bool, lost: Lost | None) -> Adapter:
         raise AdapterFormatError([found], where=str(folder))
     faults = Faults()
     config = _read_config(folder, faults)
-    tensors = _read_tensors(folder, faults, lost)
+    tensors = _read_tensors(folder, faults, guard)
     faults.extend(trained_beside(names))
     in_training = training_only(config or {})
     halves = paired(tensors, tuple(in_training.values()), faults) if tensors is not None else {}
@@ -73,9 +74,11 @@ def _read(folder: Path, check_values: bool, lost: Lost | None) -> Adapter:
         unmatched(config, shapes, faults)
     if tensors is not None and check_values:
         value_faults(tensors, halves, faults)
-    if config is not None and _read_config(folder, Faults()) != config:
+    if config is not None and guard is None and _read_config(folder, Faults()) != config:
         cure = "wait until whatever writes the file is done, then run the command again"
         faults.append(f"{CONFIG_FILE} changed while the adapter was read", cure)
+    if config is not None and tensors is not None and guard is not None:
+        guard.check(0, tensors.header, crc32(atomic.read_file(folder / CONFIG_FILE)))
     if faults or config is None or tensors is None:
         raise AdapterFormatError(faults.listed(), where=str(folder))
     stored = sorted({STORED[tensors[name].dtype] for pair in halves.values() for name in pair.values()})
@@ -104,21 +107,27 @@ def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[st
         raise UsageError("the output exists already", where=str(folder), cure="choose another folder or delete it")
     atomic.make_parents(folder)
     with atomic.staging(folder.parent) as staged:
-        identity = write_files(adapter, staged)
+        identity, _ = write_files(adapter, staged)
         for name, content in (extra_files or {}).items():
             atomic.write_file(staged / name, [content])
         atomic.publish(staged, folder)
     return identity
 
 
-def write_files(adapter: Adapter, folder: Path) -> str:
-    """Write both files into an existing folder, synced; returns their `object_digest`."""
-    encoded, identity = encode(adapter), Hasher()
-    with following(identity.update) as hashed:  # the very bytes that are written; it takes as long as to write and sync
-        hashed(encoded.head)
+def write_files(adapter: Adapter, folder: Path) -> Stored:
+    """Write both files into an existing folder, synced; what they are by the very bytes that were written."""
+    encoded, identity, sums = encode(adapter), Hasher(), [0]
+
+    def note(chunk: bytes | memoryview) -> None:
+        identity.update(chunk)
+        sums.append(crc32(chunk))
+
+    with following(note) as noted:  # it takes as long as to write and sync
+        identity.update(encoded.head)
         atomic.write_file(folder / CONFIG_FILE, [encoded.config])
-        atomic.write_file(folder / TENSOR_FILE, map(hashed, encoded.tensor_chunks()))
-    return identity.digest()
+        atomic.write_file(folder / TENSOR_FILE, map(noted, encoded.tensor_chunks()))
+    sums[:2] = [crc32(encoded.header, crc32(encoded.config))]  # the header is the first chunk
+    return Stored(identity.digest(), tuple(sums))
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +273,7 @@ def _encodable(document: Any) -> bool:
     return True
 
 
-def _read_tensors(folder: Path, faults: Faults, lost: Lost | None) -> TensorFile | None:
+def _read_tensors(folder: Path, faults: Faults, guard: Guard | None) -> TensorFile | None:
     path = folder / TENSOR_FILE
     if not os.path.lexists(path):
         faults.append(f"{TENSOR_FILE} is missing", "give the folder that save_pretrained wrote, which holds this file")
@@ -273,7 +282,7 @@ def _read_tensors(folder: Path, faults: Faults, lost: Lost | None) -> TensorFile
         faults.append(f"{TENSOR_FILE} is a link to nothing", "download it again (hf download), or mend the link")
         return None
     try:
-        return TensorFile(path, lost)
+        return TensorFile(path, guard)
     except AdapterFormatError as error:
         found = not_the_file(TENSOR_FILE, path)
         faults.extend([found] if found else [reason.at(TENSOR_FILE) for reason in error.reasons])

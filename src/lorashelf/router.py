@@ -63,7 +63,7 @@ def _apart(snapshot: Snapshot) -> dict[str, int]:
     for slot in snapshot.manifest.slots:
         width = WIDTHS[slot.dtype]
         try:
-            beside = slot.bytes - snapshot.unchecked(slot).parameters * width
+            beside = slot.bytes - snapshot.adapter(slot).parameters * width
         except CorruptShelf:  # a damaged shelf is listed all the same
             beside = 0
         for entry in slot.merged:

@@ -31,6 +31,7 @@ from .errors import (
 )
 from .locks import WriterLock
 from .manifest import PENDING, PENDING_TIME, Manifest, Plan, Slot, manifest_id
+from .objects import Stored
 from .peft_format import write_files
 from .recipe import Settings
 from .snapshot import HEAD_BYTES, Snapshot, check_budget
@@ -364,15 +365,15 @@ class Shelf:
             path = self.path / recipe.FILE
             raise recipe.config_error(path, atomic.read_file(path).decode(), faults)
 
-    def _store(self, adapter: Adapter) -> str:
+    def _store(self, adapter: Adapter) -> Stored:
         with atomic.staging(self.path / "tmp") as staged:
-            identity = write_files(adapter, staged)
-            final = self.path / "objects" / identity
+            stored = write_files(adapter, staged)
+            final = self.path / "objects" / stored.identity
             if final.exists():
                 atomic.remove(staged)
             else:
                 atomic.publish(staged, final)
-        return identity
+        return stored
 
     def _advance(self, manifest: Manifest) -> str:
         """Write the manifest, move HEAD (this is the commit), then delete what is out of reach."""

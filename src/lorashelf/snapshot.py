@@ -22,6 +22,7 @@ from .objects import CONFIG_FILE, TENSOR_FILE, known_digest, object_digest
 from .parallel import at_once
 from .peft_format import encode, read_stored
 from .recipe import Settings
+from .tensorfile import DAMAGED
 from .timeline import Timeline, timeline
 
 HEAD_BYTES = 68  # a digest and a newline
@@ -88,19 +89,18 @@ class Snapshot:
         return path
 
     def adapter(self, slot: Slot) -> Adapter:
-        """A slot's content as it is stored, read lazily, its bytes checked before. Raises CorruptShelf."""
-        self.check_bytes(slot)
-        return self.unchecked(slot)
-
-    def unchecked(self, slot: Slot) -> Adapter:
-        """The same, its bytes unchecked: for its shapes, or where `check_bytes` runs beside. Raises CorruptShelf."""
+        """A slot's content as it is stored, read lazily. Whatever is read of it is held against the sums that the
+        manifest has, or all its bytes against its id where it has none. Raises CorruptShelf, also when it is read.
+        """
         if slot.slot in self.pending:
             return self.pending[slot.slot]
+        if not slot.sums:
+            self.check_bytes(slot)
         with self._standing():
             with refusals(self.path, "read"):
                 path = self.slot_path(slot)
             try:
-                adapter = read_stored(path, lambda what: self._corrupt([_damaged(slot, what)], path))
+                adapter = read_stored(path, slot.sums, lambda what: self._corrupt([_damaged(slot, what)], path))
             except AdapterFormatError as error:
                 raise self._corrupt([_damaged(slot, "; ".join(error.faults))], path) from error
         if len(slot.energies) == len(adapter.modules):
@@ -137,7 +137,7 @@ class Snapshot:
                 raise
             except OSError as error:
                 return _damaged(slot, f"{Path(error.filename or path).name} cannot be read: {error.strerror}")
-        return None if found == slot.object else _damaged(slot, "its bytes have changed")
+        return None if found == slot.object else _damaged(slot, DAMAGED)
 
     def _corrupt(self, faults: Sequence[str], where: Path) -> CorruptShelf:
         return CorruptShelf("; ".join(faults), where=str(where), cure=f"lorashelf repair {self.path}")
@@ -147,7 +147,7 @@ class Snapshot:
         try:
             if fault := self._fault(slot, object_digest):
                 return [fault]
-            path, adapter = self.slot_path(slot), self.unchecked(slot)
+            path, adapter = self.slot_path(slot), self.adapter(slot)
             with refusals(path, "read"):
                 size = sum((path / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
             if size != slot.bytes:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ MAX_HEADER = 100 * 2**20  # bytes; safetensors' own cap
 STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 Lost = Callable[[str], LorashelfError]  # what happened to an open file → the error
 _CHANGED = "changed while it was read"
+DAMAGED = "its bytes have changed"
 _SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
 _WIDTHS = {dtype: width for width, dtypes in _SIZES.items() for dtype in dtypes.split()}
 
@@ -46,6 +48,22 @@ class Entry:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """CRC-32 of what an object should hold (see `objects.Stored`), and how it is said that it does not.
+
+    Without sums nothing is compared.
+    """
+
+    sums: Sequence[int]
+    lost: Lost
+
+    def check(self, place: int, data: bytes | memoryview, before: int = 0) -> None:
+        """Raise what `lost` makes unless the data, after data of the sum `before`, have the sum of this place."""
+        if self.sums and (place >= len(self.sums) or crc32(data, before) != self.sums[place]):
+            raise self.lost(DAMAGED)
+
+
 class TensorFile(Mapping[str, Entry]):
     """A safetensors file, held open; `array` and `stack` read tensors out of it, a copy each.
 
@@ -53,17 +71,17 @@ class TensorFile(Mapping[str, Entry]):
     was opened is an error of the next read, so everything that was read belongs to one state of the file.
     """
 
-    def __init__(self, path: Path, lost: Lost | None = None) -> None:
-        """Open the file. Raises AdapterFormatError with every fault of the header; `lost` makes the error of a later
-        read.
+    def __init__(self, path: Path, guard: Guard | None = None) -> None:
+        """Open the file. Raises AdapterFormatError with every fault of the header; later reads raise what `guard` says,
+        else AdapterFormatError.
         """
         self.path = path
-        self._lost = lost or self._refused
+        self._guard = guard or Guard((), self._refused)
         try:
             self._handle = open_file(path)
             weakref.finalize(self, os.close, self._handle)
             self._opened = os.fstat(self._handle)
-            if lost is None:  # what lies on a shelf is held against its digest
+            if guard is None:  # what lies on a shelf is held against its sums
                 self._opened = _settled(self._handle, self._opened)
             size = self._opened.st_size
             with open(self._handle, "rb", closefd=False) as file:
@@ -73,6 +91,13 @@ class TensorFile(Mapping[str, Entry]):
             raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path), cure=cure) from error
         self._check_unchanged()
         self._entries = _check_entries(header, size - self._offset, path)
+        in_order = sorted(self._entries, key=lambda name: self._entries[name].start)
+        self._places = {name: place for place, name in enumerate(in_order, 1)}
+
+    @property
+    def header(self) -> bytes:
+        """The bytes before the tensors."""
+        return os.pread(self._handle, self._offset, 0)
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as stored (f32, f16 or bf16). Raises AdapterFormatError if the file has changed."""
@@ -86,10 +111,11 @@ class TensorFile(Mapping[str, Entry]):
             return np.stack([self.array(name).astype("<f4", copy=False) for name in names])
         data = np.empty((len(entries), first.stop - first.start), np.uint8)
         try:
-            for row, entry in zip(data, entries, strict=True):
+            for row, entry, name in zip(data, entries, names, strict=True):
                 self._fill(row.data, self._offset + entry.start)
+                self._guard.check(self._places[name], row.data)  # now, while it is in the cache
         except OSError as error:
-            raise self._lost(f"cannot be read: {error.strerror}") from error
+            raise self._guard.lost(f"cannot be read: {error.strerror}") from error
         self._check_unchanged()
         return data.view(numpy_dtype(STORED[first.dtype])).reshape(len(entries), *first.shape)
 
@@ -97,14 +123,14 @@ class TensorFile(Mapping[str, Entry]):
         while room and (count := os.preadv(self._handle, [room], offset)):
             room, offset = room[count:], offset + count
         if room:
-            raise self._lost(_CHANGED)
+            raise self._guard.lost(_CHANGED)
 
     def _check_unchanged(self) -> None:
         then, now = self._opened, os.fstat(self._handle)
         same = (then.st_size, then.st_mtime_ns) == (now.st_size, now.st_mtime_ns)
         # a name that is taken away or given sets ctime too, and changes no byte
         if not same or (then.st_ctime_ns != now.st_ctime_ns and then.st_nlink == now.st_nlink):
-            raise self._lost(_CHANGED)
+            raise self._guard.lost(_CHANGED)
 
     def _refused(self, what: str) -> LorashelfError:
         cure = "wait until whatever writes the file is done, then run the command again"

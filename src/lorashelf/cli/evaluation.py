@@ -135,6 +135,7 @@ def _served_by(snapshot: Snapshot, tasks: Mapping[str, Task]) -> Served:
         have = ", ".join(sorted(snapshot.manifest.tasks)) or "none"
         cure = "a task's folder bears the name it has on the shelf"
         raise UsageError(f"none of the tasks is on the shelf; it holds {have}", where=str(snapshot.path), cure=cure)
+    snapshot.check_bytes(*{slot for slot in routed.values() if slot})  # before a model is loaded
     return Served(adapters, storage(snapshot), frozenset(snapshot.settings.base_aliases))
 
 
