@@ -193,7 +193,7 @@ def test_another_name_of_the_base_is_warned_of_another_size_refused(
     assert NAME in caplog.text
     assert tiny.base_name in caplog.text
     wide = HFBackend.open(str(tiny_base(tmp_path / "gpt2", "gpt2", context=CONTEXT)))
-    with pytest.raises(ShapeMismatch, match="q_proj and 1 more layers: the base has no linear layer of this name"):
+    with pytest.raises(ShapeMismatch, match=r"q_proj in .* 0-1: the base has no linear layer of this name"):
         answer(wide, other.snapshot(), "mend", TEXT)
 
 

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from lorashelf import Adapter, BaseId, Factors, Modules, read_adapter, write_adapter
 from lorashelf.backend import mean_loss
@@ -219,9 +222,40 @@ def test_faults_of_many_modules_and_adapters_are_few_lines(bases: dict[str, HFBa
     with pytest.raises(ShapeMismatch) as error:
         backend.fits({f"task{i}": many for i in range(31)})
     assert len(error.value.faults) == 4  # two projections, in layers that are there and in others
-    assert "task0 and 30 more adapters: model.layers.0.self_attn.k_proj and 1 more layers: ΔW is 32x64" in str(
-        error.value
+    assert "task0 and 30 more adapters: self_attn.k_proj in model.layers 0-1: ΔW is 32x64" in str(error.value)
+
+
+def test_experts_that_the_base_keeps_in_one_tensor_are_named_and_peft_takes_them(tmp_path: Path) -> None:
+    """An adapter of transformers 4, with factors of every expert, on a base as transformers 5 keeps it."""
+    folder = tiny_base(tmp_path / "moe", "mixtral")
+    rng, modules = np.random.default_rng(0), {}
+    for layer, expert, name in product(range(2), range(4), ("w1", "w2", "w3")):
+        dout, din = (16, 24) if name == "w2" else (24, 16)
+        a, b = (rng.standard_normal(shape).astype("f4") for shape in ((2, din), (dout, 2)))
+        modules[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"] = Factors(a, b)
+    adapter = Adapter(Modules(modules), config={"task_type": "CAUSAL_LM"})
+    with pytest.raises(ShapeMismatch) as error:
+        HFBackend.open(str(folder)).fits({"mail": adapter})
+    assert error.value.faults == tuple(
+        f"mail: block_sparse_moe.experts.0-3.{name} in model.layers 0-1: "
+        "the base keeps its experts in one tensor, which no linear layer reaches"
+        for name in ("w1", "w2", "w3")
     )
+    assert "PeftModel.from_pretrained" in (error.value.cure or "")
+    write_adapter(adapter, tmp_path / "mail")
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()
+    deltas = {path: torch.from_numpy(f.delta()) for path, f in adapter.modules.items()}
+    for layer, expert in product(range(2), range(4)):
+        experts = expected.model.layers[layer].mlp.experts
+        w1, w2, w3 = (deltas[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w{i}"] for i in (1, 2, 3))
+        experts.gate_up_proj.data[expert] += torch.cat([w1, w3])
+        experts.down_proj.data[expert] += w2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT: it looks for the fused rank pattern among modules only
+        served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "mail").eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.allclose(served(ids).logits, expected(ids).logits, atol=1e-4)
 
 
 def test_an_attach_that_fails_leaves_the_bare_base(

@@ -47,7 +47,11 @@ def _sizes(architecture: str, context: int) -> dict[str, int]:
         return {**ends, "n_positions": context, "n_embd": 16, "n_layer": 2, "n_head": 2}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": context}
-    return {**ends, **heads, **sizes, **({"head_dim": 8, "sliding_window": 64} if architecture == "gemma3" else {})}
+    own = {
+        "gemma3": {"head_dim": 8, "sliding_window": 64},
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    }
+    return {**ends, **heads, **sizes, **own.get(architecture, {})}
 
 
 def tokenizer(chat: bool) -> Any:

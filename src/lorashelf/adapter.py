@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .digest import canonical_json, digest
-from .errors import AdapterFormatError, BaseMismatch, ShapeMismatch
-from .faults import by_module
+from .errors import AdapterFormatError, BaseMismatch, Fault, ShapeMismatch
+from .faults import Faults
 
 Matrix = NDArray[np.float32]
 WIDTHS: Mapping[str, int] = MappingProxyType({"f32": 4, "f16": 2, "bf16": 2})
@@ -251,12 +251,12 @@ def refuse(bases: Sequence[str], xs: Sequence[Adapter], where: str | None = None
         raise (BaseMismatch if bases else ShapeMismatch)([*bases, *shapes], where=where, cure=cure)
 
 
-def _shape_faults(xs: Sequence[Adapter]) -> list[str]:
+def _shape_faults(xs: Sequence[Adapter]) -> list[Fault]:
     expected: dict[str, Shape] = {}
-    faults: dict[tuple[str, str], None] = {}
+    faults = Faults()
     for x in xs:
         for path, shape in x.shapes.items():
             other = expected.setdefault(path, shape)
             if (shape.dout, shape.din) != (other.dout, other.din):
-                faults[path, f"ΔW is {shape.dout}x{shape.din}, elsewhere {other.dout}x{other.din}"] = None
-    return by_module(faults)
+                faults.append(f"ΔW is {shape.dout}x{shape.din}, elsewhere {other.dout}x{other.din}", at=path)
+    return faults.listed()

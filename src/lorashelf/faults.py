@@ -21,7 +21,7 @@ def natural(path: str) -> list[str | int]:
 
 
 class Faults:
-    """A list of faults in the making: sentences about the whole, and about modules or tensors by their paths."""
+    """The list of faults in the making: sentences about the whole, and about modules or tensors by their paths."""
 
     def __init__(self) -> None:
         self._found: list[tuple[str | None, Fault]] = []
@@ -38,20 +38,14 @@ class Faults:
         return len(self._found)
 
     def listed(self) -> list[Fault]:
-        """All of them, in order; those of one kind at several paths as one: "self_attn.q_proj in model.layers 0-31"."""
+        """All of them, those about the whole first, layers in the order of their numbers; those of one kind at several
+        paths are one: "self_attn.q_proj in model.layers 0-31".
+        """
         listed: dict[object, tuple[Fault, list[str]]] = {}
-        for path, fault in self._found:
+        for path, fault in sorted(self._found, key=lambda found: natural(found[0] or "")):
             kind = (None if path is None else _shape(path), fault)
             listed.setdefault(kind, (fault, []))[1].extend([] if path is None else [path])
         return [fault.at(together(paths)) if paths else fault for fault, paths in listed.values()]
-
-
-def by_module(faults: Iterable[tuple[str, str]]) -> list[str]:
-    """Sentences about modules, (path, sentence), those that say the same of like modules as one; in natural order."""
-    collected = Faults()
-    for path, what in sorted(faults, key=lambda fault: natural(fault[0])):
-        collected.append(what, at=path)
-    return [fault.what for fault in collected.listed()]
 
 
 def together(paths: Sequence[str]) -> str:

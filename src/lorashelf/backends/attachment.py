@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ..adapter import Adapter, BaseId, Factors
-from ..errors import ModelError, ShapeMismatch
+from ..errors import Fault, ModelError, ShapeMismatch
+from ..faults import Faults
 from .base_model import BaseModel, libraries
 
+_PEFT = "serve it with PEFT, which converts it: PeftModel.from_pretrained(base, FOLDER); route prints a task's FOLDER"
 _logger = logging.getLogger("lorashelf")
 
 
@@ -21,18 +24,19 @@ class Attachment:
         self._torch, _ = libraries()
         self._base = base
         self._layers = dict(base.model.named_modules())
+        self._fused = any(name.endswith(".experts") and _is_fused(layer) for name, layer in self._layers.items())
         self._attached: Adapter | None = None
         self._hooks: list[Any] = []
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
         """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
-        alike: dict[str, list[str]] = {}
+        alike: dict[Fault, list[str]] = {}
         for name, adapter in adapters.items():
             for fault in self._faults(adapter):
                 alike.setdefault(fault, []).append(name)
         if alike:
-            faults = [f"{_first_of(names, 'adapters')}: {fault}" for fault, names in alike.items()]
-            raise ShapeMismatch(faults, where=f"base {self._base.name}", cure="give the base they were trained on")
+            faults = [fault.at(_first_of(names, "adapters")) for fault, names in alike.items()]
+            raise ShapeMismatch(faults, where=f"base {self._base.name}")
         others = sorted({str(x.base) for x in adapters.values() if x.base.contradicts(BaseId(self._base.name))})
         if others:
             _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self._base.name, ", ".join(others))
@@ -45,8 +49,7 @@ class Attachment:
         if adapter is self._attached:
             return
         if adapter is not None and (faults := self._faults(adapter)):
-            cure = f"give the base model it was trained on ({adapter.base})"
-            raise ShapeMismatch(faults, where=f"base {self._base.name}", cure=cure)
+            raise ShapeMismatch(faults, where=f"base {self._base.name}")
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._attached = [], None
@@ -63,20 +66,19 @@ class Attachment:
             a = self._torch.tensor(f.a).T.to(**kind)
             return a, (self._torch.tensor(f.b).T * f.scale).to(**kind)
 
-    def _faults(self, adapter: Adapter) -> list[str]:
-        """What does not fit, modules of one name and one fault together."""
-        alike: dict[tuple[str, str], list[str]] = {}
+    def _faults(self, adapter: Adapter) -> list[Fault]:
+        """What does not fit, like modules with one fault together."""
+        faults, cure = Faults(), f"give the base model it was trained on ({adapter.base})"
         for path, (dout, _, din) in adapter.shapes.items():
             layer = self._layers.get(path)
             there = None if layer is None else sizes(layer)
-            if there is None:
-                fault = "the base has no linear layer of this name"
+            if there is None and self._fused and re.search(r"\.experts\.\d+\.", path):
+                faults.append("the base keeps its experts in one tensor, which no linear layer reaches", _PEFT, at=path)
+            elif there is None:
+                faults.append("the base has no linear layer of this name", cure, at=path)
             elif there != (dout, din):
-                fault = f"ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}"
-            else:
-                continue
-            alike.setdefault((path.rpartition(".")[2], fault), []).append(path)
-        return [f"{_first_of(paths, 'layers')}: {fault}" for (_, fault), paths in alike.items()]
+                faults.append(f"ΔW is {dout}x{din}, the base's layer {there[0]}x{there[1]}", cure, at=path)
+        return faults.listed()
 
 
 def _added(a: Any, b: Any) -> Any:
@@ -92,6 +94,11 @@ def _added(a: Any, b: Any) -> Any:
 def _first_of(names: Sequence[str], noun: str) -> str:
     """The first name, and how many more there are."""
     return names[0] + (f" and {len(names) - 1} more {noun}" if len(names) > 1 else "")
+
+
+def _is_fused(experts: Any) -> bool:
+    """Whether experts are parameters of three dimensions, as transformers 5 keeps them."""
+    return any(weight.ndim == 3 for weight in experts.parameters(recurse=False))
 
 
 def sizes(layer: Any) -> tuple[int, int] | None:
