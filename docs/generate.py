@@ -42,7 +42,8 @@ Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or 
 Under `--json` an error prints `{"error": {"kind", "message", "cure"}}`; that of a refused adapter has its `faults` too,
 and a line of `cure` for each kind. `add` prints `{"added": [ITEM, …]}` for any number of adapters, with `error` beside
 it where one failed or was refused, and with `skipped` under `--skip-existing`;
-ITEM: `{"task", "decision": "open" | "fold" | "refuse", "slot", "scores", "threshold", "members", "merged", "head"}`.
+ITEM: `{"task", "decision": "open" | "fold" | "refuse", "slot", "scores", "threshold", "members", "merged", "head",
+"reversible"}`, the last false where an exact `remove` will not be possible.
 `--bytes` takes `1600000`, `1.6MB` (kB, MB, GB, TB are powers of 1000) or `1.5MiB` (KiB, MiB, GiB, TiB: of 1024); sizes
 are printed in powers of 1000. `~` is replaced in every path.
 """

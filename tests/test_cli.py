@@ -17,6 +17,7 @@ import pytest
 from factory import assert_same_delta, make_adapter, tree, write_peft
 from lorashelf import Plan, Shelf, new_settings, plan_add, plan_cluster, read_adapter, write_adapter
 from lorashelf.cli import main
+from lorashelf.cli.app import MODULES
 from lorashelf.cli.output import Meter, cells
 from lorashelf.errors import DiskError
 
@@ -596,7 +597,7 @@ def test_hub_ids_come_from_the_local_cache(
 
 
 def test_a_command_is_found_in_the_module_that_is_imported_for_it() -> None:
-    from lorashelf.cli.app import MODULES, application
+    from lorashelf.cli.app import application
 
     def names(*words: str) -> set[str]:
         app = application(words)
@@ -793,3 +794,68 @@ def test_one_is_singular(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None
     assert "0 adapters here" in document["error"]["message"]
     code, document = run("merge", zoo["a-x"], "-o", tmp_path / "m", "--method", "svd", "--weights", "1,2")
     assert (code, "2 weights for 1 adapter\n" in document["error"]["message"]) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train tasks -o out --validation-limit 0 --patience 3", "--patience"),
+        ("train tasks -o out --steps 5 --epochs 2", "steps and epochs"),
+        ("demo --no-llm --examples tasks", "--examples"),
+        ("cluster zoo/a-x -o c --slots 1 --method single --iterations 200", "--iterations"),
+        ("compare zoo/a-x zoo/a-y --plot a.jpg", "a.jpg"),
+        ("compare zoo/a-x zoo/a-y --plot nowhere/a.png", "nowhere"),
+    ],
+)
+def test_no_option_is_ignored(
+    tmp_path: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch, words: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    code, text = run(*words.split(), as_json=False)
+    assert (code, text) == (2, "")
+    assert said in run.stderr  # type: ignore[attr-defined]
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_of_task_files_that_holds_nothing_for_a_task_is_told(
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+) -> None:
+    (tmp_path / "tasks" / "a-x").mkdir(parents=True)
+    (tmp_path / "tasks" / "a-x" / "task.toml").write_text('prompt = "Mend:"\n')
+    assert run("add", shelf, *zoo.values(), "--task-file", tmp_path / "tasks")[0] == 0
+    assert "tasks holds nothing for a-y, b-x, b-y\n" in run.stderr  # type: ignore[attr-defined]
+
+
+EVERY = sorted({name for names in MODULES.values() for name in names} - {"demo", "bench"})  # neither has --json
+WANTED: dict[str, list[str]] = {  # what each command wants, none of it there
+    "init": ["no/such/zoo", "--slots", "2", "--held-out", "gone"],
+    "add": ["gone", "gone"],
+    "update": ["gone", "task", "gone"],
+    "remove": ["gone", "task"],
+    "set": ["gone", "task", "--prompt", "x"],
+    "cluster": ["gone", "-o", "out", "--slots", "2", "--method", "random"],
+    "compare": ["gone", "gone"],
+    "merge": ["gone", "-o", "out", "--method", "svd"],
+    "train": ["gone", "-o", "out"],
+    "eval": ["gone", "--data", "gone"],
+    "generate": ["gone", "task", "text"],
+}
+
+
+@pytest.mark.parametrize("command", EVERY)
+@pytest.mark.parametrize("fault", ["nothing is there", "an unknown option", "an argument lacks"])
+def test_a_fault_under_json_is_one_document_whatever_the_command(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, command: str, fault: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = WANTED.get(command, ["gone"])
+    if fault == "an unknown option":
+        words = [*words, "--no-such-option"]
+    elif fault == "an argument lacks":
+        words = []
+    code, document = run(command, *words)
+    assert code in (2, 3, 4, 5)
+    assert {"kind", "message", "cure"} <= set(document["error"]) <= {"kind", "message", "cure", "faults"}
+    assert document["error"]["message"] in run.stderr  # type: ignore[attr-defined]
+    assert list(tmp_path.iterdir()) == []

@@ -103,6 +103,12 @@ Bytes = Annotated[
 ]
 
 
+def stated(context: typer.Context, options: Mapping[str, str]) -> list[str]:
+    """Which of the options (parameter → option) stand in the command, whatever their values."""
+    sources = {option: context.get_parameter_source(name) for name, option in options.items()}
+    return [option for option, source in sources.items() if source is not None and source.name != "DEFAULT"]
+
+
 def named(text: str) -> tuple[str | None, str]:
     """The NAME of an ADAPTER argument NAME=ADAPTER, None without one, and the rest."""
     name, separator, rest = text.partition("=")

@@ -127,7 +127,7 @@ def cluster(
         restore_norm=restore_norm,
     )
     blocks = replace(settings.recipe, merge=blocks.merge, parameters=blocks.parameters)
-    _checked(method, examples, accept, init, _given(context))
+    _checked(method, examples, accept, init, arg.stated(context, SEARCHES))
     named = arg.read_named(adapters)
     arg.note_adapters(named)
     together(named, settings, assume_base=assume_base)
@@ -159,12 +159,6 @@ def cluster(
         atomic.remove(kept)
     report = {**plan.report, **(searched.document() if searched else {})}
     show({**report, "slots": router.slot_documents(made), "head": made.head}, json, _clustered)
-
-
-def _given(context: typer.Context) -> list[str]:
-    """The options of the search that stand in the command."""
-    sources = {option: context.get_parameter_source(name) for name, option in SEARCHES.items()}
-    return [option for option, source in sources.items() if source is not None and source.name != "DEFAULT"]
 
 
 def _checked(method: str, examples: Path | None, accept: str, init: str, given: Sequence[str]) -> None:

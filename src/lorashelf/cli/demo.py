@@ -44,9 +44,13 @@ def demo(
     llm: Annotated[
         bool, typer.Option("--llm/--no-llm", help="Also on a language model (minutes); without: seconds, no torch.")
     ] = True,
-    examples: Annotated[Path, typer.Option("--examples", help="Task folders.")] = Path("examples/fewshot"),
+    examples: Annotated[
+        Path | None, typer.Option("--examples", help="Task folders; default: examples/fewshot.", show_default=False)
+    ] = None,
 ) -> None:
     """Show the whole story on real adapters: the shelf in seconds, then a language model's losses and answers."""
+    if examples is not None and not llm:
+        raise UsageError("--examples is for the language model", cure="leave it or --no-llm out")
     if not zoo.is_dir():
         cure = "run it in a checkout of lorashelf, or give --zoo a folder of PEFT folders of one base"
         raise UsageError("the demo's adapters are not here", where=str(zoo), cure=cure)
@@ -67,7 +71,7 @@ def demo(
     _purities(console, {"online, K-Merge++": online, **offline}, list(named), seed)
     _route_and_undo(console, shelf, order[-1])
     if llm:
-        _on_a_model(console, named, examples, seed)
+        _on_a_model(console, named, examples or Path("examples/fewshot"), seed)
     console.rule("Yours to try", align="left")
     program = "lorashelf" if shutil.which("lorashelf") else sys.argv[0]
     for command in ("ls", "log", "route", "verify", "undo"):

@@ -131,7 +131,10 @@ def _details(names: Sequence[str], task_file: Path | None) -> dict[str, Mapping[
         return {name: {} for name in names}
     from ..tasks import fields_for
 
-    return {name: fields_for(task_file, name) for name in names}
+    found: dict[str, Mapping[str, Any]] = {name: fields_for(task_file, name) for name in names}
+    if without := [name for name, fields in found.items() if not fields]:
+        note(f"{task_file} holds nothing for {', '.join(without)}")
+    return found
 
 
 def _new(snapshot: Snapshot, arrivals: Arrivals, skip: bool) -> tuple[list[tuple[str, Adapter]], list[str]]:
@@ -160,13 +163,13 @@ def _reporting(report: dict[str, Any], path: Path, dry_run: bool) -> Iterator[No
         kept = [] if dry_run else [d["task"] for d in report["added"] if d["decision"] != "refuse"]
         if kept:
             note(f"added before that, and kept: {', '.join(kept)}")
-            _note_originals(report, path)
+            _note_originals(report)
         cure = "run the same command again" + (" with --skip-existing" if kept else "")
         known = interrupted(error, cure) if isinstance(error, KeyboardInterrupt) else error
         known.done = report
         raise known from error.__cause__
     if not dry_run:
-        _note_originals(report, path)
+        _note_originals(report)
 
 
 def _complete(report: dict[str, Any], path: Path, dry_run: bool) -> None:
@@ -182,13 +185,11 @@ def _complete(report: dict[str, Any], path: Path, dry_run: bool) -> None:
     report["added"].pop()
 
 
-def _note_originals(report: Mapping[str, Any], path: Path) -> None:
+def _note_originals(report: Mapping[str, Any]) -> None:
     """Once a command, where it is true: what was averaged can be taken out again, with its original."""
-    with contextlib.suppress(LorashelfError):
-        slots = {slot.slot: slot for slot in Shelf(path).snapshot().manifest.slots}
-        shared = {d["slot"] for d in report["added"] if d["decision"] == "fold" and d["slot"] in slots}
-        if any(slots[i].average is not None and len(slots[i].merged) > 1 for i in shared):
-            note("keep the original adapters: in a shared slot `update` and an exact `remove` need them")
+    folded = {d["slot"]: d["reversible"] for d in report["added"] if d["decision"] == "fold"}
+    if any(folded.values()):  # as each slot's last fold left it
+        note("keep the original adapters: in a shared slot `update` and an exact `remove` need them")
 
 
 @contextlib.contextmanager
@@ -216,7 +217,7 @@ def _lines(item: Mapping[str, Any]) -> list[str]:
     best = score(max(item["scores"].values(), default=None))
     limit = f", threshold {score(item['threshold'])}" if item["threshold"] is not None else ""
     routed = "" if item["merged"] else ", which has averaged it in already"
-    scores = f"{routed} (best score {best}{limit})"
+    scores = f"{routed} (best score {best}{limit})" if item["scores"] else routed
     if not others:
         return [f"{place}{scores}", place]
     count = f" with {len(others)} others" if len(others) > 1 else f" with {others[0]}"

@@ -58,7 +58,8 @@ def generate(
     choice = None
     if asked is None:
         choice = _chosen(backend, snapshot, shown, question)
-        instruction = prompt or snapshot.manifest.tasks[choice.task].get("prompt", shown[choice.task].instruction)
+        stored = snapshot.manifest.tasks[choice.task].get("prompt", shown[choice.task].instruction)
+        instruction = stored if prompt is None else prompt
         asked = reads.read(lambda now: service(now, choice.task, prompt=instruction, max_new_tokens=max_new_tokens))
     pieces = asked.stream(backend, question)
     if json:

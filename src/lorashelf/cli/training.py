@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..curriculum import PAPERS, TrainSettings
-from ..errors import UnknownName, numbered
+from ..errors import UnknownName, UsageError, numbered
 from ..lesson import Lesson, prepare
 from ..tasks import Task, read_tasks
 from ..train import Moment, Watch, train_into
@@ -20,6 +20,7 @@ from .output import Meter, note, show, table
 
 
 def train(
+    context: typer.Context,
     data: Annotated[
         Path,
         typer.Argument(help="A task folder, or a folder of task folders.", metavar="DATA_DIR", show_default=False),
@@ -65,6 +66,8 @@ def train(
     json: arg.Json = False,
 ) -> None:
     """Train a LoRA adapter for every task, on the answers only; run it again to go on after an interrupt."""
+    if not validation_limit and arg.stated(context, {"patience": "--patience"}):
+        raise UsageError("without validation nothing is stopped early", cure="leave --patience out")
     settings = TrainSettings(
         rank=rank,
         alpha=alpha,
