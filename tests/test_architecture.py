@@ -17,8 +17,8 @@ from lorashelf import errors
 SOURCE = Path(lorashelf.__file__).parent
 FLOORS = [  # a module may import from lower floors, and from those before it on its own
     ["version", "early", "errors", "faults", "registry", "digest", "parallel"],
-    ["adapter", "given", "atomic", "objects", "locks", "tensorfile"],
-    ["matching", "peft_config", "peft_folder", "peft_tensors", "peft_format"],
+    ["adapter", "given", "module_names", "alignment", "atomic", "objects", "locks", "tensorfile"],
+    ["matching", "peft_config", "targets", "written_config", "peft_folder", "peft_tensors", "peft_format"],
     ["algebra"],
     ["similarity"],
     [

@@ -58,7 +58,7 @@ def golden_shelf(path: Path) -> Shelf:
     factors = {"gec-de": [[1.0, 0.5, 0.0], [0.0, 2.0, 0.0]], "gec-fr": [[0.0, 0.0, 1.0], [0.0, 0.0, -0.5]]}
     for task, rows in factors.items():
         a, b = np.array(rows, np.float32), np.array([[0.5, 0.0], [0.0, 1.0]], np.float32)
-        adapter = Adapter(Modules({"m.0": Factors(a, b, 2.0)}), BaseId("acme/tiny"), "f16", {"target_modules": ["0"]})
+        adapter = Adapter(Modules({"m.0": Factors(a, b, 2.0)}), BaseId("acme/tiny"), "f16", {"target_modules": ["m.0"]})
         shelf.commit(plan_add(shelf.snapshot(), adapter, task))
     return shelf
 

@@ -26,7 +26,8 @@ from lorashelf.adapter import WIDTHS, numpy_dtype
 from lorashelf.errors import AdapterFormatError, UsageError
 from lorashelf.merging import unmerge
 from lorashelf.merging.merge import _masks
-from lorashelf.peft_config import TARGET_FIELDS, written_config
+from lorashelf.peft_config import TARGET_FIELDS
+from lorashelf.written_config import written_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -248,7 +249,9 @@ def test_an_adapter_that_we_write_loads_in_peft_as_the_same_update(
         assert_deltas(rounded(adapter, "bf16" if dtype != "bf16" else "f16"), peft_deltas(model), 1e-6)
 
 
-SEGMENTS = st.lists(st.sampled_from(["a", "b", "a_b", "0", "1"]), min_size=1, max_size=4).map(".".join)
+SEGMENTS = st.lists(st.sampled_from(["a", "b", "a_b", "0", "1", "model", "vision_model"]), min_size=1, max_size=4).map(
+    ".".join
+)
 
 
 @given(st.dictionaries(SEGMENTS, st.tuples(st.integers(1, 4), st.sampled_from([1.0, 2.0, 0.3, -1.0])), min_size=1))

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .digest import canonical_json, digest
-from .errors import AdapterFormatError, BaseMismatch, Fault, ShapeMismatch
-from .faults import Faults
+from .errors import AdapterFormatError, ShapeMismatch
 
 Matrix = NDArray[np.float32]
 WIDTHS: Mapping[str, int] = MappingProxyType({"f32": 4, "f16": 2, "bf16": 2})
@@ -225,38 +224,3 @@ def base_faults(offered: Iterable[tuple[str, BaseId]]) -> list[str]:
     if not any(base.contradicts(other) for base, other in combinations(named, 2)):
         return []
     return [f"trained on {base}: {', '.join(names)}" for base, names in named.items()]
-
-
-def check_fit(xs: Sequence[Adapter], names: Sequence[str] | None = None) -> None:
-    """Raise BaseMismatch or ShapeMismatch unless all belong together: known base names agree, and so do shapes."""
-    names = names or [f"xs[{i}]" for i in range(len(xs))]
-    cure = "if these are one model under two names: --assume-base (in Python: give them one `base`)"
-    refuse(base_faults(zip(names, (x.base for x in xs), strict=True)), xs, None, cure)
-
-
-def check_shapes(xs: Sequence[Adapter]) -> None:
-    """Raise ShapeMismatch unless a module that two adapters share has the same din and dout in both.
-
-    Ranks may differ, and so may the sets of modules.
-    """
-    refuse([], xs)
-
-
-def refuse(bases: Sequence[str], xs: Sequence[Adapter], where: str | None = None, cure: str | None = None) -> None:
-    """Raise BaseMismatch if there are faults of bases, ShapeMismatch if only shapes disagree; either names them all."""
-    shapes = _shape_faults(xs)
-    if shapes:  # then no declaration of a base helps
-        cure = "these adapters belong to bases of different sizes: keep them on separate shelves"
-    if bases or shapes:
-        raise (BaseMismatch if bases else ShapeMismatch)([*bases, *shapes], where=where, cure=cure)
-
-
-def _shape_faults(xs: Sequence[Adapter]) -> list[Fault]:
-    expected: dict[str, Shape] = {}
-    faults = Faults()
-    for x in xs:
-        for path, shape in x.shapes.items():
-            other = expected.setdefault(path, shape)
-            if (shape.dout, shape.din) != (other.dout, other.din):
-                faults.append(f"ΔW is {shape.dout}x{shape.din}, elsewhere {other.dout}x{other.din}", at=path)
-    return faults.listed()

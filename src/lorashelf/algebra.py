@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapter import Adapter, Factors, Modules, Shape, Stack, check_shapes, wider
+from .adapter import Adapter, Factors, Modules, Shape, Stack, wider
+from .alignment import aligned
 from .errors import UsageError, numbered
 from .given import as_adapters, as_numbers
 from .parallel import each
+from .targets import joined
 
 Vector = NDArray[np.float64]
 Square = NDArray[np.float64]
@@ -39,7 +41,7 @@ _TINY = 1e-15  # sums of float32 products below this may have underflown
 
 def inner(x: Adapter, y: Adapter) -> float:
     """The inner product Σ_m ⟨ΔW_m, ΔW'_m⟩ over the modules both have; float64. Cost r r' (dout + din) a module."""
-    check_shapes([x, y])
+    x, y = aligned([x, y])
     return sum(float(products([x.modules[path]], [y.modules[path]])[0, 0]) for path in x.modules if path in y.modules)
 
 
@@ -78,8 +80,7 @@ def _energy(f: Factors) -> float:
 
 def gram(xs: Sequence[Adapter]) -> Square:
     """The (n, n) float64 matrix of all inner products, one module of every adapter in memory at a time."""
-    xs = as_adapters(xs)
-    check_shapes(xs)
+    xs = aligned(as_adapters(xs))
     total = np.zeros((len(xs), len(xs)))
     for path in union(xs):
         total += products([x.modules.get(path) for x in xs])
@@ -298,7 +299,7 @@ def combine(xs: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     if not xs or len(weights) != len(xs):
         what = f"{numbered(len(weights), 'weight')} for {numbered(len(xs), 'adapter')}"
         raise UsageError(what, cure="give one weight per adapter")
-    check_shapes(xs)
+    xs = aligned(xs)
     modules = {}
     for path in union(xs):
         present = [(x.modules[path], w) for x, w in zip(xs, weights, strict=True) if path in x.modules]
@@ -307,9 +308,12 @@ def combine(xs: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def assemble(xs: Sequence[Adapter], modules: Mapping[str, Factors]) -> Adapter:
-    """An adapter made from `xs`: the first known base, the widest dtype, the first one's PEFT fields, these modules."""
+    """An adapter made from `xs`: the first known base, the widest dtype, the PEFT fields of the first with
+    the targets of all, these modules.
+    """
     base = next((x.base for x in xs if x.base.name), xs[0].base)
-    return Adapter(Modules(modules), base, wider([x.dtype for x in xs]), xs[0].config)
+    config = {**xs[0].config, **joined((x.config, x.shapes) for x in xs)}
+    return Adapter(Modules(modules), base, wider([x.dtype for x in xs]), config)
 
 
 def concatenated(fs: Sequence[Factors], weights: Sequence[float]) -> Factors:

@@ -11,6 +11,7 @@ import numpy as np
 
 from .adapter import Adapter, BaseId, Factors, wider
 from .algebra import compress, energies, norm
+from .alignment import Renamed, aligned
 from .errors import AdapterFormatError, CorruptShelf, NotReversible
 from .manifest import PENDING, Merged, Slot
 from .merging import METHODS, Noise, merge_measured, noise_of, unmerge
@@ -123,6 +124,8 @@ def fold(
     whose default weight is 1 takes 1 and 1. Averages are computed in float32 and rounded once, to the widest dtype or
     the recipe's.
     """
+    *held, adapter = aligned([*(source.adapter for source in sources), adapter])
+    sources = [_under(source, x) for source, x in zip(sources, held, strict=True)]
     records = [m for source in sources for m in source.merged]
     total = len(records) + 1
     if METHODS[recipe.merge].weights == "unary":
@@ -139,6 +142,14 @@ def fold(
     fixed = _fixed(sources, recipe, average, error)
     method, noise = (recipe.merge, _noise(sources, shares, merged, recipe)) if fixed is None else (None, None)
     return _restored(Content(merged, entries, error, method, noise=noise, fixed=fixed), recipe)
+
+
+def _under(content: Content, adapter: Adapter) -> Content:
+    """The content with its modules named as the same adapter's, which `aligned` may have renamed."""
+    if content.noise is None or not isinstance(adapter.modules, Renamed):
+        return replace(content, adapter=adapter)
+    noise = {path: content.noise[before] for path, before in adapter.modules.before.items()}
+    return replace(content, adapter=adapter, noise=replace(content.noise, modules=noise))
 
 
 def block(adapters: Sequence[Adapter], records: Sequence[Merged], recipe: Recipe) -> Content:

@@ -8,7 +8,8 @@
     ├── AdapterError          3  an adapter is refused
     │   ├── AdapterFormatError    3  its files are not a LoRA adapter that can be read exactly
     │   ├── BaseMismatch          3  it was trained on another base model
-    │   └── ShapeMismatch         3  its factors do not fit the adapters beside it
+    │   ├── ShapeMismatch         3  its factors do not fit the adapters beside it
+    │   └── NameMismatch          3  its modules may be those of the adapters beside it under other names
     ├── ShelfError            4  the shelf cannot do it
     │   ├── ShelfNotFound         4  there is no shelf at this path
     │   ├── ShelfConfigError      4  shelf.toml is wrong or contradicts what is stored
@@ -149,6 +150,12 @@ class ShapeMismatch(AdapterError):
     """The adapter's factors do not fit those of the adapters beside it."""
 
     kind = "shape_mismatch"
+
+
+class NameMismatch(AdapterError):
+    """The adapter's modules may be those of the adapters beside it under other names, and no rule decides."""
+
+    kind = "name_mismatch"
 
 
 class ShelfError(LorashelfError):

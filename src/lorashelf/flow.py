@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import content, partition, policy
-from .adapter import Adapter, BaseId, refuse
+from .adapter import Adapter, BaseId
 from .algebra import energies
+from .alignment import aligned, shared
 from .content import Content
 from .digest import canonical_json
 from .errors import CorruptShelf, NotReversible, OverBudget, TaskNameError, UsageError
@@ -76,7 +77,11 @@ def plan_add(
         scores=(seen if len(manifest.slots) < settings.budget.slots else manifest.scores)[-MAX_SCORES:],
     )
     report = {"task": task, "scores": {str(slot): score for slot, score in scores.items()}, "threshold": threshold}
-    return _decided(snapshot, known, decision, new, report)
+    plan = _decided(snapshot, known, decision, new, report)
+    if new is None or not isinstance(decision, Fold):
+        return plan
+    merged = [*(held[i] for i in decision.sources or (decision.slot,)), adapter]
+    return replace(plan, report={**plan.report, "shared": shared(merged)})
 
 
 def _placed(
@@ -339,6 +344,7 @@ def plan_cluster(
         "partition": dict(sorted((task, slot_id) for slot_id, block in enumerate(blocks) for task in block)),
         "method": method,
         "seed": recipe.seed,
+        "shared": {str(i): shared([named[task] for task in block]) for i, block in enumerate(blocks)},
         "evaluations": None,
         "merge": recipe.merge,
         "later_merge": settings.recipe.merge,
@@ -457,5 +463,5 @@ def _one_base(
     """
     base, faults = settings.agreed(stored, {task: x.base for task, x in adapters.items()}, assume)
     cure = "if these are one model under two names: --assume-base, or --base-alias NAME (base_aliases in shelf.toml)"
-    refuse(faults, [*held, *adapters.values()], where, cure)
+    aligned([*held, *adapters.values()], faults, where, cure)
     return base

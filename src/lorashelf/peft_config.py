@@ -1,4 +1,4 @@
-"""adapter_config.json: which fields change what ΔW is, what they resolve to, and what is written back.
+"""adapter_config.json: which fields change what ΔW is, and what they resolve to.
 
 PEFT's scale of a module is alpha / r, or alpha / √r under `use_rslora`, with r and alpha from `rank_pattern` and
 `alpha_pattern` where a key matches the module's path (peft.utils.other.get_pattern_key). It is resolved here, once;
@@ -8,12 +8,10 @@ fields under which ΔW is anything but s B A are refused by name.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .adapter import Adapter, Shape
+from .adapter import Shape
 from .errors import Fault
 from .faults import Faults
 from .matching import BAD_PATTERN, FirstMatch, Key, targets
@@ -175,63 +173,3 @@ def _target_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
 
 def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def written_config(adapter: Adapter) -> dict[str, Any]:
-    """The config to store: the fields the adapter carries, targets that are exactly its modules, and ranks and scales
-    such that PEFT resolves the same s.
-    """
-    ranks: dict[str, float] = {path: shape.rank for path, shape in adapter.shapes.items()}
-    alphas = {path: _alpha(scale, ranks[path]) for path, scale in adapter.modules.scales.items()}
-    rank, rank_pattern = _as_pattern(ranks)
-    alpha, alpha_pattern = _as_pattern(alphas)
-    config: dict[str, Any] = {"peft_type": "LORA", "task_type": None} | dict(adapter.config)
-    config |= dict.fromkeys(TARGET_FIELDS)
-    if not isinstance(config.get("init_lora_weights", True), bool):
-        config["init_lora_weights"] = True  # an init that fits the source's ranks may refuse others; it is loaded over
-    config |= {
-        "base_model_name_or_path": adapter.base.name or None,
-        "revision": adapter.base.revision,
-        "target_modules": sorted(ranks),
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "use_rslora": False,
-        "inference_mode": True,
-    }
-    return dict(sorted(config.items()))
-
-
-def stored_scale(scale: float, rank: int) -> float:
-    """What a written scale comes back as: itself, or, where no alpha / rank is, its neighbour."""
-    return _alpha(scale, rank) / rank
-
-
-def _alpha(scale: float, rank: float) -> float:
-    """The alpha whose alpha / rank is the scale to the last bit, or nearest to it; a whole number where it can be."""
-    alpha = scale * rank
-    around = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((candidate for candidate in around if candidate / rank == scale), alpha)
-
-
-def _as_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The commonest value, and patterns for the others under which PEFT's matching gives every module its own.
-
-    PEFT's keys are regular expressions, and a suffix is enough: where a plain path names another module too, all are
-    escaped.
-    """
-    common = Counter(values.values()).most_common(1)[0][0]
-    named = {path for path, value in values.items() if value != common}
-    for spelled in (str, re.escape):
-        try:
-            hit = FirstMatch((Key(spelled(path)), True) for path in named)
-            shadowed = {path for path in values if path not in named and hit.of(path, False)}
-            ordered = sorted(named | shadowed, key=lambda path: (-len(path), path))
-            pattern = {spelled(path): values[path] for path in ordered}
-            first = FirstMatch((Key(key), value) for key, value in pattern.items())
-        except BAD_PATTERN:  # a path that is no regular expression
-            continue
-        if all(first.of(path, common) == value for path, value in values.items()):
-            break
-    return common, pattern

@@ -21,18 +21,11 @@ from .errors import AdapterFormatError, Fault, UsageError
 from .faults import Faults
 from .objects import CONFIG_FILE, TENSOR_FILE, Stored, length
 from .parallel import following
-from .peft_config import (
-    carried,
-    config_faults,
-    resolved_scales,
-    stored_scale,
-    training_only,
-    unmatched,
-    written_config,
-)
+from .peft_config import carried, config_faults, resolved_scales, training_only, unmatched
 from .peft_folder import not_a_folder, not_the_file, prompt_notices, something_else, trained_beside
 from .peft_tensors import factor_shapes, paired, value_faults
 from .tensorfile import STORED, Guard, Lost, TensorFile, encode_header
+from .written_config import stored_scale, written_config
 
 _TORCH = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
@@ -41,15 +34,16 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
     """Read a PEFT adapter folder; tensors stay in the file, held open, until they are used.
 
     Each module's Factors are a (r, din), b (dout, r) float32 and the resolved scale. With `check_values` every tensor
-    is read once and refused if it holds NaN or infinity. Raises AdapterFormatError with all faults of config, header
-    and values at once; the adapter's modules raise it if the file changes before they are read.
+    is read once and refused if it holds NaN or infinity. What training tools leave in a name is taken out. Raises
+    AdapterFormatError with all faults of config, header and values at once; the adapter's modules raise it if the file
+    changes before they are read.
     """
     return _read(atomic.expanded(path), check_values, None)
 
 
 def read_stored(folder: Path, sums: Sequence[int], lost: Lost) -> Adapter:
-    """Read an object of a shelf, whose values were checked when it was stored. Whatever is read, now or later, is held
-    against the `sums` of `Stored`, if there are any; `lost` makes the error. Raises AdapterFormatError.
+    """Read an object of a shelf, whose names and values were checked when it was stored. Whatever is read, now or
+    later, is held against the `sums` of `Stored`, if there are any; `lost` makes the error. Raises AdapterFormatError.
     """
     return _read(folder, False, Guard(sums, lost))
 
@@ -67,7 +61,7 @@ def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:
     tensors = _read_tensors(folder, faults, guard)
     faults.extend(trained_beside(names))
     in_training = training_only(config or {})
-    halves = paired(tensors, tuple(in_training.values()), faults) if tensors is not None else {}
+    halves = paired(tensors, tuple(in_training.values()), faults, given=guard is None) if tensors is not None else {}
     shapes = factor_shapes(tensors, halves, faults) if tensors is not None else {}
     scales = resolved_scales(config, shapes, faults) if config is not None else {}
     if config is not None and tensors is not None:

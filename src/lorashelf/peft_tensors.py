@@ -10,6 +10,7 @@ import numpy as np
 
 from .adapter import Shape
 from .faults import Faults, alike, together
+from .module_names import cleaned, impossible
 from .tensorfile import STORED, TensorFile
 
 LARGEST_VALUE = 1e9
@@ -59,18 +60,28 @@ _GATHER = (
 )
 
 
-def paired(tensors: TensorFile, passed_over: tuple[str, ...], faults: Faults) -> dict[str, dict[str, str]]:
-    """Module path → half → tensor name; tensors with `passed_over` in their names are for training only."""
+def paired(
+    tensors: TensorFile, passed_over: tuple[str, ...], faults: Faults, *, given: bool
+) -> dict[str, dict[str, str]]:
+    """Module path → half → tensor name; tensors with `passed_over` in their names are for training only.
+
+    Names are cleaned if the adapter is `given`; those of a stored object are as they stand.
+    """
     halves: dict[str, dict[str, str]] = {}
     for name in tensors:
-        match = _KEY.fullmatch(name)
+        match = _KEY.fullmatch(cleaned(name) if given else name)
         if not name.isprintable():
             faults.append(f"{name!r}: not a printable name", "save it again with PEFT's save_pretrained")
+        elif match and match["half"] in halves.get(match["path"], {}):
+            what = f"the same as {halves[match['path']][match['half']]}, for one module"
+            faults.append(what, "save the adapter again from one copy of the model", at=name)
         elif match:
             halves.setdefault(match["path"], {})[match["half"]] = name
         elif not any(f".{part}" in name for part in passed_over):
             faults.append(*_foreign(name), at=name)
     for path, pair in halves.items():
+        for what, cure in impossible(path) if given else ():
+            faults.append(what, cure, at=path)
         for half in "AB":
             if half not in pair:
                 faults.append(f"lora_{half} is missing", "download or save it again: a half is gone", at=path)

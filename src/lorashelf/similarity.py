@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapter import Adapter, check_shapes
+from .adapter import Adapter
 from .algebra import Square, Vector, products, row, runs, union
+from .alignment import aligned
 from .given import as_adapters
 from .parallel import each
 from .registry import Registry
@@ -27,9 +28,9 @@ def similarity(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, metri
     ShapeMismatch.
     """
     xs = as_adapters(xs)
-    ys = None if ys is None else as_adapters(ys, "ys")
-    check_shapes([*xs, *(ys or [])])
-    return METRICS[metric](xs, ys)
+    others = [] if ys is None else as_adapters(ys, "ys")
+    both = aligned([*xs, *others])
+    return METRICS[metric](both[: len(xs)], None if ys is None else both[len(xs) :])
 
 
 def _metric(function: Metric) -> Metric:
@@ -128,6 +129,7 @@ def raw_gram(xs: Sequence[Adapter], quantile: float = 0.0) -> Square:
     Values up to the `quantile` of an adapter's own magnitudes count as zero. Scales are not applied: these are A
     and B as stored.
     """
+    xs = aligned(xs)
     cuts = [_magnitude(x, quantile) if quantile else -1.0 for x in xs]
     total = np.zeros((len(xs), len(xs)))
     for path in union(xs):

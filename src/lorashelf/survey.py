@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from . import content
-from .adapter import Adapter, check_fit
+from .adapter import Adapter
 from .algebra import norm, singular_values
+from .alignment import fitting
 from .faults import natural
 from .partition import average_linkage
 from .peft_format import encode
@@ -59,9 +60,8 @@ def forecast(
     `norm_ratio`, ‖merged‖ over the mean norm of the members (mean over slots of several); `similarity_inside` and
     `similarity_between` slots, mean cosine of pairs. `watch` wraps the numbers of slots as they are gone through.
     """
-    check_fit(list(adapters.values()), list(adapters))
     names = sorted(adapters)
-    xs = content.one_base([adapters[name] for name in names])
+    xs = content.one_base(fitting([adapters[name] for name in names], names))
     table = similarity(xs)
     records = [content.entry(name, name.split("-")[0], x) for name, x in zip(names, xs, strict=True)]
     whole = sum(encode(x).size for x in xs)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..adapter import check_fit
 from ..algebra import norm
+from ..alignment import fitting, shared
 from ..content import one_base
 from ..errors import UsageError, numbered
 from ..merging import merge_measured
@@ -118,7 +118,7 @@ def merge_adapters(
     arg.note_adapters(dict(found))
     if assume_base:
         xs = one_base(xs)
-    check_fit(xs, [name for name, _ in found])
+    xs = fitting(xs, [name for name, _ in found])
     merged, error = merge_measured(
         xs,
         _weights(weights),
@@ -130,6 +130,8 @@ def merge_adapters(
     )
     merged = replace(merged, dtype=checked.dtype or merged.dtype)
     write_adapter(merged, output)
+    in_common = shared(xs)
+    arg.note_few_shared(str(output), in_common)
     ratio = norm(merged) / (float(np.mean([norm(x) for x in xs])) or 1.0)
     document = {
         "output": str(output),
@@ -138,6 +140,7 @@ def merge_adapters(
         "dtype": merged.dtype,
         "error": error,
         "norm_ratio": ratio,
+        "shared": in_common,
     }
     show(
         document,

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..adapter import Adapter
+from ..alignment import FEW
 from ..atomic import expanded
 from ..errors import AdapterError, AdapterFormatError, Fault, MissingExtra, TaskNameError, UsageError, numbered
 from ..objects import CONFIG_FILE
@@ -191,6 +192,13 @@ def note_adapters(adapters: Mapping[str, Adapter]) -> None:
             alike.setdefault(notice, []).append(name)
     for notice, names in alike.items():
         note(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {notice}")
+
+
+def note_few_shared(name: str, shared: Mapping[str, int]) -> None:
+    """Warn where adapters that are merged have few modules in common."""
+    if shared["modules"] < FEW * shared["of"]:
+        count = f"{shared['modules']} of {shared['of']} modules in common"
+        note(f"{name}: {count}; a module of one adapter alone is merged as if the others had not changed it")
 
 
 def adapters_in(folder: Path) -> dict[str, Adapter]:

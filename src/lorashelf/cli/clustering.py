@@ -158,6 +158,8 @@ def cluster(
     if searched and journal is None:
         atomic.remove(kept)
     report = {**plan.report, **(searched.document() if searched else {})}
+    for slot, in_common in report["shared"].items():
+        arg.note_few_shared(f"slot {slot}", in_common)
     show({**report, "slots": router.slot_documents(made), "head": made.head}, json, _clustered)
 
 

@@ -110,6 +110,8 @@ def add(
                     raise Refused(f"{plan.report['task']} is refused: {plan.refused}", where=str(shelf))
                 snapshot = snapshot.after(plan) if dry_run else opened.snapshot()
                 told(plan.report)
+                if "shared" in plan.report:
+                    arg.note_few_shared(f"{name} and slot {plan.report['slot']}", plan.report["shared"])
     if json or not report["added"]:
         show(report, json, lambda _: "nothing to add: every task is on the shelf already")
 

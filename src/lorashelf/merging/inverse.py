@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..adapter import Adapter, Factors
 from ..algebra import norm, union
+from ..alignment import aligned
 from ..errors import NotReversible
 from . import factor
 from .merge import one_alpha
@@ -72,6 +73,7 @@ def unmerge(
     power = METHODS[method].average
     if power is None:
         raise NotReversible(f"a merge by {method} cannot be taken apart", cure="use linear or factor_mean")
+    merged, removed = aligned([merged, removed], spelling="first")  # that of the noise
     count = len(staying) + 1
     noise = noise or noise_of(merged, count / 2)
     share = (count - 1) ** -power

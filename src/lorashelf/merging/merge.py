@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter import Adapter, Factors, check_fit
+from ..adapter import Adapter, Factors
 from ..algebra import assemble, norm, truncate, truncate_dense, union
+from ..alignment import fitting
 from ..digest import canonical_json
 from ..errors import UsageError, numbered
 from ..given import as_adapters, as_numbers
@@ -62,7 +63,7 @@ def merge_measured(
     ws = _weights(xs, None if weights is None else as_numbers(weights), chosen)
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}; it must be at least 1")
-    check_fit(xs)
+    sources, xs = xs, fitting(xs)  # a mask is drawn by the source's digest
     paths = union(xs)
 
     def merged(path: str) -> tuple[Factors, float, float]:
@@ -72,7 +73,7 @@ def merge_measured(
             cap, found = rank, (replace(fs[0], scale=fs[0].scale * ws[0]), 0.0, 0.0)
         else:
             cap = rank if rank is not None else _default_rank(chosen, fs)
-            found = _merge_module(chosen, fs, share, _masks(xs, present, path, seed), cap, params)
+            found = _merge_module(chosen, fs, share, _masks(sources, present, path, seed), cap, params)
         return truncate(found[0], cap) if cap is not None and found[0].shape.rank > cap else found
 
     # Averages wait for memory, small modules for Python: threads help neither.
