@@ -151,3 +151,27 @@ def test_a_config_that_changes_while_the_tensors_are_read_is_refused(
     with pytest.raises(AdapterFormatError, match=r"adapter_config.json changed while the adapter was read"):
         read_adapter(folder)
     assert read_adapter(folder).modules.scales == dict.fromkeys(make_adapter(2).shapes, 4.0)
+
+
+MANY = """
+import resource, sys
+from pathlib import Path
+from lorashelf import read_adapter, similarity
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))  # what macOS allows
+adapters = [read_adapter(folder) for folder in sorted(Path(sys.argv[1]).iterdir())]
+first = similarity(adapters[:1], adapters)[0, 0]
+(Path(sys.argv[1]) / "a299" / "adapter_model.safetensors").write_bytes(b"")
+try:
+    adapters[299].digest
+except Exception as error:
+    print(f"{first:.3f}", type(error).__name__, error.faults)
+"""
+
+
+def test_more_adapters_than_a_process_may_open_files(tmp_path: Path) -> None:
+    for i in range(300):
+        write_adapter(make_adapter(i % 3), tmp_path / f"a{i:03}")
+    done = subprocess.run([sys.executable, "-c", MANY, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1.000 AdapterFormatError ('adapter_model.safetensors changed while it was read'")

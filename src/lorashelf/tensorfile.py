@@ -6,14 +6,17 @@ a header is reported at once; no tensor of a faulty file is read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -30,6 +33,7 @@ STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 Lost = Callable[[str], LorashelfError]  # what happened to an open file → the error
 _CHANGED = "changed while it was read"
 DAMAGED = "its bytes have changed"
+_HELD = threading.Semaphore(100)  # files that may be held open yet
 _SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
 _WIDTHS = {dtype: width for width, dtypes in _SIZES.items() for dtype in dtypes.split()}
 
@@ -65,10 +69,11 @@ class Guard:
 
 
 class TensorFile(Mapping[str, Entry]):
-    """A safetensors file, held open; `array` and `stack` read tensors out of it, a copy each.
+    """A safetensors file; `array` and `stack` read tensors out of it, a copy each.
 
     It is read, not mapped: a mapped file that is cut off later ends the process (SIGBUS). A file that changes after it
-    was opened is an error of the next read, so everything that was read belongs to one state of the file.
+    was opened is an error of the next read, so everything that was read belongs to one state of the file. The file is
+    held open, or, beyond a hundred of them, opened again for each read: systems allow a process few open files.
     """
 
     def __init__(self, path: Path, guard: Guard | None = None) -> None:
@@ -76,20 +81,20 @@ class TensorFile(Mapping[str, Entry]):
         else AdapterFormatError.
         """
         self.path = path
-        self._guard = guard or Guard((), self._refused)
+        self._guard = guard or Guard((), partial(_refused, path))
+        self._handle: int | None = None
         try:
-            self._handle = open_file(path)
-            weakref.finalize(self, os.close, self._handle)
-            self._opened = os.fstat(self._handle)
-            if guard is None:  # what lies on a shelf is held against its sums
-                self._opened = _settled(self._handle, self._opened)
-            size = self._opened.st_size
-            with open(self._handle, "rb", closefd=False) as file:
+            if _HELD.acquire(blocking=False):
+                self._handle = _held(self, path)
+            with self._opened() as handle, open(handle, "rb", closefd=False) as file:
+                # what lies on a shelf is held against its sums
+                self._state = os.fstat(handle) if guard else _settled(handle)
+                size = self._state.st_size
                 self._offset, header = _read_header(file.read(8), size, file.read, path)
+                self._check_unchanged(handle)
         except OSError as error:
             cure = "put the file that was saved in its place, readable for this user"
             raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path), cure=cure) from error
-        self._check_unchanged()
         self._entries = _check_entries(header, size - self._offset, path)
         in_order = sorted(self._entries, key=lambda name: self._entries[name].start)
         self._places = {name: place for place, name in enumerate(in_order, 1)}
@@ -97,7 +102,8 @@ class TensorFile(Mapping[str, Entry]):
     @property
     def header(self) -> bytes:
         """The bytes before the tensors."""
-        return os.pread(self._handle, self._offset, 0)
+        with self._reading() as handle:
+            return os.pread(handle, self._offset, 0)
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as stored (f32, f16 or bf16). Raises AdapterFormatError if the file has changed."""
@@ -110,31 +116,47 @@ class TensorFile(Mapping[str, Entry]):
         if any(entry.dtype != first.dtype for entry in entries):
             return np.stack([self.array(name).astype("<f4", copy=False) for name in names])
         data = np.empty((len(entries), first.stop - first.start), np.uint8)
-        try:
+        with self._reading() as handle:
             for row, entry, name in zip(data, entries, names, strict=True):
-                self._fill(row.data, self._offset + entry.start)
+                self._fill(handle, row.data, self._offset + entry.start)
                 self._guard.check(self._places[name], row.data)  # now, while it is in the cache
-        except OSError as error:
-            raise self._guard.lost(f"cannot be read: {error.strerror}") from error
-        self._check_unchanged()
         return data.view(numpy_dtype(STORED[first.dtype])).reshape(len(entries), *first.shape)
 
-    def _fill(self, room: memoryview, offset: int) -> None:
-        while room and (count := os.preadv(self._handle, [room], offset)):
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        """A handle of the file: the one that is held, else one for the block. Raises OSError."""
+        if self._handle is not None:
+            yield self._handle
+            return
+        handle = open_file(self.path)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[int]:
+        """A handle to read tensors from. Raises what `guard` says where the file cannot be read, or has changed."""
+        try:
+            with self._opened() as handle:
+                yield handle
+                self._check_unchanged(handle)
+        except OSError as error:
+            raise self._guard.lost(f"cannot be read: {error.strerror}") from error
+
+    def _fill(self, handle: int, room: memoryview, offset: int) -> None:
+        while room and (count := os.preadv(handle, [room], offset)):
             room, offset = room[count:], offset + count
         if room:
             raise self._guard.lost(_CHANGED)
 
-    def _check_unchanged(self) -> None:
-        then, now = self._opened, os.fstat(self._handle)
-        same = (then.st_size, then.st_mtime_ns) == (now.st_size, now.st_mtime_ns)
+    def _check_unchanged(self, handle: int) -> None:
+        then, now = self._state, os.fstat(handle)
+        fields = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+        same = all(getattr(then, field) == getattr(now, field) for field in fields)
         # a name that is taken away or given sets ctime too, and changes no byte
         if not same or (then.st_ctime_ns != now.st_ctime_ns and then.st_nlink == now.st_nlink):
             raise self._guard.lost(_CHANGED)
-
-    def _refused(self, what: str) -> LorashelfError:
-        cure = "wait until whatever writes the file is done, then run the command again"
-        return AdapterFormatError([f"{self.path.name} {what}"], where=str(self.path.parent), cure=cure)
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -146,8 +168,30 @@ class TensorFile(Mapping[str, Entry]):
         return len(self._entries)
 
 
-def _settled(handle: int, found: os.stat_result) -> os.stat_result:
+def _refused(path: Path, what: str) -> LorashelfError:
+    cure = "wait until whatever writes the file is done, then run the command again"
+    return AdapterFormatError([f"{path.name} {what}"], where=str(path.parent), cure=cure)
+
+
+def _held(owner: TensorFile, path: Path) -> int:
+    """A handle that is closed when its owner goes. Raises OSError."""
+    try:
+        handle = open_file(path)
+    except OSError:
+        _HELD.release()
+        raise
+    weakref.finalize(owner, _let_go, handle)
+    return handle
+
+
+def _let_go(handle: int) -> None:
+    os.close(handle)
+    _HELD.release()
+
+
+def _settled(handle: int) -> os.stat_result:
     """The file's times once they are older than a tick of the clock that sets them: any later change shows in them."""
+    found = os.fstat(handle)
     age = time.time_ns() - found.st_ctime_ns
     if not 0 <= age < TICK:
         return found
