@@ -16,7 +16,7 @@ from lorashelf import errors
 
 SOURCE = Path(lorashelf.__file__).parent
 FLOORS = [  # a module may import from lower floors, and from those before it on its own
-    ["version", "early", "errors", "faults", "registry", "digest", "parallel"],
+    ["version", "early", "errors", "faults", "naming", "registry", "digest", "parallel"],
     ["adapter", "given", "module_names", "alignment", "atomic", "objects", "locks", "tensorfile"],
     ["matching", "peft_config", "targets", "written_config", "peft_folder", "peft_tensors", "peft_format"],
     ["algebra"],
@@ -31,7 +31,7 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
         "merging",
     ],
     ["policy", "partition", "d2c"],
-    ["naming", "recipe", "manifest", "history", "timeline", "snapshot", "shelf"],
+    ["recipe", "manifest", "history", "timeline", "snapshot", "shelf"],
     [
         "tasks",
         "prompt",

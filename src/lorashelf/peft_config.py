@@ -15,6 +15,7 @@ from .adapter import Shape
 from .errors import Fault
 from .faults import Faults
 from .matching import BAD_PATTERN, FirstMatch, Key, targets
+from .naming import on_one_line
 
 TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 RESOLVED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision")
@@ -71,8 +72,11 @@ def config_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
             cure = "save it again as a plain LoRA: save_pretrained with path_initial_model_for_weight_conversion"
         yield Fault(f"init_lora_weights is {init!r}: ΔW is not s B A against the stock base", cure)
     for name in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(name), str | None):
+        value = config.get(name)
+        if not isinstance(value, str | None):
             yield Fault(f"{name} is not a string", _MEND)
+        elif value and not on_one_line(value):  # it is printed, and a terminal would obey it
+            yield Fault(f"{name} is {value!a}, with a control character or a line break", _MEND)
 
 
 def _is_on(name: str, value: Any) -> bool:
