@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,8 +84,9 @@ def byte_count(text: str) -> int:
     >>> byte_count("1600000"), byte_count("1.6MB"), byte_count("1.5 KiB")
     (1600000, 1600000, 1536)
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]*)", text.strip().lower())
-    count = int(Fraction(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    match = re.fullmatch(r"([0-9]+)(?:\.([0-9]+))? ?([a-z]*)", text.strip().lower())
+    whole, part, unit = match.groups("") if match else ("0", "", "")
+    count = int(whole + part) * _UNITS.get(unit, 0) // 10 ** len(part)
     if count < 1:
         cure = "give a number of bytes, or one with a unit: 1600000, 1.6MB, 1.5MiB"
         raise UsageError(f"{text!r} is not a size of at least one byte", cure=cure)
