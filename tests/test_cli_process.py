@@ -137,7 +137,7 @@ def started(command: list[str], ready: Callable[[], bool], **options: object) ->
 def test_ctrl_c_while_importing_is_one_line_and_130(tmp_path: Path, module: str, options: list[str]) -> None:
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.py").write_text("open('importing', 'w'); import time; time.sleep(60)")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "lorashelf", "ls", "s", *options]
     begun = started(command, (tmp_path / "importing").exists, cwd=tmp_path, env=environment)
     begun.send_signal(signal.SIGINT)

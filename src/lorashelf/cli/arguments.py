@@ -86,7 +86,7 @@ def byte_count(text: str) -> int:
     """
     match = re.fullmatch(r"([0-9]+)(?:\.([0-9]+))? ?([a-z]*)", text.strip().lower())
     whole, part, unit = match.groups("") if match else ("0", "", "")
-    count = int(whole + part) * _UNITS.get(unit, 0) // 10 ** len(part)
+    count: int = int(whole + part) * _UNITS.get(unit, 0) // 10 ** len(part)
     if count < 1:
         cure = "give a number of bytes, or one with a unit: 1600000, 1.6MB, 1.5MiB"
         raise UsageError(f"{text!r} is not a size of at least one byte", cure=cure)
