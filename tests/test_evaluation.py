@@ -125,8 +125,9 @@ class Counting:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """run(…) → (exit code, the JSON document on stdout); run.stderr is what stood there."""
+    monkeypatch.setattr("lorashelf.cli.base.PATIENCE", 600.0)  # slow machines would say what they wait for
 
     def call(*words: object, as_json: bool = True) -> tuple[int, Any]:
         with pytest.raises(SystemExit) as exit_:
@@ -874,7 +875,9 @@ def test_real_adapters_of_smollm2(tmp_path: Path, run: Run) -> None:
     )
     assert code == 0
     assert document["base"] == EMBEDDED
-    assert run.stderr == ""  # type: ignore[attr-defined]
+    told = [line for line in run.stderr.splitlines() if not line.endswith("left)")]  # type: ignore[attr-defined]
+    (notice,) = told  # beside progress, where the machine is slow
+    assert notice.startswith("the chat template's own system turn is left out of the prompt: ")
     for name in ("qa-es", "qa-it"):
         assert document["tasks"][name]["loss"] < zero["tasks"][name]["loss"] - 0.1
         assert document["tasks"][name]["n"] == 2

@@ -250,12 +250,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], base: Path) -> Run:
+def run(capsys: pytest.CaptureFixture[str], base: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """run("generate", …) → (exit code, stdout, stderr), with the tiny base."""
+    monkeypatch.setattr("lorashelf.cli.base.PATIENCE", 600.0)  # slow machines would say what they wait for
 
     def call(*words: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:
-            main(["generate", *map(str, words), "--base", str(base)])
+            main(["generate", *map(str, words), "--base", str(base), "--model-dtype", "f32"])
         printed = capsys.readouterr()
         return int(end.value.code or 0), printed.out, printed.err
 
@@ -332,7 +333,8 @@ def test_add_stores_each_tasks_own_file(
 def endless(shelf: Shelf, base: Path) -> subprocess.Popen[bytes]:
     """The command in a process of its own, with a model that writes without an end; one byte of it is read."""
     code = (
-        "import itertools, signal, time, lorashelf.backends.hf as hf\n"
+        "import itertools, signal, time, lorashelf.backends.hf as hf, lorashelf.cli.base as base\n"
+        "base.PATIENCE = 600.0\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background has it ignored
         "hf.HFBackend._written = lambda *a: (time.sleep(0.02) or 65 for _ in itertools.count())\n"
         "from lorashelf.cli import main\n"

@@ -122,6 +122,18 @@ def test_a_damaged_file_in_the_cache_is_made_again_with_a_notice(
     assert caplog.text == ""
 
 
+def test_the_tasks_are_gone_through_by_name() -> None:
+    seen = []
+
+    def watch(names: Sequence[str]) -> Iterator[str]:
+        for name in names:
+            seen.append((name, len(names)))
+            yield name
+
+    prototypes(Letters(), examples(b=["b"], a=["abc"]), watch=watch)
+    assert seen == [("b", 2), ("a", 2)]
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     assert prototypes(Letters(), examples(a=["a"]), tmp_path / "file" / "cache").means.tolist() == [[1, 0, 0]]
@@ -187,7 +199,7 @@ def run(
 
     def call(*words: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:
-            main(["generate", *map(str, words), "--base", str(base)])
+            main(["generate", *map(str, words), "--base", str(base), "--model-dtype", "f32"])
         printed = capsys.readouterr()
         return int(end.value.code or 0), printed.out, printed.err
 

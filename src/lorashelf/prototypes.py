@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -78,9 +78,18 @@ def examples_on(snapshot: Snapshot, tasks: Mapping[str, Task]) -> dict[str, Exam
     return found
 
 
-def prototypes(embedder: Embedder, examples: Mapping[str, ExampleSet], cache: Path | None = None) -> Prototypes:
-    """The prototypes of tasks. With `cache`, a folder, means are kept there by embedder and examples."""
-    means = [_mean(embedder, examples[task], cache) for task in examples]
+def prototypes(
+    embedder: Embedder,
+    examples: Mapping[str, ExampleSet],
+    cache: Path | None = None,
+    *,
+    watch: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> Prototypes:
+    """The prototypes of tasks. With `cache`, a folder, means are kept there by embedder and examples.
+
+    `watch` wraps the names of the tasks as they are gone through.
+    """
+    means = [_mean(embedder, examples[task], cache) for task in watch(list(examples))]
     return Prototypes(tuple(examples), np.stack(means))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from ..snapshot import Snapshot
 from ..tasks import ExampleSet, read_tasks
 from . import arguments as arg
 from .base import opened
-from .output import note, print_json
+from .output import counted, note, print_json
 
 
 def generate(
@@ -95,7 +96,8 @@ def _shown(snapshot: Snapshot, examples: Path | None, auto: bool) -> Mapping[str
 
 
 def _chosen(backend: HFBackend, snapshot: Snapshot, shown: Mapping[str, ExampleSet], text: str) -> Choice:
-    known = prototypes(backend, shown, cache_folder() / "prototypes")
+    watch = partial(counted, said=lambda task: f"reading the examples of {task}")
+    known = prototypes(backend, shown, cache_folder() / "prototypes", watch=watch)
     choice = choose(backend, known, snapshot, text)
     others = ", ".join(f"{name} {confidence:.2f}" for name, confidence in choice.others.items()) or "none"
     slot = f"slot {choice.slot} (confidence {choice.slot_confidence:.2f})"
