@@ -361,8 +361,14 @@ def test_a_head_that_is_a_folder_is_refused(shelf: Shelf) -> None:
     refused(shelf, CorruptShelf, "HEAD cannot be read", commands=EVERY)
 
 
-def test_a_shelf_without_a_head_is_no_shelf(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_shelf_without_a_head_is_a_damaged_one(shelf: Shelf) -> None:
     (shelf.path / "HEAD").unlink()
+    refused(shelf, CorruptShelf, "HEAD cannot be read", f"lorashelf repair {shelf.path}", commands=EVERY)
+
+
+def test_a_folder_without_manifests_is_no_shelf(shelf: Shelf, tmp_path: Path) -> None:
+    (shelf.path / "HEAD").unlink()
+    (shelf.path / "manifests").rename(tmp_path / "elsewhere")
     before = state(tmp_path)
     with pytest.raises(ShelfNotFound, match="there is no shelf here"):
         Shelf(shelf.path)

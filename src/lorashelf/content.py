@@ -85,7 +85,7 @@ def of_slot(snapshot: Snapshot, slot: Slot) -> Content:
         pairs = np.reshape(slot.noise, (-1, 2))
         if len(pairs) != len(adapter.modules) + 1:
             what = f"slot {slot.slot}: the manifest's noise is of {len(pairs) - 1} modules"
-            raise CorruptShelf(what, where=str(snapshot.path), cure="lorashelf verify, then undo")
+            raise CorruptShelf(what, where=str(snapshot.path), cure=f"lorashelf repair {snapshot.path}")
         return replace(content, noise=Noise(dict(zip(adapter.modules, pairs, strict=False)), pairs[-1]))
     if slot.worn:  # earlier writers counted roundings
         return replace(content, noise=noise_of(content.adapter, (len(slot.merged) + slot.worn) / 2))

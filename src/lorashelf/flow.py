@@ -188,7 +188,7 @@ def plan_update(
     task, adapter = unicodedata.normalize("NFC", task), as_adapter(adapter)
     recipe = snapshot.settings.recipe
     if was is not None and was.digest != details["digest"]:
-        raise _another(task, was, details["digest"])
+        raise another(task, was, details["digest"])
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
     with _all_damage(snapshot):
@@ -224,7 +224,7 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
     task = unicodedata.normalize("NFC", task)
     slot, details = snapshot.located(task)
     if adapter is not None and adapter.digest != details["digest"]:
-        raise _another(task, adapter, details["digest"])
+        raise another(task, adapter, details["digest"])
     tasks = {name: value for name, value in snapshot.manifest.tasks.items() if name != task}
     known = replace(snapshot.manifest, tasks=tasks)
     members = tuple(member for member in slot.members if member != task)
@@ -289,7 +289,8 @@ def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None,
     return content.without(content.of_slot(snapshot, slot), digest, adapter, snapshot.settings.recipe)
 
 
-def _another(task: str, adapter: Adapter, digest: str) -> NotReversible:
+def another(task: str, adapter: Adapter, digest: str) -> NotReversible:
+    """The error for an adapter that is not the one recorded for a task."""
     what = f"this is not the adapter of {task!r}: its digest is {adapter.digest[:15]}…, recorded is {digest[:15]}…"
     return NotReversible(what, cure="give the very folder that was added")
 

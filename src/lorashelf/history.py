@@ -27,7 +27,9 @@ class History:
         """Raise CorruptShelf unless lines can be appended."""
         atomic.no_links(self.path)
         if self.path.exists() and not self.path.is_file():
-            raise CorruptShelf(f"{FILE} is not a file", where=str(self.path), cure="move it away")
+            raise CorruptShelf(
+                f"{FILE} is not a file", where=str(self.path), cure=f"lorashelf repair {self.path.parent}"
+            )
 
     def append(self, states: Iterable[tuple[str, Manifest]]) -> None:
         """A line for each (id, manifest) that has none yet. A line that a crash tore off is cut off: its manifest is
@@ -53,12 +55,9 @@ class History:
         data = atomic.read_file(self.path)
         found = []
         for number, text in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-            try:
-                told = json.loads(text)
-            except (ValueError, RecursionError):
-                told = None
-            if not isinstance(told, dict) or not is_digest(told.get("id")) or type(told.get("sequence")) is not int:
-                cure = "delete this line; the log is history only"
+            told = read_line(text)
+            if told is None:
+                cure = f"lorashelf repair {self.path.parent}"
                 raise CorruptShelf(f"line {number} of {FILE} is no log entry", where=str(self.path), cure=cure)
             found.append(told)
         return found
@@ -89,6 +88,16 @@ def entry(identity: str, manifest: Manifest) -> dict[str, Any]:
     """What the log keeps of a manifest: its id and its cause, without scores."""
     cause = {name: value for name, value in manifest.cause.items() if name in _TOLD}
     return {"id": identity, "sequence": manifest.sequence, **cause}
+
+
+def read_line(text: bytes) -> dict[str, Any] | None:
+    """The entry that a line holds, None if it holds none."""
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(told, dict) and is_digest(told.get("id")) and type(told.get("sequence")) is int
+    return told if sound else None
 
 
 def line(identity: str, manifest: Manifest) -> bytes:

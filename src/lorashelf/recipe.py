@@ -141,6 +141,11 @@ def new_settings(slots: int, **options: Any) -> Settings:
     return Settings(Budget(slots, **budget), Recipe(**chosen), **outer).checked()
 
 
+def recorded(recipe: Mapping[str, Any], budget: Mapping[str, Any]) -> Settings:
+    """The settings that a manifest recorded; it records neither base nor base_aliases. Raises UsageError."""
+    return Settings(Budget(**budget), Recipe(**recipe)).checked()
+
+
 def write_toml(settings: Settings) -> bytes:
     """The text of a new shelf.toml; what is left at its default stands there as a comment."""
     budget, recipe = settings.budget, settings.recipe

@@ -7,13 +7,13 @@ Readers need no lock. A writer holds `lock`; killed at any point, the shelf open
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import atomic, history, recipe
+from . import atomic, history, mending, recipe
 from .adapter import Adapter
 from .atomic import no_links
 from .digest import is_digest
@@ -31,7 +31,7 @@ from .errors import (
 )
 from .locks import WriterLock
 from .manifest import PENDING, PENDING_TIME, Manifest, Plan, Slot, manifest_id
-from .objects import Stored
+from .objects import Stored, object_digest
 from .peft_format import write_files
 from .recipe import Settings
 from .snapshot import HEAD_BYTES, Snapshot, check_budget
@@ -57,7 +57,7 @@ class Shelf:
         self._history = history.History(self.path)
         self._lock = WriterLock(self.path / "lock")
         with atomic.refusals(self.path, "read"):
-            found = (self.path / "HEAD").exists()
+            found = (self.path / "HEAD").exists() or (self.path / "manifests").is_dir()
         if not found:
             cure = "lorashelf init SHELF --slots K makes one"
             raise ShelfNotFound("there is no shelf here", where=str(self.path), cure=cure)
@@ -304,18 +304,45 @@ class Shelf:
             self._sweep(self.snapshot())
             return settings
 
+    def mend(self) -> list[str]:
+        """Put right what a shelf has beside its objects (see `mending.mend`); what was done, in sentences."""
+        with self._lock.held(LOCK_SECONDS):
+            self._make_folders()
+            return mending.mend(self.path)
+
+    def rewrite(self, adapters: Iterable[Adapter]) -> None:
+        """Write the objects of these adapters where they are damaged or gone, and nothing else. Raises DiskError."""
+        with self.writing():
+            for adapter in adapters:
+                self._store(adapter)
+
+    def forget(self, states: Collection[str]) -> None:
+        """Delete kept states, and what only they reach; the log keeps their lines. Raises DiskError."""
+        with self.writing():
+            snapshot = self.snapshot()
+            rest = replace(snapshot, kept={i: m for i, m in snapshot.kept.items() if i not in states})
+            leaving = [(i, m) for i, m in snapshot.kept.items() if i not in rest.retained()]
+            self._history.append(sorted(leaving, key=lambda state: state[1].sequence))
+            for identity in states:
+                atomic.remove(self._manifest_path(identity))
+            self._sweep(self.snapshot())
+
     def gc(self) -> list[str]:
         """Delete what nothing reaches (docs/format.md); the relative paths deleted."""
         with self.writing():
             return [*self._sweep_staging(), *self._sweep(self.snapshot())]
 
     def _ready(self) -> None:
-        """With the lock held: the folders are there (archives drop empty ones), and the log can be appended to."""
+        """With the lock held: the folders are there, and the log can be appended to."""
+        self._make_folders()
+        self._history.check()
+
+    def _make_folders(self) -> None:
+        """Archives drop empty ones."""
         for folder in _FOLDERS:
             no_links(self.path / folder)
             if not (self.path / folder).exists():
                 atomic.make_folder(self.path / folder)
-        self._history.check()
 
     # inside -----------------------------------------------------------------------------------------------------
 
@@ -327,7 +354,7 @@ class Shelf:
             if is_digest(head) and (manifest := self._manifest(head)) is not None:
                 return head, manifest
             if head == before:
-                where, cure = str(self.path / "HEAD"), "write the id of a file under manifests/ into HEAD"
+                where, cure = str(self.path / "HEAD"), f"lorashelf repair {self.path}"
                 raise CorruptShelf(f"HEAD says {head[:80]!r}, which is not a manifest here", where=where, cure=cure)
             before = head
 
@@ -338,7 +365,7 @@ class Shelf:
         except PermissionError:
             raise
         except (OSError, UnicodeDecodeError) as error:
-            where, cure = str(self.path / "HEAD"), "write the id of a file under manifests/ into HEAD"
+            where, cure = str(self.path / "HEAD"), f"lorashelf repair {self.path}"
             raise CorruptShelf(f"HEAD cannot be read: {error}", where=where, cure=cure) from error
 
     def _manifest_path(self, identity: str) -> Path:
@@ -353,9 +380,10 @@ class Shelf:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CorruptShelf(f"manifest cannot be read: {error.strerror}", where=str(path)) from error
+            cure = f"lorashelf repair {self.path}"
+            raise CorruptShelf(f"manifest cannot be read: {error.strerror}", where=str(path), cure=cure) from error
         if manifest_id(data) != identity:
-            cure = "restore the file; if HEAD names another one, it is history only and may be deleted"
+            cure = f"lorashelf repair {self.path}"
             raise CorruptShelf("the manifest was changed after it was written", where=str(path), cure=cure)
         return Manifest.decode(data, str(path))
 
@@ -369,11 +397,20 @@ class Shelf:
         with atomic.staging(self.path / "tmp") as staged:
             stored = write_files(adapter, staged)
             final = self.path / "objects" / stored.identity
-            if final.exists():
+            if self._is_sound(stored.identity):
                 atomic.remove(staged)
             else:
+                if final.exists():
+                    atomic.remove(final)
                 atomic.publish(staged, final)
         return stored
+
+    def _is_sound(self, identity: str) -> bool:
+        path = self.path / "objects" / identity
+        try:
+            return not path.is_symlink() and object_digest(path) == identity
+        except OSError:
+            return False
 
     def _advance(self, manifest: Manifest) -> str:
         """Write the manifest, move HEAD (this is the commit), then delete what is out of reach."""

@@ -19,7 +19,7 @@ MODULES: Mapping[str, Sequence[str]] = MappingProxyType(
         "filling": ("init", "add"),
         "shelves": ("update", "remove", "route", "ls"),
         "settings": ("set",),
-        "history": ("log", "verify", "undo", "redo", "gc"),
+        "history": ("log", "verify", "undo", "redo", "repair", "gc"),
         "clustering": ("cluster",),
         "adapters": ("show", "compare", "plan", "threshold", "merge"),
         "training": ("train",),

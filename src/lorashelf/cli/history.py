@@ -1,14 +1,16 @@
-"""Commands on a shelf's history: log, verify, undo, redo, gc."""
+"""Commands on a shelf's history: log, verify, undo, redo, repair, gc."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import history
+from .. import repair as mended
+from ..errors import numbered
 from ..manifest import Manifest
 from ..shelf import Shelf
 from . import arguments as arg
@@ -71,6 +73,48 @@ def _restore(shelf: Path, json: bool, act: Callable[[Shelf], str]) -> None:
     show(document, json, lambda d: f"{shelf}: {_restored(d, state)}")
 
 
+def repair(
+    shelf: arg.ShelfPath,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="An original to make damaged slots from.", metavar="TASK=ADAPTER"),
+    ] = None,
+    json: arg.Json = False,
+) -> None:
+    """Put a damaged shelf right: its files, and its slots from originals and kept states; what is lost is unrouted."""
+    opened = Shelf(shelf)
+    originals = dict(arg.read_named(adapter)) if adapter else {}
+    document = mended.repair(opened, originals)
+    problems = opened.verify()
+    show({**document, "ok": not problems, "problems": problems}, json, lambda d: "\n".join(_repaired(d, shelf)))
+    if problems:
+        raise typer.Exit(4)
+
+
+def _repaired(document: dict[str, Any], shelf: Path) -> Iterator[str]:
+    """What a repair did, a line per file and slot."""
+    yield from document["files"]
+    for slot in document["slots"]:
+        given, state = ", ".join(slot["given"]), f"its content in the state {str(slot['state'])[:15]}…"
+        came = {
+            "rewritten": "its bytes are restored" + (f" from the originals of {given}" if given else ""),
+            "merged": f"merged anew from {'' if slot['state'] is None else state + ' and '}the originals of {given}",
+            "earlier": f"back at {state}",
+            "none": "nothing sound is left",
+        }[slot["how"]]
+        tasks = {"serves": slot["tasks"], "no longer routed": slot["unrouted"]}
+        told = "; ".join(f"{what}: {', '.join(names)}" for what, names in tasks.items() if names)
+        yield f"slot {slot['slot']}: {came}; {told}"
+    if lost := [task for slot in document["slots"] for task in slot["unrouted"]]:
+        yield f"add them again from their adapters: lorashelf add {shelf} {' '.join(f'{t}=ADAPTER' for t in lost)}"
+    if document["unused"]:
+        yield f"not used, as the shelf has no record of them: {', '.join(document['unused'])}"
+    yield from document["problems"]
+    if document["states"]:
+        yield f"{numbered(len(document['states']), 'damaged state')} no longer kept"
+    yield "ok" if document["ok"] else "not all could be put right"
+
+
 def gc(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
     """Delete what a killed command left behind."""
     opened = Shelf(shelf)
@@ -127,6 +171,7 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     verify: "lorashelf verify my.shelf",
     undo: "lorashelf undo my.shelf",
     redo: "lorashelf redo my.shelf",
+    repair: "lorashelf repair my.shelf --adapter gec-de=adapters/gec-de",
     gc: "lorashelf gc my.shelf",
 }
 
