@@ -20,7 +20,8 @@ from lorashelf import Adapter, BaseId, Factors, Modules
 from lorashelf.adapter import Shape
 from lorashelf.faults import Faults
 from lorashelf.matching import BAD_PATTERN, FirstMatch, Key, targets
-from lorashelf.peft_config import resolved_scales, unmatched, written_config
+from lorashelf.peft_config import resolved_scales, unmatched
+from lorashelf.written_config import written_config
 
 NAMES = ["q_proj", "v_proj", "q-proj", "down_proj", "layers", "experts", "model", "xq_proj", "a.b"]
 SPELLINGS: list[Callable[[str], str]] = [

@@ -208,7 +208,7 @@ def test_the_oracle_sees_another_adapter_a_scale_and_a_missing_module() -> None:
         assert difference(x, wrong) > 1e-4
         with pytest.raises(AssertionError):
             assert_same_delta(x, wrong, SAME)
-    broken = x.with_factors({p: replace(f, scale=math.nan) for p, f in x.modules.items()})
+    broken = x.with_factors({p: replace(f, b=f.b * np.float32(math.nan)) for p, f in x.modules.items()})
     with pytest.raises(AssertionError):
         assert_same_delta(x, broken, SAME)
     assert difference(x, regauged(x, 0)) < 1e-6
