@@ -94,7 +94,6 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
 ]
 FACES = {"", "__main__"}  # the package itself and its runner see everything
 LATE = {  # import inside a function → why
-    ("atomic", "fcntl"): "macOS only",
     ("adapter", "ml_dtypes"): "a tenth of the start, which only bf16 needs",
     ("errors", "difflib"): "only when an error is raised",
     ("parallel", "concurrent.futures"): "with logging a tenth of the start, which readers never need",

@@ -38,7 +38,17 @@ from lorashelf import (
     write_adapter,
 )
 from lorashelf.cli import main
-from lorashelf.errors import AdapterError, AdapterFormatError, BaseMismatch, ShapeMismatch, UnknownName, UsageError
+from lorashelf.cli.output import print_json
+from lorashelf.digest import canonical_json
+from lorashelf.errors import (
+    AdapterError,
+    AdapterFormatError,
+    BaseMismatch,
+    NotStorable,
+    ShapeMismatch,
+    UnknownName,
+    UsageError,
+)
 from lorashelf.matching import targets
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -827,3 +837,24 @@ def test_a_folder_of_adapters_says_so(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError) as caught:
         read_adapter(tmp_path / "zoo")
     assert f"cure:  this folder holds adapters: give them one by one, {tmp_path / 'zoo'}/*/" in str(caught.value)
+
+
+# numbers that JSON cannot hold ---------------------------------------------------------------------------------------
+
+
+def test_what_json_cannot_hold_is_an_error_of_ours_or_null_in_a_document(
+    shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in (math.nan, math.inf, 2**60):
+        with pytest.raises(NotStorable, match="cannot be stored"):
+            canonical_json({"x": [value]})
+    print_json({"a": math.nan, "b": [math.inf, 1.5], "c": ("x", -math.inf)})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": ["x", None]}
+    folder = write_peft(
+        tmp_path / "nan", tensors={**peft_tensors(make_adapter(5)), f"{Q}.lora_A.weight": ones(4, 16) * math.nan}
+    )
+    before = state(tmp_path)
+    with pytest.raises(LorashelfError) as caught:
+        shelf.commit(plan_add(shelf.snapshot(), read_adapter(folder, check_values=False), "nan"))
+    assert "nan" in str(caught.value).lower()
+    assert state(tmp_path) == before

@@ -151,7 +151,7 @@ def test_a_full_disk_changes_nothing_however_far_it_came(full, operation):
         assert error.exit_code == 4
     assert step > 1
     assert shelf.snapshot().manifest.sequence == 3
-    shelf.undo()
+    shelf.redo() if operation is Shelf.undo else shelf.undo()
     assert shelf.verify() == []
     assert [entry["sequence"] for entry in shelf.log()] == list(range(5))
 
@@ -453,3 +453,136 @@ def test_a_file_that_cannot_be_replaced_is_named_and_leaves_nothing(place: str, 
         replace_file(target, b"new", target.parent)
     assert caught.value.where == str(target)
     assert [path.name for path in tmp_path.rglob("*")] == ["a-folder"]
+
+
+# a commit of which only the last fsync fails
+
+
+class FailingFsync:
+    """EIO from the fsync of the new HEAD, or from that of its folder once it has its name."""
+
+    def __init__(self, of_folder: bool) -> None:
+        self._of_folder = of_folder
+        self._calls: list[str] = []
+
+    def __call__(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
+        head_is_moved, manifest_is_there = "replace" in self._calls, self._calls.count("rename") == 2
+        self._calls.append(name)
+        if name != "fsync" or stat.S_ISDIR(os.fstat(arguments[0]).st_mode) is not self._of_folder:
+            return
+        if head_is_moved if self._of_folder else manifest_is_there:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("of_folder", [False, True], ids=["HEAD", "its folder"])
+def test_after_a_failed_fsync_the_error_reports_which_head_stands(of_folder: bool, room: Path) -> None:
+    shelf = standing(a=A)(room / "a.shelf")
+    before, plan = shelf.snapshot().head, plan_add(shelf.snapshot(), B, "b")
+    with watched(room, before=FailingFsync(of_folder)), pytest.raises(DiskError) as caught:
+        shelf.commit(plan)
+    assert (shelf.snapshot().head != before) is of_folder
+    assert ("the commit stands" in str(caught.value)) is of_folder
+    assert "unchanged" not in str(caught.value)
+    assert shelf.verify() == []
+
+
+# two at once, and what a killed one leaves
+
+
+MAKING = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[4])
+from crash.scenes import A, B
+from lorashelf import Shelf, new_settings, plan_cluster, write_adapter
+from lorashelf.errors import LorashelfError
+
+def planned(snapshot):
+    print("planning", flush=True)
+    sys.stdin.readline()
+    return plan_cluster(snapshot, {"a": A, "b": B}, method="single")
+
+try:
+    if sys.argv[1] == "init":
+        print("planning", flush=True)
+        sys.stdin.readline()
+        Shelf.create(sys.argv[2], new_settings(2))
+    else:
+        Shelf.create_with(sys.argv[2], new_settings(2), planned)
+    print("made")
+except LorashelfError as error:
+    print(error.exit_code, error.what)
+"""
+
+
+@contextlib.contextmanager
+def making(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that makes a shelf and waits for a line before it goes on."""
+    words = [sys.executable, "-c", MAKING, kind, str(path), "", str(Path(__file__).parent)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "planning\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+@pytest.mark.parametrize("kinds", [("init", "init"), ("cluster", "cluster"), ("cluster", "init")])
+@pytest.mark.parametrize("there", [False, True], ids=["nothing there", "an empty folder"])
+def test_of_two_that_make_the_same_shelf_one_wins_and_the_other_is_told(
+    kinds: tuple[str, str], there: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.shelf"
+    if there:
+        path.mkdir()
+    with making(kinds[0], path) as one, making(kinds[1], path) as other:
+        said = [process.communicate("\n", timeout=60)[0] for process in (one, other)]
+    assert said == ["made\n", "4 this path exists already\n"]
+    assert Shelf(path).verify() == []
+    assert hidden(tmp_path) == []
+
+
+def test_what_a_killed_one_left_is_swept_by_the_next_and_what_a_live_one_needs_is_not(tmp_path: Path) -> None:
+    beside = [tmp_path / f".{'0' * 16}", tmp_path / ".lorashelf-notes", tmp_path / ".lorashelf"]
+    for folder in beside:
+        folder.mkdir()
+    with making("cluster", tmp_path / "killed.shelf") as process:
+        process.kill()
+        process.wait()
+    left = set(hidden(tmp_path)) - {folder.name for folder in beside}
+    assert len(left) == 1
+    with making("cluster", tmp_path / "live.shelf") as process:
+        mine = set(hidden(tmp_path)) - {folder.name for folder in beside}
+        assert len(mine) == 1  # its own: the other is gone
+        assert mine != left
+        Shelf.create(tmp_path / "new.shelf", new_settings(2))
+        write_adapter(A, tmp_path / "adapter")
+        assert process.communicate("\n", timeout=60)[0] == "made\n"
+    assert Shelf(tmp_path / "live.shelf").verify() == []
+    assert hidden(tmp_path) == sorted(folder.name for folder in beside)
+
+
+@pytest.mark.parametrize("make", ["init", "cluster", "merge"])
+def test_an_empty_folder_is_taken_and_a_filled_one_is_not(make: str, tmp_path: Path) -> None:
+    x, y = write_peft(tmp_path / "x", A), write_peft(tmp_path / "y", B)
+    words: dict[str, Callable[[Path], list[object]]] = {
+        "init": lambda path: ["init", path, "--slots", 2],
+        "cluster": lambda path: ["cluster", x, y, "-o", path, "--slots", 1, "--method", "single"],
+        "merge": lambda path: ["merge", x, y, "-o", path, "--method", "svd"],
+    }
+    empty, filled = tmp_path / "empty", tmp_path / "filled"
+    empty.mkdir()
+    filled.mkdir()
+    (filled / "note").write_text("mine")
+    assert lorashelf(*words[make](empty)).returncode == 0
+    assert sorted(path.name for path in empty.iterdir()) != []
+    refused = lorashelf(*words[make](filled))
+    assert refused.returncode == (2 if make == "merge" else 4)
+    assert "exists already" in refused.stderr
+    assert (filled / "note").read_text() == "mine"
+    assert hidden(tmp_path) == []

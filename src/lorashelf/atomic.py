@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import sys
@@ -18,7 +19,11 @@ from pathlib import Path
 from .errors import CorruptShelf, DiskError
 
 TICK = 11_000_000  # ns: file systems set a file's times by a clock that ticks every 1 to 10 ms
+_STAGING = ".lorashelf-"
 _CURES = {
+    errno.ENOTEMPTY: "something was put there meanwhile: choose another path",
+    errno.EEXIST: "something was put there meanwhile: choose another path",
+    errno.ENOTDIR: "something was put there meanwhile: choose another path",
     errno.ENOSPC: "free some space; what was there before is unchanged",
     errno.EDQUOT: "free some space; what was there before is unchanged",
     errno.EFBIG: "raise the file size limit; what was there before is unchanged",
@@ -83,17 +88,55 @@ def settle(folder: Path) -> None:
         _sync(folder)
 
 
+def is_vacant(path: Path) -> bool:
+    """Whether a new folder can take this path: nothing is there, or an empty folder. Raises DiskError."""
+    with refusals(path, "read"):
+        return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+
+
 @contextlib.contextmanager
 def staging(parent: Path) -> Iterator[Path]:
-    """A fresh, empty folder in `parent` under a random name, for `publish`; deleted if the block fails."""
-    path = parent / f".{os.urandom(8).hex()}"
-    with refusals(path):
-        os.mkdir(path)
+    """A fresh, empty folder in `parent` under a random name, for `publish`; deleted if the block fails.
+
+    It is locked while this process lives, so that `sweep_staging` can tell what a killed one has left.
+    """
+    path, lock = _locked_folder(parent)
     try:
         yield path
     except BaseException:
         remove(path)
         raise
+    finally:
+        os.close(lock)
+
+
+def _locked_folder(parent: Path) -> tuple[Path, int]:
+    while True:
+        path = parent / f"{_STAGING}{os.urandom(8).hex()}"
+        with refusals(path):
+            os.mkdir(path)
+            with contextlib.suppress(FileNotFoundError):  # swept before it was locked
+                lock = os.open(path, os.O_RDONLY)
+                with contextlib.suppress(OSError):  # some file systems lock no folders; there nothing is swept
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if os.path.isdir(path):
+                    return path, lock
+                os.close(lock)
+
+
+def sweep_staging(parent: Path) -> None:
+    """Delete the folders of `staging` in `parent` whose processes were killed; those of live ones are locked."""
+    with contextlib.suppress(OSError, DiskError):  # what may not be listed or deleted stays
+        for path in sorted(parent.glob(f"{_STAGING}{'[0-9a-f]' * 16}")):
+            if path.is_dir() and not path.is_symlink():
+                lock = os.open(path, os.O_RDONLY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove(path)
+                except OSError:
+                    continue
+                finally:
+                    os.close(lock)
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -168,8 +211,6 @@ def _write_all(handle: int, chunk: bytes | memoryview) -> None:
 
 def _flush(handle: int) -> None:
     if sys.platform == "darwin":  # fsync there does not reach the medium
-        import fcntl
-
         fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
     else:
         os.fsync(handle)

@@ -95,7 +95,7 @@ def of_slot(snapshot: Snapshot, slot: Slot) -> Content:
 def entry(task: str, kind: str, adapter: Adapter) -> Merged:
     """The record of an adapter that is to be stored. Raises AdapterFormatError if ΔW is absurdly large."""
     size = math.sqrt(sum(energies(adapter).values()))
-    if size > LARGEST_NORM:
+    if not size <= LARGEST_NORM:  # NaN is not
         raise AdapterFormatError(
             [f"{task}: ‖ΔW‖ is {size:.1e}"], cure="no trained adapter is that large: train it again"
         )

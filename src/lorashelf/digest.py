@@ -13,6 +13,8 @@ from typing import Any
 
 import rfc8785
 
+from .errors import NotStorable
+
 TAG = "b2-"
 PATTERN = re.compile(r"b2-[0-9a-f]{64}")
 
@@ -50,9 +52,14 @@ def is_digest(text: object) -> bool:
 
 
 def canonical_json(document: Any) -> bytes:
-    """The one encoding of a JSON document (RFC 8785: keys sorted, shortest numbers, UTF-8, no white space).
+    """The one encoding of a JSON document (RFC 8785: keys sorted, shortest numbers, UTF-8, no white space). Raises
+    NotStorable.
 
     >>> canonical_json({"b": 1.0, "a": "é"}).decode()
     '{"a":"é","b":1}'
     """
-    return rfc8785.dumps(document)
+    try:
+        return rfc8785.dumps(document)
+    except rfc8785.CanonicalizationError as error:
+        what = f"a value cannot be stored: {error}"
+        raise NotStorable(what, cure="find where NaN, infinity or so large a number comes from") from error

@@ -4,6 +4,7 @@
     ├── UsageError            2  the request itself cannot be carried out
     │   ├── UnknownName       2  no such task, method, policy …; carries the nearest names
     │   ├── MissingExtra      2  an optional package is not installed; carries the install line
+    │   ├── NotStorable       2  a value that JSON cannot hold
     │   └── TaskNameError     2  a task name that is taken, or that cannot be a name
     ├── AdapterError          3  an adapter is refused
     │   ├── AdapterFormatError    3  its files are not a LoRA adapter that can be read exactly
@@ -97,6 +98,12 @@ class MissingExtra(UsageError):
         self.package = package
         self.extra = extra
         super().__init__(f"{purpose} needs {package}", cure=f"pip install 'lorashelf[{extra}]'")
+
+
+class NotStorable(UsageError, ValueError):
+    """A value that JSON cannot hold: NaN, infinity, a number beyond 2^53."""
+
+    kind = "not_storable"
 
 
 class TaskNameError(UsageError):

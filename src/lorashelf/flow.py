@@ -14,7 +14,7 @@ from .algebra import energies
 from .alignment import aligned, shared
 from .content import Content
 from .digest import canonical_json
-from .errors import CorruptShelf, NotReversible, OverBudget, TaskNameError, UsageError
+from .errors import CorruptShelf, NotReversible, NotStorable, OverBudget, TaskNameError, UsageError
 from .given import as_adapter, as_named
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot
 from .naming import problem_type, task_name
@@ -364,10 +364,9 @@ def _storable(task: str, details: Mapping[str, Any]) -> dict[str, Any]:
     """What is stored with a task, as a copy. Raises UsageError where JSON cannot hold it."""
     try:
         canonical_json(dict(details))
-    except ValueError as error:
-        raise UsageError(
-            f"details of task {task!r} cannot be stored: {error}", cure="give plain JSON values"
-        ) from error
+    except NotStorable as error:
+        what = f"details of task {task!r} cannot be stored: {error.__cause__}"
+        raise NotStorable(what, cure="give plain JSON values") from error
     return dict(details)
 
 

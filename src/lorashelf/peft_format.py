@@ -97,9 +97,10 @@ def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[st
     `rank_pattern`. Raises UsageError if the path exists, AdapterFormatError if a value overflows the dtype, DiskError.
     """
     folder = atomic.expanded(path)
-    if folder.exists():
+    if not atomic.is_vacant(folder):
         raise UsageError("the output exists already", where=str(folder), cure="choose another folder or delete it")
     atomic.make_parents(folder)
+    atomic.sweep_staging(folder.parent)
     with atomic.staging(folder.parent) as staged:
         identity, _ = write_files(adapter, staged)
         for name, content in (extra_files or {}).items():

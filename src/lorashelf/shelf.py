@@ -68,29 +68,9 @@ class Shelf:
         OverBudget if even an empty shelf exceeds `bytes`, DiskError.
         """
         path = atomic.expanded(path)
-        settings.checked()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ShelfError("this path exists already", where=str(path), cure="choose another, or delete it")
-        folder = path.resolve()  # a link to an empty folder is followed
-        if folder == Path.cwd():  # it would be replaced under the caller's feet
-            cure = "give a new folder's name: lorashelf init NAME"
-            raise ShelfError("this is the folder you are in", where=str(path), cure=cure)
-        cause = {"operation": "init", "time": _stamp(clock), "version": VERSION}
-        first = Manifest(None, 0, settings.recipe.document(), settings.budget.document(), cause).encode()
-        written = recipe.write_toml(settings)
-        empty, limit = HEAD_BYTES + len(first) + len(written), settings.budget.bytes
-        if limit is not None and empty > limit:
-            what = f"an empty shelf takes {empty} bytes already, the budget is {limit}"
-            raise OverBudget(what, where=str(path), cure="raise the budget (--bytes, budget.bytes)")
-        atomic.make_parents(folder)
-        with atomic.staging(folder.parent) as staged:
-            for name in _FOLDERS:
-                atomic.make_folder(staged / name)
-            atomic.write_file(staged / recipe.FILE, [written])
-            atomic.write_file(staged / "manifests" / f"{manifest_id(first)}.json", [first])
-            atomic.settle(staged / "manifests")
-            atomic.write_file(staged / "HEAD", [f"{manifest_id(first)}\n".encode()])
-            atomic.publish(staged, folder)
+        files = _first_files(path, settings, clock)
+        with _appearing(path) as staged:
+            _fill(staged, files)
         return cls(path, clock)
 
     @classmethod
@@ -101,19 +81,12 @@ class Shelf:
         and `commit`.
         """
         path = atomic.expanded(path)
-        if path.exists():
-            raise ShelfError("this path exists already", where=str(path), cure="choose another, or delete it")
-        atomic.make_parents(path)
-        with atomic.staging(path.parent) as staged:
-            try:
-                shelf = cls.create(staged, settings, clock)
-                plan = planner(shelf.snapshot())
-                shelf.commit(plan)
-                atomic.publish(staged, path)
-            except LorashelfError as error:
-                if str(staged) in (error.where or ""):
-                    error.where = str(path)  # what the caller knows
-                raise
+        files = _first_files(path, settings, clock)
+        with _appearing(path) as staged:
+            _fill(staged, files)
+            shelf = cls(staged, clock)
+            plan = planner(shelf.snapshot())
+            shelf.commit(plan)
         return cls(path, clock).snapshot(), plan
 
     # reading ----------------------------------------------------------------------------------------------------
@@ -422,7 +395,13 @@ class Shelf:
         atomic.write_file(staged, [data])
         atomic.publish(staged, self._manifest_path(identity))
         self._lock.check()
-        atomic.replace_file(self.path / "HEAD", f"{identity}\n".encode(), self.path / "tmp")
+        try:
+            atomic.replace_file(self.path / "HEAD", f"{identity}\n".encode(), self.path / "tmp")
+        except DiskError as error:
+            if self._named_by_head() == identity:  # the rename was done, what failed is to make it durable
+                error.what += "; the commit stands, but a power cut may take it back"
+                error.cure = f"check the disk, then lorashelf verify {self.path}"
+            raise
         with contextlib.suppress(LorashelfError, OSError):  # committed all the same: the next writer sweeps again
             self._lock.check()
             self._sweep(self.snapshot())
@@ -479,6 +458,65 @@ def _contradictions(settings: Settings, manifest: Manifest) -> list[tuple[str, s
     if settings.base and stored and stored not in (settings.base, *settings.base_aliases):
         faults.append(("base", f"base is {settings.base!r}, but the adapters here are of {stored!r}"))
     return faults
+
+
+def check_vacant(path: Path) -> Path:
+    """Where a new shelf of this path lies; a link to an empty folder is followed. Raises ShelfError if it cannot lie
+    there.
+    """
+    folder = path.resolve()
+    if not atomic.is_vacant(folder):
+        raise _taken(path)
+    if folder == Path.cwd():  # it would be replaced under the caller's feet
+        cure = "give a new folder's name: lorashelf init NAME"
+        raise ShelfError("this is the folder you are in", where=str(path), cure=cure)
+    return folder
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A staged folder that gets its final name at the end. Raises ShelfError if that is taken, also meanwhile."""
+    folder = check_vacant(path)
+    atomic.make_parents(folder)
+    atomic.sweep_staging(folder.parent)
+    with atomic.staging(folder.parent) as staged:
+        try:
+            yield staged
+            atomic.publish(staged, folder)
+        except LorashelfError as error:
+            if isinstance(error, DiskError) and not atomic.is_vacant(folder):
+                raise _taken(path) from error
+            if str(staged) in (error.where or ""):
+                error.where = str(path)  # what the caller knows
+            raise
+
+
+def _first_files(path: Path, settings: Settings, clock: Clock) -> Mapping[str, bytes]:
+    """The files of an empty shelf, in the order of writing. Raises UsageError, OverBudget."""
+    settings.checked()
+    cause = {"operation": "init", "time": _stamp(clock), "version": VERSION}
+    first = Manifest(None, 0, settings.recipe.document(), settings.budget.document(), cause).encode()
+    written = recipe.write_toml(settings)
+    empty, limit = HEAD_BYTES + len(first) + len(written), settings.budget.bytes
+    if limit is not None and empty > limit:
+        what = f"an empty shelf takes {empty} bytes already, the budget is {limit}"
+        raise OverBudget(what, where=str(path), cure="raise the budget (--bytes, budget.bytes)")
+    identity = manifest_id(first)
+    return {recipe.FILE: written, f"manifests/{identity}.json": first, "HEAD": f"{identity}\n".encode()}
+
+
+def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put the files of a shelf into an empty folder. Raises DiskError."""
+    for name in _FOLDERS:
+        atomic.make_folder(folder / name)
+    for name, data in files.items():
+        atomic.write_file(folder / name, [data])
+    atomic.settle(folder / "manifests")
+
+
+def _taken(path: Path) -> ShelfError:
+    cure = "choose another path, or delete what is there; add works on a shelf"
+    return ShelfError("this path exists already", where=str(path), cure=cure)
 
 
 def _next(snapshot: Snapshot, operation: str) -> str:

@@ -13,6 +13,7 @@ import typer
 
 from ..algebra import norm
 from ..alignment import fitting, shared
+from ..atomic import is_vacant
 from ..content import one_base
 from ..errors import UsageError, numbered
 from ..merging import merge_measured
@@ -108,7 +109,7 @@ def merge_adapters(
     json: arg.Json = False,
 ) -> None:
     """Merge adapters into one PEFT folder."""
-    if output.exists():
+    if not is_vacant(output):
         raise UsageError("the output exists already", where=str(output), cure="choose another folder or delete it")
     checked = new_settings(
         1, merge=method, parameters=arg.parameters(parameter), rank=rank, dtype=dtype, seed=seed

@@ -15,13 +15,13 @@ from .. import atomic, router
 from ..adapter import Adapter
 from ..clustering import Searched, cluster_by_loss, drawn
 from ..d2c import Accept
-from ..errors import DiskError, ModelError, ShelfError, UnknownName, UsageError
+from ..errors import DiskError, ModelError, UnknownName, UsageError
 from ..flow import plan_cluster, together
 from ..journal import sole
 from ..merging import METHODS
 from ..partition import PARTITIONERS
 from ..recipe import Recipe, new_settings
-from ..shelf import Shelf
+from ..shelf import Shelf, check_vacant
 from ..tasks import Task, fields_for, read_tasks
 from . import arguments as arg
 from .output import counted, note, show, table
@@ -106,9 +106,7 @@ def cluster(
     json: arg.Json = False,
 ) -> None:
     """Cluster many adapters into K slots at once, and merge each cluster."""
-    if output.exists():
-        cure = "choose another path; add works on a shelf"
-        raise ShelfError("the output exists already", where=str(output), cure=cure)
+    check_vacant(output)
     blocks = Recipe(merge=merge or ("ties" if method == D2C else "linear"), parameters=arg.parameters(parameter))
     METHODS[blocks.merge].checked(blocks.parameters)
     settings = new_settings(

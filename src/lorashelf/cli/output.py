@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,7 +69,16 @@ def cells(text: str) -> int:
 def print_json(document: Any) -> None:
     """One JSON document on stdout, escaped where stdout cannot hold all of Unicode."""
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print(json.dumps(document, ensure_ascii=not unicode))
+    print(json.dumps(_finite(document), ensure_ascii=not unicode, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The document with null in place of NaN and infinity, which JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
