@@ -12,7 +12,8 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 BAD_PATTERN = (re.error, OverflowError, RecursionError)  # what compiling a hostile pattern raises
-_Ending = tuple[str | None, ...]  # the last letters of whatever a key matches; None stands for any
+_ANY = "\0"  # any one letter, in the fixed ending of a key; no path holds it
+_PLAIN = re.compile(r"[\w.-]*")
 
 
 class Key:
@@ -41,12 +42,13 @@ class FirstMatch(Generic[T]):
 
     def __init__(self, keys: Iterable[tuple[Key, T]]) -> None:
         self._keys = list(keys)
-        self._by_ending: dict[tuple[int, ...], dict[str, list[int]]] = {}
+        self._by_ending: dict[
+            tuple[int, ...], dict[str, list[int]]
+        ] = {}  # lengths of the known runs → letters → places
         for place, (key, _) in enumerate(self._keys):
-            known = tuple(i - len(key.ending) for i, letter in enumerate(key.ending) if letter is not None)
-            letters = "".join(letter for letter in key.ending if letter is not None)
-            self._by_ending.setdefault(known, {}).setdefault(letters, []).append(place)
-        self._slices = {known: _slices(known) for known in self._by_ending}
+            runs = key.ending.split(_ANY)
+            self._by_ending.setdefault(tuple(map(len, runs)), {}).setdefault("".join(runs), []).append(place)
+        self._slices = {lengths: _slices(lengths) for lengths in self._by_ending}
 
     def of(self, path: str, default: T) -> T:
         """The value of the first key that matches the path, else the default."""
@@ -54,38 +56,39 @@ class FirstMatch(Generic[T]):
         return next((self._keys[place][1] for place in places if self._keys[place][0].matches(path)), default)
 
     def _candidates(self, path: str) -> Iterator[int]:
-        for known, by_letters in self._by_ending.items():
-            yield from by_letters.get("".join([path[part] for part in self._slices[known]]), ())
+        for lengths, by_letters in self._by_ending.items():
+            yield from by_letters.get("".join([path[part] for part in self._slices[lengths]]), ())
 
 
-def _fixed_ending(key: str) -> tuple[_Ending, bool]:
-    """What every match of a regular expression ends with, letter by letter (empty where that is not plain to see), and
+def _fixed_ending(key: str) -> tuple[str, bool]:
+    """What every match of a regular expression ends with, _ANY for a dot (empty where it is not plain to see), and
     whether that is the whole of it.
     """
+    if _PLAIN.fullmatch(key):
+        return key.replace(".", _ANY), True
     if "|" in key or "(?" in key:  # alternatives; flags
-        return (), False
-    ending: list[str | None] = []
+        return "", False
+    ending: list[str] = []
     plain = True
     for escaped, letter in re.findall(r"(\\?)(.)", key, re.DOTALL):
         if escaped and not letter.isalnum():
             ending.append(letter)
-        elif escaped or letter in "^$*+?{}[]()\\":
+        elif escaped or letter in f"^$*+?{{}}[]()\\{_ANY}":
             ending.clear()
             plain = False
         else:
-            ending.append(None if letter == "." else letter)
-    return tuple(ending), plain
+            ending.append(_ANY if letter == "." else letter)
+    return "".join(ending), plain
 
 
-def _slices(known: tuple[int, ...]) -> list[slice]:
-    """Places before the end as slices of a text, neighbours together."""
-    runs: list[list[int]] = []
-    for place in known:
-        if runs and runs[-1][1] == place:
-            runs[-1][1] = place + 1
-        else:
-            runs.append([place, place + 1])
-    return [slice(start, stop or None) for start, stop in runs]
+def _slices(lengths: tuple[int, ...]) -> list[slice]:
+    """Where the known runs of an ending stand in a path, counted from its end; one letter lies between two runs."""
+    found, start = [], -(sum(lengths) + len(lengths) - 1)
+    for length in lengths:
+        if length:
+            found.append(slice(start, start + length or None))
+        start += length + 1
+    return found
 
 
 def targets(config: Mapping[str, Any]) -> Callable[[str], bool]:
