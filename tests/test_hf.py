@@ -91,6 +91,19 @@ def peft_model(backend: HFBackend, adapter: Adapter, folder: Path) -> Any:
         return PeftModel.from_pretrained(fresh, str(folder)).eval()
 
 
+@pytest.mark.parametrize("head", ["model.language_model.layers", "language_model.model.layers", "layers"])
+def test_an_adapter_under_another_spelling_of_the_base_s_modules_is_the_same(
+    bases: dict[str, HFBackend], head: str
+) -> None:
+    backend = bases["llama"]
+    adapter = random_adapter(backend)
+    modules = {path.replace("model.layers", head, 1): f for path, f in adapter.modules.items()}
+    other = replace(adapter, modules=Modules(modules))
+    backend.fits({"other": other})
+    bare, expected, found = backend.nll([(None, SET), (adapter, SET), (other, SET)])
+    assert [loss.nll for loss in found] == [loss.nll for loss in expected] != [loss.nll for loss in bare]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_losses_are_those_of_transformers_and_of_peft(
     bases: dict[str, HFBackend], architecture: str, tmp_path: Path

@@ -60,6 +60,13 @@ def shared(xs: Sequence[Adapter]) -> dict[str, int]:
     return {"modules": len(set.intersection(*paths)), "of": min(map(len, paths))}
 
 
+def respelled(x: Adapter, modules: Collection[str]) -> Adapter:
+    """The adapter under the names of a base's modules, as far as a rule says which they are."""
+    ours, theirs = x.modules.keys() - set(modules), set(modules) - x.modules.keys()
+    apart = _two_parts(x.modules) if ours else set()
+    return _under(x, _spelled(x.modules, {path for path in ours if cut(path)[0] not in apart}, theirs)) if ours else x
+
+
 def _renamed(xs: Sequence[Adapter], latest: bool) -> tuple[list[Adapter], list[str]]:
     """The adapters under one spelling, and a fault for every pair of names of which no rule says whether they are
     one module.
@@ -67,16 +74,19 @@ def _renamed(xs: Sequence[Adapter], latest: bool) -> tuple[list[Adapter], list[s
     if not xs or all(list(x.modules) == list(xs[0].modules) for x in xs[1:]):
         return list(xs), []
     found, known = [xs[0]], dict(xs[0].shapes)
+    apart = _two_parts(known)
     faults: list[str] = []
     for x in xs[1:]:
         found.append(x)
         shapes = x.shapes
+        apart |= _two_parts(shapes)
         ours, theirs = shapes.keys() - known.keys(), known.keys() - shapes.keys()
         if ours and theirs:
-            apart = _two_parts(shapes) | set().union(*(_two_parts(y.modules) for y in found))
-            mine, yours = ([p for p in paths if cut(p)[0] not in apart] for paths in (ours, theirs))
-            ahead = {p: q for p, q in _spelled(shapes, mine, yours).items() if not latest or age(p) <= age(q)}
-            back = {q: p for q, p in _spelled(known, yours, mine).items() if latest and age(q) < age(p)}
+            mine, yours = ({p for p in paths if cut(p)[0] not in apart} for paths in (ours, theirs))
+            names, back = _spelled(shapes, mine, yours), {}
+            ahead = {p: q for p, q in names.items() if not latest or age(p) <= age(q)}
+            if len(ahead) < len(names):
+                back = {q: p for q, p in _spelled(known, yours, mine).items() if age(q) < age(p)}
             found = [*(_under(y, back) for y in found[:-1]), _under(x, ahead)]
             shapes, known = found[-1].shapes, {back.get(path, path): shape for path, shape in known.items()}
             ours, theirs = shapes.keys() - known.keys(), known.keys() - shapes.keys()

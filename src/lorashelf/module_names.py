@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 WRAPPERS = frozenset(["model", "language_model", "text_model", "llm", "vlm", "thinker"])
 """Attributes between a model and its language model, which versions and classes of transformers add and leave out."""
@@ -62,7 +63,13 @@ _RENAMED: tuple[tuple[str, str], ...] = (
     (r"^mlp_AR\.", "projector."),  # PaddleOCR-VL
     (r"^(model\.)?vision_projector$", "projector"),  # HyperCLOVA X
 )
-_OLD = "|".join(f"(?:{pattern})" for pattern, _ in _RENAMED)  # one look at a name that no rule changes
+_OLD = frozenset(
+    [
+        *("layer", "query", "key", "value", "dense", "out_proj", "fc1", "fc2"),
+        *("block_sparse_moe", "embed_out", "backbone", "mlp_AR", "vision_projector"),
+    ]
+)
+"""Of each rule a word: most names have none, and need not be looked at."""
 
 _TOOLS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
 _PEFT = "base_model.model."
@@ -114,6 +121,10 @@ def canonical(path: str) -> str:
     return ".".join((*head, tail))
 
 
+_KEPT = 2**16  # names of which the parts are remembered: every comparison and merge asks for them again
+
+
+@lru_cache(_KEPT)
 def cut(path: str) -> tuple[str, str]:
     """The part of the model in front of a path, with its dot, and the module's place in it: from its layer on.
 
@@ -126,6 +137,7 @@ def cut(path: str) -> tuple[str, str]:
     return "".join(f"{part}." for part in parts[:start]), ".".join(parts[start:])
 
 
+@lru_cache(_KEPT)
 def split(path: str) -> tuple[tuple[str, ...], str]:
     """The part of the model and the place in it of a canonical name.
 
@@ -134,10 +146,7 @@ def split(path: str) -> tuple[tuple[str, ...], str]:
     >>> split("vision_tower.vision_model.encoder.layers.3.mlp.fc1")
     (('vision', 'encoder'), 'layers.3.mlp.fc1')
     """
-    if re.search(_OLD, path):  # compiled by `re` when first needed, and kept there
-        for pattern, target in _RENAMED:
-            path = re.sub(pattern, target, path)
-    before, place = cut(path)
+    before, place = cut(_renamed(path))
     head: list[str] = []
     for part in before.split(".")[:-1]:
         inner = part == "vision_model" and head and head[-1].endswith(("_tower", "vision"))
@@ -151,12 +160,20 @@ def age(path: str) -> tuple[bool, ...]:
     parts = path.split(".")
     pairs = set(itertools.pairwise(parts))
     return (
-        not re.search(_OLD, path),
+        _renamed(path) == path,
         not any(pair in pairs for pair in _DROPPED),
         parts[0] == "model",
         "language_model" in parts or "text_model" in parts,
         parts[0] in BASE_PREFIXES,
     )
+
+
+def _renamed(path: str) -> str:
+    """The path with the names inside a layer that transformers 5 has."""
+    if not _OLD.isdisjoint(path.split(".")):
+        for pattern, target in _RENAMED:  # compiled by `re` when first needed, and kept there
+            path = re.sub(pattern, target, path)
+    return path
 
 
 def without_prefix(path: str) -> str:

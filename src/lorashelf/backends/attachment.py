@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..adapter import Adapter, BaseId, Factors
+from ..alignment import respelled
 from ..errors import Fault, ModelError, ShapeMismatch
 from ..faults import Faults
 from .base_model import BaseModel, libraries
@@ -24,6 +25,7 @@ class Attachment:
         self._torch, _ = libraries()
         self._base = base
         self._layers = dict(base.model.named_modules())
+        self._linear = frozenset(name for name, layer in self._layers.items() if sizes(layer) is not None)
         self._fused = any(name.endswith(".experts") and _is_fused(layer) for name, layer in self._layers.items())
         self._attached: Adapter | None = None
         self._hooks: list[Any] = []
@@ -55,7 +57,8 @@ class Attachment:
         self._hooks, self._attached = [], None
         if adapter is None:
             return
-        added = {path: self._on_device(factors) for path, factors in adapter.modules.items()}  # all, or none is added
+        named = respelled(adapter, self._linear)
+        added = {path: self._on_device(factors) for path, factors in named.modules.items()}  # all, or none is added
         self._hooks = [self._layers[path].register_forward_hook(_added(a, b)) for path, (a, b) in added.items()]
         self._attached = adapter
 
@@ -69,7 +72,7 @@ class Attachment:
     def _faults(self, adapter: Adapter) -> list[Fault]:
         """What does not fit, like modules with one fault together."""
         faults, cure = Faults(), f"give the base model it was trained on ({adapter.base})"
-        for path, (dout, _, din) in adapter.shapes.items():
+        for path, (dout, _, din) in respelled(adapter, self._linear).shapes.items():
             layer = self._layers.get(path)
             there = None if layer is None else sizes(layer)
             if there is None and self._fused and re.search(r"\.experts\.\d+\.", path):
