@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 
 from factory import assert_same_delta, tree
@@ -15,6 +14,7 @@ from lorashelf import BaseId, Shelf, merge, plan_add, read_adapter, write_adapte
 from lorashelf.backends.hf import HFBackend
 from lorashelf.cli import main, output
 from lorashelf.content import scaled
+from lorashelf.locks import sole
 from test_hf import random_adapter
 from tiny_base import tiny_base
 
@@ -110,7 +110,7 @@ def test_an_interrupted_search_is_taken_up(
 def test_a_second_search_in_one_journal_is_refused(
     house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with filelock.FileLock(tmp_path / "s.d2c.jsonl.lock"):
+    with sole(tmp_path / "s.d2c.jsonl.lock", "held", tmp_path, "wait"):
         code, document, _ = run(capsys, house, tmp_path / "s")
     assert code == 2
     assert "another search writes into this journal" in document["error"]["message"]

@@ -21,6 +21,7 @@ from typing import Any
 from . import atomic
 from .digest import canonical_json, digest
 from .errors import UsageError
+from .locks import sole
 
 FILE = "journal.jsonl"
 LOCK = "lock"
@@ -103,23 +104,6 @@ def opened(folder: Path | None) -> Iterator[Journal]:
         if not (folder / FILE).exists():
             atomic.append(folder / FILE, b"", 0)
         yield Journal(folder / FILE)
-
-
-@contextlib.contextmanager
-def sole(lock: Path, what: str, where: Path, cure: str) -> Iterator[None]:
-    """Hold a lock file. Raises UsageError in these words where another process holds it; DiskError."""
-    import filelock  # here: only what is kept in a file needs it
-
-    held = filelock.FileLock(lock, timeout=0)
-    with atomic.refusals(lock):
-        try:
-            held.acquire()
-        except filelock.Timeout as error:
-            raise UsageError(what, where=str(where), cure=cure) from error
-    try:
-        yield
-    finally:
-        held.release()
 
 
 def _make(folder: Path) -> None:

@@ -16,8 +16,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from zlib import crc32
 
@@ -90,12 +91,16 @@ class TensorFile(Mapping[str, Entry]):
                 # what lies on a shelf is held against its sums
                 self._state = os.fstat(handle) if guard else _settled(handle)
                 size = self._state.st_size
-                self._offset, header = _read_header(file.read(8), size, file.read, path)
+                text = _read_header(file.read(8), size, file.read)
                 self._check_unchanged(handle)
+            self._offset = 8 + len(text)
+            self._entries = _entries(text, size - self._offset)
         except OSError as error:
             cure = "put the file that was saved in its place, readable for this user"
             raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path), cure=cure) from error
-        self._entries = _check_entries(header, size - self._offset, path)
+        except AdapterFormatError as error:
+            error.where = error.where or str(path)
+            raise
         in_order = sorted(self._entries, key=lambda name: self._entries[name].start)
         self._places = {name: place for place, name in enumerate(in_order, 1)}
 
@@ -212,28 +217,35 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_header(prefix: bytes, size: int, read: Any, path: Path) -> tuple[int, dict[str, Any]]:
-    where = str(path)
-    cure = "download or copy the file again"
+def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes]) -> bytes:
+    """The header's JSON."""
     if len(prefix) < 8:
-        raise AdapterFormatError([f"truncated: {size} bytes, a header needs at least 8"], where=where, cure=cure)
+        raise _faulty([f"truncated: {size} bytes, a header needs at least 8"])
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER:
-        raise AdapterFormatError(
-            [f"header of {length} bytes; at most {MAX_HEADER} are allowed"], where=where, cure=cure
-        )
+        raise _faulty([f"header of {length} bytes; at most {MAX_HEADER} are allowed"])
     if length > size - 8:
-        raise AdapterFormatError([f"truncated: header of {length} bytes in a file of {size}"], where=where, cure=cure)
+        raise _faulty([f"truncated: header of {length} bytes in a file of {size}"])
+    return read(length)
+
+
+@lru_cache(maxsize=4)  # the slots of a shelf have one header, as a rule
+def _entries(text: bytes, room: int) -> Mapping[str, Entry]:
+    """The tensors that a header describes, by name, in a file with so much room for them."""
     repeated: list[str] = []
     try:
-        header = json.loads(read(length), object_pairs_hook=lambda pairs: _once(pairs, repeated))
+        header = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, repeated))
     except (ValueError, RecursionError) as error:
-        raise AdapterFormatError([f"header is not JSON: {error}"], where=where, cure=cure) from error
+        raise _faulty([f"header is not JSON: {error}"]) from error
     if not isinstance(header, dict):
-        raise AdapterFormatError(["header is not a JSON object"], where=where, cure=cure)
+        raise _faulty(["header is not a JSON object"])
     if repeated:
-        raise AdapterFormatError([f"duplicate key {key!r} in the header" for key in repeated], where=where, cure=cure)
-    return 8 + length, header
+        raise _faulty([f"duplicate key {key!r} in the header" for key in repeated])
+    return MappingProxyType(_check_entries(header, room))
+
+
+def _faulty(faults: Sequence[str]) -> AdapterFormatError:
+    return AdapterFormatError(faults, cure="download or copy the file again")
 
 
 def _once(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
@@ -245,7 +257,7 @@ def _once(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
     return seen
 
 
-def _check_entries(header: dict[str, Any], room: int, path: Path) -> dict[str, Entry]:
+def _check_entries(header: dict[str, Any], room: int) -> dict[str, Entry]:
     faults: list[str] = []
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -261,7 +273,7 @@ def _check_entries(header: dict[str, Any], room: int, path: Path) -> dict[str, E
     faults += _by_kind(odd)
     faults += _layout_faults(entries, room) if not faults else []
     if faults:
-        raise AdapterFormatError(faults, where=str(path), cure="download or copy the file again")
+        raise _faulty(faults)
     return dict(sorted(entries.items()))
 
 

@@ -24,8 +24,8 @@ from .backends.hf import HFBackend
 from .backends.trainee import Trainee
 from .curriculum import TrainSettings
 from .errors import AdapterFormatError, ModelError, UsageError
-from .journal import sole
 from .lesson import Lesson, prepare
+from .locks import sole
 from .peft_format import write_adapter
 from .tasks import Task
 from .version import VERSION

@@ -21,7 +21,7 @@ from unittest import mock
 
 from lorashelf import atomic
 
-# every path below a folder → its bytes, None for a folder; without the lock, which is an empty file of filelock's
+# every path below a folder → its bytes, None for a folder; without the lock, which is an empty file
 Picture = dict[str, "bytes | None"]
 COUNTED = ("mkdir", "open", "write", "ftruncate", "fsync", "close", "rename", "replace", "unlink", "rmdir")
 

@@ -18,7 +18,8 @@ from .. import atomic
 from ..adapter import Adapter
 from ..errors import UsageError
 from ..evaluation import Unit, prepare
-from ..journal import Journal, sole
+from ..journal import Journal
+from ..locks import sole
 from ..peft_format import encode
 from ..tasks import Task
 from .assignment import Inputs, assign

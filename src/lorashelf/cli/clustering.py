@@ -17,7 +17,7 @@ from ..clustering import Searched, cluster_by_loss, drawn
 from ..d2c import Accept
 from ..errors import DiskError, ModelError, UnknownName, UsageError
 from ..flow import plan_cluster, together
-from ..journal import sole
+from ..locks import sole
 from ..merging import METHODS
 from ..partition import PARTITIONERS
 from ..recipe import Recipe, new_settings
