@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import combinations
 from typing import Any
 
@@ -73,20 +73,23 @@ def _spelled(keys: Sequence[str], paths: Iterable[str]) -> list[str]:
     """Endings as regular expressions, in which a name that transformers leaves out may be lacking, unless a path of
     the adapter ends like that itself.
     """
-    inner = [{part for part in key.split(".")[1:-1] if part in WRAPPERS or part in TOWERS} for key in keys]
+    inner = [_optional(key.split(".")) for key in keys]
     known = {ending for path in paths for ending in endings(path)} if any(inner) else set()
+    return [_one_spelled(key.split("."), optional, known) for key, optional in zip(keys, inner, strict=True)]
 
-    def spelled(key: str, optional: set[str]) -> str:
-        parts = key.split(".")
-        for count in range(1, len(optional) + 1):
-            for absent in combinations(sorted(optional), count):
-                if ".".join(part for part in parts if part not in absent) in known:
-                    return re.escape(key)
-        return (
-            re.sub(rf"(?<=\.)({'|'.join(optional)})\\\.", r"(?:\1\\.)?", re.escape(key)) if optional else re.escape(key)
-        )
 
-    return [spelled(key, optional) for key, optional in zip(keys, inner, strict=True)]
+def _optional(parts: Sequence[str]) -> list[int]:
+    """The places inside a key of names that transformers leaves out."""
+    return [i for i in range(1, len(parts) - 1) if parts[i] in WRAPPERS or parts[i] in TOWERS]
+
+
+def _one_spelled(parts: Sequence[str], optional: Sequence[int], known: Set[str]) -> str:
+    for count in range(1, len(optional) + 1):
+        for absent in combinations(optional, count):
+            if ".".join(part for i, part in enumerate(parts) if i not in absent) in known:
+                return re.escape(".".join(parts))
+    dotted = [re.escape(f"{part}.") for part in parts[:-1]]
+    return "".join(f"(?:{text})?" if i in optional else text for i, text in enumerate(dotted)) + re.escape(parts[-1])
 
 
 class _Endings:
