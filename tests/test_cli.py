@@ -614,7 +614,7 @@ def test_every_command_has_an_example_in_its_help(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["--help"])
     commands = re.findall(r"^│ (\w+)  ", capsys.readouterr().out, re.MULTILINE)
-    assert len(commands) == 23
+    assert len(commands) == 24
     for command in commands:
         with pytest.raises(SystemExit):
             main([command, "--help"])

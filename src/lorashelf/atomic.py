@@ -115,13 +115,17 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
         path = parent / f"{_STAGING}{os.urandom(8).hex()}"
         with refusals(path):
             os.mkdir(path)
-            with contextlib.suppress(FileNotFoundError):  # swept before it was locked
-                lock = os.open(path, os.O_RDONLY)
-                with contextlib.suppress(OSError):  # some file systems lock no folders; there nothing is swept
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                if os.path.isdir(path):
-                    return path, lock
-                os.close(lock)
+            try:
+                with contextlib.suppress(FileNotFoundError):  # swept before it was locked
+                    lock = os.open(path, os.O_RDONLY)
+                    with contextlib.suppress(OSError):  # some file systems lock no folders; there nothing is swept
+                        fcntl.flock(lock, fcntl.LOCK_EX)
+                    if os.path.isdir(path):
+                        return path, lock
+                    os.close(lock)
+            except BaseException:
+                remove(path)
+                raise
 
 
 def sweep_staging(parent: Path) -> None:
@@ -182,8 +186,9 @@ def replace_file(path: Path, data: bytes, staging: Path) -> None:
         with refusals(path):
             os.replace(staged, path)
             _sync(path.parent)
-    except DiskError as error:
-        error.where = str(path)  # nobody knows the other name
+    except BaseException as error:
+        if isinstance(error, DiskError):
+            error.where = str(path)  # nobody knows the other name
         with contextlib.suppress(OSError):
             os.unlink(staged)
         raise

@@ -24,14 +24,14 @@ def head(target: Path) -> str | None:
 
 
 def state(target: Path) -> Any:
-    """Its head and all a user has of it: tasks, slots, and the bytes of every ΔW. Fails unless it is sound."""
+    """Its head and all a user has of it: settings, tasks, slots, the bytes of every ΔW. Fails unless it is sound."""
     if not target.exists():
         return None, None
     if not is_shelf(target):
         return head(target), _delta(read_adapter(target))
     shelf = Shelf(target, clock)
     _sound(shelf)
-    return head(target), content(shelf)
+    return head(target), (shelf.snapshot().settings, content(shelf))
 
 
 def content(shelf: Shelf) -> Any:
