@@ -31,7 +31,7 @@ FLOORS = [  # a module may import from lower floors, and from those before it on
         "merging",
     ],
     ["policy", "partition", "d2c"],
-    ["recipe", "manifest", "history", "timeline", "snapshot", "mending", "shelf"],
+    ["recipe", "manifest", "history", "timeline", "snapshot", "mending", "budget", "shelf"],
     [
         "tasks",
         "prompt",

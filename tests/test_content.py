@@ -27,6 +27,7 @@ from lorashelf import (
 )
 from lorashelf.adapter import WIDTHS
 from lorashelf.content import Content, block, entry, fold, one_base, scaled, single, without
+from lorashelf.content import _restored as restored
 from lorashelf.errors import NotReversible
 from lorashelf.manifest import PENDING, Merged
 from lorashelf.peft_format import rounded
@@ -467,13 +468,13 @@ def test_a_merge_that_cancels_out_is_not_restored() -> None:
 
 
 def test_what_has_no_norm_restores_none() -> None:
-    """B = 0 on one side, A = 0 on the other: nothing to restore, though `linear`'s cross terms are something."""
-    x, y = make_adapter(0), make_adapter(1)
-    left = x.with_factors({p: Factors(f.a, f.b * 0, f.scale) for p, f in x.modules.items()})
-    right = y.with_factors({p: Factors(f.a * 0, f.b, f.scale) for p, f in y.modules.items()})
-    content = folded([left, right], replace(LINEAR, restore_norm=True))
-    assert norm(content.adapter) > 0
-    assert content.restored == 1.0
+    """Earlier writers mixed B = 0 of one adapter with A = 0 of another: cross terms, of two that had no norm."""
+    x = make_adapter(0)
+    nothing = replace(record(x), norm=0.0)
+    content = Content(x, (nothing, nothing), average="linear")
+    assert restored(content, replace(LINEAR, restore_norm=True)) is content
+    larger = replace(content, merged=(record(scaled(x, 3.0)),) * 2)
+    assert restored(larger, replace(LINEAR, restore_norm=True)).restored == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(("side", "other"), [(1e-12, 1e-12), (1e-2, 1e-22)])

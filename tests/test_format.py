@@ -316,7 +316,7 @@ def test_the_rank_that_would_fit_fits(tmp_path: Path) -> None:
     x = Adapter(Modules(modules), BaseId("acme/tiny"))
     refused = plan_add(Shelf.create(tmp_path / "s", new_settings(1, bytes=30_000), clock).snapshot(), x, "a").refused
     assert refused
-    fits = re.search(r"rank (\d+) in this dtype would fit", refused)
+    fits = re.search(r"--rank (\d+)", refused)
     assert fits, refused
     for rank, name in ((int(fits[1]), "fitting"), (int(fits[1]) + 1, "too much")):
         shelf = Shelf.create(tmp_path / name, new_settings(1, bytes=30_000, rank=rank), clock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 
 from factory import assert_same_delta, make_adapter
-from lorashelf import Adapter, Shelf, new_settings, norm, plan_add, plan_remove, plan_update
+from lorashelf import Adapter, BaseId, Shelf, new_settings, norm, plan_add, plan_remove, plan_update
+from lorashelf.cli.arguments import slot_range
 from lorashelf.content import scaled
-from lorashelf.errors import NotReversible
+from lorashelf.errors import BaseMismatch, NotReversible, UsageError
 from lorashelf.peft_format import rounded
+from lorashelf.recipe import Recipe
+from lorashelf.survey import forecast
 
 CANNOT = {
     "ties": ({"merge": "ties"}, "merged by ties"),
@@ -100,3 +104,55 @@ def test_an_add_reports_whether_it_can_be_taken_out_again(
     assert (plan_remove(shelf.snapshot(), "b", y).report["removed"] == "average") is folded
     refused = plan_add(Shelf.create(tmp_path / "u", new_settings(1, bytes=2000)).snapshot(), x, "a")
     assert (refused.report["decision"], refused.report["reversible"]) == ("refuse", None)
+
+
+def test_an_emptied_shelf_takes_adapters_of_any_base(tmp_path: Path) -> None:
+    first, other = make_adapter(0, base="acme/one"), make_adapter(1, base="acme/two")
+    shelf = one_slot(tmp_path / "s", {"a": first}, keep=3)
+    with pytest.raises(BaseMismatch):
+        plan_add(shelf.snapshot(), other, "b")
+    shelf.commit(plan_remove(shelf.snapshot(), "a"))
+    assert (shelf.snapshot().manifest.base, shelf.snapshot().manifest.scores) == (None, ())
+    shelf.commit(plan_add(shelf.snapshot(), other, "b"))
+    assert shelf.snapshot().manifest.base == BaseId("acme/two")
+    with pytest.raises(BaseMismatch):
+        plan_add(shelf.snapshot(), first, "a")
+    shelf.undo()
+    shelf.undo()
+    with pytest.raises(BaseMismatch):  # what is back is of the first base
+        plan_add(shelf.snapshot(), other, "b")
+
+
+def test_a_base_in_the_settings_outlasts_the_adapters(tmp_path: Path) -> None:
+    shelf = one_slot(tmp_path / "s", {"a": make_adapter(0, base="acme/one")}, base="acme/one", keep=3)
+    shelf.commit(plan_remove(shelf.snapshot(), "a"))
+    with pytest.raises(BaseMismatch, match="acme/two"):
+        plan_add(shelf.snapshot(), make_adapter(1, base="acme/two"), "b")
+    shelf.configure({"base": "acme/two"})
+    shelf.commit(plan_add(shelf.snapshot(), make_adapter(1, base="acme/two"), "b"))
+
+
+@pytest.mark.parametrize(
+    ("slots", "fault"),
+    [
+        ("0..3", "has 0 slots; at least 1 is needed"),
+        ("2,0", "has 0 slots"),
+        ("8..1", "runs backwards"),
+        ("a..b", "is not a number, a list or a range"),
+        ("9" * 5000, "is not a number, a list or a range"),
+        ("", "is not a number"),
+    ],
+)
+def test_numbers_of_slots_that_cannot_be_are_refused_in_words(slots: str, fault: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(fault)):
+        slot_range(slots, 3)
+
+
+@pytest.mark.parametrize(
+    ("slots", "found"),
+    [("1..100000000", [1, 2, 3]), ("2..3", [2, 3]), ("7..9", [7]), ("2,100000000", [2, 100000000]), ("5", [5])],
+)
+def test_a_range_of_slots_ends_where_every_adapter_has_its_own(slots: str, found: list[int]) -> None:
+    assert slot_range(slots, 3) == found
+    adapters = {str(i): make_adapter(i) for i in range(3)}
+    assert [row["filled"] for row in forecast(adapters, found, Recipe())] == [min(3, count) for count in found]

@@ -61,6 +61,13 @@ def energies(x: Adapter) -> Mapping[str, float]:
     return x.modules.energies
 
 
+def trained(x: Adapter | Factors) -> bool:
+    """Whether an adapter, or a module, changes anything: not where A or B is zero throughout, as before training."""
+    if isinstance(x, Adapter):
+        return any(trained(factors) for factors in x.modules.values())
+    return all(side[0].any() or side.any() for side in (x.a, x.b))  # a row tells, as a rule
+
+
 def energies_hold(x: Adapter) -> bool:
     """Whether the energies kept with the modules are theirs: to 1e-4, where ranks cancel to 1e-12 of the ranks' own."""
     if x.modules.energies is None:

@@ -124,6 +124,9 @@ def fold(
     whose default weight is 1 takes 1 and 1. Averages are computed in float32 and rounded once, to the widest dtype or
     the recipe's.
     """
+    sources = [source for source in sources if any(m.norm for m in source.merged)]  # untrained ones take no part
+    if not sources:
+        return single(adapter, record, recipe)
     *held, adapter = aligned([*(source.adapter for source in sources), adapter])
     sources = [_under(source, x) for source, x in zip(sources, held, strict=True)]
     records = [m for source in sources for m in source.merged]
@@ -137,7 +140,9 @@ def fold(
     weights = [share * m.weight for share, source in zip(shares, sources, strict=True) for m in source.merged] + [
         newcomer
     ]
-    merged, error = _merge([*(source.adapter for source in sources), adapter], [*shares, newcomer], recipe)
+    averages = [len(source.merged) > 1 for source in sources]
+    xs = [*(source.adapter for source in sources), adapter]
+    merged, error = _merge(xs, [*shares, newcomer], recipe, [*averages, False])
     entries = tuple(replace(m, weight=round(w, 15)) for m, w in zip([*records, record], weights, strict=True))
     fixed = _fixed(sources, recipe, average, error)
     method, noise = (recipe.merge, _noise(sources, shares, merged, recipe)) if fixed is None else (None, None)
@@ -153,10 +158,14 @@ def _under(content: Content, adapter: Adapter) -> Content:
 
 
 def block(adapters: Sequence[Adapter], records: Sequence[Merged], recipe: Recipe) -> Content:
-    """Several adapters merged at once with the method's default weights, copies once; one alone is stored as it is."""
+    """Several adapters merged at once with the method's default weights, copies once and untrained ones left out; one
+    alone is stored as it is.
+    """
     first: dict[str, tuple[Adapter, Merged]] = {}
+    effective = any(m.norm for m in records)
     for x, m in zip(adapters, records, strict=True):
-        first.setdefault(m.digest, (x, m))
+        if m.norm or not effective:
+            first.setdefault(m.digest, (x, m))
     adapters, records = [x for x, _ in first.values()], [m for _, m in first.values()]
     if len(adapters) == 1:
         return single(adapters[0], records[0], recipe)
@@ -243,9 +252,17 @@ def one_base(adapters: Sequence[Adapter]) -> list[Adapter]:
     return [replace(x, base=base) for x in adapters]
 
 
-def _merge(adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recipe) -> tuple[Adapter, float]:
+def _merge(
+    adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recipe, averages: Sequence[bool] | None = None
+) -> tuple[Adapter, float]:
     merged, error = merge_measured(
-        one_base(adapters), weights, method=recipe.merge, rank=recipe.rank, seed=recipe.seed, **recipe.parameters
+        one_base(adapters),
+        weights,
+        method=recipe.merge,
+        rank=recipe.rank,
+        seed=recipe.seed,
+        averages=averages,
+        **recipe.parameters,
     )
     return rounded(replace(merged, dtype=recipe.dtype or wider([x.dtype for x in adapters]))), error
 

@@ -12,6 +12,7 @@ from . import content, partition, policy
 from .adapter import Adapter, BaseId
 from .algebra import energies
 from .alignment import aligned, shared
+from .budget import Shortage, check_budget, shortage_of_room
 from .content import Content
 from .digest import canonical_json
 from .errors import CorruptShelf, NotReversible, NotStorable, OverBudget, TaskNameError, UsageError
@@ -19,10 +20,10 @@ from .given import as_adapter, as_named
 from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot
 from .naming import problem_type, task_name
 from .parallel import beside
-from .policy import Decision, Fold, Open, Refuse
+from .policy import Fold, Open, Refuse
 from .recipe import Recipe, Settings
 from .similarity import similarity
-from .snapshot import Snapshot, check_budget
+from .snapshot import Snapshot
 from .version import VERSION
 
 if TYPE_CHECKING:
@@ -61,13 +62,11 @@ def plan_add(
         values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
     same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
+    record = content.entry(task, kind, adapter)
+    if same is None and not record.norm and scores:  # untrained: a slot of its own would be taken from others
+        same = policy.nearest(scores)
     seen = manifest.scores if same is not None else (*manifest.scores, *scores.values())
     threshold = _threshold(settings.recipe, seen)
-    decision: Decision
-    if same is not None:
-        decision, new = Fold(same), None  # its average holds this very adapter: only the route is new
-    else:
-        decision, new = _placed(snapshot, adapter, content.entry(task, kind, adapter), scores, threshold)
     known = replace(
         manifest,
         base=base,
@@ -77,36 +76,51 @@ def plan_add(
         scores=(seen if len(manifest.slots) < settings.budget.slots else manifest.scores)[-MAX_SCORES:],
     )
     report = {"task": task, "scores": {str(slot): score for slot, score in scores.items()}, "threshold": threshold}
-    plan = _decided(snapshot, known, decision, new, report)
-    if new is None or not isinstance(decision, Fold):
-        return plan
-    merged = [*(held[i] for i in decision.sources or (decision.slot,)), adapter]
-    return replace(plan, report={**plan.report, "shared": shared(merged)})
+    report |= {} if record.norm else {"untrained": True}
+    if same is not None:  # its average holds this very adapter, or the adapter changes nothing: only the route is new
+        plan = _arrived(snapshot, known, Fold(same), None, report)
+        return _within_budget(snapshot, plan, report)
+    return _placed(snapshot, known, adapter, record, held, scores, report)
 
 
 def _placed(
-    snapshot: Snapshot, adapter: Adapter, record: Merged, scores: Mapping[int, float], threshold: float | None
-) -> tuple[Decision, Content | None]:
-    """The policy's decision, and what the slot it names would hold."""
+    snapshot: Snapshot,
+    known: Manifest,
+    adapter: Adapter,
+    record: Merged,
+    held: Mapping[int, Adapter],
+    scores: Mapping[int, float],
+    report: Mapping[str, Any],
+) -> Plan:
+    """The plan of an add to the slot that the policy names."""
     manifest, recipe = snapshot.manifest, snapshot.settings.recipe
-    opening = _opening(snapshot, adapter, record)
-    free = None if isinstance(opening, OverBudget) else opening[0]
+    filled = [slot for slot in manifest.slots if any(m.norm for m in slot.merged)]
+    scores = {slot.slot: scores[slot.slot] for slot in filled}
+    free = next((i for i in range(snapshot.settings.budget.slots) if i not in scores), None)
+    opening = None if free is None else _opening(snapshot, known, adapter, record, free, report)
     view = policy.View(
-        free=free,
-        threshold=threshold,
+        free=free if isinstance(opening, Plan) else None,
+        threshold=report["threshold"],
         type=record.type,
-        types={slot.slot: frozenset(m.type for m in slot.merged) for slot in manifest.slots},
-        averaged={slot.slot: slot.digests for slot in manifest.slots},
+        types={slot.slot: frozenset(m.type for m in slot.merged) for slot in filled},
+        averaged={slot.slot: slot.digests for slot in filled},
         seed=(recipe.seed, manifest.arrived),
     )
-    decision = policy.POLICIES[recipe.policy](scores, view)
+    decide = policy.POLICIES[recipe.policy]
+    decision = decide(scores, view)
     if isinstance(decision, Refuse):
-        why = f"; {opening.what}; {opening.cure}" if isinstance(opening, OverBudget) else ""
-        return Refuse(decision.reason + why), None
-    if isinstance(decision, Open) and not isinstance(opening, OverBudget) and decision.slot == free:
-        return decision, opening[1]
+        why = "" if isinstance(opening, Plan) else f"; {_no_room(snapshot, opening)}"
+        return _refused(snapshot, report, decision.reason + why)
+    if isinstance(decision, Open) and isinstance(opening, Plan) and decision.slot == free:
+        return opening
     if isinstance(decision, Fold) and {decision.slot, *decision.sources} <= scores.keys():
-        return decision, _folded(snapshot, decision, adapter, record)
+        new = _folded(snapshot, decision, adapter, record)
+        plan = _arrived(snapshot, known, decision, new, report)
+        common = shared([*(held[i] for i in decision.sources or (decision.slot,)), adapter])
+        plan = replace(plan, report={**plan.report, "shared": common})
+        if isinstance(opening, Shortage) and isinstance(decide(scores, replace(view, free=free)), Open):
+            plan = replace(plan, report={**plan.report, "reason": opening.what})
+        return _within_budget(snapshot, plan, report)
     raise UsageError(
         f"policy {recipe.policy!r} answered {decision}", cure="open view.free, or fold into slots with a score"
     )
@@ -131,21 +145,23 @@ def _all_damage(snapshot: Snapshot) -> Iterator[None]:
         raise
 
 
-def _decided(
-    snapshot: Snapshot, known: Manifest, decision: Decision, new: Content | None, report: dict[str, Any]
+def _arrived(
+    snapshot: Snapshot, known: Manifest, decision: Open | Fold, new: Content | None, report: Mapping[str, Any]
 ) -> Plan:
-    """The plan of an add whose decision is made; a budget that it does not meet turns it into a refusal."""
-    if isinstance(decision, Refuse):
-        return _refused(snapshot, report, decision.reason)
+    """The plan of an add whose decision is made; without `new` content the task is only routed."""
     slot_id, kind = decision.slot, "open" if isinstance(decision, Open) else "fold"
-    before = () if kind == "open" else known.slot(slot_id).members
-    members = tuple(sorted([*before, report["task"]]))
+    before = next((slot for slot in known.slots if slot.slot == slot_id), None)
+    members = tuple(sorted([*(before.members if before else ()), report["task"]]))
     cause = {"operation": "add", "decision": kind, "slot": slot_id, "seed": snapshot.settings.recipe.seed, **report}
     slot = new.slot(slot_id, members) if new else replace(known.slot(slot_id), members=members)
-    report |= {"decision": kind, "slot": slot_id, "members": list(members), "merged": new is not None}
-    report["reversible"] = content.irreversible(slot) is None
     writes = {slot_id: new.adapter} if new else {}
-    plan = _plan(snapshot, replace(known, slots=known.with_slot(slot)), writes, cause, report)
+    report = {**report, "decision": kind, "slot": slot_id, "members": list(members), "merged": new is not None}
+    report |= {"reversible": content.irreversible(slot) is None}
+    return _plan(snapshot, replace(known, slots=known.with_slot(slot)), writes, cause, report)
+
+
+def _within_budget(snapshot: Snapshot, plan: Plan, report: Mapping[str, Any]) -> Plan:
+    """The plan, or a refusal where the budget does not meet it."""
     try:
         check_budget(snapshot, plan)
     except OverBudget as error:
@@ -159,21 +175,22 @@ def _refused(snapshot: Snapshot, report: Mapping[str, Any], reason: str) -> Plan
     return Plan(snapshot.head, snapshot.manifest, {}, report, refused=reason)
 
 
-def _opening(snapshot: Snapshot, adapter: Adapter, record: Merged) -> tuple[int, Content] | OverBudget:
-    """The lowest free slot id and what it would hold, or why there is no room for it."""
-    manifest, settings = snapshot.manifest, snapshot.settings
-    taken = {slot.slot for slot in manifest.slots}
-    free = next((i for i in range(settings.budget.slots) if i not in taken), None)
-    if free is None:
-        what = f"all {len(taken)} slots are filled" if len(taken) > 1 else "the one slot is filled"
-        return OverBudget(what, cure="raise budget.slots in shelf.toml")
-    new = content.single(adapter, record, settings.recipe)
-    try:
-        trial = replace(manifest, slots=manifest.with_slot(new.slot(free, (record.task,))))
-        check_budget(snapshot, _plan(snapshot, trial, {free: new.adapter}, {"operation": "add"}, {}))
-    except OverBudget as error:
-        return error
-    return free, new
+def _opening(
+    snapshot: Snapshot, known: Manifest, adapter: Adapter, record: Merged, free: int, report: Mapping[str, Any]
+) -> Plan | Shortage:
+    """The plan of an add to a free slot, or what lacks in bytes for it."""
+    new = content.single(adapter, record, snapshot.settings.recipe)
+    plan = _arrived(snapshot, known, Open(free), new, report)
+    return shortage_of_room(snapshot, plan) or plan
+
+
+def _no_room(snapshot: Snapshot, opening: Shortage | None) -> str:
+    """Why no slot can be opened, and what would help."""
+    if isinstance(opening, Shortage):
+        return f"{opening.error.what}; {opening.error.cure}"
+    count = len(snapshot.manifest.slots)
+    filled = f"all {count} slots are filled" if count > 1 else "the one slot is filled"
+    return f"{filled}; raise budget.slots in shelf.toml"
 
 
 def plan_update(
@@ -196,15 +213,11 @@ def plan_update(
         base = _agreed_base(snapshot, {task: adapter}, others, assume_base)
     record = content.entry(task, details["type"], adapter)
     precision = None
-    if slot.members == (task,):
+    if slot.members == (task,) or (slot.digests == {details["digest"]} and not _copies(snapshot, slot, task)):
         new = content.single(adapter, record, recipe)
     else:
-        try:
-            new, precision = _without(snapshot, slot, task, was, "--was OLD_ADAPTER")
-        except NotReversible as error:
-            error.cure = error.cure or f"lorashelf remove {task}, then add the new adapter; {_ANEW}"
-            raise
-        if adapter.digest not in {m.digest for m in new.merged}:
+        new, precision = _remaining(snapshot, slot, task, was)
+        if record.norm and adapter.digest not in {m.digest for m in new.merged}:
             new = content.fold([new.plain], adapter, record, recipe)
     tasks = {**snapshot.manifest.tasks, task: {**details, "digest": adapter.digest}}
     slots = snapshot.manifest.with_slot(new.slot(slot.slot, slot.members))
@@ -212,6 +225,17 @@ def plan_update(
     report = {"task": task, "slot": slot.slot, "members": list(slot.members), "precision": precision}
     known = replace(snapshot.manifest, base=base, tasks=tasks, slots=slots)
     return _plan(snapshot, known, {slot.slot: new.adapter}, cause, report)
+
+
+def _remaining(snapshot: Snapshot, slot: Slot, task: str, was: Adapter | None) -> tuple[Content, float | None]:
+    """What a shared slot holds without the adapter that a task has so far, and to what precision."""
+    if snapshot.manifest.tasks[task]["digest"] not in slot.digests:
+        return content.of_slot(snapshot, slot), None
+    try:
+        return _without(snapshot, slot, task, was, "--was OLD_ADAPTER")
+    except NotReversible as error:
+        error.cure = error.cure or f"lorashelf remove {task}, then add the new adapter; {_ANEW}"
+        raise
 
 
 def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -> Plan:
@@ -240,6 +264,8 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
     if not members:
         report["removed"] = "slot"
         slots = known.without_slot(slot.slot)
+        if not slots:  # what is known of adapters that are gone holds for none that come
+            known = replace(known, base=None, scores=())
     else:
         try:
             rest, report["precision"] = _without(snapshot, slot, task, adapter, "--adapter ADAPTER, after an undo,")
@@ -276,10 +302,11 @@ def plan_set(snapshot: Snapshot, task: str, fields: Mapping[str, Any]) -> Plan:
 
 def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None, option: str) -> tuple[Content, float]:
     """The slot's content with a task's adapter taken out. Raises NotReversible, saying what is missing."""
-    tasks = snapshot.manifest.tasks
-    digest = tasks[task]["digest"]
-    if any(tasks[other]["digest"] == digest for other in slot.members if other != task):
+    digest = snapshot.manifest.tasks[task]["digest"]
+    if _copies(snapshot, slot, task):
         raise NotReversible("another task here is served by the same adapter", cure="it stays in the average")
+    if digest not in slot.digests:
+        raise NotReversible("the adapter is untrained and was left out of the average", cure="nothing of it is left")
     if why := content.irreversible(slot):
         raise NotReversible(why)
     if adapter is None:
@@ -287,6 +314,12 @@ def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None,
             "the adapter is averaged with others", cure=f"give the original with {option} to take it out"
         )
     return content.without(content.of_slot(snapshot, slot), digest, adapter, snapshot.settings.recipe)
+
+
+def _copies(snapshot: Snapshot, slot: Slot, task: str) -> list[str]:
+    """The other tasks of a slot that have the same adapter."""
+    tasks = snapshot.manifest.tasks
+    return [other for other in slot.members if other != task and tasks[other]["digest"] == tasks[task]["digest"]]
 
 
 def another(task: str, adapter: Adapter, digest: str) -> NotReversible:
@@ -316,7 +349,7 @@ def plan_cluster(
         raise UsageError("the shelf is not empty", where=str(snapshot.path), cure="cluster writes a new shelf")
     settings = snapshot.settings
     recipe = recipe or settings.recipe
-    named, base = together(adapters, settings, snapshot.manifest.base, assume_base=assume_base)
+    named, base = together(adapters, settings, assume_base=assume_base)
     tasks, xs = list(named), content.one_base(list(named.values()))
     kinds = {task: _kind(task, (types or {}).get(task)) for task in tasks}
     if found is None:
@@ -352,6 +385,8 @@ def plan_cluster(
     }
     plan = _plan(snapshot, known, writes, cause, report)
     check_budget(snapshot, plan)
+    if lacking := shortage_of_room(snapshot, plan):
+        raise lacking.error
     return plan
 
 
@@ -371,14 +406,14 @@ def _storable(task: str, details: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def together(
-    adapters: Mapping[str, Adapter], settings: Settings, stored: BaseId | None = None, *, assume_base: bool = False
+    adapters: Mapping[str, Adapter], settings: Settings, *, assume_base: bool = False
 ) -> tuple[dict[str, Adapter], BaseId | None]:
     """The adapters by their names as stored, and the base that all agree on: what can be refused before a search.
 
     Raises TaskNameError, BaseMismatch, ShapeMismatch.
     """
     named = _named(adapters)
-    return named, _one_base(settings, stored, named, [], assume_base)
+    return named, _one_base(settings, None, named, [], assume_base)
 
 
 def check_arrivals(snapshot: Snapshot, adapters: Mapping[str, Adapter], *, assume_base: bool = False) -> None:
@@ -447,7 +482,8 @@ def _threshold(recipe: Recipe, seen: Sequence[float]) -> float | None:
 def _agreed_base(
     snapshot: Snapshot, adapters: Mapping[str, Adapter], held: Sequence[Adapter], assume: bool
 ) -> BaseId | None:
-    return _one_base(snapshot.settings, snapshot.manifest.base, adapters, held, assume, str(snapshot.path))
+    stored = snapshot.manifest.base if snapshot.manifest.slots else None
+    return _one_base(snapshot.settings, stored, adapters, held, assume, str(snapshot.path))
 
 
 def _one_base(

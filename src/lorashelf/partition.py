@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .adapter import Adapter
-from .algebra import Square
+from .algebra import Square, trained
 from .errors import MissingExtra, UsageError, numbered
 from .given import as_adapters
 from .registry import Registry
@@ -38,11 +38,22 @@ def partition(xs: Sequence[Adapter], k: int, *, method: str, seed: int = 0) -> P
     if k < 1 or not xs:
         what = f"{numbered(len(xs), 'adapter')} into {numbered(k, 'slot')}"
         raise UsageError(what, cure="give at least one adapter and one slot")
-    labels = range(len(xs)) if len(xs) <= k and method != "single" else partitioner(xs, k, seed)
-    blocks: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        blocks.setdefault(int(label), []).append(index)
-    return sorted(blocks.values())
+    room = 0 if method == "single" else k  # `single` is asked however much room there is
+    return blocks([trained(x) for x in xs], room, lambda chosen: partitioner([xs[i] for i in chosen], k, seed))
+
+
+def blocks(effective: Sequence[bool], k: int, label: Callable[[list[int]], Sequence[int]]) -> Partition:
+    """The blocks of what `label` labels, asked only where there are more than k; untrained adapters, which are like no
+    other, go to the first block rather than take one.
+    """
+    if len(effective) <= k:
+        return [[i] for i in range(len(effective))]
+    chosen = [i for i, yes in enumerate(effective) if yes] or list(range(len(effective)))
+    found: dict[int, list[int]] = {}
+    for index, name in zip(chosen, label(chosen) if len(chosen) > k else chosen, strict=True):
+        found.setdefault(int(name), []).append(index)
+    first, *others = sorted(found.values())
+    return sorted([sorted({*first, *range(len(effective))} - {i for block in others for i in block}), *others])
 
 
 def partitioner(name: str) -> Callable[[Partitioner], Partitioner]:

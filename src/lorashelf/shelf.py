@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from . import atomic, history, mending, recipe
 from .adapter import Adapter
 from .atomic import no_links
+from .budget import check_budget
 from .digest import is_digest
 from .errors import (
     CorruptShelf,
@@ -34,7 +35,7 @@ from .manifest import PENDING, PENDING_TIME, Manifest, Plan, Slot, manifest_id
 from .objects import Stored, object_digest
 from .peft_format import write_files
 from .recipe import Settings
-from .snapshot import HEAD_BYTES, Snapshot, check_budget
+from .snapshot import HEAD_BYTES, Snapshot
 from .version import VERSION
 
 LOCK_SECONDS = 10.0
@@ -454,7 +455,7 @@ def _contradictions(settings: Settings, manifest: Manifest) -> list[tuple[str, s
     need = max((slot.slot + 1 for slot in manifest.slots), default=0)
     if settings.budget.slots < need:
         faults.append(("slots", f"slots is {settings.budget.slots}, but slot {need - 1} is filled: at least {need}"))
-    stored = manifest.base.name if manifest.base else ""
+    stored = manifest.base.name if manifest.base and manifest.slots else ""
     if settings.base and stored and stored not in (settings.base, *settings.base_aliases):
         faults.append(("base", f"base is {settings.base!r}, but the adapters here are of {stored!r}"))
     return faults

@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .adapter import WIDTHS, Adapter
+from .adapter import Adapter
 from .algebra import energies_hold
 from .atomic import no_links, read_file, refusals
-from .errors import AdapterFormatError, CorruptShelf, DiskError, OverBudget, StaleShelf, UnknownName
+from .errors import AdapterFormatError, CorruptShelf, DiskError, StaleShelf, UnknownName
 from .history import FILE as LOG
 from .history import History
 from .manifest import PENDING, Manifest, Plan, Slot
@@ -248,44 +248,3 @@ def _key(slot: Slot) -> object:
 def _damaged(slot: Slot, what: str) -> str:
     """A fault of a slot's object, with the tasks that it serves."""
     return f"slot {slot.slot}, objects/{slot.object}: {what}; tasks: {', '.join(slot.members)}"
-
-
-def check_budget(snapshot: Snapshot, plan: Plan) -> None:
-    """Raise OverBudget unless the plan's result fits into the slots and the bytes; the error says what would fit."""
-    budget = snapshot.settings.budget
-    if len(plan.manifest.slots) > budget.slots:
-        raise OverBudget(
-            f"{len(plan.manifest.slots)} slots are needed, the budget is {budget.slots}",
-            where=str(snapshot.path),
-            cure="raise budget.slots in shelf.toml, or merge into fewer slots",
-        )
-    if budget.bytes is None or snapshot.at_rest(plan, hashed=False) <= budget.bytes:
-        return
-    total = snapshot.at_rest(plan)
-    if total > budget.bytes:
-        raise OverBudget(
-            f"the shelf would take {total} bytes, the budget is {budget.bytes}",
-            where=str(snapshot.path),
-            cure=_what_fits(plan, total - budget.bytes),
-        )
-
-
-def _what_fits(plan: Plan, excess: int) -> str:
-    """The largest rank at which the planned objects would fit; headers and configs do not shrink with the rank."""
-    planned = {slot.slot: slot.bytes for slot in plan.manifest.slots}
-    largest = max((x.rank for x in plan.writes.values()), default=0)
-    values = _values(plan, largest)
-    fixed = sum(planned[slot] for slot in plan.writes) - values
-    ranks = range(largest, 0, -1)
-    fits = next((rank for rank in ranks if _values(plan, rank) <= values - excess), 0)
-    advice = f"rank {fits} in this dtype would fit (rank = {fits} in shelf.toml, init --rank); or " if fits >= 1 else ""
-    return f"{advice}raise budget.bytes by {excess}, lower keep, or choose a narrower dtype ({fixed} bytes are headers)"
-
-
-def _values(plan: Plan, rank: int) -> int:
-    """Bytes of the planned objects' values, cut to a rank."""
-    return sum(
-        min(shape.rank, rank) * (shape.dout + shape.din) * WIDTHS[x.dtype]
-        for x in plan.writes.values()
-        for shape in x.shapes.values()
-    )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from . import content
 from .adapter import Adapter
-from .algebra import norm, singular_values
+from .algebra import Square, norm, singular_values
 from .alignment import fitting
 from .faults import natural
-from .partition import average_linkage
+from .partition import average_linkage, blocks
 from .peft_format import encode
 from .recipe import Recipe
 from .similarity import similarity
@@ -65,31 +66,37 @@ def forecast(
     table = similarity(xs)
     records = [content.entry(name, name.split("-")[0], x) for name, x in zip(names, xs, strict=True)]
     whole = sum(encode(x).size for x in xs)
+    effective = [m.norm > 0 for m in records]
     rows = []
     for count in watch(slot_counts):
-        labels = average_linkage(1.0 - table, count) if count < len(xs) else list(range(len(xs)))
-        blocks = [[i for i in range(len(xs)) if labels[i] == label] for label in sorted(set(labels))]
-        held = [content.block([xs[i] for i in b], [records[i] for i in b], recipe) for b in blocks]
+        linked = partial(_linked, 1.0 - table, count)
+        partition = blocks(effective, count, linked)
+        held = [content.block([xs[i] for i in b], [records[i] for i in b], recipe) for b in partition]
         ratios = [
             norm(c.adapter) / float(np.mean([m.norm for m in c.merged]) or 1.0) for c in held if len(c.merged) > 1
         ]
+        labels = [next(label for label, b in enumerate(partition) if i in b) for i in range(len(xs))]
         same = np.equal.outer(labels, labels)[np.triu_indices(len(xs), 1)]
         pairs = table[np.triu_indices(len(xs), 1)]
         size = sum(encode(c.adapter).size for c in held)
         rows.append(
             {
                 "slots": count,
-                "filled": len(blocks),
+                "filled": len(partition),
                 "bytes": size,
                 "storage": size / whole,
                 "error": float(np.mean([c.error for c in held])),
                 "norm_ratio": _mean(ratios),
                 "similarity_inside": _mean(pairs[same]),
                 "similarity_between": _mean(pairs[~same]),
-                "blocks": [[names[i] for i in b] for b in blocks],
+                "blocks": [[names[i] for i in b] for b in partition],
             }
         )
     return rows
+
+
+def _linked(distances: Square, count: int, chosen: list[int]) -> list[int]:
+    return average_linkage(distances[np.ix_(chosen, chosen)], count)
 
 
 def _mean(values: Any) -> float | None:

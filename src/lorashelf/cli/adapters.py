@@ -74,7 +74,8 @@ def plan(
     if assume_base:
         named = dict(zip(named, one_base(list(named.values())), strict=True))
     watch = partial(counted, said=lambda count: f"planning {numbered(count, 'slot')}")
-    rows = forecast(named, arg.slot_range(slots), settings.recipe, watch=watch)
+    rows = forecast(named, arg.slot_range(slots, len(named)), settings.recipe, watch=watch)
+    arg.note_untrained(named)
     columns = [">slots", ">size", ">storage", ">error", ">norm ratio", ">similarity inside", ">between"]
     show(rows, json, lambda d: table(columns, [_forecast_row(row) for row in d]))
 
@@ -120,6 +121,7 @@ def merge_adapters(
     if assume_base:
         xs = one_base(xs)
     xs = fitting(xs, [name for name, _ in found])
+    arg.note_untrained(dict(found))
     merged, error = merge_measured(
         xs,
         _weights(weights),

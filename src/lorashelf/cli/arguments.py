@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..adapter import Adapter
+from ..algebra import energies
 from ..alignment import FEW
 from ..atomic import expanded
 from ..errors import AdapterError, AdapterFormatError, Fault, MissingExtra, TaskNameError, UsageError, numbered
@@ -201,6 +202,16 @@ def note_few_shared(name: str, shared: Mapping[str, int]) -> None:
         note(f"{name}: {count}; a module of one adapter alone is merged as if the others had not changed it")
 
 
+def note_untrained(adapters: Mapping[str, Adapter]) -> None:
+    """Warn of adapters and modules whose ΔW is 0."""
+    for name, adapter in adapters.items():
+        idle = sum(not energy for energy in energies(adapter).values())
+        if idle == len(adapter.modules):
+            note(f"{name}: untrained, ΔW is 0 in every module: it changes nothing, and is left out of averages")
+        elif idle:
+            note(f"{name}: {idle} of {len(adapter.modules)} modules are untrained, ΔW is 0: left out of averages")
+
+
 def adapters_in(folder: Path) -> dict[str, Adapter]:
     """All adapters in the subfolders of a folder, by their names."""
     if not folder.is_dir():
@@ -251,20 +262,23 @@ def _value(text: str) -> Any:
     return text
 
 
-def slot_range(text: str) -> list[int]:
-    """`1..8`, `3` or `2,5` as numbers of slots.
+def slot_range(text: str, most: int) -> list[int]:
+    """`1..8`, `3` or `2,5` as numbers of slots; a range ends at `most`, from where on every adapter has its own.
 
-    >>> slot_range("1..3"), slot_range("2,5")
-    ([1, 2, 3], [2, 5])
+    >>> slot_range("1..3", 31), slot_range("2,5", 31), slot_range("1..100000000", 3)
+    ([1, 2, 3], [2, 5], [1, 2, 3])
     """
+    cure = "for example --slots 1..8"
     match = re.fullmatch(r"(\d+)\.\.(\d+)", text)
     try:
-        counts = list(range(int(match[1]), int(match[2]) + 1)) if match else [int(part) for part in text.split(",")]
+        ends = [int(part) for part in (match.groups() if match else text.split(","))]
     except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise UsageError(f"--slots {text!r} is not a number, a list or a range", cure="for example --slots 1..8")
-    return counts
+        raise UsageError(f"--slots {text!r} is not a number, a list or a range", cure=cure) from None
+    if min(ends) < 1:
+        raise UsageError(f"--slots {text!r} has {min(ends)} slots; at least 1 is needed", cure=cure)
+    if match and ends[0] > ends[1]:
+        raise UsageError(f"--slots {text!r} runs backwards", cure=f"give {ends[1]}..{ends[0]}")
+    return list(range(ends[0], min(ends[1], max(ends[0], most)) + 1)) if match else ends
 
 
 def threshold(text: str | None, held_out: Path | None, policy: str) -> float | str:

@@ -128,6 +128,7 @@ def cluster(
     _checked(method, examples, accept, init, arg.stated(context, SEARCHES))
     named = arg.read_named(adapters)
     arg.note_adapters(named)
+    arg.note_untrained(named)
     together(named, settings, assume_base=assume_base)
     tasks = read_tasks(examples) if examples else {}
     kept = journal or output.with_name(output.name + ".d2c.jsonl")

@@ -103,6 +103,7 @@ def add(
             check_arrivals(snapshot, dict(arrivals), assume_base=assume_base)
             for name, adapter in arrivals:
                 plan = plan_add(snapshot, adapter, name, type=type, details=details[name], assume_base=assume_base)
+                arg.note_untrained({name: adapter})
                 report["added"].append({**plan.report, "head": None})
                 if not dry_run:
                     report["added"][-1]["head"] = opened.commit(plan)
@@ -204,6 +205,8 @@ def _watched(count: int, json: bool) -> Iterator[Callable[[Mapping[str, Any]], N
         def told(item: Mapping[str, Any]) -> None:
             nonlocal done
             done += 1
+            if "reason" in item:
+                note(f"{item['task']}: {item['reason']}")
             if not json:
                 print_fitting(*_lines(item))
             if meter is not None:
@@ -219,6 +222,8 @@ def _lines(item: Mapping[str, Any]) -> list[str]:
     best = score(max(item["scores"].values(), default=None))
     limit = f", threshold {score(item['threshold'])}" if item["threshold"] is not None else ""
     routed = "" if item["merged"] else ", which has averaged it in already"
+    if item.get("untrained"):
+        routed = ", only routed"
     scores = f"{routed} (best score {best}{limit})" if item["scores"] else routed
     if not others:
         return [f"{place}{scores}", place]

@@ -34,6 +34,7 @@ def update(
     arg.note_adapters({task: new})
     with opened.writing():
         plan = plan_update(opened.snapshot(), task, new, old, assume_base=assume_base)
+        arg.note_untrained({task: new})
         document = {**plan.report, "head": opened.commit(plan)}
     show(document, json, lambda d: f"{task}: replaced in slot {d['slot']}{_precision(d)}")
 

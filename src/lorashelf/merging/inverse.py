@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapter import Adapter, Factors
-from ..algebra import norm, union
+from ..algebra import norm, trained
 from ..alignment import aligned
 from ..errors import NotReversible
 from . import factor
@@ -81,8 +81,9 @@ def unmerge(
     modules: dict[str, Factors] = {}
     errors: dict[str, Energies] = {}
     elsewhere, missed = noise.elsewhere * grown, 0.0
-    for path in union([merged, removed]):
-        a, b = _difference(merged.modules.get(path), removed.modules.get(path), count**power)
+    brought = {path: f for path, f in removed.modules.items() if trained(f)}
+    for path in sorted({*merged.modules, *brought}):
+        a, b = _difference(merged.modules.get(path), brought.get(path), count**power)
         a, b, error = a * share, b * share, noise[path] * grown
         ranks = np.stack([np.sum(a**2, axis=1), np.sum(b**2, axis=0)])
         kept = np.any(ranks > error[:, None], axis=0)

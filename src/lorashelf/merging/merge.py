@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..adapter import Adapter, Factors
-from ..algebra import assemble, norm, truncate, truncate_dense, union
+from ..algebra import assemble, norm, trained, truncate, truncate_dense, union
 from ..alignment import fitting
 from ..digest import canonical_json
 from ..errors import UsageError, numbered
@@ -38,7 +38,8 @@ def merge(
 
     `weights` (n,) default to 1/n or 1 as the method declares; `rank` caps the rank stored (never pads). A single
     adapter comes back with w ΔW from every method. The result has the widest input dtype, and of several adapters one
-    alpha for all ranks. Raises UsageError, BaseMismatch, ShapeMismatch, UnknownName.
+    alpha for all ranks. Untrained adapters (ΔW = 0) do not count in n, and an untrained module takes no part: its
+    random A would mix with the others' B. Raises UsageError, BaseMismatch, ShapeMismatch, UnknownName.
     """
     return merge_measured(xs, weights, method=method, rank=rank, seed=seed, **params)[0]
 
@@ -50,12 +51,14 @@ def merge_measured(
     method: str,
     rank: int | None = None,
     seed: int = 0,
+    averages: Sequence[bool] | None = None,
     watch: Callable[[list[str]], Iterable[str]] = iter,
     **params: Any,
 ) -> tuple[Adapter, float]:
     """`merge`, and the relative Frobenius error of cutting its result to the rank (0 where nothing was cut).
 
-    `watch` wraps the module paths as they are worked through: a progress bar, for methods that take minutes.
+    `averages` says which of `xs` are averages: a side of theirs that is 0 stands for adapters that cancel. `watch`
+    wraps the module paths as they are worked through: a progress bar, for methods that take minutes.
     """
     chosen = METHODS[method]
     params = chosen.checked(params)
@@ -67,8 +70,12 @@ def merge_measured(
     paths = union(xs)
 
     def merged(path: str) -> tuple[Factors, float, float]:
-        present = [i for i, x in enumerate(xs) if path in x.modules]
-        fs, share = [xs[i].modules[path] for i in present], [ws[i] for i in present]
+        everyone = {i: x.modules[path] for i, x in enumerate(xs) if path in x.modules}
+        present = [i for i, f in everyone.items() if len(xs) == 1 or (averages and averages[i]) or trained(f)]
+        if not present:
+            dout, _, din = next(iter(everyone.values())).shape
+            return Factors(np.zeros((1, din), np.float32), np.zeros((dout, 1), np.float32)), 0.0, 0.0
+        fs, share = [everyone[i] for i in present], [ws[i] for i in present]
         if len(xs) == 1:
             cap, found = rank, (replace(fs[0], scale=fs[0].scale * ws[0]), 0.0, 0.0)
         else:
@@ -137,7 +144,7 @@ def _weights(xs: Sequence[Adapter], weights: Sequence[float] | None, method: Mer
     if not xs:
         raise UsageError("nothing to merge", cure="give at least one adapter")
     if weights is None:
-        return [1.0 / len(xs) if method.weights == "mean" else 1.0] * len(xs)
+        return [1.0 / (sum(map(trained, xs)) or 1) if method.weights == "mean" else 1.0] * len(xs)
     if len(weights) != len(xs):
         what = f"{numbered(len(weights), 'weight')} for {numbered(len(xs), 'adapter')}"
         raise UsageError(what, cure="give one weight per adapter")
