@@ -116,7 +116,8 @@ def test_a_bug_shows_its_traceback_and_prints_a_document(shelf: Shelf) -> None:
 
 HEEDING = [  # a job in the background has Ctrl-C ignored
     *(sys.executable, "-c"),
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+    "import os, signal, sys\nfor name in (signal.SIGINT, signal.SIGHUP):\n    signal.signal(name, signal.SIG_DFL)\n"
+    "os.execv(sys.argv[1], sys.argv[1:])",
 ]
 
 

@@ -370,6 +370,7 @@ def adding(shelf: Path, adapters: list[Path], *options: str) -> tuple[subprocess
         "import signal\n"
         "from lorashelf.cli import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background has it ignored
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # under nohup, likewise
         "main()"
     )
     command = [sys.executable, "-c", program, "add", str(shelf), *map(str, adapters), *options]
