@@ -657,6 +657,7 @@ def test_merge_refuses_what_cannot_be_before_it_reads(tmp_path: Path, option: st
     code, said = command(*words, option, value)
     assert (code, f"{option[2:]} is {value}" in said) == (2, True), said
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "held").touch()  # an empty folder is taken
     code, said = command(*words)
     assert (code, "the output exists already" in said, str(tmp_path / "out") in said) == (2, True, True), said
 
