@@ -24,7 +24,9 @@ from lorashelf import (
     plan_update,
     read_adapter,
 )
+from lorashelf.digest import canonical_json
 from lorashelf.errors import CorruptShelf, NewerFormat, NotReversible, ShelfNotFound
+from lorashelf.manifest import manifest_id
 from lorashelf.repair import repair
 from test_attacks import command, state
 
@@ -389,3 +391,20 @@ def test_the_command_reports_what_it_did(tmp_path: Path, capsys: pytest.CaptureF
     assert (code, "this is not the adapter of 'b'" in said) == (4, True)
     code, said = command("repair", shelf.path)
     assert (code, said.strip().endswith("ok")) == (0, True)
+
+
+def test_a_manifest_that_no_writer_could_have_made_is_damage(tmp_path: Path) -> None:
+    shelf = filled(tmp_path / "a.shelf", "a", "b")
+    before = shelf.snapshot()
+    parent = before.manifest.parent
+    document = json.loads(before.manifest.encode()) | {"arrived": "two"}
+    forged = canonical_json(document)
+    (shelf.path / "manifests" / f"{manifest_id(forged)}.json").write_bytes(forged)
+    (shelf.path / "HEAD").write_text(f"{manifest_id(forged)}\n")
+    with pytest.raises(CorruptShelf, match="arrived") as caught:
+        shelf.snapshot()
+    assert caught.value.cure is not None
+    assert "lorashelf repair" in caught.value.cure
+    repair(shelf)
+    assert shelf.verify() == []
+    assert {parent, before.head} & {shelf.snapshot().head, shelf.snapshot().manifest.parent}

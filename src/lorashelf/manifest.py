@@ -165,7 +165,8 @@ class Manifest:
                 **{name: tuple(document.get(name, ())) for name in _STATES},
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CorruptShelf(f"manifest cannot be read: {error!r}", where=where, cure="lorashelf verify") from error
+            what, cure = f"manifest cannot be read: {error!r}", "lorashelf repair SHELF"
+            raise CorruptShelf(what, where=where, cure=cure) from error
 
     def slot(self, slot_id: int) -> Slot:
         """The slot of this id. Raises KeyError."""

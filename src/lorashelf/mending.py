@@ -5,6 +5,7 @@ What cannot be read is not deleted but set aside as NAME.damaged, except for man
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def _manifest(path: Path) -> Manifest | None:
     data = _bytes(path)
     if data is None or f"{manifest_id(data)}.json" != path.name:
         return None
-    return Manifest.decode(data, str(path))
+    with contextlib.suppress(CorruptShelf):  # its name is right, but no writer made it
+        return Manifest.decode(data, str(path))
+    return None
 
 
 def _bytes(path: Path) -> bytes | None:
