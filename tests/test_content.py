@@ -26,6 +26,7 @@ from lorashelf import (
     write_adapter,
 )
 from lorashelf.adapter import WIDTHS
+from lorashelf.algebra import trained
 from lorashelf.content import Content, block, entry, fold, one_base, scaled, single, without
 from lorashelf.content import _restored as restored
 from lorashelf.errors import NotReversible
@@ -282,10 +283,10 @@ def odd_adapter(rng: np.random.Generator, dtype: str) -> Adapter:
 
 
 def true_average(xs: Sequence[Adapter], method: str) -> dict[str, Any]:
-    """ΔW of the equal average of the originals, in float64."""
+    """ΔW of the equal average of the originals, in float64; untrained modules take no part."""
     power, modules = METHODS[method].average, {}
-    for path in {path for x in xs for path in x.modules}:
-        fs = [x.modules[path] for x in xs if path in x.modules]
+    for path in {path for x in xs for path, f in x.modules.items() if trained(f)}:
+        fs = [x.modules[path] for x in xs if path in x.modules and trained(x.modules[path])]
         rank = max(f.shape.rank for f in fs)
         a, b = np.zeros((rank, fs[0].shape.din)), np.zeros((fs[0].shape.dout, rank))
         for f in fs:
