@@ -199,7 +199,7 @@ def without(content: Content, digest: str, adapter: Adapter, recipe: Recipe) -> 
 
 
 def _fixed(sources: Sequence[Content], recipe: Recipe, average: str, error: float) -> str | None:
-    """Why a merge is no equal average, so that nothing can be taken out of it; None where it is one."""
+    """Why a merge is not an equal average, so that nothing can be taken out of it; None where it is one."""
     if any(source.faithful is None for source in sources):
         return next((source.fixed for source in sources if source.fixed), UNRECORDED)
     if METHODS[recipe.merge].average is None:

@@ -55,7 +55,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """CRC-32 of what an object should hold (see `objects.Stored`), and how it is said that it does not.
+    """CRC-32 of what an object should hold (see `objects.Stored`), and the error for an object that does not.
 
     Without sums nothing is compared.
     """

@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import atomic
 from ..adapter import Adapter
 from ..errors import UsageError
-from ..evaluation import Unit, prepare
+from ..evaluation import prepare
 from ..journal import Journal
 from ..locks import sole
 from ..peft_format import encode
@@ -52,17 +53,13 @@ def run(
                 if not free or cell.id in read_results(suite, folder):
                     continue
                 started = time.monotonic()
-                inputs = Inputs(adapters, tasks, backend, folder, lambda steps, c=cell: watch(c, steps))  # type: ignore[misc]
+                inputs = Inputs(adapters, tasks, backend, folder, partial(watch, cell))
                 assignment = assign(cell, inputs)
                 options: dict[str, Any] = {"split": suite.split, "limit": suite.limit, "seed": suite.seed}
                 loss_only = "answers" not in cell.measure
                 ready = prepare(backend, assignment.serving, tasks, **options, loss_only=loss_only)
                 journal = Journal(kept, beside=_files(folder / MEASURED))
-
-                def units(missing: Sequence[Unit], c: Cell = cell) -> Iterable[Unit]:
-                    return watch(c, missing)
-
-                measured = ready.measured(backend, journal, units)
+                measured = ready.measured(backend, journal, partial(watch, cell))
                 result = document(suite, cell, assignment, measured, own_bytes, time.monotonic() - started)
                 write_result(result, path_of(cell, folder))
                 atomic.remove(folder / f"search-{cell.id}.jsonl")
