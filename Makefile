@@ -35,6 +35,7 @@ format: .venv/dev
 
 lint: .venv/dev
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 types: .venv/dev
 	$(BIN)/mypy
@@ -49,7 +50,7 @@ wheel: .venv/dev
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
 	cd build && wheel/bin/python -m lorashelf --version && wheel/bin/lorashelf --help >/dev/null
-	@if $(PYTHON) -m zipfile -l dist/*.whl | grep -q safetensors; then echo 'the wheel holds adapters' && exit 1; fi
+	@if $(PYTHON) -m zipfile -l dist/*.whl | grep -q '\.safetensors'; then echo 'the wheel holds adapters' && exit 1; fi
 
 fix: .venv/dev
 	$(BIN)/ruff check --fix .

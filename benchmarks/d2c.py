@@ -25,7 +25,7 @@ def chosen(zoo: Path, data: Path) -> tuple[dict, dict]:
     import numpy as np
 
     from lorashelf import read_adapter
-    from lorashelf.tasks import ExampleSet, read_tasks
+    from lorashelf.tasks.folders import ExampleSet, read_tasks
 
     tasks = read_tasks(data)
     there = sorted(path.name for path in zoo.iterdir() if path.name in tasks)
@@ -49,11 +49,11 @@ def main() -> int:
     import torch
 
     from lorashelf import Recipe
-    from lorashelf.backend import mean_loss
-    from lorashelf.backends.hf import HFBackend
-    from lorashelf.d2c import search
-    from lorashelf.flow import merger
-    from lorashelf.objective import Objective
+    from lorashelf.models.hf import HFBackend
+    from lorashelf.models.protocol import mean_loss
+    from lorashelf.placement.d2c import search
+    from lorashelf.search.block_loss import Objective
+    from lorashelf.shelf.plans import merger
 
     torch.set_num_threads(options.threads)
     adapters, sets = chosen(options.zoo, options.data)

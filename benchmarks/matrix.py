@@ -50,7 +50,7 @@ def dense(*paths: Path) -> dict[str, Any]:
 
 
 def ours(*paths: Path) -> dict[str, Any]:
-    """`lorashelf.similarity`, cosine."""
+    """`lorashelf.lora.similarity`, cosine."""
     from lorashelf import read_adapter, similarity
 
     adapters = [read_adapter(path, check_values=False) for path in paths]
@@ -98,7 +98,7 @@ def measured(folder: Path, rounds: int, threads: int) -> int:
     difference = float(np.abs(matrices["dense"] - matrices["ours"]).max())
     assert difference < 1e-4, f"another matrix: {difference:.1e}"
 
-    labels = {"dense": "dense with care (NumPy, one buffer, one product a module)", "ours": "lorashelf.similarity"}
+    labels = {"dense": "dense with care (NumPy, one buffer, one product a module)", "ours": "lorashelf.lora.similarity"}
     common.table(
         ["", "wall min", "median", "CPU min", "peak anonymous"],
         [[labels[name], *spread(walls[name]), seconds(cpu[name]), megabytes(peaks[name])] for name in SIDES],

@@ -29,8 +29,8 @@ def main() -> int:
     common.heading("Losses with an adapter against the bare base", options.threads, ["torch", "transformers"])
     import torch
 
-    from lorashelf.backends.hf import HFBackend
-    from lorashelf.tasks import ExampleSet, read_tasks
+    from lorashelf.models.hf import HFBackend
+    from lorashelf.tasks.folders import ExampleSet, read_tasks
 
     torch.set_num_threads(options.threads)
     backend = HFBackend.open(dtype="f32")

@@ -1,7 +1,11 @@
-"""Writes what can be generated: cli.md from the commands' own help, the table of methods. `--check` only compares."""
+"""Writes what can be generated: cli.md from the commands' own help, the table of methods, the drawing of the layers.
+
+`--check` only compares.
+"""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -10,7 +14,13 @@ from pathlib import Path
 
 from lorashelf import METHODS
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 HERE = Path(__file__).parent
+PACKAGE = HERE.parent / "src" / "lorashelf"
 SHELF = [
     "demo",
     "init",
@@ -63,6 +73,24 @@ def cli() -> str:
     return CLI_HEAD + "".join(parts)
 
 
+def layers(text: str) -> str:
+    """docs/architecture.md with its drawing of the layers that pyproject.toml declares, the highest first."""
+    (contract, *_) = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    rows = []
+    for layer in contract["layers"]:
+        names = re.split(r" [|:] ", layer)
+        folders = [name for name in names if (PACKAGE / name).is_dir()]
+        if not folders and len(names) > 1:
+            rows += ["", f"{'ground':<12} {' '.join(f'{name}.py' for name in names)}"]
+        for name in folders:
+            sentence = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text())) or ""
+            inside = [path.name + "/" * path.is_dir() for path in sorted((PACKAGE / name).iterdir())]
+            files = " ".join(each for each in inside if not each.startswith("__"))
+            rows += ["", f"{name + '/':<12} {sentence.splitlines()[0]}", f"{'':<12} {files}"]
+    drawn = "\n".join(["<!-- generated: layers -->", "```", *rows[1:], "```", "<!-- end layers -->"])
+    return re.sub(r"<!-- generated: layers -->.*?<!-- end layers -->", lambda _: drawn, text, flags=re.DOTALL)
+
+
 def methods(text: str) -> str:
     """docs/methods.md with its table of methods."""
     rows = [
@@ -78,9 +106,13 @@ def methods(text: str) -> str:
     return re.sub(r"<!-- generated: methods -->.*?<!-- end -->", lambda _: table, text, flags=re.DOTALL)
 
 
+PARTS = {"methods.md": methods, "architecture.md": layers}
+
+
 def main() -> int:
-    """Write, or with --check compare and say what is stale."""
-    wanted = {HERE / "cli.md": cli(), HERE / "methods.md": methods((HERE / "methods.md").read_text())}
+    """Write, or with --check compare and print what is stale."""
+    wanted = {HERE / "cli.md": cli()}
+    wanted |= {HERE / name: write((HERE / name).read_text()) for name, write in PARTS.items()}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from lorashelf import Shelf, new_settings, plan_add, read_adapter
-from lorashelf.backends.hf import DEPTH, HFBackend
-from lorashelf.prototypes import Prototypes
-from lorashelf.tasks import read_tasks
+from lorashelf.models.hf import DEPTH, HFBackend
+from lorashelf.serving.text_routing import Prototypes
+from lorashelf.tasks.folders import read_tasks
 
 SLOTS = 5
 Embed = Callable[[str, Sequence[str]], np.ndarray]

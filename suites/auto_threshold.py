@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from lorashelf import POLICIES, Adapter, Recipe, read_adapter, similarity
-from lorashelf.content import Content, entry, fold, single
-from lorashelf.policy import Open, View, auto_threshold
+from lorashelf.merging.average import Content, entry, fold, single
+from lorashelf.placement.policies import Open, View, auto_threshold
 
 SLOTS = 5
 Rule = Callable[[Sequence[float]], float | None]

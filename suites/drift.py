@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorashelf import Adapter, Recipe, combine, merge, norm, read_adapter, write_adapter
-from lorashelf.content import Content, entry, fold, single, without
+from lorashelf.merging.average import Content, entry, fold, single, without
 
 FOLDS = 40
 

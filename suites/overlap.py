@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from lorashelf.tasks import Task, read_tasks
+from lorashelf.tasks.folders import Task, read_tasks
 
 BY_CHARACTER = ("zh", "ja", "ko")
 

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from lorashelf import Adapter, Shelf, merge, new_settings, plan_add, read_adapter
-from lorashelf.backend import mean_loss
-from lorashelf.backends.hf import HFBackend
-from lorashelf.tasks import ExampleSet, read_task
+from lorashelf.models.hf import HFBackend
+from lorashelf.models.protocol import mean_loss
+from lorashelf.tasks.folders import ExampleSet, read_task
 
 TEACH = Path("examples/teach/my-email")
 FEWSHOT = Path("examples/fewshot")

@@ -11,8 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from factory import assert_same_delta, dense, make_adapter
-from lorashelf import Adapter, Factors, Modules, algebra, combine, compress, gram, inner, norm
+from lorashelf import Adapter, Factors, Modules, combine, compress, gram, inner, norm
 from lorashelf.errors import AdapterError, UsageError
+from lorashelf.lora import algebra
 
 PATHS = ("layers.0.q", "layers.0.v", "layers.1.q")
 SCALES = st.sampled_from([1.0, 2.0, 0.25, -1.5, 1e-3, 32.0])

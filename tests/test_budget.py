@@ -22,7 +22,7 @@ from lorashelf import (
     plan_update,
 )
 from lorashelf.errors import OverBudget
-from lorashelf.peft_format import encode
+from lorashelf.formats.peft import encode
 
 LIMIT = 10_000  # what manifests, log and settings take here at most
 

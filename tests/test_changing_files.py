@@ -17,7 +17,7 @@ import pytest
 from factory import make_adapter, write_peft
 from lorashelf import Adapter, Factors, Modules, Shelf, new_settings, plan_add, read_adapter, write_adapter
 from lorashelf.errors import AdapterFormatError
-from lorashelf.objects import TENSOR_FILE
+from lorashelf.formats.objects import TENSOR_FILE
 
 # a stage of an add, then the change; in a process of its own, as what is mapped and cut off ends it (SIGBUS)
 STAGES = """
@@ -131,7 +131,9 @@ def test_an_adapter_that_is_saved_again_and_again_is_stored_as_one_state_or_refu
                 assert shelf.verify() == []
         finally:
             process.kill()
-    print(f"{stored} of 30 were stored")  # how many depends on the machine; that a change is refused, the test above holds
+    print(
+        f"{stored} of 30 were stored"
+    )  # how many depends on the machine; that a change is refused, the test above holds
     assert all("changed while it was read" in refusal for refusal in refusals)
     assert len(refusals) == 30 - stored
 

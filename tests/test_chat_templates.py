@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import chat_templates as chat
-from lorashelf.backends.base_model import open_base
-from lorashelf.backends.chat_template import template_of
-from lorashelf.backends.hf import HFBackend
 from lorashelf.errors import ModelError, UnknownName, UsageError
+from lorashelf.models.base_model import open_base
+from lorashelf.models.chat_template import template_of
+from lorashelf.models.hf import HFBackend
 from tiny_base import tiny_base, tokenizer
 
 CHATML = ("<|im_start|>user\nI\n\nx<|im_end|>\n<|im_start|>assistant\n", "y<|im_end|>")

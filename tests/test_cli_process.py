@@ -74,7 +74,7 @@ def test_notices_that_cannot_be_written_change_nothing(
 
 
 def test_no_file_of_the_shelf_gets_the_number_of_a_closed_stream(shelf: Shelf, tmp_path: Path) -> None:
-    noisy = "import os, lorashelf.shelf as m; f = m.write_files\n"
+    noisy = "import os, lorashelf.shelf.shelf as m; f = m.write_files\n"
     noisy += "def g(*a):\n    r = f(*a)\n    [os.write(n, b'x') for n in (1, 2) if os.fstat(n).st_size]\n    return r\n"
     noisy += "m.write_files = g\n"
     script = tmp_path / "noisy.py"
@@ -99,7 +99,7 @@ def test_a_reader_that_leaves_is_told_on_stderr_what_was_added(tmp_path: Path) -
 
 @pytest.mark.parametrize(("raised", "code"), [("SystemExit(7)", 7), ("SystemExit('why')", 1), ("SystemExit(0)", 1)])
 def test_an_exit_inside_a_command_is_not_the_end_of_a_pipe(shelf: Shelf, raised: str, code: int) -> None:
-    broken = f"import lorashelf.shelf as m\ndef log(self):\n    raise {raised}\nm.Shelf.log = log"
+    broken = f"import lorashelf.shelf.shelf as m\ndef log(self):\n    raise {raised}\nm.Shelf.log = log"
     done = program(broken, "log", shelf.path, "--json", folder=shelf.path)
     assert done.returncode == code
     assert "SystemExit" in done.stderr
@@ -107,7 +107,7 @@ def test_an_exit_inside_a_command_is_not_the_end_of_a_pipe(shelf: Shelf, raised:
 
 
 def test_a_bug_shows_its_traceback_and_prints_a_document(shelf: Shelf) -> None:
-    broken = "import lorashelf.shelf as m\ndef log(self):\n    return 1 // 0\nm.Shelf.log = log"
+    broken = "import lorashelf.shelf.shelf as m\ndef log(self):\n    return 1 // 0\nm.Shelf.log = log"
     done = program(broken, "log", shelf.path, "--json", folder=shelf.path)
     assert done.returncode == 1
     assert "return 1 // 0" in done.stderr or "ZeroDivisionError" in done.stderr
@@ -154,7 +154,7 @@ def test_who_imports_the_library_keeps_their_own_ctrl_c() -> None:
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_any_command_with_its_number(shelf: Shelf, tmp_path: Path, name: str) -> None:
-    slow = "import time, lorashelf.shelf as m\n"
+    slow = "import time, lorashelf.shelf.shelf as m\n"
     slow += "m.Shelf.undo = lambda *a, **k: (open('there', 'w'), time.sleep(60))\n"
     command = [sys.executable, "-c", f"{slow}from lorashelf.cli import main\nmain()", "undo", "s", "--json"]
     begun = started(command, (tmp_path / "there").exists, cwd=tmp_path)

@@ -11,10 +11,10 @@ import pytest
 
 from factory import assert_same_delta, tree
 from lorashelf import BaseId, Shelf, merge, plan_add, read_adapter, write_adapter
-from lorashelf.backends.hf import HFBackend
 from lorashelf.cli import main, output
-from lorashelf.content import scaled
 from lorashelf.locks import sole
+from lorashelf.merging.average import scaled
+from lorashelf.models.hf import HFBackend
 from test_hf import random_adapter
 from tiny_base import tiny_base
 

@@ -25,14 +25,14 @@ from lorashelf import (
     read_adapter,
     write_adapter,
 )
-from lorashelf.adapter import WIDTHS
-from lorashelf.algebra import trained
-from lorashelf.content import Content, block, entry, fold, one_base, scaled, single, without
-from lorashelf.content import _restored as restored
 from lorashelf.errors import NotReversible
-from lorashelf.manifest import PENDING, Merged
-from lorashelf.peft_format import rounded
-from lorashelf.recipe import Recipe
+from lorashelf.formats.peft import rounded
+from lorashelf.lora.adapter import WIDTHS
+from lorashelf.lora.algebra import trained
+from lorashelf.merging.average import Content, block, entry, fold, one_base, scaled, single, without
+from lorashelf.merging.average import _restored as restored
+from lorashelf.shelf.manifest import PENDING, Merged
+from lorashelf.shelf.settings import Recipe
 
 AVERAGES = [name for name, method in METHODS.items() if method.average is not None]
 LINEAR = Recipe(merge="linear")

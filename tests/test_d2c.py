@@ -11,13 +11,13 @@ import pytest
 
 from factory import make_adapter
 from lorashelf import Adapter, Recipe, merge
-from lorashelf.backend import Loss, Pair, QuadraticBackend, mean_loss
-from lorashelf.clustering import cluster_by_loss
-from lorashelf.d2c import Block, search
 from lorashelf.errors import UsageError
-from lorashelf.journal import Journal
-from lorashelf.objective import Objective
-from lorashelf.tasks import Example, ExampleSet
+from lorashelf.models.protocol import Loss, Pair, QuadraticBackend, mean_loss
+from lorashelf.placement.d2c import Block, search
+from lorashelf.result_store import Journal
+from lorashelf.search.block_loss import Objective
+from lorashelf.search.cluster import cluster_by_loss
+from lorashelf.tasks.folders import Example, ExampleSet
 
 TASKS = ("a", "b", "c", "d", "e", "f", "g", "h", "i")
 METHOD = "ties"
@@ -351,7 +351,7 @@ def test_copies_are_merged_once() -> None:
 
 
 def test_an_agglomerative_start_is_that_partition() -> None:
-    from lorashelf.partition import partition
+    from lorashelf.placement.partitioners import partition
 
     adapters = related(12)
     searched = clustered(adapters, Counting(adapters), init="agglomerative", iterations=0)

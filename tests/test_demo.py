@@ -129,7 +129,7 @@ def test_without_scikit_learn_the_offline_part_says_what_brings_it(
 def test_without_the_language_model_the_second_half_says_what_brings_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorashelf.backends import base_model
+    from lorashelf.models import base_model
 
     monkeypatch.setattr(base_model, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:

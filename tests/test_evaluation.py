@@ -18,20 +18,20 @@ import pytest
 
 from factory import tree
 from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, new_settings, plan_add, read_adapter, write_adapter
-from lorashelf import evaluation as module
-from lorashelf.backend import Loss, QuadraticBackend
-from lorashelf.backends.base_model import EMBEDDED, BaseModel
-from lorashelf.backends.hf import HFBackend
 from lorashelf.cli import main, output
 from lorashelf.errors import MissingExtra, TaskNameError, UsageError
-from lorashelf.evaluation import Evaluation, Measured, Unit, evaluate, metrics_of
-from lorashelf.journal import Journal, opened
-from lorashelf.metrics import loss_kept, metric, normalised, scored
-from lorashelf.peft_format import encode
-from lorashelf.prompt import Template
-from lorashelf.results import COLUMNS, read_result, write_result
-from lorashelf.router import storage
-from lorashelf.tasks import Example, ExampleSet, Task, read_tasks
+from lorashelf.evaluation import compare as module
+from lorashelf.evaluation.compare import Evaluation, Measured, Unit, evaluate, metrics_of
+from lorashelf.evaluation.files import COLUMNS, read_result, write_result
+from lorashelf.evaluation.metrics import loss_kept, metric, normalised, scored
+from lorashelf.formats.peft import encode
+from lorashelf.models.base_model import EMBEDDED, BaseModel
+from lorashelf.models.hf import HFBackend
+from lorashelf.models.protocol import Loss, QuadraticBackend
+from lorashelf.result_store import Journal, opened
+from lorashelf.shelf.routing import storage
+from lorashelf.tasks.folders import Example, ExampleSet, Task, read_tasks
+from lorashelf.tasks.template import Template
 from tiny_base import tiny_base
 
 ROOT = Path(__file__).parent.parent

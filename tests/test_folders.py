@@ -22,7 +22,7 @@ import lorashelf as ls
 from factory import BASE, assert_same_delta, make_adapter, peft_tensors, write_peft
 from lorashelf.errors import AdapterFormatError, ShapeMismatch
 from lorashelf.faults import natural, together
-from lorashelf.tasks import read_task_file
+from lorashelf.tasks.folders import read_task_file
 from test_attacks import CONFIG, TENSORS, command
 
 ROOT = Path(__file__).parent.parent

@@ -30,10 +30,10 @@ from lorashelf import (
     plan_remove,
     plan_update,
 )
-from lorashelf.content import of_slot, without
 from lorashelf.digest import canonical_json
 from lorashelf.errors import CorruptShelf, TaskNameError, UsageError
-from lorashelf.manifest import manifest_id
+from lorashelf.merging.average import of_slot, without
+from lorashelf.shelf.manifest import manifest_id
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
 
@@ -50,8 +50,8 @@ def clock() -> datetime:
     return datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 
 
-@patch("lorashelf.shelf.VERSION", "0.1.0")
-@patch("lorashelf.flow.VERSION", "0.1.0")
+@patch("lorashelf.shelf.shelf.VERSION", "0.1.0")
+@patch("lorashelf.shelf.plans.VERSION", "0.1.0")
 def golden_shelf(path: Path) -> Shelf:
     """Two orthogonal adapters of one 2×3 module in one slot; every sum is exact, so no machine rounds apart."""
     shelf = Shelf.create(path, new_settings(1, policy="kmerge"), clock)

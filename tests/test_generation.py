@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, new_settings, plan_add, write_adapter
-from lorashelf.backends.hf import HFBackend
 from lorashelf.cli import main
 from lorashelf.errors import ModelError, ShapeMismatch, UnknownName, UsageError
-from lorashelf.generation import answer, service, stream
+from lorashelf.models.hf import HFBackend
+from lorashelf.serving.generate import answer, service, stream
 from tiny_base import tiny_base
 
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
@@ -333,7 +333,7 @@ def test_add_stores_each_tasks_own_file(
 def endless(shelf: Shelf, base: Path) -> subprocess.Popen[bytes]:
     """The command in a process of its own, with a model that writes without an end; one byte of it is read."""
     code = (
-        "import itertools, signal, time, lorashelf.backends.hf as hf, lorashelf.cli.base as base\n"
+        "import itertools, signal, time, lorashelf.models.hf as hf, lorashelf.cli.base as base\n"
         "base.PATIENCE = 600.0\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background has it ignored
         "hf.HFBackend._written = lambda *a: (time.sleep(0.02) or 65 for _ in itertools.count())\n"
@@ -372,7 +372,7 @@ def test_ctrl_c_ends_an_answer_with_130(shelf: Shelf, base: Path) -> None:
 @pytest.mark.parametrize("task", ["qa-ja", "gec-de"])
 def test_smollm2_answers_as_transformers_with_peft(task: str, tmp_path: Path) -> None:
     from lorashelf import read_adapter
-    from lorashelf.tasks import read_task
+    from lorashelf.tasks.folders import read_task
 
     smol, chosen = HFBackend.open(dtype="f32"), read_task(FEWSHOT / task)
     shelf = Shelf.create(tmp_path / "e.shelf", new_settings(1))

@@ -21,12 +21,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorashelf import Adapter, BaseId, Factors, Modules, read_adapter, write_adapter
-from lorashelf.backend import mean_loss
-from lorashelf.backends import attachment, base_model
-from lorashelf.backends.base_model import open_base
-from lorashelf.backends.hf import HFBackend
 from lorashelf.errors import ModelError, ShapeMismatch, UsageError
-from lorashelf.tasks import Example, ExampleSet, read_tasks
+from lorashelf.models import base_model, hooks
+from lorashelf.models.base_model import open_base
+from lorashelf.models.hf import HFBackend
+from lorashelf.models.protocol import mean_loss
+from lorashelf.tasks.folders import Example, ExampleSet, read_tasks
 from tiny_base import ARCHITECTURES, tiny_base
 
 CONTEXT = 160
@@ -58,7 +58,7 @@ def random_adapter(backend: HFBackend, architecture: str = "llama", seed: int = 
     names = TARGETS.get(architecture, ("q_proj", "k_proj", "v_proj", "o_proj"))
     modules = {}
     for path, layer in backend.base.model.named_modules():
-        if path.rpartition(".")[2] in names and (there := attachment.sizes(layer)):
+        if path.rpartition(".")[2] in names and (there := hooks.sizes(layer)):
             dout, din = there
             a, b = rng.standard_normal((rank, din)), rng.standard_normal((dout, rank))
             modules[path] = Factors((0.2 * a).astype("f4"), (0.2 * b).astype("f4"), 2.0)
@@ -397,7 +397,7 @@ def test_a_hub_id_out_of_reach_is_one_message_within_seconds(tmp_path: Path, kep
     if kept == "some shards":
         (snapshot / "a.safetensors").write_bytes(b"")
         (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors", "y": "b"}}')
-    code = "import time; from lorashelf.backends.base_model import open_base, libraries; libraries()\n"
+    code = "import time; from lorashelf.models.base_model import open_base, libraries; libraries()\n"
     code += "begun = time.monotonic()\ntry: open_base('acme/none')\nexcept Exception as error: "
     code += "print(type(error).__name__, time.monotonic() - begun, error)"
     told = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
@@ -414,7 +414,7 @@ def test_a_hub_id_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
     (snapshot.parents[1] / "refs").mkdir(parents=True)
     (snapshot.parents[1] / "refs" / "main").write_text("0")
     tiny_base(snapshot)
-    code = "from lorashelf.backends.base_model import open_base; print(open_base('acme/tiny', device='cpu').name)"
+    code = "from lorashelf.models.base_model import open_base; print(open_base('acme/tiny', device='cpu').name)"
     told = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
     environment = {**told, "HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": CLOSED}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -571,8 +571,8 @@ def test_a_real_adapter_lowers_the_loss_of_its_task(smollm: HFBackend) -> None:
 
 def test_d2c_on_the_real_model_takes_the_moves_of_the_transcription(smollm: HFBackend) -> None:
     from lorashelf import merge
-    from lorashelf.d2c import search
-    from lorashelf.objective import Objective
+    from lorashelf.placement.d2c import search
+    from lorashelf.search.block_loss import Objective
     from test_d2c import METHOD, literal
 
     names = ["qa-es", "qa-fr", "tone-de", "tone-es"]

@@ -56,7 +56,7 @@ def test_a_shelf_that_was_used_before_a_fork_writes_in_parent_and_children(shelf
 
 
 def test_a_child_does_not_write_while_its_parent_holds_the_lock(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorashelf.shelf.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("lorashelf.shelf.shelf.LOCK_SECONDS", 0.2)
 
     def refused() -> None:
         with pytest.raises(ShelfLocked, match="another writer holds this shelf"):

@@ -17,11 +17,11 @@ from peft.utils.other import get_pattern_key
 
 import lorashelf as ls
 from lorashelf import Adapter, BaseId, Factors, Modules
-from lorashelf.adapter import Shape
 from lorashelf.faults import Faults
-from lorashelf.matching import BAD_PATTERN, FirstMatch, Key, targets
-from lorashelf.peft_config import resolved_scales, unmatched
-from lorashelf.written_config import written_config
+from lorashelf.formats.peft_config import resolved_scales, unmatched
+from lorashelf.formats.written_config import written_config
+from lorashelf.lora.adapter import Shape
+from lorashelf.lora.matching import BAD_PATTERN, FirstMatch, Key, targets
 
 NAMES = ["q_proj", "v_proj", "q-proj", "down_proj", "layers", "experts", "model", "xq_proj", "a.b"]
 SPELLINGS: list[Callable[[str], str]] = [

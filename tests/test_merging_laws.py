@@ -34,9 +34,9 @@ from lorashelf import (
     similarity,
 )
 from lorashelf.errors import BaseMismatch, NotReversible, ShapeMismatch, UnknownName, UsageError
+from lorashelf.execution import WORKERS, each
 from lorashelf.merging import MergeMethod, Within, merge_measured, unmerge
 from lorashelf.merging.parameters import parameters_of
-from lorashelf.parallel import WORKERS, each
 
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 AVERAGES = [m for m in METHODS.values() if m.average is not None]
@@ -53,7 +53,7 @@ UNPRUNED = {  # what a method with a density is at density 1
 }
 SAME = 1e-5  # relative: float32 sums in another order, one SVD
 OTHER = 1e-2
-driver = sys.modules["lorashelf.merging.merge"]  # the name is that of the function too
+driver = sys.modules["lorashelf.merging.driver"]  # the name is that of the function too
 STORED = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 

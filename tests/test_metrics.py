@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorashelf.errors import MissingExtra, UnknownName, UsageError
-from lorashelf.metrics import METRICS, Metric, Score, edits, loss_kept, metric, normalised, scored
-from lorashelf.metrics.metric import Vector, answers
-from lorashelf.tasks import Example, read_tasks
+from lorashelf.evaluation.metrics import METRICS, Metric, Score, edits, loss_kept, metric, normalised, scored
+from lorashelf.evaluation.metrics.metric import Vector, answers
+from lorashelf.tasks.folders import Example, read_tasks
 
 TASKS = read_tasks(Path(__file__).parent.parent / "examples" / "fewshot")
 LANGUAGES = ["de", "en", "es", "fr", "it", "ja", "ko", "zh"]
@@ -561,7 +561,7 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocker())
 from lorashelf.errors import MissingExtra
-from lorashelf.metrics import METRICS, metric
+from lorashelf.evaluation.metrics import METRICS, metric
 for name in METRICS:
     for language in {LANGUAGES}:
         try:
@@ -593,8 +593,8 @@ def test_a_missing_package_names_the_install_line() -> None:
 def test_the_packages_are_quiet_and_leave_nothing_behind(tmp_path: Path) -> None:
     """Compiled anew under -W error; jieba would keep a cache in the shared temporary folder, and log that."""
     code = """
-from lorashelf.metrics import metric
-from lorashelf.tasks import Example
+from lorashelf.evaluation.metrics import metric
+from lorashelf.tasks.folders import Example
 for language, text in ("zh", "我喜欢北京"), ("ja", "猫が好き"):
     assert metric("f1", language).statistics(Example("-", text), text) == (1.0, 1.0)
 """

@@ -37,9 +37,9 @@ from lorashelf import (
 )
 from lorashelf.cli import main
 from lorashelf.errors import AdapterFormatError, NameMismatch, ShapeMismatch
+from lorashelf.lora.module_names import _RENAMED, BASE_PREFIXES, TOWERS, WRAPPERS, _kind, canonical
 from lorashelf.merging import unmerge
-from lorashelf.module_names import _RENAMED, BASE_PREFIXES, TOWERS, WRAPPERS, _kind, canonical
-from lorashelf.survey import forecast
+from lorashelf.report.preview import forecast
 from renamed_bases import CLASSES, earlier_name, linear_modules, tiny_model
 
 SPELLINGS = {

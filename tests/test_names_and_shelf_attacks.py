@@ -28,15 +28,12 @@ from lorashelf import (
     LorashelfError,
     Shelf,
     atomic,
-    history,
     new_settings,
-    objects,
     plan_add,
     plan_cluster,
     plan_remove,
     read_adapter,
     route,
-    router,
 )
 from lorashelf.digest import digest
 from lorashelf.errors import (
@@ -52,7 +49,9 @@ from lorashelf.errors import (
     TaskNameError,
     UsageError,
 )
-from lorashelf.generation import service
+from lorashelf.formats import objects
+from lorashelf.serving.generate import service
+from lorashelf.shelf import routing
 from test_attacks import command, state
 
 
@@ -749,8 +748,8 @@ def test_no_damaged_slot_is_served(shelf: Shelf, tmp_path: Path) -> None:
     tasks = [*snapshot.manifest.slots[0].members, *snapshot.manifest.slots[1].members]
     fourth = write_peft(tmp_path / "fourth", make_adapter(3))
     reads: dict[str, tuple[Callable[[], Any], list[str]]] = {
-        "route": (lambda: router.route(snapshot, tasks[0]), tasks[:1]),
-        "routes": (lambda: router.routes(snapshot), tasks),
+        "route": (lambda: routing.route(snapshot, tasks[0]), tasks[:1]),
+        "routes": (lambda: routing.routes(snapshot), tasks),
         "a service": (lambda: service(snapshot, tasks[1], prompt="?"), tasks[1:]),
         "the values of a slot": (lambda: dict(snapshot.adapter(snapshot.manifest.slots[1]).modules), tasks[1:]),
         "an arrival, compared with all": (lambda: plan_add(snapshot, read_adapter(fourth), "fourth"), tasks),
@@ -924,7 +923,7 @@ def test_a_line_that_was_taken_out_of_the_log_or_altered_is_reported(shelf: Shel
     lines = log.read_bytes().splitlines(keepends=True)
     kept = shelf.path / "manifests" / f"{shelf.snapshot().manifest.parent}.json"
     # a crash between append and delete
-    logged_and_kept = history.line(kept.stem, shelf.snapshot().ancestors[kept.stem])
+    logged_and_kept = log.line(kept.stem, shelf.snapshot().ancestors[kept.stem])
     log.write_bytes(b"".join([*lines, lines[1], logged_and_kept]))
     assert shelf.verify() == []
     for index, line in enumerate(lines):
@@ -992,7 +991,7 @@ def test_a_plan_made_before_another_commit_is_stale(shelf: Shelf, tmp_path: Path
 def test_while_another_process_writes_one_waits_and_is_told_and_readers_read(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorashelf.shelf.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("lorashelf.shelf.shelf.LOCK_SECONDS", 0.2)
     plan = plan_add(shelf.snapshot(), make_adapter(5), "new")
     with another_writer(shelf):
         before = state(tmp_path)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lorashelf import Shelf, read_adapter
-from lorashelf.backend import mean_loss
-from lorashelf.backends.hf import HFBackend
-from lorashelf.tasks import read_task
+from lorashelf.models.hf import HFBackend
+from lorashelf.models.protocol import mean_loss
+from lorashelf.tasks.folders import read_task
 
 ROOT = Path(__file__).parent.parent
 EMAIL = ROOT / "examples" / "teach" / "my-email"

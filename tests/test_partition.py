@@ -13,8 +13,8 @@ from sklearn.cluster import KMeans
 from factory import make_adapter
 from lorashelf import PARTITIONERS, Adapter, Factors, partition, partitioner, similarity
 from lorashelf.errors import MissingExtra, UnknownName, UsageError
-from lorashelf.partition import Partition, average_linkage
-from lorashelf.similarity import principal_coordinates, raw_gram
+from lorashelf.lora.similarity import principal_coordinates, raw_gram
+from lorashelf.placement.partitioners import Partition, average_linkage
 
 EVERY = pytest.mark.parametrize("method", sorted(PARTITIONERS))
 WITH_SKLEARN = ["agglomerative", "kmeans", "kmeans_svd"]

@@ -40,7 +40,7 @@ from lorashelf import (
     read_adapter,
     write_adapter,
 )
-from lorashelf.targets import joined, targets_of
+from lorashelf.lora.targets import joined, targets_of
 from renamed_bases import CLASSES, earlier_name, tiny_model
 from test_peft_differential import one_thread  # noqa: F401  (a fixture)
 

@@ -22,12 +22,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from factory import SHAPES, dense, make_adapter
 from lorashelf import METHODS, Adapter, Factors, Modules, combine, compress, merge, norm, read_adapter, write_adapter
-from lorashelf.adapter import WIDTHS, numpy_dtype
 from lorashelf.errors import AdapterFormatError, UsageError
+from lorashelf.formats.written_config import written_config
+from lorashelf.lora.adapter import WIDTHS, numpy_dtype
+from lorashelf.lora.targets import TARGET_FIELDS
 from lorashelf.merging import unmerge
-from lorashelf.merging.merge import _masks
-from lorashelf.peft_config import TARGET_FIELDS
-from lorashelf.written_config import written_config
+from lorashelf.merging.driver import _masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from factory import assert_same_delta, dense, make_adapter
 from lorashelf import POLICIES, Adapter, Factors, Modules, Shelf, plan_add, policy
-from lorashelf.policy import (
+from lorashelf.placement.policies import (
     NO_ROOM,
     Decision,
     Fold,

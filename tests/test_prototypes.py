@@ -12,11 +12,11 @@ import pytest
 
 from factory import make_adapter
 from lorashelf import Shelf, new_settings, plan_add, read_adapter
-from lorashelf.backends.hf import HFBackend
 from lorashelf.cli import main
 from lorashelf.errors import UsageError
-from lorashelf.prototypes import Prototypes, choose, examples_on, prototypes
-from lorashelf.tasks import Example, ExampleSet, Task, read_tasks
+from lorashelf.models.hf import HFBackend
+from lorashelf.serving.text_routing import Prototypes, choose, examples_on, prototypes
+from lorashelf.tasks.folders import Example, ExampleSet, Task, read_tasks
 from tiny_base import tiny_base
 
 ROOT = Path(__file__).parent.parent
@@ -225,7 +225,7 @@ def served(tmp_path: Path, base: Path) -> Shelf:
 def test_auto_chooses_by_the_text_and_says_how_sure_it_is(
     served: Shelf, tmp_path: Path, run: Callable[..., tuple[int, str, str]], tiny: HFBackend
 ) -> None:
-    from lorashelf.generation import answer
+    from lorashelf.serving.generate import answer
 
     code, out, error = run(served.path, "MANY LOUD WORDS", "--auto", "--examples", tmp_path / "tasks")
     assert code == 0

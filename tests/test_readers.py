@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from factory import make_adapter
-from lorashelf import Shelf, new_settings, plan_add, plan_update, router
+from lorashelf import Shelf, new_settings, plan_add, plan_update
 from lorashelf.errors import CorruptShelf, StaleShelf
-from lorashelf.generation import service
-from lorashelf.snapshot import Snapshot
+from lorashelf.serving.generate import service
+from lorashelf.shelf import routing
+from lorashelf.shelf.snapshot import Snapshot
 
 
 def adapter(seed: int) -> Any:
@@ -77,9 +78,9 @@ def test_verify_sees_damage_that_a_commit_leaves(tmp_path: Path, monkeypatch: py
 
 
 READERS: dict[str, Callable[[Snapshot], Any]] = {
-    "ls": router.listing,
-    "route": lambda snapshot: router.route(snapshot, "a"),
-    "routes": router.routes,
+    "ls": routing.listing,
+    "route": lambda snapshot: routing.route(snapshot, "a"),
+    "routes": routing.routes,
     "generate": lambda snapshot: service(snapshot, "a").adapter.modules["model.layers.0.self_attn.q_proj"].a.sum(),
     "plan": lambda snapshot: plan_add(snapshot, adapter(7), "new"),
     "check": lambda snapshot: snapshot.check_bytes(*snapshot.manifest.slots),
@@ -97,7 +98,7 @@ def test_a_reader_answers_from_the_new_head(
     if reader == "route":
         assert Path(answer["path"]).parent == shelf.path.absolute() / "objects"
     if reader == "ls":
-        assert answer["adapter_bytes"] == router.listing(shelf.snapshot())["adapter_bytes"]
+        assert answer["adapter_bytes"] == routing.listing(shelf.snapshot())["adapter_bytes"]
 
 
 @pytest.mark.parametrize("reader", ["generate", "plan", "check"])

@@ -13,11 +13,11 @@ import pytest
 from factory import assert_same_delta, make_adapter
 from lorashelf import Adapter, BaseId, Shelf, new_settings, norm, plan_add, plan_remove, plan_update
 from lorashelf.cli.arguments import slot_range
-from lorashelf.content import scaled
 from lorashelf.errors import BaseMismatch, NotReversible, UsageError
-from lorashelf.peft_format import rounded
-from lorashelf.recipe import Recipe
-from lorashelf.survey import forecast
+from lorashelf.formats.peft import rounded
+from lorashelf.merging.average import scaled
+from lorashelf.report.preview import forecast
+from lorashelf.shelf.settings import Recipe
 
 CANNOT = {
     "ties": ({"merge": "ties"}, "merged by ties"),

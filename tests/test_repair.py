@@ -14,20 +14,11 @@ import pytest
 
 from crash.disk import in_memory, watched
 from factory import make_adapter, write_peft
-from lorashelf import (
-    Adapter,
-    Shelf,
-    new_settings,
-    plan_add,
-    plan_cluster,
-    plan_remove,
-    plan_update,
-    read_adapter,
-)
+from lorashelf import Adapter, Shelf, new_settings, plan_add, plan_cluster, plan_remove, plan_update, read_adapter
 from lorashelf.digest import canonical_json
 from lorashelf.errors import CorruptShelf, NewerFormat, NotReversible, ShelfNotFound
-from lorashelf.manifest import manifest_id
-from lorashelf.repair import repair
+from lorashelf.shelf.manifest import manifest_id
+from lorashelf.shelf.repair import repair
 from test_attacks import command, state
 
 A, B, C, D = (make_adapter(seed, rank=2, layers=1) for seed in range(4))

@@ -14,7 +14,7 @@ from sklearn.decomposition import TruncatedSVD
 from factory import dense, make_adapter
 from lorashelf import METRICS, Adapter, Factors, Modules, merge, read_adapter, similarity, write_adapter
 from lorashelf.errors import UnknownName, UsageError
-from lorashelf.similarity import principal_coordinates, raw_gram
+from lorashelf.lora.similarity import principal_coordinates, raw_gram
 
 SEEDS = st.integers(0, 2**32 - 1)
 METRIC = pytest.mark.parametrize("metric", sorted(METRICS))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorashelf.errors import TaskDataError, UsageError
-from lorashelf.tasks import Example, read_task, read_task_file, read_tasks
+from lorashelf.tasks.folders import Example, read_task, read_task_file, read_tasks
 
 FEWSHOT = Path(__file__).parent.parent / "examples" / "fewshot"
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from factory import make_adapter
 from lorashelf import write_adapter
 from lorashelf.errors import AdapterFormatError
-from lorashelf.tensorfile import MAX_HEADER, STORED, TensorFile, encode_header
+from lorashelf.formats.safetensors import MAX_HEADER, STORED, TensorFile, encode_header
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BITS = {2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}

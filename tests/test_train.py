@@ -18,17 +18,17 @@ import pytest
 import torch
 
 from lorashelf import cli, read_adapter
-from lorashelf.backend import mean_loss
-from lorashelf.backends import trainee as trainee_module
-from lorashelf.backends.base_model import BaseModel, open_base
-from lorashelf.backends.hf import HFBackend
-from lorashelf.backends.trainee import Trainee, target_layers
 from lorashelf.cli.output import Meter
-from lorashelf.curriculum import Curriculum, TrainSettings
 from lorashelf.errors import MissingExtra, ModelError, TaskDataError, UsageError
-from lorashelf.lesson import prepare
-from lorashelf.tasks import Example, ExampleSet, Task, read_tasks
-from lorashelf.train import LOCK, RECORD_FILE, STATE_FOLDER, Moment, train, train_into
+from lorashelf.models.base_model import BaseModel, open_base
+from lorashelf.models.hf import HFBackend
+from lorashelf.models.protocol import mean_loss
+from lorashelf.tasks.folders import Example, ExampleSet, Task, read_tasks
+from lorashelf.training import trainer as trainee_module
+from lorashelf.training.config import Curriculum, TrainSettings
+from lorashelf.training.job import prepare
+from lorashelf.training.run import LOCK, RECORD_FILE, STATE_FOLDER, Moment, train, train_into
+from lorashelf.training.trainer import Trainee, target_layers
 from tiny_base import ARCHITECTURES, tiny_base
 
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ from crash.judge import must_stay
 from factory import make_adapter, tree
 from lorashelf import Adapter, Plan, Shelf, new_settings, plan_add, plan_remove, plan_update
 from lorashelf.errors import CorruptShelf, NotReversible, OverBudget, UsageError
-from lorashelf.manifest import Manifest, manifest_id
+from lorashelf.shelf.manifest import Manifest, manifest_id
 
 A, B, C, D, E = (make_adapter(seed, rank=2, layers=1) for seed in range(5))
 

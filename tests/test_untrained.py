@@ -24,10 +24,10 @@ from lorashelf import (
     plan_update,
 )
 from lorashelf.cli import main
-from lorashelf.content import without
-from lorashelf.partition import PARTITIONERS, partition
-from lorashelf.recipe import Recipe
-from lorashelf.survey import forecast
+from lorashelf.merging.average import without
+from lorashelf.placement.partitioners import PARTITIONERS, partition
+from lorashelf.report.preview import forecast
+from lorashelf.shelf.settings import Recipe
 from test_content import folded
 
 EVERY = pytest.mark.parametrize("method", sorted(METHODS))

@@ -9,28 +9,28 @@ import importlib
 import typing
 
 from . import early  # noqa: F401  first, as it is for the seconds in which the rest is imported
-from .adapter import Adapter, BaseId, Factors, Modules
-from .algebra import combine, compress, gram, inner, norm
 from .errors import LorashelfError
-from .flow import plan_add, plan_cluster, plan_remove, plan_set, plan_update
-from .manifest import Manifest, Plan, Slot
+from .formats.peft import read_adapter, write_adapter
+from .lora.adapter import Adapter, BaseId, Factors, Modules
+from .lora.algebra import combine, compress, gram, inner, norm
+from .lora.similarity import METRICS, similarity
 from .merging import METHODS, Within, merge, merge_method
-from .partition import PARTITIONERS, partition, partitioner
-from .peft_format import read_adapter, write_adapter
-from .policy import POLICIES, policy
-from .recipe import Budget, Recipe, Settings, new_settings
-from .router import route, routes
-from .shelf import Shelf
-from .similarity import METRICS, similarity
-from .snapshot import Snapshot
+from .placement.partitioners import PARTITIONERS, partition, partitioner
+from .placement.policies import POLICIES, policy
+from .shelf.manifest import Manifest, Plan, Slot
+from .shelf.plans import plan_add, plan_cluster, plan_remove, plan_set, plan_update
+from .shelf.routing import route, routes
+from .shelf.settings import Budget, Recipe, Settings, new_settings
+from .shelf.shelf import Shelf
+from .shelf.snapshot import Snapshot
 from .version import VERSION
 
 if typing.TYPE_CHECKING:
-    from .backends.base_model import base_folder
-    from .backends.hf import HFBackend
-    from .clustering import cluster_by_loss
-    from .evaluation import evaluate
-    from .tasks import read_tasks
+    from .evaluation.compare import evaluate
+    from .models.base_model import base_folder
+    from .models.hf import HFBackend
+    from .search.cluster import cluster_by_loss
+    from .tasks.folders import read_tasks
 
 __version__ = VERSION
 _LATE = {  # the language model's side: name → the module that it is imported from when it is asked for

@@ -10,7 +10,7 @@ from typing import Any
 
 from factory import dense
 from lorashelf import Adapter, Shelf, plan_add, read_adapter
-from lorashelf.objects import object_digest
+from lorashelf.formats.objects import object_digest
 
 from .disk import Call, Picture, picture, restored, watched
 from .scenes import Scene, clock

@@ -10,14 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..adapter import Adapter
-from ..clustering import cluster_by_loss, drawn
-from ..flow import merger, plan_add
-from ..partition import partition
-from ..peft_format import encode
-from ..recipe import Recipe, new_settings
-from ..shelf import Shelf
-from ..tasks import Task
+from ..formats.peft import encode
+from ..lora.adapter import Adapter
+from ..placement.partitioners import partition
+from ..search.cluster import cluster_by_loss, drawn
+from ..shelf.plans import merger, plan_add
+from ..shelf.settings import Recipe, new_settings
+from ..shelf.shelf import Shelf
+from ..tasks.folders import Task
 from .suite import BY_TYPE, Cell
 
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from .. import atomic
 from ..errors import UsageError
-from ..evaluation import Evaluation, Measured
-from ..metrics import FORMULAS, metric
-from ..metrics.kept import LEAST_GAIN, LEAST_SCORE
+from ..evaluation.compare import Evaluation, Measured
+from ..evaluation.metrics import FORMULAS, metric
+from ..evaluation.metrics.kept import LEAST_GAIN, LEAST_SCORE
 from ..version import VERSION
 from .assignment import Assignment
 from .suite import Cell, Suite

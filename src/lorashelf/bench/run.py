@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
-from ..adapter import Adapter
 from ..errors import UsageError
-from ..evaluation import prepare
-from ..journal import Journal
+from ..evaluation.compare import prepare
+from ..formats.peft import encode
 from ..locks import sole
-from ..peft_format import encode
-from ..tasks import Task
+from ..lora.adapter import Adapter
+from ..result_store import Journal
+from ..tasks.folders import Task
 from .assignment import Inputs, assign
 from .results import document, path_of, read_results, write_result
 from .suite import Cell, Suite

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..atomic import read_file
-from ..d2c import Accept
 from ..digest import canonical_json, digest
 from ..errors import LorashelfError, UsageError
 from ..merging import METHODS
-from ..partition import PARTITIONERS
-from ..policy import POLICIES
+from ..placement.d2c import Accept
+from ..placement.partitioners import PARTITIONERS
+from ..placement.policies import POLICIES
 
 if sys.version_info >= (3, 11):
     import tomllib

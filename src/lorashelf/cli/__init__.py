@@ -1,5 +1,6 @@
-"""The command line: `lorashelf COMMAND`. Each command is a few lines over the API; this module runs it and turns errors
-into exit codes.
+"""The command line: `lorashelf COMMAND`, each command a few lines over the API.
+
+This module runs it and turns errors into exit codes.
 """
 
 from __future__ import annotations

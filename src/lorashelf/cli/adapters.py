@@ -11,17 +11,17 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..algebra import norm
-from ..alignment import fitting, shared
 from ..atomic import is_vacant
-from ..content import one_base
 from ..errors import UsageError, numbered
+from ..formats.peft import write_adapter
+from ..lora.algebra import norm
+from ..lora.alignment import fitting, shared
+from ..lora.similarity import similarity
 from ..merging import merge_measured
-from ..peft_format import write_adapter
-from ..policy import median_similarity
-from ..recipe import new_settings
-from ..similarity import similarity
-from ..survey import describe, forecast
+from ..merging.average import one_base
+from ..placement.policies import median_similarity
+from ..report.preview import describe, forecast
+from ..shelf.settings import new_settings
 from . import arguments as arg
 from .output import counted, note, progress, score, show, size, table
 

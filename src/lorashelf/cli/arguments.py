@@ -11,15 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ..adapter import Adapter
-from ..algebra import energies
-from ..alignment import FEW
 from ..atomic import expanded
 from ..errors import AdapterError, AdapterFormatError, Fault, MissingExtra, TaskNameError, UsageError, numbered
-from ..objects import CONFIG_FILE
-from ..peft_format import read_adapter
-from ..policy import median_similarity
-from ..similarity import similarity
+from ..formats.objects import CONFIG_FILE
+from ..formats.peft import read_adapter
+from ..lora.adapter import Adapter
+from ..lora.algebra import energies
+from ..lora.alignment import FEW
+from ..lora.similarity import similarity
+from ..placement.policies import median_similarity
 from .output import note
 
 ShelfPath = Annotated[Path, typer.Argument(help="The shelf's folder.", metavar="SHELF", show_default=False)]

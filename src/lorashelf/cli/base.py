@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from ..backends.base_model import BaseModel, open_base
+from ..models.base_model import BaseModel, open_base
 from .arguments import template_arguments
 from .output import note
 

@@ -8,15 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ..adapter import Adapter
 from ..bench import page
 from ..bench.results import read_results
 from ..bench.run import run as measure
 from ..bench.run import status as standing
 from ..bench.suite import Cell, Suite, read_suite
 from ..errors import UsageError
-from ..objects import CONFIG_FILE
-from ..tasks import Task, read_tasks
+from ..formats.objects import CONFIG_FILE
+from ..lora.adapter import Adapter
+from ..tasks.folders import Task, read_tasks
 from . import arguments as arg
 from .output import counted, duration, note, show, table
 
@@ -39,7 +39,7 @@ def run(
     json: arg.Json = False,
 ) -> None:
     """Measure what is not measured yet; interrupt it at any time, or run it in several processes at once."""
-    from ..backends.hf import HFBackend
+    from ..models.hf import HFBackend
     from . import base
 
     opened = read_suite(suite)

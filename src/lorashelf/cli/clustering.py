@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from .. import atomic, router
-from ..adapter import Adapter
-from ..clustering import Searched, cluster_by_loss, drawn
-from ..d2c import Accept
+from .. import atomic
 from ..errors import DiskError, ModelError, UnknownName, UsageError
-from ..flow import plan_cluster, together
 from ..locks import sole
+from ..lora.adapter import Adapter
 from ..merging import METHODS
-from ..partition import PARTITIONERS
-from ..recipe import Recipe, new_settings
-from ..shelf import Shelf, check_vacant
-from ..tasks import Task, fields_for, read_tasks
+from ..placement.d2c import Accept
+from ..placement.partitioners import PARTITIONERS
+from ..search.cluster import Searched, cluster_by_loss, drawn
+from ..shelf import routing
+from ..shelf.plans import plan_cluster, together
+from ..shelf.settings import Recipe, new_settings
+from ..shelf.shelf import Shelf, check_vacant
+from ..tasks.folders import Task, fields_for, read_tasks
 from . import arguments as arg
 from .output import counted, note, show, table
 
 if TYPE_CHECKING:
-    from ..backends.hf import HFBackend
+    from ..models.hf import HFBackend
 
 D2C = "d2c"
 SEARCHES = {  # the options that only the search of d2c reads
@@ -159,7 +160,7 @@ def cluster(
     report = {**plan.report, **(searched.document() if searched else {})}
     for slot, in_common in report["shared"].items():
         arg.note_few_shared(f"slot {slot}", in_common)
-    show({**report, "slots": router.slot_documents(made), "head": made.head}, json, _clustered)
+    show({**report, "slots": routing.slot_documents(made), "head": made.head}, json, _clustered)
 
 
 def _checked(method: str, examples: Path | None, accept: str, init: str, given: Sequence[str]) -> None:
@@ -216,7 +217,7 @@ def _searched(
 
 
 def _opened(name: str | None, device: str | None, dtype: str | None, template: Sequence[str] | None) -> HFBackend:
-    from ..backends.hf import HFBackend
+    from ..models.hf import HFBackend
     from .base import opened
 
     return HFBackend(opened(name, device=device, dtype=dtype, template=template))

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from .. import router
-from ..adapter import Adapter
 from ..errors import MissingExtra, UsageError
-from ..flow import plan_add, plan_cluster
-from ..recipe import new_settings
-from ..shelf import Shelf
-from ..similarity import similarity
-from ..snapshot import Snapshot
+from ..lora.adapter import Adapter
+from ..lora.similarity import similarity
+from ..shelf import routing
+from ..shelf.plans import plan_add, plan_cluster
+from ..shelf.settings import new_settings
+from ..shelf.shelf import Shelf
+from ..shelf.snapshot import Snapshot
 from . import arguments as arg
 from .output import size, table
 
@@ -164,7 +164,7 @@ def _purities(console: Console, found: Mapping[str, Blocks], tasks: Sequence[str
 def _route_and_undo(console: Console, shelf: Shelf, task: str) -> None:
     console.rule("Route a task, load its slot, undo an add", align="left")
     snapshot = shelf.snapshot()
-    answer = router.route(snapshot, task)
+    answer = routing.route(snapshot, task)
     loaded = snapshot.adapter(snapshot.manifest.slot(answer["slot"]))
     console.print(
         f"  {task} is served by slot {answer['slot']}: a PEFT folder of {len(loaded.modules)} modules",

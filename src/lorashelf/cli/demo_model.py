@@ -8,15 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..adapter import Adapter
-from ..backend import mean_loss
-from ..backends.hf import HFBackend
-from ..clustering import cluster_by_loss
-from ..flow import merger, plan_add
-from ..partition import balanced
-from ..recipe import Recipe, new_settings
-from ..shelf import Shelf
-from ..tasks import ExampleSet, Task, read_tasks
+from ..lora.adapter import Adapter
+from ..models.hf import HFBackend
+from ..models.protocol import mean_loss
+from ..placement.partitioners import balanced
+from ..search.cluster import cluster_by_loss
+from ..shelf.plans import merger, plan_add
+from ..shelf.settings import Recipe, new_settings
+from ..shelf.shelf import Shelf
+from ..tasks.folders import ExampleSet, Task, read_tasks
 from .output import progress, table
 
 SLOTS, ITERATIONS = 4, 60

@@ -14,20 +14,20 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import recipe
-from ..adapter import Adapter, BaseId
 from ..atomic import read_file
-from ..backends.hf import HFBackend
 from ..errors import LorashelfError, UnknownName, UsageError, numbered
-from ..evaluation import Evaluation, Unit, metrics_of, prepare
-from ..journal import Journal, opened
-from ..objects import CONFIG_FILE
-from ..results import FILE, read_result, write_csv, write_result
-from ..router import storage
-from ..shelf import Shelf
-from ..snapshot import Snapshot
-from ..tasks import Task, read_tasks
-from ..train import RECORD_FILE
+from ..evaluation.compare import Evaluation, Unit, metrics_of, prepare
+from ..evaluation.files import FILE, read_result, write_csv, write_result
+from ..formats.objects import CONFIG_FILE
+from ..lora.adapter import Adapter, BaseId
+from ..models.hf import HFBackend
+from ..result_store import Journal, opened
+from ..shelf import settings
+from ..shelf.routing import storage
+from ..shelf.shelf import Shelf
+from ..shelf.snapshot import Snapshot
+from ..tasks.folders import Task, read_tasks
+from ..training.run import RECORD_FILE
 from . import arguments as arg
 from .base import opened as base_model
 from .output import counted, note, show, table
@@ -121,7 +121,7 @@ def _served(target: Path | None, tasks: Mapping[str, Task]) -> Served:
     """The adapters of a shelf's slots, of a folder, or none at all."""
     if target is None:
         return Served(dict.fromkeys(tasks))
-    if not (target / recipe.FILE).exists() and not (target / "HEAD").exists():
+    if not (target / settings.FILE).exists() and not (target / "HEAD").exists():
         return _adapters_of(target, tasks)
     return Shelf(target).read(lambda snapshot: _served_by(snapshot, tasks))
 

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..adapter import Adapter
 from ..errors import LorashelfError, Refused, TaskNameError, UsageError, numbered
-from ..flow import check_arrivals, plan_add
-from ..naming import task_name
-from ..recipe import new_settings
-from ..shelf import Shelf
-from ..snapshot import Snapshot
+from ..lora.adapter import Adapter
+from ..names import task_name
+from ..shelf.plans import check_arrivals, plan_add
+from ..shelf.settings import new_settings
+from ..shelf.shelf import Shelf
+from ..shelf.snapshot import Snapshot
 from . import arguments as arg
 from .output import Meter, note, print_fitting, score, show
 from .process import interrupted
@@ -132,7 +132,7 @@ def _check_names(texts: Sequence[str], task: str | None) -> None:
 def _details(names: Sequence[str], task_file: Path | None) -> dict[str, Mapping[str, Any]]:
     if task_file is None:
         return {name: {} for name in names}
-    from ..tasks import fields_for
+    from ..tasks.folders import fields_for
 
     found: dict[str, Mapping[str, Any]] = {name: fields_for(task_file, name) for name in names}
     if without := [name for name, fields in found.items() if not fields]:

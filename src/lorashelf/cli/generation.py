@@ -11,14 +11,14 @@ from typing import Annotated
 
 import typer
 
-from ..backends.base_model import cache_folder
-from ..backends.hf import HFBackend
 from ..errors import UsageError
-from ..generation import checked, service
-from ..prototypes import Choice, choose, examples_on, prototypes
-from ..shelf import Shelf
-from ..snapshot import Snapshot
-from ..tasks import ExampleSet, read_tasks
+from ..models.base_model import cache_folder
+from ..models.hf import HFBackend
+from ..serving.generate import checked, service
+from ..serving.text_routing import Choice, choose, examples_on, prototypes
+from ..shelf.shelf import Shelf
+from ..shelf.snapshot import Snapshot
+from ..tasks.folders import ExampleSet, read_tasks
 from . import arguments as arg
 from .base import opened
 from .output import counted, note, print_json

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import history
-from .. import repair as mended
 from ..errors import numbered
-from ..manifest import Manifest
-from ..shelf import Shelf
+from ..shelf import repair as mended
+from ..shelf.log import entry
+from ..shelf.manifest import Manifest
+from ..shelf.shelf import Shelf
 from . import arguments as arg
 from .output import show, table
 
@@ -69,7 +69,7 @@ def _restore(shelf: Path, json: bool, act: Callable[[Shelf], str]) -> None:
         "undo": len(line.undo),
         "redo": len(line.redo),
     }
-    state = history.entry(line.state, after.kept.get(line.state, after.manifest))
+    state = entry(line.state, after.kept.get(line.state, after.manifest))
     show(document, json, lambda d: f"{shelf}: {_restored(d, state)}")
 
 
@@ -129,14 +129,14 @@ def _logged(entries: list[dict[str, Any]]) -> Any:
     columns = ["time", "operation", "task", "decision", "slot"]
     went = any("to" in entry for entry in entries)
     rows = []
-    for entry in entries:
-        to = entry.get("to", "")
+    for told in entries:
+        to = told.get("to", "")
         rows.append(
             [
-                f"#{entry['sequence']}",
-                *(str(entry.get(column, "")) for column in columns),
+                f"#{told['sequence']}",
+                *(str(told.get(column, "")) for column in columns),
                 *([f"#{numbers[to]}" if to in numbers else to[:15]] if went else []),
-                entry["id"][:15],
+                told["id"][:15],
             ]
         )
     return table([">", *columns, *(["to"] if went else []), "id"], rows)

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..flow import plan_set
-from ..recipe import SECTIONS
-from ..shelf import Shelf
-from ..tasks import checked_fields, fields_for
+from ..shelf.plans import plan_set
+from ..shelf.settings import SECTIONS
+from ..shelf.shelf import Shelf
+from ..tasks.folders import checked_fields, fields_for
 from . import arguments as arg
 from .output import show
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import router
 from ..errors import numbered
-from ..flow import plan_remove, plan_update
-from ..shelf import Shelf
+from ..shelf import routing
+from ..shelf.plans import plan_remove, plan_update
+from ..shelf.shelf import Shelf
 from . import arguments as arg
 from .output import show, size, table
 
@@ -73,9 +73,9 @@ def route(
 ) -> None:
     """Which slot serves a task, and where its PEFT folder lies."""
     if task is not None:
-        show(Shelf(shelf).read(lambda s: router.route(s, task, verify=verify)), json, lambda d: d["path"])
+        show(Shelf(shelf).read(lambda s: routing.route(s, task, verify=verify)), json, lambda d: d["path"])
         return
-    rows = Shelf(shelf).read(lambda s: router.routes(s, verify=verify))
+    rows = Shelf(shelf).read(lambda s: routing.routes(s, verify=verify))
     show(
         rows,
         json,
@@ -85,7 +85,7 @@ def route(
 
 def ls(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
     """The slots, what they hold, and what that saves."""
-    show(Shelf(shelf).read(router.listing), json, _listed)
+    show(Shelf(shelf).read(routing.listing), json, _listed)
 
 
 def _listed(document: dict[str, Any]) -> list[Any]:

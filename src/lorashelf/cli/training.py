@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..curriculum import PAPERS, TrainSettings
 from ..errors import UnknownName, UsageError, numbered
-from ..lesson import Lesson, prepare
-from ..tasks import Task, read_tasks
-from ..train import Moment, Watch, train_into
+from ..tasks.folders import Task, read_tasks
+from ..training.config import PAPERS, TrainSettings
+from ..training.job import Lesson, prepare
+from ..training.run import Moment, Watch, train_into
 from . import arguments as arg
 from .base import opened
 from .output import Meter, note, show, table

@@ -11,8 +11,8 @@ The keyword-only parameters of the function are the method's parameters, with th
 """
 
 from . import exact, factor
+from .driver import merge, merge_measured
 from .inverse import Noise, Rest, noise_of, unmerge
-from .merge import merge, merge_measured
 from .methods import METHODS, MergeMethod, merge_method
 from .parameters import Within
 

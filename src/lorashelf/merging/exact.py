@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..adapter import Factors
-from ..algebra import concatenated
+from ..lora.adapter import Factors
+from ..lora.algebra import concatenated
 from .factor import PEFT
 from .methods import merge_method
 

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapter import Adapter, Factors
-from ..algebra import norm, trained
-from ..alignment import aligned
 from ..errors import NotReversible
+from ..lora.adapter import Adapter, Factors
+from ..lora.algebra import norm, trained
+from ..lora.alignment import aligned
 from . import factor
-from .merge import one_alpha
+from .driver import one_alpha
 from .methods import METHODS
 
 Energies = NDArray[np.float64]  # (2,), of the errors on A and on B of a module, both multiplied by √|s|

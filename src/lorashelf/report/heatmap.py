@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..algebra import Square
 from ..atomic import replace_file
 from ..errors import MissingExtra, UsageError
+from ..lora.algebra import Square
 
 FORMATS = ("png", "svg", "pdf")
 NEEDED = {"matplotlib": "matplotlib", "scipy": "SciPy", "sklearn": "scikit-learn"}

@@ -1,0 +1,1 @@
+"""Losses and scores of adapters on tasks, compared and written to files."""

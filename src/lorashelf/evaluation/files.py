@@ -1,0 +1,106 @@
+"""An evaluation on the disk: its document, its predictions to be read, a table for spreadsheets.
+
+FOLDER/result.json                  the JSON document of `eval`
+FOLDER/predictions/<task>.jsonl     a line an example: input, prediction, output, references, nll, tokens
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import atomic
+from ..errors import UsageError
+from ..names import task_name
+from .compare import Evaluation
+
+FILE = "result.json"
+PREDICTIONS = "predictions"
+COLUMNS = (
+    *("task", "n", "tokens", "dropped", "loss", "score", "low", "high", "metric"),
+    *("own_loss", "own_score", "zero_shot_loss", "S", "loss_kept"),
+)
+_STATED = {"base": str, "prompt": str, "backend": str, "split": str}
+_OF_A_TASK = {"loss": float, "examples": str, "max_new_tokens": int}
+
+
+def write_result(evaluation: Evaluation, folder: Path) -> None:
+    """Write document and predictions into a folder, replacing those of an earlier run, the document last.
+
+    Raises TaskNameError for a name that no file can bear; DiskError.
+    """
+    texts = {f"{task_name(name)}.jsonl": _lines(m.records()) for name, m in evaluation.tasks.items()}
+    predictions = folder / PREDICTIONS
+    for path in (folder, predictions):
+        if not path.exists():
+            atomic.make_parents(path)
+            atomic.make_folder(path)
+    atomic.remove(folder / FILE)
+    with atomic.refusals(predictions, "read"):
+        old = [path for path in predictions.iterdir() if path.name not in texts]
+    for path in old:
+        atomic.remove(path)
+    for name, text in texts.items():
+        atomic.replace_file(predictions / name, text, predictions)
+    document = json.dumps(evaluation.document(), ensure_ascii=False, indent=1) + "\n"
+    atomic.replace_file(folder / FILE, document.encode(), folder)
+
+
+def write_csv(document: Mapping[str, Any], path: Path) -> None:
+    """One row a task; what is not known is empty. Raises DiskError."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"task": name, **entry} for name, entry in document["tasks"].items())
+    atomic.replace_file(path, text.getvalue().encode(), path.absolute().parent)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The document of an earlier evaluation: its JSON file, or the folder it was written to.
+
+    Raises UsageError naming all that is missing or mistyped.
+    """
+    file = path / FILE if path.is_dir() else path
+    cure = "give what `lorashelf eval --json` printed, or the folder of its -o"
+    try:
+        document = json.loads(atomic.read_file(file))
+        tasks = dict(document["tasks"])
+    except OSError as error:
+        what = f"the earlier evaluation cannot be read: {error.strerror}"
+        raise UsageError(what, where=str(file), cure=cure) from error
+    except (ValueError, RecursionError) as error:
+        what = f"this is not an evaluation: it is not JSON ({error})"
+        raise UsageError(what, where=str(file), cure=cure) from error
+    except (KeyError, TypeError) as error:
+        raise UsageError("this is not an evaluation: it has no tasks", where=str(file), cure=cure) from error
+    faults = [
+        f"{name} is {document.get(name)!r}" for name, kind in _STATED.items() if not _is(document.get(name), kind)
+    ]
+    for task, entry in tasks.items():
+        known = entry if isinstance(entry, dict) else {}
+        faults += [
+            f"{task}: {name} is {known.get(name)!r}"
+            for name, kind in _OF_A_TASK.items()
+            if not _is(known.get(name), kind)
+        ]
+        if known.get("score") is not None and not _is(known["score"], float):
+            faults.append(f"{task}: score is {known['score']!r}")
+    if faults:
+        raise UsageError("this is not an evaluation: " + "; ".join(faults), where=str(file), cure=cure)
+    return {**document, "tasks": {task: {"score": None, "metric": None, **entry} for task, entry in tasks.items()}}
+
+
+def _is(value: Any, kind: type[Any]) -> bool:
+    """Whether a JSON value is of a kind; whole numbers are numbers, truth values and NaN are not."""
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _lines(records: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()

@@ -1,0 +1,1 @@
+"""Adapters as bytes: PEFT folders and the safetensors that they hold."""

@@ -1,0 +1,284 @@
+"""PEFT adapter folders in and out: `adapter_config.json` and `adapter_model.safetensors`, exactly or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import atomic
+from ..digest import Hasher, digest
+from ..errors import AdapterFormatError, Fault, UsageError
+from ..execution import following
+from ..faults import Faults
+from ..lora.adapter import WIDTHS, Adapter, BaseId, Factors, Matrix, Modules, Shape, Stack, numpy_dtype
+from .objects import CONFIG_FILE, TENSOR_FILE, Stored, length
+from .peft_config import carried, config_faults, resolved_scales, training_only, unmatched
+from .peft_folder import not_a_folder, not_the_file, prompt_notices, something_else, trained_beside
+from .peft_tensors import factor_shapes, paired, value_faults
+from .safetensors import STORED, Guard, Lost, TensorFile, encode_header
+from .written_config import stored_scale, written_config
+
+_TORCH = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+
+
+def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
+    """Read a PEFT adapter folder; tensors stay in the file, held open, until they are used.
+
+    Each module's Factors are a (r, din), b (dout, r) float32 and the resolved scale. With `check_values` every tensor
+    is read once and refused if it holds NaN or infinity. What training tools leave in a name is taken out. Raises
+    AdapterFormatError with all faults of config, header and values at once; the adapter's modules raise it if the file
+    changes before they are read.
+    """
+    return _read(atomic.expanded(path), check_values, None)
+
+
+def read_stored(folder: Path, sums: Sequence[int], lost: Lost) -> Adapter:
+    """Read an object of a shelf, whose names and values were checked when it was stored. Whatever is read, now or
+    later, is held against the `sums` of `Stored`, if there are any; `lost` makes the error. Raises AdapterFormatError.
+    """
+    return _read(folder, False, Guard(sums, lost))
+
+
+def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+        found = something_else(folder, names)
+    except OSError as error:
+        raise AdapterFormatError([not_a_folder(folder, error)], where=str(folder)) from error
+    if found is not None:
+        raise AdapterFormatError([found], where=str(folder))
+    faults = Faults()
+    config = _read_config(folder, faults)
+    tensors = _read_tensors(folder, faults, guard)
+    faults.extend(trained_beside(names))
+    in_training = training_only(config or {})
+    halves = paired(tensors, tuple(in_training.values()), faults, given=guard is None) if tensors is not None else {}
+    shapes = factor_shapes(tensors, halves, faults) if tensors is not None else {}
+    scales = resolved_scales(config, shapes, faults) if config is not None else {}
+    if config is not None and tensors is not None:
+        unmatched(config, shapes, faults)
+    if tensors is not None and check_values:
+        value_faults(tensors, halves, faults)
+    if config is not None and guard is None and _read_config(folder, Faults()) != config:
+        cure = "wait until whatever writes the file is done, then run the command again"
+        faults.append(f"{CONFIG_FILE} changed while the adapter was read", cure)
+    if config is not None and tensors is not None and guard is not None:
+        guard.check(0, tensors.header, crc32(atomic.read_file(folder / CONFIG_FILE)))
+    if faults or config is None or tensors is None:
+        raise AdapterFormatError(faults.listed(), where=str(folder))
+    stored = sorted({STORED[tensors[name].dtype] for pair in halves.values() for name in pair.values()})
+    base = BaseId(config.get("base_model_name_or_path") or "", config.get("revision"))
+    return Adapter(
+        modules=_FileModules(tensors, halves, shapes, scales),
+        base=base,
+        dtype=stored[0] if len(stored) == 1 else "f32",
+        config=carried(config),
+        notices=(
+            *(f"{name} and its tensors act in training only and are not kept" for name in in_training),
+            *prompt_notices(folder, names, base.name),
+        ),
+    )
+
+
+def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[str, bytes] | None = None) -> str:
+    """Write an adapter as a PEFT folder that appears whole or not at all; returns its object digest.
+
+    `extra_files` are further files, name → content, that appear with it; readers of adapters pass them over.
+    The factors are rounded once, to `adapter.dtype`; scales go to `lora_alpha` and `alpha_pattern`, ranks to `r` and
+    `rank_pattern`. Raises UsageError if the path exists, AdapterFormatError if a value overflows the dtype, DiskError.
+    """
+    folder = atomic.expanded(path)
+    if not atomic.is_vacant(folder):
+        raise UsageError("the output exists already", where=str(folder), cure="choose another folder or delete it")
+    atomic.make_parents(folder)
+    atomic.sweep_staging(folder.parent)
+    with atomic.staging(folder.parent) as staged:
+        identity, _ = write_files(adapter, staged)
+        for name, content in (extra_files or {}).items():
+            atomic.write_file(staged / name, [content])
+        atomic.publish(staged, folder)
+    return identity
+
+
+def write_files(adapter: Adapter, folder: Path) -> Stored:
+    """Write both files into an existing folder, synced; what they are by the very bytes that were written."""
+    encoded, identity, sums = encode(adapter), Hasher(), [0]
+
+    def note(chunk: bytes | memoryview) -> None:
+        identity.update(chunk)
+        sums.append(crc32(chunk))
+
+    with following(note) as noted:  # it takes as long as to write and sync
+        identity.update(encoded.head)
+        atomic.write_file(folder / CONFIG_FILE, [encoded.config])
+        atomic.write_file(folder / TENSOR_FILE, map(noted, encoded.tensor_chunks()))
+    sums[:2] = [crc32(encoded.header, crc32(encoded.config))]  # the header is the first chunk
+    return Stored(identity.digest(), tuple(sums))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An adapter as it would stand on disk: the config's bytes, the tensor file's header, the size of both files."""
+
+    adapter: Adapter
+    config: bytes
+    header: bytes
+    size: int
+
+    def digest(self) -> str:
+        """The object digest: what `object_digest` of the written folder is."""
+        return digest(chain([self.head], self.tensor_chunks()))
+
+    @property
+    def head(self) -> bytes:
+        """What the digest covers before the tensor file's bytes."""
+        return length(len(self.config)) + self.config + length(self.size - len(self.config))
+
+    def tensor_chunks(self) -> Iterator[bytes | memoryview]:
+        """The tensor file's bytes, one module in memory at a time."""
+        yield self.header
+        for path, factors in self.adapter.modules.items():
+            for half, values in (("A", factors.a), ("B", factors.b)):
+                yield _stored(values, self.adapter.dtype, f"{path}.lora_{half}").reshape(-1).view(np.uint8).data
+
+
+def rounded(adapter: Adapter) -> Adapter:
+    """The adapter as it comes back from a disk: factors rounded to its dtype, scales to what an alpha gives back. One
+    that is there already is returned as it is, still read lazily. Raises AdapterFormatError on overflow.
+    """
+    shapes, resolved = adapter.shapes, adapter.modules.scales
+    scales = {path: stored_scale(resolved[path], shape.rank) for path, shape in shapes.items()}
+    there, modules = adapter.dtype == "f32" and scales == resolved, {}
+    for path, f in adapter.modules.items():
+        a, b = (
+            _stored(values, adapter.dtype, f"{path}.lora_{half}").astype("<f4", copy=False)
+            for half, values in (("A", f.a), ("B", f.b))
+        )
+        if not there:
+            modules[path] = Factors(a, b, scales[path])
+    return adapter if there else adapter.with_factors(modules)
+
+
+def _stored(values: Matrix, dtype: str, name: str) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(values, dtype=numpy_dtype(dtype))
+    if not np.isfinite(stored).all():
+        largest = float(np.abs(values).max())
+        raise AdapterFormatError(
+            [f"{name}: {largest:.3g} is beyond what {dtype} can hold"], cure="store in bf16 or f32"
+        )
+    return stored
+
+
+def encode(adapter: Adapter) -> Encoded:
+    """What `write_files` would write, without writing: deterministic, so sizes are known before anything is stored."""
+    dtype = _TORCH[adapter.dtype]
+    described = []
+    for path, (dout, rank, din) in adapter.shapes.items():
+        described.append((f"base_model.model.{path}.lora_A.weight", dtype, (rank, din)))
+        described.append((f"base_model.model.{path}.lora_B.weight", dtype, (dout, rank)))
+    header = encode_header(described)
+    config = (json.dumps(written_config(adapter), indent=2, ensure_ascii=False) + "\n").encode()
+    values = adapter.parameters * WIDTHS[adapter.dtype]
+    return Encoded(adapter, config, header, len(config) + len(header) + values)
+
+
+class _FileModules(Modules):
+    """Modules of an open file: read, and widened to float32, as a module is taken out."""
+
+    def __init__(
+        self,
+        tensors: TensorFile,
+        halves: Mapping[str, Mapping[str, str]],
+        shapes: Mapping[str, Shape],
+        scales: Mapping[str, float],
+    ) -> None:
+        self._tensors, self._halves, self._scales = tensors, halves, scales
+        self._shapes = dict(sorted(shapes.items()))
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return self._shapes
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._scales
+
+    def stack(self, paths: Sequence[str]) -> Stack:
+        a, b = (self._tensors.stack([self._halves[path][half] for path in paths]) for half in "AB")
+        scales = np.array([self._scales[path] for path in paths])
+        return Stack(a.astype("<f4", copy=False), b.astype("<f4", copy=False), scales)
+
+    def __getitem__(self, path: str) -> Factors:
+        a, b = (self._tensors.array(self._halves[path][half]) for half in "AB")
+        return Factors(a.astype("<f4", copy=False), b.astype("<f4", copy=False), self._scales[path])
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._shapes  # without reading a tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+# reading ------------------------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path, faults: Faults) -> dict[str, Any] | None:
+    mend = f"mend {CONFIG_FILE}, or copy the one that was saved with the tensors"
+    try:
+        config = json.loads(atomic.read_file(folder / CONFIG_FILE))  # with or without a byte order mark
+    except FileNotFoundError:
+        faults.append(f"{CONFIG_FILE} is missing", "give the folder that save_pretrained wrote, which holds this file")
+        return None
+    except OSError as error:
+        cure = "put the file that was saved in its place, readable for this user"
+        faults.append(f"{CONFIG_FILE} cannot be read: {error.strerror}", cure)
+        return None
+    except (ValueError, RecursionError) as error:
+        found = not_the_file(CONFIG_FILE, folder / CONFIG_FILE)
+        faults.extend([found or Fault(f"{CONFIG_FILE} cannot be read: {error}", mend)])
+        return None
+    if not isinstance(config, dict):
+        faults.append(f"{CONFIG_FILE} is not a JSON object", mend)
+        return None
+    if not _encodable(config):
+        faults.append(f"{CONFIG_FILE} holds text that is not Unicode (a lone surrogate)", mend)
+        return None
+    faults.extend(config_faults(config))
+    return config
+
+
+def _encodable(document: Any) -> bool:
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_tensors(folder: Path, faults: Faults, guard: Guard | None) -> TensorFile | None:
+    path = folder / TENSOR_FILE
+    if not os.path.lexists(path):
+        faults.append(f"{TENSOR_FILE} is missing", "give the folder that save_pretrained wrote, which holds this file")
+        return None
+    if not path.exists():
+        faults.append(f"{TENSOR_FILE} is a link to nothing", "download it again (hf download), or mend the link")
+        return None
+    try:
+        return TensorFile(path, guard)
+    except AdapterFormatError as error:
+        found = not_the_file(TENSOR_FILE, path)
+        faults.extend([found] if found else [reason.at(TENSOR_FILE) for reason in error.reasons])
+        return None

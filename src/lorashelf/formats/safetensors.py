@@ -1,0 +1,321 @@
+"""safetensors files: a bounded header, tensors read one by one (bfloat16 too), and writing as a stream.
+
+The format is safetensors' own: 8 bytes of header length, a JSON header, then the tensors without holes. Every fault of
+a header is reported at once; no tensor of a faulty file is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..atomic import TICK, open_file
+from ..errors import AdapterFormatError, LorashelfError
+from ..lora.adapter import numpy_dtype
+
+MAX_HEADER = 100 * 2**20  # bytes; safetensors' own cap
+STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+Lost = Callable[[str], LorashelfError]  # what happened to an open file → the error
+_CHANGED = "changed while it was read"
+DAMAGED = "its bytes have changed"
+_HELD = threading.Semaphore(100)  # files that may be held open yet
+_SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
+_WIDTHS = {dtype: width for width, dtypes in _SIZES.items() for dtype in dtypes.split()}
+
+# glibc returns freed blocks to the system at once, to be zeroed page by page when they are taken again, until a larger
+# one was freed (mallopt(3), M_MMAP_THRESHOLD). Tensors are read into such blocks again and again, in half the time.
+np.empty(2**23, np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file: its dtype as safetensors writes it, its shape, its byte range after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """CRC-32 of what an object should hold (see `objects.Stored`), and the error for an object that does not.
+
+    Without sums nothing is compared.
+    """
+
+    sums: Sequence[int]
+    lost: Lost
+
+    def check(self, place: int, data: bytes | memoryview, before: int = 0) -> None:
+        """Raise what `lost` makes unless the data, after data of the sum `before`, have the sum of this place."""
+        if self.sums and (place >= len(self.sums) or crc32(data, before) != self.sums[place]):
+            raise self.lost(DAMAGED)
+
+
+class TensorFile(Mapping[str, Entry]):
+    """A safetensors file; `array` and `stack` read tensors out of it, a copy each.
+
+    It is read, not mapped: a mapped file that is cut off later ends the process (SIGBUS). A file that changes after it
+    was opened is an error of the next read, so everything that was read belongs to one state of the file. The file is
+    held open, or, beyond a hundred of them, opened again for each read: systems allow a process few open files.
+    """
+
+    def __init__(self, path: Path, guard: Guard | None = None) -> None:
+        """Open the file. Raises AdapterFormatError with every fault of the header; later reads raise what `guard` says,
+        else AdapterFormatError.
+        """
+        self.path = path
+        self._guard = guard or Guard((), partial(_refused, path))
+        self._handle: int | None = None
+        try:
+            if _HELD.acquire(blocking=False):
+                self._handle = _held(self, path)
+            with self._opened() as handle, open(handle, "rb", closefd=False) as file:
+                # what lies on a shelf is held against its sums
+                self._state = os.fstat(handle) if guard else _settled(handle)
+                size = self._state.st_size
+                text = _read_header(file.read(8), size, file.read)
+                self._check_unchanged(handle)
+            self._offset = 8 + len(text)
+            self._entries = _entries(text, size - self._offset)
+        except OSError as error:
+            cure = "put the file that was saved in its place, readable for this user"
+            raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path), cure=cure) from error
+        except AdapterFormatError as error:
+            error.where = error.where or str(path)
+            raise
+        in_order = sorted(self._entries, key=lambda name: self._entries[name].start)
+        self._places = {name: place for place, name in enumerate(in_order, 1)}
+
+    @property
+    def header(self) -> bytes:
+        """The bytes before the tensors."""
+        with self._reading() as handle:
+            return os.pread(handle, self._offset, 0)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The tensor as stored (f32, f16 or bf16). Raises AdapterFormatError if the file has changed."""
+        return np.asarray(self.stack([name])[0])
+
+    def stack(self, names: Sequence[str]) -> NDArray[Any]:
+        """Tensors of one shape as (n, *shape), as stored; float32 where their dtypes differ. Raises as `array`."""
+        entries = [self._entries[name] for name in names]
+        first = entries[0]
+        if any(entry.dtype != first.dtype for entry in entries):
+            return np.stack([self.array(name).astype("<f4", copy=False) for name in names])
+        data = np.empty((len(entries), first.stop - first.start), np.uint8)
+        with self._reading() as handle:
+            for row, entry, name in zip(data, entries, names, strict=True):
+                self._fill(handle, row.data, self._offset + entry.start)
+                self._guard.check(self._places[name], row.data)  # now, while it is in the cache
+        return data.view(numpy_dtype(STORED[first.dtype])).reshape(len(entries), *first.shape)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        """A handle of the file: the one that is held, else one for the block. Raises OSError."""
+        if self._handle is not None:
+            yield self._handle
+            return
+        handle = open_file(self.path)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[int]:
+        """A handle to read tensors from. Raises what `guard` says where the file cannot be read, or has changed."""
+        try:
+            with self._opened() as handle:
+                yield handle
+                self._check_unchanged(handle)
+        except OSError as error:
+            raise self._guard.lost(f"cannot be read: {error.strerror}") from error
+
+    def _fill(self, handle: int, room: memoryview, offset: int) -> None:
+        while room and (count := os.preadv(handle, [room], offset)):
+            room, offset = room[count:], offset + count
+        if room:
+            raise self._guard.lost(_CHANGED)
+
+    def _check_unchanged(self, handle: int) -> None:
+        then, now = self._state, os.fstat(handle)
+        fields = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+        same = all(getattr(then, field) == getattr(now, field) for field in fields)
+        # a name that is taken away or given sets ctime too, and changes no byte
+        if not same or (then.st_ctime_ns != now.st_ctime_ns and then.st_nlink == now.st_nlink):
+            raise self._guard.lost(_CHANGED)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _refused(path: Path, what: str) -> LorashelfError:
+    cure = "wait until whatever writes the file is done, then run the command again"
+    return AdapterFormatError([f"{path.name} {what}"], where=str(path.parent), cure=cure)
+
+
+def _held(owner: TensorFile, path: Path) -> int:
+    """A handle that is closed when its owner goes. Raises OSError."""
+    try:
+        handle = open_file(path)
+    except OSError:
+        _HELD.release()
+        raise
+    weakref.finalize(owner, _let_go, handle)
+    return handle
+
+
+def _let_go(handle: int) -> None:
+    os.close(handle)
+    _HELD.release()
+
+
+def _settled(handle: int) -> os.stat_result:
+    """The file's times once they are older than a tick of the clock that sets them: any later change shows in them."""
+    found = os.fstat(handle)
+    age = time.time_ns() - found.st_ctime_ns
+    if not 0 <= age < TICK:
+        return found
+    time.sleep((TICK - age) / 1e9)
+    return os.fstat(handle)
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """The length and JSON header for (name, dtype, shape) in the order their bytes will follow, padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        size = math.prod(shape) * _WIDTHS[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes]) -> bytes:
+    """The header's JSON."""
+    if len(prefix) < 8:
+        raise _faulty([f"truncated: {size} bytes, a header needs at least 8"])
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER:
+        raise _faulty([f"header of {length} bytes; at most {MAX_HEADER} are allowed"])
+    if length > size - 8:
+        raise _faulty([f"truncated: header of {length} bytes in a file of {size}"])
+    return read(length)
+
+
+@lru_cache(maxsize=4)  # the slots of a shelf have one header, as a rule
+def _entries(text: bytes, room: int) -> Mapping[str, Entry]:
+    """The tensors that a header describes, by name, in a file with so much room for them."""
+    repeated: list[str] = []
+    try:
+        header = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, repeated))
+    except (ValueError, RecursionError) as error:
+        raise _faulty([f"header is not JSON: {error}"]) from error
+    if not isinstance(header, dict):
+        raise _faulty(["header is not a JSON object"])
+    if repeated:
+        raise _faulty([f"duplicate key {key!r} in the header" for key in repeated])
+    return MappingProxyType(_check_entries(header, room))
+
+
+def _faulty(faults: Sequence[str]) -> AdapterFormatError:
+    return AdapterFormatError(faults, cure="download or copy the file again")
+
+
+def _once(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            repeated.append(key)
+        seen[key] = value
+    return seen
+
+
+def _check_entries(header: dict[str, Any], room: int) -> dict[str, Entry]:
+    faults: list[str] = []
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        faults.append("__metadata__ is not a map of strings")
+    entries: dict[str, Entry] = {}
+    odd: list[tuple[str, str]] = []
+    for name, described in header.items():
+        entry, fault = _entry(described, room)
+        if fault:
+            odd.append((name, fault))
+        if entry:
+            entries[name] = entry
+    faults += _by_kind(odd)
+    faults += _layout_faults(entries, room) if not faults else []
+    if faults:
+        raise _faulty(faults)
+    return dict(sorted(entries.items()))
+
+
+def _by_kind(faults: list[tuple[str, str]]) -> list[str]:
+    """Sentences about tensors, those that differ in numbers and names only as one with their number."""
+    kinds: dict[str, list[str]] = {}
+    for name, what in faults:
+        kinds.setdefault(re.sub(r"\d+| those of .*", "", what), []).append(f"{name}: {what}")
+    return [first + (f", and {len(more)} more tensors" if more else "") for first, *more in kinds.values()]
+
+
+def _entry(described: Any, room: int) -> tuple[Entry | None, str | None]:
+    if not isinstance(described, dict) or not {"dtype", "shape", "data_offsets"} <= described.keys():
+        return None, "needs dtype, shape and data_offsets"
+    dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        return None, f"shape {shape} or data_offsets {offsets} are not lists of whole numbers"
+    start, stop = offsets
+    if start > stop or stop > room:
+        return None, f"bytes {start}:{stop} lie outside the file's {room} (truncated?)"
+    if not isinstance(dtype, str) or dtype not in _WIDTHS:
+        return None, f"unknown dtype {dtype!r}"
+    size = math.prod(shape) * _WIDTHS[dtype]
+    if size != stop - start:
+        return None, f"{dtype} of shape {shape} takes {size} bytes, data_offsets give {stop - start}"
+    return Entry(dtype, tuple(shape), start, stop), None
+
+
+def _naturals(values: Any) -> bool:
+    """A short list of whole numbers that a file could hold: their product can be printed."""
+    return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**53 for v in values)
+
+
+def _layout_faults(entries: Mapping[str, Entry], room: int) -> list[str]:
+    odd = []
+    end, last = 0, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            relation = "overlap" if entry.start < end else "leave a hole after"
+            odd.append((name, f"bytes {entry.start}:{entry.stop} {relation} those of {last}"))
+        end, last = max(end, entry.stop), name
+    faults = _by_kind(odd)
+    if end != room and not faults:
+        faults.append(f"{room - end} bytes after the last tensor")
+    return faults

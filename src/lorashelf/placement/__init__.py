@@ -1,0 +1,1 @@
+"""Where adapters go: online policies, offline partitions, the search by loss."""

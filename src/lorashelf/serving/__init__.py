@@ -1,0 +1,1 @@
+"""A task's answers, and the choice of a task by text."""

@@ -1,0 +1,151 @@
+"""Routing by text alone: a task's prototype is the mean representation of its examples; the nearest one gets a text.
+
+Nearness is the cosine after the prototypes' own mean is taken off, which leaves what tells these tasks apart. The
+confidences are softmax(cosine / TEMPERATURE) over the tasks; a slot's is the sum over the tasks routed to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import atomic
+from ..digest import canonical_json, digest
+from ..errors import DiskError, UsageError
+from ..lora.adapter import Matrix
+from ..shelf.snapshot import Snapshot
+from ..tasks.folders import ExampleSet, Task
+
+TEMPERATURE = 0.02  # of 0.02, 0.03 … 0.15 the likeliest on held-out training texts: docs/results.md
+MOST_EXAMPLES = 100  # of a task, drawn
+KEPT = ".prototype"  # a file of the cache: float32 values, little-endian, and their digest
+_logger = logging.getLogger("lorashelf")
+
+
+class Embedder(Protocol):
+    """Anything that places texts in a space where those of a kind lie together."""
+
+    @property
+    def embedding_id(self) -> str:
+        """Identifies all that a representation depends on beside the text."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> Matrix:
+        """(n, d): one representation a text."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Prototypes:
+    """Where the texts of each task lie: task names and their mean representations (n, d)."""
+
+    tasks: tuple[str, ...]
+    means: Matrix
+
+    def confidences(self, embeddings: Matrix) -> NDArray[np.float64]:
+        """(m, n): for each of m representations its confidence in each task; a row sums to 1."""
+        centre = self.means.mean(axis=0)
+        cosines = _directions(embeddings - centre) @ _directions(self.means - centre).T
+        weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / TEMPERATURE)
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The task that a text was given to and its slot, with the confidence in each; `others` are the next best tasks."""
+
+    task: str
+    slot: int
+    confidence: float
+    slot_confidence: float
+    others: Mapping[str, float]
+
+
+def examples_on(snapshot: Snapshot, tasks: Mapping[str, Task]) -> dict[str, ExampleSet]:
+    """The training examples of those tasks that are on the shelf. Raises UsageError if there are none."""
+    known = {name: tasks[name] for name in sorted(snapshot.manifest.tasks) if name in tasks}
+    found = {name: task.examples("train", MOST_EXAMPLES) for name, task in known.items() if "train" in task.splits}
+    if not found:
+        cure = "give a folder of task folders with train.jsonl, named as the tasks on the shelf"
+        raise UsageError("no task on the shelf has examples here", where=str(snapshot.path), cure=cure)
+    return found
+
+
+def prototypes(
+    embedder: Embedder,
+    examples: Mapping[str, ExampleSet],
+    cache: Path | None = None,
+    *,
+    watch: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> Prototypes:
+    """The prototypes of tasks. With `cache`, a folder, means are kept there by embedder and examples.
+
+    `watch` wraps the names of the tasks as they are gone through.
+    """
+    means = [_mean(embedder, examples[task], cache) for task in watch(list(examples))]
+    return Prototypes(tuple(examples), np.stack(means))
+
+
+def choose(embedder: Embedder, known: Prototypes, snapshot: Snapshot, text: str) -> Choice:
+    """The task whose prototype is the nearest, and its slot."""
+    (row,) = known.confidences(embedder.embed([text]))
+    order = np.argsort(-row, kind="stable")
+    ranked = {known.tasks[i]: float(row[i]) for i in order}
+    task = next(iter(ranked))
+    slot, _ = snapshot.located(task)
+    return Choice(
+        task=task,
+        slot=slot.slot,
+        confidence=ranked[task],
+        slot_confidence=sum(ranked.get(member, 0.0) for member in slot.members),
+        others=dict(list(ranked.items())[1:4]),
+    )
+
+
+def _mean(embedder: Embedder, examples: ExampleSet, cache: Path | None) -> Matrix:
+    """The mean representation of a task's texts, from the cache if it is there whole."""
+    key = digest([canonical_json([embedder.embedding_id, examples.digest])])
+    file = None if cache is None else cache / f"{key}{KEPT}"
+    if (kept := _kept(file, examples.task)) is not None:
+        return kept
+    embedded = embedder.embed([example.input for example in examples.examples])
+    mean = np.asarray(embedded.mean(axis=0), "<f4")
+    if file is not None:
+        with contextlib.suppress(DiskError):  # where nothing can be kept, it is computed again next time
+            atomic.make_parents(file)
+            atomic.replace_file(file, _sealed(mean.tobytes()), file.parent)
+    return mean
+
+
+def _kept(file: Path | None, task: str) -> Matrix | None:
+    """The mean in a file of the cache; None where there is no such file, and with a warning where it is damaged."""
+    if file is None or not file.exists():
+        return None
+    try:
+        data = atomic.read_file(file)
+    except OSError:
+        return None
+    values = data[: -len(digest([]))]
+    if data != _sealed(values):
+        _logger.warning("the kept prototype of %s is damaged and is made again (%s)", task, file)
+        return None
+    return np.frombuffer(values, "<f4")
+
+
+def _sealed(values: bytes) -> bytes:
+    """The values and their digest."""
+    return values + digest([values]).encode()
+
+
+def _directions(vectors: Matrix) -> NDArray[np.float64]:
+    """Each row at length 1; a row of zeros stays."""
+    wide = vectors.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    return np.asarray(wide / np.where(norms > 0, norms, 1.0))

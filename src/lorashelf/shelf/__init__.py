@@ -1,0 +1,1 @@
+"""The shelf on disk: settings, manifest, log, plans, commits, repair, routes."""

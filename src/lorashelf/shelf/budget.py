@@ -1,0 +1,154 @@
+"""Whether a plan fits into the slots and the bytes, whether that leaves room to go on, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import OverBudget
+from ..formats.peft import encode
+from ..lora.adapter import WIDTHS, Adapter, Factors, Modules
+from .manifest import Plan
+from .snapshot import Snapshot
+
+Size = Callable[[Snapshot, Plan], int]
+EDIT = 64  # bytes that a changed line may add to shelf.toml or a config
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """A plan that the bytes have no room for; what would help is looked for only where it is told."""
+
+    snapshot: Snapshot
+    plan: Plan
+    size: Size
+    """Bytes that are needed."""
+    what: str
+
+    @property
+    def error(self) -> OverBudget:
+        """With every option of `lorashelf set` that would help."""
+        options = " or ".join(_cures(self.snapshot, self.plan, self.size))
+        cure = f"give {options}, by lorashelf set SHELF or where the shelf is made"
+        return OverBudget(self.what, where=str(self.snapshot.path), cure=cure)
+
+
+def check_budget(snapshot: Snapshot, plan: Plan) -> None:
+    """Raise OverBudget unless the plan's result fits into the slots and the bytes; the error says what would help."""
+    budget = snapshot.settings.budget
+    if len(plan.manifest.slots) > budget.slots:
+        raise OverBudget(
+            f"{len(plan.manifest.slots)} slots are needed, the budget is {budget.slots}",
+            where=str(snapshot.path),
+            cure="raise budget.slots in shelf.toml, or merge into fewer slots",
+        )
+    if lacking := shortage(snapshot, plan):
+        raise lacking.error
+
+
+def shortage(snapshot: Snapshot, plan: Plan) -> Shortage | None:
+    """What the plan lacks in bytes, None if it fits."""
+    limit = snapshot.settings.budget.bytes
+    if limit is None or snapshot.at_rest(plan, hashed=False) <= limit:
+        return None
+    total = snapshot.at_rest(plan)
+    if total <= limit:
+        return None
+    what = f"the shelf would take {total} bytes, the budget is {limit}"
+    return Shortage(snapshot, plan, Snapshot.at_rest, what)
+
+
+def shortage_of_room(snapshot: Snapshot, plan: Plan) -> Shortage | None:
+    """What a plan that opens slots lacks in bytes so that every slot can be changed after it, again and again.
+
+    A change writes a slot anew, and `keep` old states of it stay beside. A slot opened into that room could never be
+    folded into or updated again, nor could any other: better fold now.
+    """
+    limit, keep = snapshot.settings.budget.bytes, snapshot.settings.budget.keep
+    if limit is None or _with_room(snapshot, plan, hashed=False) <= limit or _with_room(snapshot, plan) <= limit:
+        return None
+    if lacking := shortage(snapshot, plan):
+        return replace(lacking, size=_with_room)
+    states = "an old state" if keep == 1 else f"{keep} old states"
+    takes = f"with {states} kept (keep) the shelf could take {_changed(snapshot, plan)} bytes, the budget is {limit}"
+    return Shortage(snapshot, plan, _with_room, f"a slot more would leave no room to change any: {takes}")
+
+
+def _with_room(snapshot: Snapshot, plan: Plan, *, hashed: bool = True) -> int:
+    """Bytes for the plan, and for changes after it."""
+    return max(snapshot.at_rest(plan, hashed=hashed), _changed(snapshot, plan))
+
+
+def _changed(snapshot: Snapshot, plan: Plan) -> int:
+    """Every byte under the shelf at rest once the plan was carried out and the largest slot then changed `keep` times,
+    so that nothing of what was before is kept; and a manifest more, as manifests and the log grow with every operation.
+    """
+    limit, largest = snapshot.settings.budget.bytes, max(plan.manifest.slots, key=lambda slot: slot.bytes)
+    times = snapshot.settings.budget.keep
+    if not times:  # then a change takes the place of what it changes
+        return 0
+    if limit is not None:  # more would not fit in any case
+        times = min(times, limit // largest.bytes + 1)
+    for i in range(times):
+        snapshot = snapshot.after(plan)
+        slot = replace(largest, object=f"b2-{i + 1:064x}")
+        manifest = replace(
+            plan.manifest,
+            parent=snapshot.head,
+            sequence=plan.manifest.sequence + 1,
+            slots=plan.manifest.with_slot(slot),
+        )
+        plan = Plan(snapshot.head, manifest, {}, {})
+    return snapshot.at_rest(plan, hashed=False) + len(plan.manifest.encode())
+
+
+def _cures(snapshot: Snapshot, plan: Plan, size: Size) -> Iterator[str]:
+    """The options each of which alone would make the plan fit."""
+    budget = snapshot.settings.budget
+    limit = budget.bytes or 0
+    yield f"--bytes {size(snapshot, plan) + EDIT}"
+
+    def kept(keep: int) -> bool:
+        settings = replace(snapshot.settings, budget=replace(budget, keep=keep))
+        return size(replace(snapshot, settings=settings), plan) <= limit
+
+    def cut(rank: int) -> bool:
+        return size(snapshot, _stored(plan, rank)) + EDIT <= limit
+
+    if (keep := _most(range(budget.keep), kept)) is not None:
+        yield f"--keep {keep}"
+    if (rank := _most(range(1, max((x.rank for x in plan.writes.values()), default=1)), cut)) is not None:
+        yield f"--rank {rank}"
+    wide = any(WIDTHS[x.dtype] > WIDTHS["f16"] for x in plan.writes.values())
+    if wide and size(snapshot, _stored(plan, dtype="f16")) + EDIT <= limit:
+        yield "--dtype f16"
+
+
+def _most(values: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The last of rising values that fits, where no value fits after one that does not; None if the first does not."""
+    low, high = 0, len(values)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fits(values[middle]) else (low, middle)
+    return values[low - 1] if low else None
+
+
+def _stored(plan: Plan, rank: int | None = None, dtype: str | None = None) -> Plan:
+    """The plan with the sizes that its new objects would have if they were cut to a rank or stored in a dtype."""
+    sizes = {slot: encode(_hollow(x, rank or x.rank, dtype or x.dtype)).size for slot, x in plan.writes.items()}
+    slots = tuple(replace(slot, bytes=sizes.get(slot.slot, slot.bytes)) for slot in plan.manifest.slots)
+    if rank:  # a cut is recorded, in as many letters as it can take
+        slots = tuple(replace(s, error=1 / 3, fixed=f"cut to rank {rank}") if s.slot in sizes else s for s in slots)
+    return replace(plan, manifest=replace(plan.manifest, slots=slots))
+
+
+def _hollow(x: Adapter, rank: int, dtype: str) -> Adapter:
+    """An adapter of these shapes and scales, cut to a rank, without its values."""
+    modules = {}
+    for path, (dout, r, din) in x.shapes.items():
+        cut = min(r, rank)
+        a, b = np.zeros((cut, din), np.float32), np.zeros((dout, cut), np.float32)
+        modules[path] = Factors(a, b, x.modules.scales[path] if r == cut else 1.0)
+    return replace(x, modules=Modules(modules), dtype=dtype)

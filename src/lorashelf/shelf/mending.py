@@ -1,0 +1,152 @@
+"""Put right what a shelf has beside its objects: manifests, HEAD, shelf.toml, the log; docs/format.md, "Repair".
+
+What cannot be read is not deleted but set aside as NAME.damaged, except for manifests, which are named by their bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from .. import atomic
+from ..digest import canonical_json
+from ..errors import CorruptShelf, ShelfConfigError
+from . import log
+from .manifest import Manifest, manifest_id
+from .settings import FILE, read_toml, recorded, write_toml
+
+MANIFESTS = "manifests"
+LOST = "lost"
+"""The operation of a state of which only the sequence is known."""
+
+
+def mend(folder: Path) -> list[str]:
+    """Put all of it right; what was done, in sentences. The writer's lock is held. Raises CorruptShelf where no
+    manifest is left, NewerFormat, DiskError.
+    """
+    kept, done = _sound_manifests(folder)
+    head, said = _mended_head(folder, kept)
+    return [*done, *said, *_mended_settings(folder, kept[head]), *_mended_log(folder, head, kept)]
+
+
+def _sound_manifests(folder: Path) -> tuple[dict[str, Manifest], list[str]]:
+    """Every manifest whose bytes are those it is named by; the others are deleted."""
+    if not (folder / MANIFESTS).is_dir() or (folder / MANIFESTS).is_symlink():
+        raise _nothing_left(folder)
+    with atomic.refusals(folder / MANIFESTS, "read"):
+        paths = sorted((folder / MANIFESTS).iterdir())
+    sound = {path.stem: found for path in paths if (found := _manifest(path)) is not None}
+    if not sound:
+        raise _nothing_left(folder)
+    damaged = [path for path in paths if path.stem not in sound]
+    for path in damaged:
+        atomic.remove(path)
+    return sound, [f"{MANIFESTS}/{path.name}: damaged, deleted; its state is lost" for path in damaged]
+
+
+def _manifest(path: Path) -> Manifest | None:
+    data = _bytes(path)
+    if data is None or f"{manifest_id(data)}.json" != path.name:
+        return None
+    with contextlib.suppress(CorruptShelf):  # its name is right, but no writer made it
+        return Manifest.decode(data, str(path))
+    return None
+
+
+def _bytes(path: Path) -> bytes | None:
+    """What a file holds; None for a link, for what is no file, and for what cannot be read but by permission."""
+    if path.is_symlink():
+        return None
+    try:
+        return atomic.read_file(path)
+    except PermissionError:
+        with atomic.refusals(path, "read"):
+            raise
+    except OSError:
+        return None
+
+
+def _nothing_left(folder: Path) -> CorruptShelf:
+    cure = "make a new shelf and add the adapters again: lorashelf init, lorashelf add"
+    return CorruptShelf("no manifest of this shelf is left", where=str(folder), cure=cure)
+
+
+def _mended_head(folder: Path, kept: Mapping[str, Manifest]) -> tuple[str, list[str]]:
+    """The head, and what was done: one that names no sound manifest is set to the newest that there is."""
+    path = folder / "HEAD"
+    named = (_bytes(path) or b"").decode(errors="replace").strip()
+    if named in kept:
+        return named, []
+    newest = max(kept, key=lambda identity: kept[identity].sequence)
+    if path.is_dir() and not path.is_symlink():
+        _set_aside(path)
+    atomic.replace_file(path, f"{newest}\n".encode(), folder / "tmp")
+    cause = kept[newest].cause
+    what = f"#{kept[newest].sequence}, {cause.get('operation')} {cause.get('task', '')}".rstrip()
+    return newest, [f"HEAD: named no sound manifest; the newest is {newest[:15]}… ({what})"]
+
+
+def _mended_settings(folder: Path, manifest: Manifest) -> list[str]:
+    """What was done: settings that cannot be read are those that the manifest recorded."""
+    path = folder / FILE
+    try:
+        if not path.is_symlink():
+            read_toml(path)
+            return []
+    except ShelfConfigError:
+        pass
+    aside = _set_aside(path)
+    settings = recorded(manifest.recipe, manifest.budget)
+    atomic.replace_file(path, write_toml(settings), folder / "tmp")
+    return [f"{FILE}: written anew as the manifest recorded it, without base and base_aliases{aside}"]
+
+
+def _mended_log(folder: Path, head: str, kept: Mapping[str, Manifest]) -> list[str]:
+    """What was done: lines that are none are taken out, a state without a line or manifest gets one, and so does a
+    state that the head does not reach any more, whose manifest will go.
+    """
+    path = folder / log.FILE
+    data = _bytes(path) if path.exists() or path.is_symlink() else b""
+    aside = _set_aside(path) if data is None else ""
+    data = data or b""
+    lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+    newest, reached = kept[head].sequence, _chain(head, kept)
+    past = {identity: manifest for identity, manifest in kept.items() if manifest.sequence < newest}
+    taken = {manifest.sequence: identity for identity, manifest in {**past, head: kept[head]}.items()}
+    mended = {past[i].sequence: log.line(i, past[i]) for i in past if i not in reached}
+    for line in lines:
+        told = log.read_line(line)
+        if told is None or not 0 <= told["sequence"] <= newest:
+            continue
+        if taken.setdefault(told["sequence"], told["id"]) == told["id"]:
+            mended.setdefault(told["sequence"], line)
+    lost = [number for number in range(newest + 1) if number not in taken]
+    parents = {manifest.sequence - 1: manifest.parent for manifest in kept.values()}
+    for number in lost:
+        entry = {"id": parents.get(number) or f"b2-{number:064d}", "operation": LOST, "sequence": number}
+        mended[number] = canonical_json(entry) + b"\n"
+    after = [line for _, line in sorted(mended.items())]
+    if not aside and {*lines} == {*after}:
+        return []
+    atomic.replace_file(path, b"".join(after), folder / "tmp")
+    dropped = len({*lines} - {*after})
+    return [f"{log.FILE}: {dropped} damaged lines taken out, {len(lost)} states marked as lost{aside}"]
+
+
+def _chain(head: str, kept: Mapping[str, Manifest]) -> set[str]:
+    """The head and its kept predecessors."""
+    found = {head}
+    while (parent := kept[head].parent) is not None and parent in kept:
+        found.add(head := parent)
+    return found
+
+
+def _set_aside(path: Path) -> str:
+    """Give what lies there another name; how it is called, for a sentence."""
+    if not path.exists() and not path.is_symlink():
+        return ""
+    aside = path.with_name(f"{path.name}.damaged")
+    atomic.remove(aside)
+    atomic.publish(path, aside)
+    return f"; what was there is {aside.name}"

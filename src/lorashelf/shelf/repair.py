@@ -1,0 +1,225 @@
+"""Repair: every damaged slot from the originals that are given and from kept states; docs/format.md, "Repair".
+
+A slot's content is made again by what made it: its adapters folded in their order, from the first one or from what a
+kept state holds of them, or merged at once. If the bytes come out as they were, nothing has changed. Else the content
+that serves most of the slot's tasks is taken, and the other tasks are no longer routed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..errors import LorashelfError, NotReversible
+from ..formats.peft import encode
+from ..lora.adapter import Adapter
+from ..merging.average import Content, block, fold, of_slot, single
+from ..version import VERSION
+from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot
+from .plans import another
+from .settings import Recipe, recorded
+from .shelf import Shelf
+from .snapshot import Snapshot
+
+How = Literal["rewritten", "merged", "earlier", "none"]
+Given = Mapping[str, Adapter]  # by digest
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What a damaged slot may hold after a repair: its own bytes again ("rewritten"), a merge of originals, the slot of
+    a kept state ("earlier"), or nothing.
+    """
+
+    how: How
+    tasks: tuple[str, ...] = ()
+    """Those of its tasks that it serves."""
+    new: Content | None = None
+    kept: Slot | None = None
+    state: str | None = None
+    """The kept state that it is of, or that its originals were folded into."""
+    given: tuple[str, ...] = ()
+    """The tasks of the originals that went into it."""
+
+    def document(self, slot: Slot) -> dict[str, Any]:
+        """As in the JSON answer of `repair`."""
+        return {
+            "slot": slot.slot,
+            "object": slot.object,
+            "how": self.how,
+            "tasks": list(self.tasks),
+            "unrouted": [task for task in slot.members if task not in self.tasks],
+            "state": self.state,
+            "given": list(self.given),
+        }
+
+
+def repair(shelf: Shelf, originals: Mapping[str, Adapter] | None = None) -> dict[str, Any]:
+    """Put a damaged shelf right, with the originals that are given by task.
+
+    The answer is `{head, files, slots, states, unused}`: what was done to its files in sentences, what each damaged
+    slot holds now, the states that are no longer kept, and the originals of which the shelf has no record. Raises
+    NotReversible for another adapter than a task's own, CorruptShelf where no manifest is left, NewerFormat, DiskError.
+    """
+    files = shelf.mend()
+    with shelf.writing():
+        snapshot = shelf.snapshot()
+        states = {snapshot.head: snapshot.manifest, **snapshot.kept}
+        try:
+            given, unused = _by_digest(states.values(), originals or {})
+        except NotReversible as error:
+            error.done = {"files": files}
+            raise
+        damaged = _damaged(snapshot, states.values())
+        mended = {identity: _mended(snapshot, slot, damaged, given) for identity, slot in damaged.items()}
+        shelf.rewrite([m.new.adapter for m in mended.values() if m.how == "rewritten" and m.new])
+        lost = {identity for identity, m in mended.items() if m.how != "rewritten"}
+        unsound = [i for i, manifest in states.items() if any(slot.object in lost for slot in manifest.slots)]
+        if snapshot.head in unsound:
+            shelf.commit(_plan(snapshot, mended, unsound))
+        shelf.forget([i for i in unsound if i in shelf.snapshot().kept])
+        return {
+            "head": shelf.snapshot().head,
+            "files": files,
+            "slots": [mended[s.object].document(s) for s in snapshot.manifest.slots if s.object in damaged],
+            "states": unsound,
+            "unused": unused,
+        }
+
+
+def _by_digest(manifests: Collection[Manifest], originals: Mapping[str, Adapter]) -> tuple[Given, list[str]]:
+    """The originals by their digests, and the tasks of those that no slot was merged from. Raises NotReversible for
+    another adapter than that of a task on the shelf.
+    """
+    merged = {m.digest for manifest in manifests for slot in manifest.slots for m in slot.merged}
+    recorded_for = {(task, str(x["digest"])) for manifest in manifests for task, x in manifest.tasks.items()}
+    unused = [task for task, adapter in originals.items() if adapter.digest not in merged]
+    for task in unused:
+        if known := [digest for name, digest in recorded_for if name == task]:
+            raise another(task, originals[task], known[0])
+    return {adapter.digest: adapter for task, adapter in originals.items() if task not in unused}, unused
+
+
+def _damaged(snapshot: Snapshot, manifests: Collection[Manifest]) -> dict[str, Slot]:
+    """Every damaged object with a slot that it is of, the head's first."""
+    seen: set[str] = set()
+    found: dict[str, Slot] = {}
+    for manifest in manifests:
+        for slot in manifest.slots:
+            if slot.object not in seen:
+                seen.add(slot.object)
+                if snapshot.problems(slot):
+                    found[slot.object] = slot
+    return found
+
+
+def _mended(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given: Given) -> Mended:
+    """The best that can be made of a slot: its own bytes, else what serves most of its tasks."""
+    options = [Mended("none")]
+    for option in _options(snapshot, slot, damaged, given):
+        if option.new is not None and encode(option.new.adapter).digest() == slot.object:
+            return replace(option, how="rewritten", tasks=slot.members)
+        options.append(_serving(snapshot.manifest, slot, option))
+    return max(options, key=lambda option: len(option.tasks))  # of equal ones the first
+
+
+def _serving(manifest: Manifest, slot: Slot, option: Mended) -> Mended:
+    """The option with those tasks of the slot whose adapters it stands for."""
+    held = option.new.merged if option.new else option.kept.merged if option.kept else ()
+    digests = {m.digest for m in held}
+    tasks = tuple(t for t in slot.members if t in manifest.tasks and manifest.tasks[t]["digest"] in digests)
+    return replace(option, tasks=tasks)
+
+
+def _options(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given: Given) -> Iterator[Mended]:
+    """What can be made of the originals and of kept states; the most faithful first."""
+    kept = [
+        (state, other)
+        for state, manifest in snapshot.kept.items()
+        for other in manifest.slots
+        if other.object not in damaged and not other.digests.isdisjoint(slot.digests)
+    ]
+    starts: list[tuple[str | None, Content | None]] = [(None, None)]
+    for state, other in kept:
+        if other.merged and [m.digest for m in other.merged] == [m.digest for m in slot.merged[: len(other.merged)]]:
+            starts.append((state, of_slot(snapshot, other)))
+    recipes = _recipes(snapshot, slot)
+    merged = [made for recipe in recipes for made in _from_originals(slot.merged, starts, given, recipe)]
+    complete = [option for option in merged if option.new and len(option.new.merged) == len(slot.merged)]
+    yield from complete
+    yield from (Mended("earlier", kept=other, state=state) for state, other in kept)
+    yield from (option for option in merged if option not in complete)
+
+
+def _recipes(snapshot: Snapshot, slot: Slot) -> list[Recipe]:
+    """The recipes that may have made a slot: the one in force with the slot's own method, and that of a clustering."""
+    found: list[Recipe] = []
+    for manifest in (snapshot.manifest, *snapshot.kept.values()):
+        with contextlib.suppress(LorashelfError, TypeError):
+            recipe = recorded(manifest.recipe, manifest.budget).recipe
+            own = (
+                replace(recipe, merge=slot.average, parameters={})
+                if slot.average not in (None, recipe.merge)
+                else recipe
+            )
+            found.append(own)
+            if manifest.cause.get("operation") == "cluster" and "merge" in manifest.cause:
+                cause = manifest.cause
+                found.append(replace(recipe, merge=cause["merge"], parameters=cause.get("parameters", {})))
+    return [recipe for place, recipe in enumerate(found) if recipe not in found[:place]]
+
+
+def _from_originals(
+    merged: Sequence[Merged], starts: Sequence[tuple[str | None, Content | None]], given: Given, recipe: Recipe
+) -> Iterator[Mended]:
+    """The originals that are there, folded in their order into each start by either average, and merged at once."""
+    for state, start in starts:
+        rest = [m for m in merged[len(start.merged) if start else 0 :] if m.digest in given]
+        for average in ("mean", "half") if rest else ():
+            with contextlib.suppress(LorashelfError):
+                held = start
+                for m in rest:
+                    adapter, record = given[m.digest], replace(m, weight=1.0)
+                    if held is None:
+                        held = single(adapter, record, recipe)
+                    else:
+                        held = fold([held.plain], adapter, record, recipe, average)
+                yield Mended("merged", new=held, state=state, given=tuple(m.task for m in rest))
+    there = [m for m in merged if m.digest in given]
+    if len(there) > 1:
+        with contextlib.suppress(LorashelfError):
+            records = [replace(m, weight=1.0) for m in there]
+            held = block([given[m.digest] for m in there], records, recipe)
+            yield Mended("merged", new=held, given=tuple(m.task for m in there))
+
+
+def _plan(snapshot: Snapshot, mended: Mapping[str, Mended], unsound: Sequence[str]) -> Plan:
+    """The plan with what is left of the damaged slots; undo leads to sound states only."""
+    slots: list[Slot] = []
+    writes: dict[int, Adapter] = {}
+    for slot in snapshot.manifest.slots:
+        found = mended.get(slot.object)
+        if found is None or found.how == "rewritten":
+            slots.append(slot)
+        elif found.new is not None and found.tasks:
+            slots.append(found.new.slot(slot.slot, found.tasks))
+            writes[slot.slot] = found.new.adapter
+        elif found.kept is not None and found.tasks:
+            slots.append(replace(found.kept, slot=slot.slot, members=found.tasks))
+    served = {task for slot in slots for task in slot.members}
+    line = snapshot.timeline
+    manifest = replace(
+        snapshot.manifest,
+        parent=snapshot.head,
+        sequence=snapshot.manifest.sequence + 1,
+        slots=tuple(slots),
+        tasks={task: details for task, details in snapshot.manifest.tasks.items() if task in served},
+        cause={"operation": "repair", "time": PENDING_TIME, "version": VERSION},
+        state=snapshot.head,  # which goes, so that a reader takes the new manifest for the state
+        undo=tuple(state for state in (line.state, *line.undo) if state not in unsound),
+        redo=(),
+        ended=tuple(state for state in line.redo if state not in unsound),
+    )
+    return Plan(snapshot.head, manifest, writes, {}, shrinks=True)

@@ -1,0 +1,250 @@
+"""A shelf at one moment, read: its slots' contents, its size, and whether a plan would fit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..atomic import no_links, read_file, refusals
+from ..errors import AdapterFormatError, CorruptShelf, DiskError, StaleShelf, UnknownName
+from ..execution import at_once
+from ..formats.objects import CONFIG_FILE, TENSOR_FILE, known_digest, object_digest
+from ..formats.peft import encode, read_stored
+from ..formats.safetensors import DAMAGED
+from ..lora.adapter import Adapter
+from ..lora.algebra import energies_hold
+from .log import FILE as LOG
+from .log import History
+from .manifest import PENDING, Manifest, Plan, Slot
+from .settings import Settings
+from .timeline import Timeline, timeline
+
+HEAD_BYTES = 68  # a digest and a newline
+_SWEPT = ("HEAD", LOG, "manifests", "objects", "tmp")  # what a commit rewrites or sweeps
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A shelf as it was when read: nothing in it changes, though its files go once `keep` further commits were made."""
+
+    path: Path
+    head: str
+    manifest: Manifest
+    settings: Settings
+    kept: Mapping[str, Manifest]
+    """The manifests beside the head's that are there still: its predecessors, and where undo and redo lead."""
+    pending: Mapping[int, Adapter] = field(default_factory=dict)
+    """Contents of slots that are planned, not written: what a dry run of several adds goes on from."""
+    read_at: str = ""
+    """What HEAD named when the shelf was read; the head itself unless that is planned."""
+
+    @property
+    def keep(self) -> int:
+        """How many other states undo and redo reach at most, and how many commits a path stays readable for."""
+        return self.settings.budget.keep
+
+    @property
+    def ancestors(self) -> Mapping[str, Manifest]:
+        """The kept predecessors of the head, nearest first."""
+        found: dict[str, Manifest] = {}
+        parent = self.manifest.parent
+        while parent is not None and parent in self.kept:
+            found[parent] = self.kept[parent]
+            parent = found[parent].parent
+        return found
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where undo and redo lead."""
+        return timeline(self.head, self.manifest, self.kept, self.keep)
+
+    @property
+    def stale(self) -> bool:
+        """Whether HEAD names another head by now, so that files of this snapshot may be gone."""
+        with contextlib.suppress(OSError, ValueError):
+            return read_file(self.path / "HEAD").decode().strip() != self.read_at
+        return False
+
+    @contextlib.contextmanager
+    def _standing(self) -> Iterator[None]:
+        """Raise StaleShelf for a failure to read what a later commit may have deleted."""
+        try:
+            yield
+        except (CorruptShelf, DiskError) as error:
+            if not self.stale:
+                raise
+            cure = "run it again, or raise keep: lorashelf set SHELF --keep N"
+            raise StaleShelf("the shelf changed while it was read", where=str(self.path), cure=cure) from error
+
+    def slot_path(self, slot: Slot) -> Path:
+        """The PEFT folder of a slot, absolute. Raises CorruptShelf if a link stands there."""
+        path = self.path.absolute() / "objects" / slot.object
+        no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
+        return path
+
+    def adapter(self, slot: Slot) -> Adapter:
+        """A slot's content as it is stored, read lazily. Whatever is read of it is held against the sums that the
+        manifest has, or all its bytes against its id where it has none. Raises CorruptShelf, also when it is read.
+        """
+        if slot.slot in self.pending:
+            return self.pending[slot.slot]
+        if not slot.sums:
+            self.check_bytes(slot)
+        with self._standing():
+            with refusals(self.path, "read"):
+                path = self.slot_path(slot)
+            try:
+                adapter = read_stored(path, slot.sums, lambda what: self._corrupt([_damaged(slot, what)], path))
+            except AdapterFormatError as error:
+                raise self._corrupt([_damaged(slot, "; ".join(error.faults))], path) from error
+        if len(slot.energies) == len(adapter.modules):
+            adapter.modules.energies = dict(zip(adapter.modules, slot.energies, strict=True))
+        return adapter
+
+    def located(self, task: str) -> tuple[Slot, Mapping[str, Any]]:
+        """Θ(t): the slot of a task, and what is stored with the task. Raises UnknownName with the nearest names."""
+        task = unicodedata.normalize("NFC", task)  # as names are stored
+        slot = self.manifest.slot_of(task)
+        if slot is None:
+            raise UnknownName("task", task, sorted(self.manifest.tasks), where=str(self.path))
+        return slot, self.manifest.tasks[task]
+
+    def check_bytes(self, *slots: Slot) -> None:
+        """Raise CorruptShelf unless the stored bytes of these slots are those that their objects are named by.
+
+        An object is hashed once a process, and again where the times of its files have changed.
+        """
+        stored = [slot for slot in slots if slot.slot not in self.pending]
+        with self._standing():
+            faults = {slot: fault for slot, fault in zip(stored, at_once(self._fault, stored), strict=True) if fault}
+            if faults:
+                where = self.slot_path(*faults) if len(faults) == 1 else self.path
+                raise self._corrupt([*faults.values()], where)
+
+    def _fault(self, slot: Slot, digest_of: Callable[[Path], str] = known_digest) -> str | None:
+        """What is wrong with the stored bytes of a slot."""
+        with refusals(self.path, "read"):
+            path = self.slot_path(slot)
+            try:
+                found = digest_of(path)
+            except PermissionError:
+                raise
+            except OSError as error:
+                return _damaged(slot, f"{Path(error.filename or path).name} cannot be read: {error.strerror}")
+        return None if found == slot.object else _damaged(slot, DAMAGED)
+
+    def _corrupt(self, faults: Sequence[str], where: Path) -> CorruptShelf:
+        return CorruptShelf("; ".join(faults), where=str(where), cure=f"lorashelf repair {self.path}")
+
+    def problems(self, slot: Slot) -> list[str]:
+        """What is wrong with the object of a slot, in sentences: its bytes, their number, their energies."""
+        try:
+            if fault := self._fault(slot, object_digest):
+                return [fault]
+            path, adapter = self.slot_path(slot), self.adapter(slot)
+            with refusals(path, "read"):
+                size = sum((path / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
+            if size != slot.bytes:
+                return [_damaged(slot, f"it has {size} bytes, the manifest says {slot.bytes}")]
+            if slot.energies and not energies_hold(adapter):
+                return [_damaged(slot, "the manifest's energies are not those of its values")]
+        except (CorruptShelf, StaleShelf) as error:
+            return [error.what]
+        except DiskError as error:
+            return [_damaged(slot, error.what)]
+        return []
+
+    def after(self, plan: Plan) -> Snapshot:
+        """The shelf as it would be after this plan, with nothing written. Plans made on it cannot be committed."""
+        if plan.refused is not None:
+            return self
+        return replace(
+            self,
+            head=f"b2-{plan.manifest.sequence:064d}",  # no manifest's id, but as long as one
+            manifest=plan.manifest,
+            kept={self.head: self.manifest, **self.kept},
+            pending={**self.pending, **plan.writes},
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Every byte under the shelf."""
+        return sum(self._files().values())
+
+    @property
+    def resting(self) -> int:
+        """Every byte under the shelf once it is swept."""
+        objects: dict[object, int] = {slot.object: slot.bytes for slot in self.manifest.slots}
+        return self._size(self._retained(objects), objects)
+
+    def at_rest(self, plan: Plan, *, hashed: bool = True) -> int:
+        """Every byte under the shelf once this plan is committed and what it makes unreachable is deleted.
+
+        To know an object that is there already it has to be `hashed`; without, at least as many bytes.
+        """
+        objects: dict[object, int] = {}
+        for slot in plan.manifest.slots:
+            if slot.slot in plan.writes:
+                objects[encode(plan.writes[slot.slot]).digest() if hashed else (slot.slot,)] = slot.bytes
+            else:
+                objects[_key(slot)] = slot.bytes
+        after = self.after(plan)
+        return after._size(after._retained(objects), objects)
+
+    def retained(self) -> dict[str, Manifest]:
+        """The manifests that stay beside the head, with their objects: where undo and redo lead, `keep` predecessors,
+        and for `keep` commits what could be redone until a change, as far as the bytes have room.
+        """
+        return self._retained({slot.object: slot.bytes for slot in self.manifest.slots})
+
+    def _retained(self, objects: Mapping[object, int]) -> dict[str, Manifest]:
+        limit, line = self.settings.budget.bytes, self.timeline
+        recent = dict(islice(self.ancestors.items(), self.keep))
+        reached = {i: self.kept[i] for i in (line.state, *line.undo, *line.redo) if i in self.kept}
+        stay = {**recent, **reached}
+        for manifest in (self.manifest, *recent.values()):
+            for identity in manifest.ended:
+                if identity in self.kept and identity not in stay:
+                    more = {**stay, identity: self.kept[identity]}
+                    if limit is None or self._size(more, objects) <= limit:
+                        stay = more
+        return stay
+
+    def _size(self, stay: Mapping[str, Manifest], objects: Mapping[object, int]) -> int:
+        """Every byte under the shelf once it holds the head, whose objects are given, and the manifests that stay."""
+        leaving = list(self.ancestors.items())[self.keep :]
+        stored = {_key(slot): slot.bytes for manifest in stay.values() for slot in manifest.slots}
+        others = {name: size for name, size in self._files().items() if name.parts[0] not in _SWEPT}
+        return (
+            sum(others.values())
+            + HEAD_BYTES
+            + History(self.path).size(leaving)
+            + sum(len(manifest.encode()) for manifest in (self.manifest, *stay.values()))
+            + sum({**stored, **objects}.values())
+        )
+
+    def _files(self) -> dict[Path, int]:
+        """Every file under the shelf, relative, with its size; what a writer deletes meanwhile is left out."""
+        sizes = {}
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                path = Path(folder) / name
+                with contextlib.suppress(FileNotFoundError):
+                    sizes[path.relative_to(self.path)] = path.lstat().st_size
+        return sizes
+
+
+def _key(slot: Slot) -> object:
+    """What tells objects apart, those that are not written yet too."""
+    return slot.object if slot.object != PENDING else (slot.slot, slot.merged)
+
+
+def _damaged(slot: Slot, what: str) -> str:
+    """A fault of a slot's object, with the tasks that it serves."""
+    return f"slot {slot.slot}, objects/{slot.object}: {what}; tasks: {', '.join(slot.members)}"

@@ -1,0 +1,1 @@
+"""Task folders, their examples, and the text that a model reads."""

@@ -1,0 +1,1 @@
+"""One adapter per task folder, trained on a frozen base model."""

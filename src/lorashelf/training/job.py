@@ -1,0 +1,101 @@
+"""A task on a base, ready to be taught: the examples that fit, the curriculum, the layers; nothing is computed yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..digest import canonical_json, digest
+from ..errors import TaskDataError
+from ..models.base_model import BaseModel
+from ..models.hf import HFBackend
+from ..tasks.folders import ExampleSet, Task
+from .config import Curriculum, TrainSettings
+from .trainer import peft_library, target_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One task on one base, ready to be taught: the examples that fit, how, and onto which layers."""
+
+    train: ExampleSet
+    validation: ExampleSet
+    dropped: Mapping[str, int]
+    curriculum: Curriculum
+    layers: tuple[str, ...]
+    settings: TrainSettings
+    base: Mapping[str, str]
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return self.train.task
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that the result depends on: a run goes on only where it was begun with the same."""
+        data = {"training data": self.train.digest, "validation data": self.validation.digest}
+        layers = digest([canonical_json(sorted(self.layers))])
+        return {**self.base, **data, "layers": layers, "stored as": self.settings.dtype, **asdict(self.curriculum)}
+
+    @property
+    def targets(self) -> list[str]:
+        """The last names of the layers."""
+        return sorted({path.rpartition(".")[2] for path in self.layers})
+
+    @property
+    def told(self) -> str:
+        """How the task will be taught, in a line; what was scaled to the data included."""
+        c = self.curriculum
+        lost = ", ".join(f"{n} {split} too long" for split, n in self.dropped.items() if n)
+        looks = f"validation on {len(self.validation.examples)} every {c.every} steps, patience {c.patience}"
+        return "; ".join(
+            [
+                f"{self.task}: {c.examples} examples" + (f" ({lost})" if lost else ""),
+                f"r {c.rank}, alpha {c.alpha:g}, dropout {c.dropout:g} on {' '.join(self.targets)}",
+                f"{c.steps} steps of {c.batch} ({c.epochs:.1f} epochs), peak rate {c.rate:.2g}, cosine",
+                looks if self.validation.examples else "no validation: the last weights are kept",
+            ]
+        )
+
+
+def prepare(tasks: Mapping[str, Task], base: BaseModel, settings: TrainSettings | None = None) -> list[Lesson]:
+    """What would be trained, before anything is: for every task the examples that fit, and how it will be taught.
+
+    Raises MissingExtra, UsageError for targets that the base lacks, TaskDataError naming every task that cannot be
+    trained.
+    """
+    peft_library()
+    settings = settings or TrainSettings()
+    backend = HFBackend(base)
+    layers = tuple(target_layers(base.model, settings.targets))
+    dtype = str(base.model.dtype).removeprefix("torch.")
+    known = {"base": base.name, "weights": backend.weights, "computed in": dtype, "prompt": base.template.id}
+    lessons: list[Lesson] = []
+    faults: dict[str, str] = {}
+    for name, task in sorted(tasks.items()):
+        if "train" not in task.splits:
+            faults[f"{name}: there are no training examples (train.jsonl)"] = "add train.jsonl"
+            continue
+        fitting = {split: backend.fitting(task.examples(split), settings.max_length) for split in task.splits}
+        train = fitting["train"][0]
+        if not train.examples:
+            cure = "raise --max-length" if settings.max_length else "shorten them to the model's context"
+            faults[f"{name}: all {fitting['train'][1]} training examples are too long"] = cure
+            continue
+        kept = replace(task, splits={"validation": (), **{split: s.examples for split, (s, _) in fitting.items()}})
+        lessons.append(
+            Lesson(
+                train=train,
+                validation=kept.examples("validation", settings.validation_limit, settings.seed),
+                dropped={split: fitting[split][1] for split in ("train", "validation") if split in fitting},
+                curriculum=Curriculum.of(name, len(train.examples), settings),
+                layers=layers,
+                settings=settings,
+                base=known,
+            )
+        )
+    if faults:
+        raise TaskDataError(faults)
+    return lessons

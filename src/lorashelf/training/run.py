@@ -1,0 +1,373 @@
+"""Training: task folders in, one PEFT adapter a task out, each with a record of how it came about.
+
+A run can be cut off at any moment: finished tasks stand complete in the output folder, the one in work has its state
+in `.training/`, and the same call goes on from there to the same weights. Needs the extra `llm`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import atomic
+from ..errors import AdapterFormatError, ModelError, UsageError
+from ..formats.peft import write_adapter
+from ..locks import sole
+from ..lora.adapter import Adapter, Factors
+from ..models.base_model import BaseModel, libraries
+from ..models.hf import HFBackend
+from ..models.protocol import mean_loss
+from ..tasks.folders import Task
+from ..version import VERSION
+from .config import TrainSettings
+from .job import Lesson, prepare
+from .trainer import Trainee
+
+RECORD_FILE = "training.json"
+STATE_FOLDER = ".training"
+LOCK = ".lock"  # held while a training writes into the folder; left behind
+# What a kill or a power cut costs at most, or the time between two validations; Ctrl-C costs nothing.
+SAVE_SECONDS = 60.0
+_NUMBERS = ("steps", "best_step", "zero_shot", "loss", "seconds")  # of a record, beside those of its settings
+_PACKAGES = ("torch", "transformers", "peft", "numpy")
+Watch = Callable[["Moment"], None]
+
+
+class Trained(NamedTuple):
+    """An adapter as it is to be stored, and the record of its training."""
+
+    adapter: Adapter
+    record: dict[str, Any]
+
+
+class Moment(NamedTuple):
+    """Where a training stands after a step: the step's loss, and the validation's where there was one."""
+
+    task: str
+    step: int
+    steps: int
+    loss: float
+    validation: float | None
+
+
+def train(
+    task: Task,
+    base: BaseModel,
+    settings: TrainSettings | None = None,
+    *,
+    watch: Watch | None = None,
+    state: str | Path | None = None,
+) -> Trained:
+    """Train an adapter for one task; the base is left as it was.
+
+    With `state`, a file that need not exist yet, a run that was cut off goes on from it; it is kept up to date and left
+    behind. Raises MissingExtra, TaskDataError, UsageError (also for a state begun otherwise), ModelError.
+    """
+    (lesson,) = prepare({task.name: task}, base, settings)
+    return taught(lesson, base, watch=watch, state=state)
+
+
+def train_into(
+    folder: str | Path, lessons: Sequence[Lesson], base: BaseModel, *, watch: Watch | None = None
+) -> dict[str, dict[str, Any]]:
+    """Train every lesson into `folder/<task>`, a PEFT folder and its training.json; returns the records by task.
+
+    Finished tasks are not trained again, a cut-off one goes on. Raises UsageError, before anything is trained, naming
+    everything in the folder that was begun with other data, base or settings, and where another training writes there;
+    and as `train`.
+    """
+    folder = Path(folder)
+    _standing(folder, lessons)  # before anything is made
+    atomic.make_parents(folder / LOCK)
+    cure = "wait until it is done, or choose another output folder"
+    with sole(folder / LOCK, "another training writes into this folder", folder, cure):
+        return _taught_into(folder, lessons, base, watch)
+
+
+def _taught_into(
+    folder: Path, lessons: Sequence[Lesson], base: BaseModel, watch: Watch | None
+) -> dict[str, dict[str, Any]]:
+    records, states = _standing(folder, lessons), _states(folder, lessons)
+    for lesson in lessons:
+        state = states[lesson.task]
+        if lesson.task not in records:
+            atomic.make_parents(state)
+            adapter, record = taught(lesson, base, watch=watch, state=state)
+            content = json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
+            write_adapter(adapter, folder / lesson.task, extra_files={RECORD_FILE: content})
+            records[lesson.task] = record
+        atomic.remove(state)
+    if not any((folder / STATE_FOLDER).glob("*.pt")):
+        atomic.remove(folder / STATE_FOLDER)
+    return dict(sorted(records.items()))
+
+
+def taught(lesson: Lesson, base: BaseModel, *, watch: Watch | None = None, state: str | Path | None = None) -> Trained:
+    """Train a prepared lesson; as `train`."""
+    begun = _read_state(Path(state)) if state is not None and Path(state).exists() else None
+    if begun is not None and (changes := _changes(lesson, begun["identity"])):
+        raise UsageError("; ".join(changes), where=str(state), cure="delete it to begin anew")
+    run = _Run(lesson, base, watch, None if state is None else Path(state))
+    try:
+        run.go(begun)
+    except BaseException:
+        run.save()
+        raise
+    finally:
+        run.trainee.close()
+    return run.outcome()
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What a run has seen so far. Every step makes a new one, so that an interrupt finds a whole one."""
+
+    step: int = 0
+    losses: tuple[float, ...] = ()
+    looks: tuple[tuple[int, float], ...] = ()
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the best validation after the first step."""
+        return min((look for look in self.looks if look[0]), key=lambda look: (look[1], look[0]), default=None)
+
+    def patient(self, patience: int) -> bool:
+        """Whether fewer than `patience` validations were no better than one before them."""
+        return self.best is None or sum(step > self.best[0] for step, _ in self.looks) < patience
+
+
+class _Run:
+    """One lesson being taught: `past`, the best adapter so far, and the state that a later run would go on from."""
+
+    def __init__(self, lesson: Lesson, base: BaseModel, watch: Watch | None, file: Path | None) -> None:
+        self.lesson, self.past, self.trainee = (
+            lesson,
+            _Past(),
+            Trainee(HFBackend(base), lesson.curriculum, lesson.layers),
+        )
+        self._watch, self._file = watch, file
+        self._tokens = [self.trainee.backend.tokens(lesson.train, example) for example in lesson.train.examples]
+        self._best: Adapter | None = None
+        self._state: dict[str, Any] = {}
+        self._saved = (0, time.monotonic())
+
+    def go(self, begun: Mapping[str, Any] | None) -> None:
+        """Take the steps that are still to be taken, or stop early."""
+        c = self.lesson.curriculum
+        began = time.monotonic()
+        if begun is not None:
+            self._restore(begun)
+        elif (loss := self._look(0, None)) is not None:
+            self.past = _Past(looks=((0, loss),), seconds=time.monotonic() - began)
+        while self.past.step < c.steps and self.past.patient(c.patience):
+            self._step()
+            if self.past.step % c.every == 0 or time.monotonic() - self._saved[1] > SAVE_SECONDS:
+                self.save()
+        self.save()
+
+    def _step(self) -> None:
+        c, before, began = self.lesson.curriculum, self.past, time.monotonic()
+        members = c.batch_at(before.step)
+        batch = [self._tokens[i] for i in members]
+        sums = self.trainee.learn(batch, c.seed_at(before.step))
+        for i, loss in zip(members, sums, strict=True):
+            if not math.isfinite(loss):
+                raise self._diverged("the loss", f"example {i + 1}: {self.lesson.train.examples[i].input[:60]!r}")
+        if not math.isfinite(self.trainee.update(c.rate_at(before.step))):
+            raise self._diverged("the gradient", f"examples {', '.join(str(i + 1) for i in sorted(members))}")
+        step, looks, best = before.step + 1, before.looks, self._best
+        looked: float | None = None
+        if step % c.every == 0 or step == c.steps:
+            try:
+                adapter = self.trainee.adapter(self.lesson.settings.dtype)
+            except AdapterFormatError as error:
+                raise self._diverged("a weight", f"{error.faults[0]}") from error
+            looked = self._look(step, adapter)
+            if looked is None or before.best is None or looked < before.best[1]:
+                best = adapter
+            looks = looks if looked is None else (*looks, (step, looked))
+        past = _Past(
+            step=step,
+            losses=(*before.losses, sum(sums) / sum(len(answer) for _, answer in batch)),
+            looks=looks,
+            tokens=before.tokens + sum(len(query) + len(answer) for query, answer in batch),
+            seconds=before.seconds + time.monotonic() - began,
+        )
+        self._state = {"past": past, "best": best, **self.trainee.state()}
+        self.past, self._best = past, best
+        if self._watch is not None:
+            self._watch(Moment(self.lesson.task, step, c.steps, past.losses[-1], looked))
+
+    def _look(self, step: int, adapter: Adapter | None) -> float | None:
+        """The validation loss, None without a validation split."""
+        if not self.lesson.validation.examples:
+            return None
+        try:
+            return mean_loss(self.trainee.measure(adapter, self.lesson.validation))
+        except ModelError as error:
+            what = f"{error.what} (validation after step {step})"
+            raise ModelError(what, where=error.where, cure="lower --lr; check these examples") from error
+
+    def _diverged(self, what: str, where: str) -> ModelError:
+        place = f"{self.lesson.task}, step {self.past.step + 1}, {where}"
+        return ModelError(f"{what} is not finite", where=place, cure="lower --lr; check the base and this text")
+
+    # the state on disk --------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Keep the state of the last whole step, if a file is to be kept and does not hold it yet."""
+        if self._file is None or not self._state or self._saved[0] == self._state["past"].step:
+            return
+        torch, _ = libraries()
+        state = self._state
+        best = {} if state["best"] is None else state["best"].modules
+        document = {"identity": self.lesson.identity, "past": asdict(state["past"])}
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "document": json.dumps(document),
+                "best": {path: tuple(map(torch.from_numpy, (f.a, f.b))) for path, f in best.items()},
+                "parameters": state["parameters"],
+                "optimizer": state["optimizer"],
+            },
+            buffer,
+        )
+        atomic.replace_file(self._file, buffer.getvalue(), self._file.parent)
+        self._saved = (state["past"].step, time.monotonic())
+
+    def _restore(self, begun: Mapping[str, Any]) -> None:
+        self.past = begun["past"]
+        self.trainee.restore(begun)
+        now = self.trainee.adapter(self.lesson.settings.dtype)
+        if begun["best"]:
+            scales = now.modules.scales
+            self._best = now.with_factors(
+                {path: Factors(a.numpy(), b.numpy(), scales[path]) for path, (a, b) in begun["best"].items()}
+            )
+
+    # the outcome --------------------------------------------------------------------------------------------------
+
+    def outcome(self) -> Trained:
+        """The best adapter, or without a validation split the last, and the record."""
+        lesson, past, best = self.lesson, self.past, self.past.best
+        adapter = self._best
+        if adapter is None:  # for mypy: the last step is always looked at
+            raise ModelError("no step was taken", where=lesson.task)
+        from importlib.metadata import version  # a mail parser's worth of imports
+
+        zero = past.looks[0][1] if past.looks else None
+        record = {
+            "task": lesson.task,
+            "settings": lesson.identity,
+            "targets": lesson.targets,
+            "init_seed": lesson.curriculum.init_seed,
+            "examples": {"train": len(lesson.train.examples), "validation": len(lesson.validation.examples)},
+            "dropped": dict(lesson.dropped),
+            "steps": past.step,
+            "epochs": _short(past.step * lesson.curriculum.batch / lesson.curriculum.examples),
+            "best_step": best[0] if best else past.step,
+            "stopped_early": past.step < lesson.curriculum.steps,
+            "zero_shot": _short(zero),
+            "loss": _short(best[1] if best else None),
+            "improved": best[1] < zero if best and zero is not None else None,
+            "losses": self._losses(),
+            "tokens": past.tokens,
+            "seconds": round(past.seconds, 1),
+            "adapter": adapter.digest,
+            "device": str(self.trainee.backend.base.model.device),
+            "versions": {"lorashelf": VERSION, "python": platform.python_version()}
+            | {name: version(name) for name in _PACKAGES},
+        }
+        return Trained(adapter, record)
+
+    def _losses(self) -> list[dict[str, Any]]:
+        """The losses over time, in nats a token: of training since the entry before, and of validation."""
+        c, past = self.lesson.curriculum, self.past
+        looks = dict(past.looks)
+        marks = sorted({*range(c.every, past.step + 1, c.every), past.step})
+        rows = [{"step": 0, "train": None, "validation": _short(looks.get(0))}]
+        for before, step in zip([0, *marks], marks, strict=False):
+            mean = sum(past.losses[before:step]) / (step - before)
+            rows.append({"step": step, "train": _short(mean), "validation": _short(looks.get(step))})
+        return rows
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _states(folder: Path, lessons: Sequence[Lesson]) -> dict[str, Path]:
+    return {lesson.task: folder / STATE_FOLDER / f"{lesson.task}.pt" for lesson in lessons}
+
+
+def _standing(folder: Path, lessons: Sequence[Lesson]) -> dict[str, dict[str, Any]]:
+    """The records of the tasks that are finished in a folder. Raises UsageError for what bars the others."""
+    states = _states(folder, lessons)
+    records, faults = {}, []
+    if folder.exists() and not folder.is_dir():
+        faults.append("the output is a file, not a folder")
+    for lesson in lessons:
+        task, made = lesson.task, folder / lesson.task
+        if made.exists():
+            try:
+                records[task] = _record(made / RECORD_FILE)
+                faults += _changes(lesson, records[task]["settings"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                faults.append(f"{task} is there already, without a {RECORD_FILE} of this program")
+        elif states[task].exists():
+            faults += _changes(lesson, _read_state(states[task])["identity"])
+    if faults:
+        cure = "give the data and options it was begun with, or another output folder"
+        raise UsageError("; ".join(faults), where=str(folder), cure=cure)
+    return records
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """A training's record. Raises what reading it raises, and ValueError for one of another shape."""
+    record: dict[str, Any] = json.loads(atomic.read_file(file))
+    shown = [record["examples"]["train"], record["settings"]["rank"], *(record[name] for name in _NUMBERS)]
+    if any(value is not None and type(value) not in (int, float) for value in shown):
+        raise ValueError(file)
+    if record["improved"] not in (True, False, None):
+        raise ValueError(file)
+    return record
+
+
+def _changes(lesson: Lesson, begun: Mapping[str, Any]) -> list[str]:
+    """What a training was begun with that is not so now."""
+    now = lesson.identity
+    differing = [name for name in now if name not in begun or begun[name] != now[name]]
+    if not differing:
+        return []
+    told = [
+        f"other {name}"
+        if name in ("training data", "validation data", "layers")
+        else f"{name} {begun.get(name)}, now {now[name]}"
+        for name in differing
+    ]
+    return [f"{lesson.task} was trained with {', '.join(told)}"]
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    """A state as `save` keeps it. Raises UsageError."""
+    torch, _ = libraries()
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(atomic.read_file(file)), map_location="cpu", weights_only=True)
+        document: dict[str, Any] = json.loads(state.pop("document"))
+        identity, past = dict(document["identity"]), _Past(**document["past"])
+        looks = tuple((int(step), float(loss)) for step, loss in past.looks)
+        past = replace(past, losses=tuple(map(float, past.losses)), looks=looks)
+        kept = {name: dict(state[name]) for name in ("best", "parameters", "optimizer")}
+    except Exception as error:  # torch names no error of its own for a file that is not its
+        cure = "delete it: the training begins anew"
+        raise UsageError("the state of a training cannot be read", where=str(file), cure=cure) from error
+    return {"identity": identity, "past": past, **kept}
