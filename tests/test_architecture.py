@@ -90,13 +90,22 @@ def test_late_imports_are_those_with_a_reason() -> None:
 
 
 def test_all_lists_exactly_the_public_names() -> None:
-    public = {n for n, v in vars(lorashelf).items() if not n.startswith("_") and not inspect.ismodule(v)} - {"VERSION"}
-    shadowed = {"partition", "policy", "similarity"}  # functions that bear the name of their module
-    late = set(lorashelf._LATE)
-    assert set(lorashelf.__all__) - {"__version__"} == public | late
-    assert late.isdisjoint(public)  # whoever only imports lorashelf has not imported them
-    assert late <= set(dir(lorashelf))
-    assert shadowed <= set(lorashelf.__all__)
+    assert set(lorashelf.__all__) == {*lorashelf._HOME, "__version__"}
+    assert set(lorashelf.__all__) <= set(dir(lorashelf))
+    for name, module in lorashelf._HOME.items():
+        assert getattr(lorashelf, name) is getattr(sys.modules[f"lorashelf.{module}"], name)
+
+
+def test_type_checkers_see_the_names_that_are_imported_late() -> None:
+    tree = ast.parse(Path(lorashelf.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == lorashelf._HOME
+
+
+def test_no_public_name_is_that_of_a_module() -> None:
+    """An import of the module would take the name's place."""
+    assert [name for name in lorashelf._HOME if (SOURCE / name).exists() or (SOURCE / f"{name}.py").exists()] == []
 
 
 @pytest.mark.parametrize("name", sorted(lorashelf.__all__))
@@ -119,14 +128,13 @@ def test_the_language_models_side_is_imported_when_it_is_asked_for() -> None:
     everything = loaded_after("import lorashelf as ls; [getattr(ls, name) for name in ls.__all__]")
     assert "lorashelf.models.hf" in everything
     assert everything & (HEAVY | SCORING) == set()  # torch when a model is opened
-    assert "lorashelf.evaluation.compare" not in loaded_after("import lorashelf")
     with pytest.raises(AttributeError, match="has no attribute 'evaluation_of'"):
         _ = lorashelf.evaluation_of
 
 
 def test_import_is_light() -> None:
     loaded = loaded_after("import lorashelf")
-    assert loaded & (HEAVY | SCORING | {"typer", "rich", "lorashelf.evaluation.metrics"}) == set()
+    assert loaded & (HEAVY | SCORING | {"typer", "rich", "numpy"}) == set()
 
 
 def test_the_metrics_load_no_package_before_one_is_asked_for() -> None:

@@ -9,37 +9,52 @@ import importlib
 import typing
 
 from . import early  # noqa: F401  first, as it is for the seconds in which the rest is imported
-from .errors import LorashelfError
-from .formats.peft import read_adapter, write_adapter
-from .lora.adapter import Adapter, BaseId, Factors, Modules
-from .lora.algebra import combine, compress, gram, inner, norm
-from .lora.similarity import METRICS, similarity
-from .merging import METHODS, Within, merge, merge_method
-from .placement.partitioners import PARTITIONERS, partition, partitioner
-from .placement.policies import POLICIES, policy
-from .shelf.manifest import Manifest, Plan, Slot
-from .shelf.plans import plan_add, plan_cluster, plan_remove, plan_set, plan_update
-from .shelf.routing import route, routes
-from .shelf.settings import Budget, Recipe, Settings, new_settings
-from .shelf.shelf import Shelf
-from .shelf.snapshot import Snapshot
 from .version import VERSION
 
 if typing.TYPE_CHECKING:
+    from .errors import LorashelfError
     from .evaluation.compare import evaluate
+    from .formats.peft import read_adapter, write_adapter
+    from .lora.adapter import Adapter, BaseId, Factors, Modules
+    from .lora.algebra import combine, compress, gram, inner, norm
+    from .lora.similarity import METRICS, similarity
+    from .merging import METHODS, Within, merge, merge_method
     from .models.base_model import base_folder
     from .models.hf import HFBackend
+    from .placement.partitioners import PARTITIONERS, partition, partitioner
+    from .placement.policies import POLICIES, policy
     from .search.cluster import cluster_by_loss
+    from .shelf.manifest import Manifest, Plan, Slot
+    from .shelf.plans import plan_add, plan_cluster, plan_remove, plan_set, plan_update
+    from .shelf.routing import route, routes
+    from .shelf.settings import Budget, Recipe, Settings, new_settings
+    from .shelf.shelf import Shelf
+    from .shelf.snapshot import Snapshot
     from .tasks.folders import read_tasks
 
 __version__ = VERSION
-_LATE = {  # the language model's side: name → the module that it is imported from when it is asked for
-    "HFBackend": "backends.hf",
-    "base_folder": "backends.base_model",
-    "cluster_by_loss": "clustering",
-    "evaluate": "evaluation",
-    "read_tasks": "tasks",
+_NAMES = {  # module → the names that are imported from it when one is asked for
+    "errors": ("LorashelfError",),
+    "evaluation.compare": ("evaluate",),
+    "formats.peft": ("read_adapter", "write_adapter"),
+    "lora.adapter": ("Adapter", "BaseId", "Factors", "Modules"),
+    "lora.algebra": ("combine", "compress", "gram", "inner", "norm"),
+    "lora.similarity": ("METRICS", "similarity"),
+    "merging": ("METHODS", "Within", "merge", "merge_method"),
+    "models.base_model": ("base_folder",),
+    "models.hf": ("HFBackend",),
+    "placement.partitioners": ("PARTITIONERS", "partition", "partitioner"),
+    "placement.policies": ("POLICIES", "policy"),
+    "search.cluster": ("cluster_by_loss",),
+    "shelf.manifest": ("Manifest", "Plan", "Slot"),
+    "shelf.plans": ("plan_add", "plan_cluster", "plan_remove", "plan_set", "plan_update"),
+    "shelf.routing": ("route", "routes"),
+    "shelf.settings": ("Budget", "Recipe", "Settings", "new_settings"),
+    "shelf.shelf": ("Shelf",),
+    "shelf.snapshot": ("Snapshot",),
+    "tasks.folders": ("read_tasks",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "METHODS",
@@ -91,10 +106,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> typing.Any:
-    if name in _LATE:
-        return getattr(importlib.import_module(f".{_LATE[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a public name when it is first asked for, so that a command waits for what it uses only."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATE})
+    return sorted({*globals(), *_HOME})
