@@ -48,22 +48,22 @@ def main() -> int:
     common.heading("D2C: a memory of losses against asking every time", options.threads, ["torch", "transformers"])
     import torch
 
-    from lorashelf import Recipe
+    from lorashelf import MergeSpec
+    from lorashelf.merging.blocks import merger
     from lorashelf.models.hf import HFBackend
     from lorashelf.models.protocol import mean_loss
     from lorashelf.placement.d2c import search
-    from lorashelf.search.block_loss import Objective
-    from lorashelf.shelf.plans import merger
+    from lorashelf.search.block_loss import BlockLoss
 
     torch.set_num_threads(options.threads)
     adapters, sets = chosen(options.zoo, options.data)
     names = sorted(adapters)
     backend = HFBackend.open(dtype="f32")
-    merge = merger(adapters, Recipe(merge="ties", dtype="f32"))
+    merge = merger(adapters, MergeSpec(method="ties", dtype="f32"))
     rows, equal, ratios = [], True, []
     for seed in map(int, options.seeds.split(",")):
         asked: list[object] = []
-        objective = Objective(adapters, sets, backend, merge)
+        objective = BlockLoss(adapters, sets, backend, merge)
 
         def remembered(pairs, objective=objective, asked=asked):
             asked.extend(pairs)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lorashelf import POLICIES, Adapter, Recipe, read_adapter, similarity
-from lorashelf.merging.average import Content, entry, fold, single
+from lorashelf import POLICIES, Adapter, MergeSpec, read_adapter, similarity
+from lorashelf.merging.average import Average, entry, fold, single
 from lorashelf.placement.policies import Open, View, auto_threshold
 
 SLOTS = 5
@@ -65,8 +65,8 @@ RULES: dict[str, Rule] = {
 
 def arrive(adapters: dict[str, Adapter], order: Sequence[str], rule: Rule) -> list[list[str]]:
     """The slots' members after the adapters arrived in this order under K-Merge++ with the rule's thresholds."""
-    recipe, scores_seen = Recipe(), []
-    slots: list[Content] = []
+    recipe, scores_seen = MergeSpec(), []
+    slots: list[Average] = []
     for task in order:
         adapter = adapters[task]
         record = entry(task, task.split("-")[0], adapter)

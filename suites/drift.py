@@ -12,13 +12,13 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from lorashelf import Adapter, Recipe, combine, merge, norm, read_adapter, write_adapter
-from lorashelf.merging.average import Content, entry, fold, single, without
+from lorashelf import Adapter, MergeSpec, combine, merge, norm, read_adapter, write_adapter
+from lorashelf.merging.average import Average, entry, fold, single, without
 
 FOLDS = 40
 
 
-def stored(content: Content) -> Content:
+def stored(content: Average) -> Average:
     """The content as it comes back from a disk."""
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(content.adapter, Path(folder) / "x")
@@ -43,7 +43,7 @@ def main() -> None:
     heads = ["dtype", "drift after 40", "after 10", "one of 40 taken out", "the precision said", "one of 2 taken out"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for dtype in ("f32", "f16", "bf16"):
-        recipe = Recipe(dtype=dtype)
+        recipe = MergeSpec(dtype=dtype)
         content = stored(single(xs[0], records[0], recipe))
         drifts = {}
         for n in range(1, FOLDS):

@@ -183,7 +183,7 @@ def test_stacked_modules_take_the_way_that_single_ones_take(rank: int, dout: int
     for dtype, tolerance in ((np.float32, 2e-6), (np.float64, 1e-12)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(algebra, "_dense_products", lambda *given: taken.append(True) or plain(*given))
-            found = algebra.stack_energies(stack, dtype)
+            found = algebra.stack_squared_norms(stack, dtype)
         np.testing.assert_allclose(found, [np.sum(reference(f) ** 2) for f in fs], rtol=tolerance)
     dense_way = rank**2 * (dout + din) > 4 * (rank + 1) * dout * din
     assert len(taken) == (6 if dense_way else 0)
@@ -208,7 +208,7 @@ def test_where_ranks_cancel_float32_is_not_trusted(drift: float) -> None:
     )
     xs = [Adapter(Modules({"m": f})) for f in fs]
     for i, x in enumerate(xs):
-        assert algebra.energies(x)["m"] == pytest.approx(exact[i, i], rel=1e-5)
+        assert algebra.squared_norms(x)["m"] == pytest.approx(exact[i, i], rel=1e-5)
         inner_products, _, squared = algebra.row(x, xs, ["m"], np.float32)
         np.testing.assert_allclose(
             inner_products[0] / (lengths[i] * lengths), exact[i] / (lengths[i] * lengths), atol=2e-6
@@ -221,7 +221,7 @@ def test_energies_and_cosines_beyond_float32_s_range(side: float, other: float) 
     f = random_factors(np.random.default_rng(0), 4, 12, 16)
     x = Adapter(Modules({"m": Factors(f.a * np.float32(side), f.b * np.float32(other))}))
     exact = float(np.sum((x.modules["m"].b.astype("f8") @ x.modules["m"].a.astype("f8")) ** 2))
-    assert algebra.energies(x)["m"] == pytest.approx(exact, rel=1e-5)
+    assert algebra.squared_norms(x)["m"] == pytest.approx(exact, rel=1e-5)
     assert algebra.row(x, [x], ["m"], np.float32)[0][0, 0] == pytest.approx(exact, rel=1e-5)
     assert algebra.products([x.modules["m"]] * 2, None, np.float32) == pytest.approx(np.full((2, 2), exact), rel=1e-5)
 

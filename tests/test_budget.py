@@ -69,7 +69,7 @@ def test_every_slot_can_be_changed_again_and_again(tmp_path: Path, policy: str, 
     for i in range(8):
         snapshot = shelf.snapshot()
         slot = snapshot.located(f"task-{i}")[0]
-        if slot.average or len(slot.members) == 1:
+        if slot.history.method or len(slot.members) == 1:
             shelf.commit(plan_update(snapshot, f"task-{i}", adapter(50 + i), adapter(i)))
         assert shelf.snapshot().bytes <= limit
     assert shelf.verify() == []

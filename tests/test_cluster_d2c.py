@@ -158,16 +158,16 @@ def test_blocks_and_later_adds_have_recipes_of_their_own(
         code, document = exit_.value.code, json.loads(capsys.readouterr().out)
     assert (code, document["merge"], document["later_merge"]) == (0, blocks[0], later[0])
     snapshot = Shelf(tmp_path / "s").snapshot()
-    recipe = snapshot.settings.recipe
-    assert (recipe.merge, dict(recipe.parameters)) == later
+    spec = snapshot.settings.merge
+    assert (spec.method, dict(spec.parameters)) == later
     assert (snapshot.manifest.cause["merge"], snapshot.manifest.cause["parameters"]) == blocks
     assert snapshot.manifest.recipe["merge"] == later[0]
     for slot in snapshot.manifest.slots:
         members = [read_adapter(house / "zoo" / name) for name in slot.members]
         if len(members) > 1:
-            expected = merge(members, method=blocks[0], seed=recipe.seed, **blocks[1])
+            expected = merge(members, method=blocks[0], seed=spec.seed, **blocks[1])
             assert_same_delta(expected, snapshot.adapter(slot), 1e-6)
-            assert slot.fixed == (None if blocks[0] in ("linear", "factor_mean") else f"merged by {blocks[0]}")
+            assert slot.history.fixed == (None if blocks[0] in ("linear", "factor_mean") else f"merged by {blocks[0]}")
 
 
 def test_a_later_fold_into_a_ties_block_is_a_running_average(
@@ -184,8 +184,8 @@ def test_a_later_fold_into_a_ties_block_is_a_running_average(
         shelf.commit(plan_add(shelf.snapshot(), x, f"late-{i}"))
         slot = shelf.snapshot().manifest.slots[0]
         assert_same_delta(held, shelf.snapshot().adapter(slot), 1e-5)
-        assert [m.weight for m in slot.merged[n:]] == pytest.approx([1 / total] * (i + 1))
-        assert (slot.average, slot.fixed) == (None, "merged by ties")
+        assert [m.weight for m in slot.history.merged[n:]] == pytest.approx([1 / total] * (i + 1))
+        assert (slot.history.method, slot.history.fixed) == (None, "merged by ties")
 
 
 def test_a_named_journal_stays(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,7 +281,7 @@ def test_what_a_task_file_says_is_stored(house: Path, tmp_path: Path, capsys: py
     stored = Shelf(tmp_path / "s").snapshot().manifest
     assert {task["type"] for task in stored.tasks.values()} == {"odd"}
     assert {task["language"] for task in stored.tasks.values()} == {"xx"}
-    assert {m.type for slot in stored.slots for m in slot.merged} == {"odd"}
+    assert {m.type for slot in stored.slots for m in slot.history.merged} == {"odd"}
 
 
 def test_without_validation_examples_nothing_is_held_out(

@@ -29,26 +29,26 @@ from lorashelf.errors import NotReversible
 from lorashelf.formats.peft import rounded
 from lorashelf.lora.adapter import WIDTHS
 from lorashelf.lora.algebra import trained
-from lorashelf.merging.average import Content, block, entry, fold, one_base, scaled, single, without
+from lorashelf.merging.average import Average, History, Source, block, fold, one_base, scaled, single, source, without
 from lorashelf.merging.average import _restored as restored
-from lorashelf.shelf.manifest import PENDING, Merged
-from lorashelf.shelf.settings import Recipe
+from lorashelf.merging.spec import MergeSpec
+from lorashelf.shelf.manifest import PENDING, Slot
 
 AVERAGES = [name for name, method in METHODS.items() if method.average is not None]
-LINEAR = Recipe(merge="linear")
-SUM = Recipe(merge="magnitude_prune_svd", parameters={"density": 1.0}, rank=12)  # exactly w ΔW + w' ΔW'
-CAT = Recipe(merge="cat")
+LINEAR = MergeSpec(method="linear")
+SUM = MergeSpec(method="magnitude_prune_svd", parameters={"density": 1.0}, rank=12)  # exactly w ΔW + w' ΔW'
+CAT = MergeSpec(method="cat")
 
 
-def record(x: Adapter) -> Merged:
-    return entry("qa-de", "qa", x)
+def record(x: Adapter) -> Source:
+    return source("qa-de", "qa", x)
 
 
-def opened(x: Adapter, recipe: Recipe = LINEAR) -> Content:
+def opened(x: Adapter, recipe: MergeSpec = LINEAR) -> Average:
     return single(x, record(x), recipe)
 
 
-def folded(xs: Sequence[Adapter], recipe: Recipe = LINEAR, average: Any = "mean") -> Content:
+def folded(xs: Sequence[Adapter], recipe: MergeSpec = LINEAR, average: Any = "mean") -> Average:
     content = opened(xs[0], recipe)
     for x in xs[1:]:
         content = fold([content], x, record(x), recipe, average)
@@ -66,11 +66,16 @@ def test_an_opened_slot_holds_the_adapter_as_it_is() -> None:
     x = rounded(make_adapter(0, dtype="f16"))
     content = opened(x)
     assert content.adapter.digest == x.digest
-    assert (content.adapter.dtype, content.error, content.restored, content.average) == ("f16", 0.0, 1.0, None)
-    assert content.merged == (
-        Merged("qa-de", "qa", x.digest, 1.0, 4, x.parameters, "f16", pytest.approx(norm(x), rel=1e-7)),
+    assert (content.adapter.dtype, content.history.error, content.history.restored, content.history.method) == (
+        "f16",
+        0.0,
+        1.0,
+        None,
     )
-    assert content.faithful == "*"
+    assert content.history.merged == (
+        Source("qa-de", "qa", x.digest, 1.0, 4, x.parameters, "f16", pytest.approx(norm(x), rel=1e-7)),
+    )
+    assert content.history.faithful == "*"
 
 
 def test_the_recipe_s_dtype_and_rank_shape_what_is_opened() -> None:
@@ -78,19 +83,19 @@ def test_the_recipe_s_dtype_and_rank_shape_what_is_opened() -> None:
     content = opened(x, replace(LINEAR, dtype="bf16", rank=2))
     small, error = compress(x, 2)
     assert (content.adapter.dtype, content.adapter.rank) == ("bf16", 2)
-    assert content.error == error > 0
+    assert content.history.error == error > 0
     assert_same_delta(rounded(replace(small, dtype="bf16")), content.adapter)
-    assert content.faithful is None
-    assert opened(x, replace(LINEAR, rank=4)).faithful == "*"
+    assert content.history.faithful is None
+    assert opened(x, replace(LINEAR, rank=4)).history.faithful == "*"
 
 
 def test_the_manifest_entry_says_what_will_be_written(tmp_path: Any) -> None:
     content = folded(family(3, dtype="f16"))
-    slot = content.slot(5, ["qa-de", "gec-fr"])
+    slot = Slot.planned(5, content, ["qa-de", "gec-fr"])
     write_adapter(content.adapter, tmp_path / "a")
-    assert slot.bytes == sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
-    assert (slot.slot, slot.object, slot.rank, slot.dtype) == (5, PENDING, 4, "f16")
-    assert (slot.merged, slot.members, slot.average) == (content.merged, ("qa-de", "gec-fr"), "linear")
+    assert slot.object.bytes == sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
+    assert (slot.id, slot.object.id, slot.object.rank, slot.object.dtype) == (5, PENDING, 4, "f16")
+    assert (slot.merged, slot.members, slot.average) == (content.history.merged, ("qa-de", "gec-fr"), "linear")
     assert slot.digests == {x.digest for x in family(3, dtype="f16")}
 
 
@@ -100,14 +105,18 @@ def test_the_manifest_entry_says_what_will_be_written(tmp_path: Any) -> None:
 @pytest.mark.parametrize("method", AVERAGES)
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_folds_one_by_one_equal_the_block_of_all(method: str, count: int) -> None:
-    recipe, xs = Recipe(merge=method), family(count, rank=3)
+    recipe, xs = MergeSpec(method=method), family(count, rank=3)
     online = folded(xs, recipe)
     offline = block(xs, [record(x) for x in xs], recipe)
     assert_same_delta(offline.adapter, online.adapter, 1e-5)
     assert_same_delta(merge(xs, method=method), online.adapter, 1e-5)
-    assert online.average == offline.average == method
-    assert [m.weight for m in online.merged] == pytest.approx([1 / count] * count)
-    assert [m.digest for m in online.merged] == [m.digest for m in offline.merged] == [x.digest for x in xs]
+    assert online.history.method == offline.history.method == method
+    assert [m.weight for m in online.history.merged] == pytest.approx([1 / count] * count)
+    assert (
+        [m.digest for m in online.history.merged]
+        == [m.digest for m in offline.history.merged]
+        == [x.digest for x in xs]
+    )
     with pytest.raises(AssertionError):
         assert_same_delta(offline.adapter, folded(xs[:-1], recipe).adapter, 1e-5)
 
@@ -115,7 +124,7 @@ def test_folds_one_by_one_equal_the_block_of_all(method: str, count: int) -> Non
 def test_a_half_fold_lets_early_adapters_fade() -> None:
     xs = family(3)
     content = folded(xs, CAT, "half")
-    assert [m.weight for m in content.merged] == [0.25, 0.25, 0.5]
+    assert [m.weight for m in content.history.merged] == [0.25, 0.25, 0.5]
     assert_same_delta(combine(xs, [0.25, 0.25, 0.5]), content.adapter, 1e-6)
 
 
@@ -130,15 +139,15 @@ def test_a_half_fold_lets_early_adapters_fade() -> None:
         [(SUM, "mean"), (CAT, "mean")],
         [(CAT, "mean"), (SUM, "mean")],
     ],
-    ids=lambda steps: " ".join(f"{recipe.merge.split('_')[0]}-{average}" for recipe, average in steps),
+    ids=lambda steps: " ".join(f"{recipe.method.split('_')[0]}-{average}" for recipe, average in steps),
 )
-def test_the_recorded_weights_rebuild_what_the_slot_holds(steps: list[tuple[Recipe, Any]]) -> None:
+def test_the_recorded_weights_rebuild_what_the_slot_holds(steps: list[tuple[MergeSpec, Any]]) -> None:
     """With exact sums, whatever the order in which a shelf's recipe and policy changed."""
     xs = family(len(steps) + 1, rank=2)
     content = opened(xs[0], CAT)
     for x, (recipe, average) in zip(xs[1:], steps, strict=True):
         content = fold([content], x, record(x), recipe, average)
-    weights = [m.weight for m in content.merged]
+    weights = [m.weight for m in content.history.merged]
     assert_same_delta(combine(xs, weights), content.adapter, 1e-5)
     with pytest.raises(AssertionError):
         assert_same_delta(combine(xs, [weights[0] * 1.1, *weights[1:]]), content.adapter, 1e-5)
@@ -149,30 +158,30 @@ def test_several_sources_weigh_as_much_as_they_have_averaged() -> None:
     sources = [folded(xs[:3]), opened(xs[3]), opened(xs[4])]
     content = fold(sources, xs[5], record(xs[5]), LINEAR)
     assert_same_delta(merge(xs, method="linear"), content.adapter, 1e-5)
-    assert (content.average, len(content.merged)) == ("linear", 6)
-    assert [m.weight for m in content.merged] == pytest.approx([1 / 6] * 6)
+    assert (content.history.method, len(content.history.merged)) == ("linear", 6)
+    assert [m.weight for m in content.history.merged] == pytest.approx([1 / 6] * 6)
 
 
 @pytest.mark.parametrize(
     ("source", "recipe", "average", "expected"),
     [
         ("one", LINEAR, "mean", "linear"),
-        ("one", Recipe(merge="factor_mean"), "mean", "factor_mean"),
-        ("one", Recipe(merge="svd"), "mean", None),
+        ("one", MergeSpec(method="factor_mean"), "mean", "factor_mean"),
+        ("one", MergeSpec(method="svd"), "mean", None),
         ("one", CAT, "mean", None),
-        ("one", Recipe(merge="ties"), "mean", None),
+        ("one", MergeSpec(method="ties"), "mean", None),
         ("one", LINEAR, "half", None),
         ("one", replace(LINEAR, rank=2), "mean", None),
         ("one, cut", LINEAR, "mean", None),
         ("linear", LINEAR, "mean", "linear"),
         ("linear", replace(LINEAR, rank=4), "mean", "linear"),
-        ("linear", Recipe(merge="factor_mean"), "mean", None),
+        ("linear", MergeSpec(method="factor_mean"), "mean", None),
         ("half", LINEAR, "mean", None),
         ("svd", LINEAR, "mean", None),
     ],
 )
 def test_content_stays_an_average_only_while_one_method_averages_uncut(
-    source: str, recipe: Recipe, average: Any, expected: str | None
+    source: str, recipe: MergeSpec, average: Any, expected: str | None
 ) -> None:
     x, y, z = family(3)
     sources = {
@@ -180,22 +189,22 @@ def test_content_stays_an_average_only_while_one_method_averages_uncut(
         "one, cut": opened(x, replace(LINEAR, rank=2)),
         "linear": folded([x, y]),
         "half": folded([x, y], average="half"),
-        "svd": folded([x, y], Recipe(merge="svd")),
+        "svd": folded([x, y], MergeSpec(method="svd")),
     }
     content = fold([sources[source]], z, record(z), recipe, average)
-    assert content.average == expected
-    assert content.faithful == expected
+    assert content.history.method == expected
+    assert content.history.faithful == expected
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_fold_takes_the_weights_that_its_method_declares(method: str) -> None:
     xs = family(3)
-    content = folded(xs, Recipe(merge=method, seed=3))
+    content = folded(xs, MergeSpec(method=method, seed=3))
     unary = METHODS[method].weights == "unary"
     weights = [1.0, 1.0] if unary else [2 / 3, 1 / 3]
-    before = folded(xs[:2], Recipe(merge=method, seed=3))
+    before = folded(xs[:2], MergeSpec(method=method, seed=3))
     assert_same_delta(merge([before.adapter, xs[2]], weights, method=method, seed=3), content.adapter, 1e-6)
-    assert [m.weight for m in content.merged] == pytest.approx([1.0 if unary else 1 / 3] * 3)
+    assert [m.weight for m in content.history.merged] == pytest.approx([1.0 if unary else 1 / 3] * 3)
 
 
 @pytest.mark.parametrize(
@@ -211,11 +220,11 @@ def test_a_fold_is_stored_in_the_wider_dtype_or_the_recipe_s(dtypes: str, wanted
 
 def test_a_capped_fold_reports_what_the_cut_cost() -> None:
     xs = family(2)
-    content = folded(xs, Recipe(merge="cat", rank=8))
-    assert content.error == 0.0
-    cut = fold([opened(xs[0])], xs[1], record(xs[1]), Recipe(merge="cat", rank=5))
+    content = folded(xs, MergeSpec(method="cat", rank=8))
+    assert content.history.error == 0.0
+    cut = fold([opened(xs[0])], xs[1], record(xs[1]), MergeSpec(method="cat", rank=5))
     small, error = compress(combine(xs, [0.5, 0.5]), 5)
-    assert cut.error == pytest.approx(error)
+    assert cut.history.error == pytest.approx(error)
     assert cut.adapter.rank == 5
     assert_same_delta(small, cut.adapter, 1e-5)
 
@@ -226,7 +235,7 @@ def test_a_capped_fold_reports_what_the_cut_cost() -> None:
 def test_a_block_of_one_is_that_adapter() -> None:
     x = make_adapter(0)
     for method in METHODS:
-        content = block([x], [record(x)], Recipe(merge=method))
+        content = block([x], [record(x)], MergeSpec(method=method))
         assert content.adapter.digest == x.digest
         assert content == replace(opened(x), adapter=content.adapter)
 
@@ -234,11 +243,11 @@ def test_a_block_of_one_is_that_adapter() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_block_is_the_merge_with_default_weights(method: str) -> None:
     xs = family(3)
-    content = block(xs, [record(x) for x in xs], Recipe(merge=method, rank=3))
+    content = block(xs, [record(x) for x in xs], MergeSpec(method=method, rank=3))
     assert content.adapter.digest == merge(xs, method=method, rank=3).digest
-    assert content.average is None
-    assert {m.weight for m in content.merged} == {1.0 if METHODS[method].weights == "unary" else 1 / 3}
-    assert content.error > 0
+    assert content.history.method is None
+    assert {m.weight for m in content.history.merged} == {1.0 if METHODS[method].weights == "unary" else 1 / 3}
+    assert content.history.error > 0
 
 
 # taking out ---------------------------------------------------------------------------------------------------------
@@ -263,7 +272,11 @@ def test_what_a_large_adapter_left_behind_is_counted_after_it_was_taken_out() ->
     content, _ = without(folded([large, x, y], recipe), large.digest, large, recipe)
     rest, precision = without(content, y.digest, y, recipe)
     missed = norm(combine([rest.adapter, x], [1.0, -1.0])) / norm(x)
-    assert without(replace(content, noise=None), y.digest, y, recipe)[1] < missed <= precision
+    assert (
+        without(replace(content, history=replace(content.history, noise=())), y.digest, y, recipe)[1]
+        < missed
+        <= precision
+    )
 
 
 SIDES = {"q_proj": (12, 16), "v_proj": (8, 16), "o_proj": (24, 6)}  # module → (dout, din)
@@ -311,7 +324,7 @@ def test_the_rest_is_right_to_the_precision_reported_or_refused(method: str, dty
     for seed in range(30):
         rng = np.random.default_rng([seed, len(dtype)])
         fixed = dtype if dtype in WIDTHS else None
-        recipe = Recipe(merge=method, dtype=fixed, restore_norm=bool(rng.random() < 0.2))
+        recipe = MergeSpec(method=method, dtype=fixed, restore_norm=bool(rng.random() < 0.2))
         xs = [odd_adapter(rng, fixed or str(rng.choice(list(WIDTHS)))) for _ in range(6)]
         if rng.random() < 0.3:
             sides = {path: Factors(-f.a, f.b * (1 if rng.random() < 0.5 else -1)) for path, f in xs[0].modules.items()}
@@ -344,7 +357,7 @@ def test_the_rest_is_right_to_the_precision_reported_or_refused(method: str, dty
 )
 def test_a_small_adapter_is_not_taken_for_rounding(method: str, dtype: str, small: float) -> None:
     """As after one step of training: A is random, B tiny, and its neighbour is trained."""
-    recipe, large = Recipe(merge=method, dtype=dtype), make_adapter(0)
+    recipe, large = MergeSpec(method=method, dtype=dtype), make_adapter(0)
     x = make_adapter(1)
     x = x.with_factors({path: replace(f, b=f.b * np.float32(small)) for path, f in x.modules.items()})
     content = folded([large, x], recipe)
@@ -357,7 +370,7 @@ def test_a_small_adapter_is_not_taken_for_rounding(method: str, dtype: str, smal
 @pytest.mark.parametrize("method", AVERAGES)
 def test_the_ranks_of_the_rest_keep_their_places(method: str) -> None:
     """A fold adds rank by rank: after a weak first rank is cleared the second must not move there."""
-    recipe, (large, x, late) = Recipe(merge=method, dtype="f16"), family(3)
+    recipe, (large, x, late) = MergeSpec(method=method, dtype="f16"), family(3)
     weak = np.array([1e-6, 1, 1, 1], np.float32)
     x = x.with_factors({p: Factors(f.a * weak[:, None], f.b * weak, f.scale) for p, f in x.modules.items()})
     rest, _ = without(folded([large, x], recipe), large.digest, large, recipe)
@@ -367,23 +380,23 @@ def test_the_ranks_of_the_rest_keep_their_places(method: str) -> None:
 @pytest.mark.parametrize("method", AVERAGES)
 def test_what_a_narrow_dtype_lost_is_counted_after_the_slot_was_widened(method: str) -> None:
     xs = family(3)
-    content = folded(xs[:2], Recipe(merge=method, dtype="bf16"))
-    wide = Recipe(merge=method, dtype="f32")
+    content = folded(xs[:2], MergeSpec(method=method, dtype="bf16"))
+    wide = MergeSpec(method=method, dtype="f32")
     rest, precision = without(fold([content], xs[2], record(xs[2]), wide), xs[2].digest, xs[2], wide)
     assert 1e-4 < missed_by(rest.adapter, xs[:2], method) <= precision < 0.05
 
 
 @pytest.mark.parametrize("method", AVERAGES)
 def test_taking_an_adapter_out_leaves_the_average_of_the_others(method: str) -> None:
-    recipe, xs = Recipe(merge=method), family(4, rank=3)
+    recipe, xs = MergeSpec(method=method), family(4, rank=3)
     content = folded(xs, recipe)
     for x in xs:
         others = [y for y in xs if y is not x]
         rest, precision = without(content, x.digest, x, recipe)
         assert_same_delta(merge(others, method=method), rest.adapter, 1e-5)
         assert 0 < precision < 1e-5
-        assert [(m.digest, m.weight) for m in rest.merged] == [(y.digest, 1 / 3) for y in others]
-        assert (rest.average, rest.error) == (method, 0.0)
+        assert [(m.digest, m.weight) for m in rest.history.merged] == [(y.digest, 1 / 3) for y in others]
+        assert (rest.history.method, rest.history.error) == (method, 0.0)
         again = fold([rest], x, record(x), recipe)
         assert_same_delta(content.adapter, again.adapter, 1e-5)
         with pytest.raises(AssertionError):
@@ -394,8 +407,8 @@ def test_taking_out_down_to_one_gives_that_one_and_then_there_is_nothing_to_take
     x, y = family(2)
     rest, _ = without(folded([x, y]), y.digest, y, LINEAR)
     assert_same_delta(x, rest.adapter, 1e-6)
-    assert [m.weight for m in rest.merged] == [1.0]
-    assert rest.faithful == "*"
+    assert [m.weight for m in rest.history.merged] == [1.0]
+    assert rest.history.faithful == "*"
     with pytest.raises(NotReversible, match="one adapter only"):
         without(rest, x.digest, x, LINEAR)
 
@@ -403,16 +416,16 @@ def test_taking_out_down_to_one_gives_that_one_and_then_there_is_nothing_to_take
 @pytest.mark.parametrize(
     ("steps", "reason"),
     [
-        ([(Recipe(merge="svd"), "mean")], "merged by svd"),
+        ([(MergeSpec(method="svd"), "mean")], "merged by svd"),
         ([(CAT, "mean")], "merged by cat"),
-        ([(Recipe(merge="ties"), "mean"), (LINEAR, "mean")], "merged by ties"),
+        ([(MergeSpec(method="ties"), "mean"), (LINEAR, "mean")], "merged by ties"),
         ([(replace(LINEAR, rank=2), "mean")], "cut to rank 2"),
         ([(replace(LINEAR, rank=2), "mean"), (LINEAR, "mean")], "cut to rank 2"),
         ([(LINEAR, "half"), (LINEAR, "mean")], "folded with half weights"),
-        ([(LINEAR, "mean"), (Recipe(merge="factor_mean"), "mean")], "merged by factor_mean after linear"),
+        ([(LINEAR, "mean"), (MergeSpec(method="factor_mean"), "mean")], "merged by factor_mean after linear"),
     ],
 )
-def test_what_is_no_average_cannot_be_taken_apart_and_says_why(steps: list[tuple[Recipe, Any]], reason: str) -> None:
+def test_what_is_no_average_cannot_be_taken_apart_and_says_why(steps: list[tuple[MergeSpec, Any]], reason: str) -> None:
     xs = family(len(steps) + 1)
     content = opened(xs[0])
     for x, (recipe, average) in zip(xs[1:], steps, strict=True):
@@ -420,7 +433,7 @@ def test_what_is_no_average_cannot_be_taken_apart_and_says_why(steps: list[tuple
     with pytest.raises(NotReversible, match=f"cannot be taken apart: {reason}"):
         without(content, xs[1].digest, xs[1], LINEAR)
     cut = fold([opened(xs[0], replace(LINEAR, rank=2))], xs[1], record(xs[1]), LINEAR)
-    assert (cut.average, cut.fixed) == (None, "cut to rank 2")
+    assert (cut.history.method, cut.history.fixed) == (None, "cut to rank 2")
 
 
 # norm restoration ---------------------------------------------------------------------------------------------------
@@ -429,41 +442,41 @@ def test_what_is_no_average_cannot_be_taken_apart_and_says_why(steps: list[tuple
 @pytest.mark.parametrize("method", ["linear", "factor_mean", "svd", "cat", "ties"])
 def test_a_restored_merge_has_the_mean_norm_of_its_members(method: str) -> None:
     xs = [make_adapter(0), make_adapter(1, scale=5.0), make_adapter(2, scale=0.5)]
-    plain, recipe = Recipe(merge=method), Recipe(merge=method, restore_norm=True)
+    plain, recipe = MergeSpec(method=method), MergeSpec(method=method, restore_norm=True)
     mean = np.mean([norm(x) for x in xs])
     content = block(xs, [record(x) for x in xs], recipe)
     before = block(xs, [record(x) for x in xs], plain)
     assert norm(content.adapter) == pytest.approx(mean, rel=1e-6)
     assert norm(before.adapter) != pytest.approx(mean, rel=1e-3)
-    assert content.restored == pytest.approx(mean / norm(before.adapter))
-    assert (before.restored, content.average) == (1.0, before.average)
+    assert content.history.restored == pytest.approx(mean / norm(before.adapter))
+    assert (before.history.restored, content.history.method) == (1.0, before.history.method)
     for path, f in content.adapter.modules.items():
         np.testing.assert_array_equal(f.a, before.adapter.modules[path].a)
-        assert f.scale == pytest.approx(content.restored)
+        assert f.scale == pytest.approx(content.history.restored)
 
 
 def test_restoration_is_divided_out_before_the_next_fold() -> None:
     recipe, xs = replace(LINEAR, restore_norm=True), family(4)
     content = opened(xs[0], recipe)
-    assert content.restored == 1.0
+    assert content.history.restored == 1.0
     for n in (1, 2, 3):
-        plain = replace(content, adapter=scaled(content.adapter, 1 / content.restored), restored=1.0)
+        plain = content.plain
         assert_same_delta(folded(xs[:n]).adapter, plain.adapter, 1e-5)
         content = fold([plain], xs[n], record(xs[n]), recipe)
         assert norm(content.adapter) == pytest.approx(np.mean([norm(x) for x in xs[: n + 1]]), rel=1e-6)
-    plain = replace(content, adapter=scaled(content.adapter, 1 / content.restored), restored=1.0)
+    plain = content.plain
     rest, _ = without(plain, xs[3].digest, xs[3], recipe)
     assert norm(rest.adapter) == pytest.approx(np.mean([norm(x) for x in xs[:3]]), rel=1e-5)
-    assert_same_delta(folded(xs[:3]).adapter, scaled(rest.adapter, 1 / rest.restored), 1e-5)
+    assert_same_delta(folded(xs[:3]).adapter, scaled(rest.adapter, 1 / rest.history.restored), 1e-5)
 
 
 def test_a_merge_that_cancels_out_is_not_restored() -> None:
     x = make_adapter(0)
     opposite = scaled(x, -1.0)
-    content = block([x, opposite], [record(x), record(opposite)], Recipe(merge="factor_mean", restore_norm=True))
+    content = block([x, opposite], [record(x), record(opposite)], MergeSpec(method="factor_mean", restore_norm=True))
     zero = x.with_factors({p: Factors(f.a, f.b * 0, f.scale) for p, f in x.modules.items()})
     silent = block([zero, zero], [record(zero), record(zero)], replace(LINEAR, restore_norm=True))
-    assert silent.restored == 1.0
+    assert silent.history.restored == 1.0
     assert norm(silent.adapter) == 0.0
     assert all(np.isfinite(delta).all() for c in (content, silent) for delta in dense(c.adapter).values())
 
@@ -472,10 +485,10 @@ def test_what_has_no_norm_restores_none() -> None:
     """Earlier writers mixed B = 0 of one adapter with A = 0 of another: cross terms, of two that had no norm."""
     x = make_adapter(0)
     nothing = replace(record(x), norm=0.0)
-    content = Content(x, (nothing, nothing), average="linear")
+    content = Average(x, History((nothing, nothing), method="linear"))
     assert restored(content, replace(LINEAR, restore_norm=True)) is content
-    larger = replace(content, merged=(record(scaled(x, 3.0)),) * 2)
-    assert restored(larger, replace(LINEAR, restore_norm=True)).restored == pytest.approx(3.0)
+    larger = Average(x, History((record(scaled(x, 3.0)),) * 2, method="linear"))
+    assert restored(larger, replace(LINEAR, restore_norm=True)).history.restored == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(("side", "other"), [(1e-12, 1e-12), (1e-2, 1e-22)])
@@ -483,16 +496,16 @@ def test_tiny_adapters_have_a_norm(side: float, other: float) -> None:
     f = Factors(np.full((4, 16), side, np.float32), np.full((12, 4), other, np.float32))
     x = Adapter(Modules({"m.0": f}), BaseId("acme/tiny"))
     assert record(x).norm == pytest.approx(norm(x), rel=1e-5)
-    assert folded([x, x], replace(LINEAR, restore_norm=True)).restored == pytest.approx(0.5, rel=1e-5)
+    assert folded([x, x], replace(LINEAR, restore_norm=True)).history.restored == pytest.approx(0.5, rel=1e-5)
 
 
 def test_copies_in_a_block_count_once() -> None:
     x, y = make_adapter(0), make_adapter(1)
     content = block([x, y, x], [record(x), record(y), record(x)], LINEAR)
-    assert [entry.digest for entry in content.merged] == [x.digest, y.digest]
+    assert [entry.digest for entry in content.history.merged] == [x.digest, y.digest]
     assert_same_delta(content.adapter, block([x, y], [record(x), record(y)], LINEAR).adapter)
     alone = block([x, x], [record(x)] * 2, LINEAR)
-    assert (alone.adapter.digest, len(alone.merged)) == (x.digest, 1)
+    assert (alone.adapter.digest, len(alone.history.merged)) == (x.digest, 1)
 
 
 def test_scales_are_those_that_an_alpha_gives_back(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from factory import make_adapter
-from lorashelf import Adapter, Recipe, merge
+from lorashelf import Adapter, MergeSpec, merge
 from lorashelf.errors import UsageError
 from lorashelf.models.protocol import Loss, Pair, QuadraticBackend, mean_loss
 from lorashelf.placement.d2c import Block, search
-from lorashelf.result_store import Journal
-from lorashelf.search.block_loss import Objective
+from lorashelf.result_store import ResultStore
+from lorashelf.search.block_loss import BlockLoss
 from lorashelf.search.cluster import cluster_by_loss
 from lorashelf.tasks.folders import Example, ExampleSet
 
@@ -51,11 +51,11 @@ class Counting:
         return self._inner.nll(pairs)
 
 
-def objective(adapters: dict[str, Adapter], backend: Counting | QuadraticBackend, **options: object) -> Objective:
+def objective(adapters: dict[str, Adapter], backend: Counting | QuadraticBackend, **options: object) -> BlockLoss:
     def merged(block: Sequence[str]) -> Adapter:
         return merge([adapters[t] for t in block], method=METHOD) if len(block) > 1 else adapters[block[0]]
 
-    return Objective(adapters, sets_of(adapters), backend, merged, **options)  # type: ignore[arg-type]
+    return BlockLoss(adapters, sets_of(adapters), backend, merged, **options)  # type: ignore[arg-type]
 
 
 def literal(adapters, examples, backend, k, iterations, seed, wrong=False):
@@ -199,7 +199,7 @@ def test_no_slots_are_refused(slots: int) -> None:
 
 
 def clustered(adapters: dict[str, Adapter], backend: Counting, journal: Path | None = None, **options: object):
-    recipe = Recipe(merge=METHOD, seed=4)
+    recipe = MergeSpec(method=METHOD, seed=4)
     return cluster_by_loss(
         adapters,
         3,
@@ -261,7 +261,7 @@ def test_a_loss_of_another_shape_is_measured_again(
     expected = clustered(adapters, Counting(adapters), file)
     lines = [json.loads(line) for line in file.read_bytes().splitlines()]
     file.write_bytes(b"")
-    journal = Journal(file)
+    journal = ResultStore(file)
     for line in lines:
         journal.put(line["unit"], shape if line is lines[-1] else line["result"])
     backend = Counting(adapters)
@@ -276,7 +276,7 @@ def test_settings_of_another_shape_are_no_search_of_ours(tmp_path: Path, shape: 
     clustered(adapters, Counting(adapters), file)
     losses = [json.loads(line) for line in file.read_bytes().splitlines()][1:]
     file.write_bytes(b"")
-    journal = Journal(file)
+    journal = ResultStore(file)
     for unit, result in [({"what": "settings"}, shape), *((line["unit"], line["result"]) for line in losses)]:
         journal.put(unit, result)
     with pytest.raises(UsageError, match="cannot be read"):
@@ -301,10 +301,10 @@ def test_a_journal_of_other_adapters_examples_or_merge_is_refused(tmp_path: Path
         clustered(changed, Counting(changed), journal)
     sets, backend = sets_of(adapters, count=3), Counting(adapters)
     with pytest.raises(UsageError, match="examples differ"):
-        cluster_by_loss(adapters, 3, Recipe(merge=METHOD, seed=4), backend, sets, iterations=40, journal=journal)
+        cluster_by_loss(adapters, 3, MergeSpec(method=METHOD, seed=4), backend, sets, iterations=40, journal=journal)
     with pytest.raises(UsageError, match="recipe differ"):
         cluster_by_loss(
-            adapters, 3, Recipe(merge="linear", seed=4), backend, sets_of(adapters), iterations=40, journal=journal
+            adapters, 3, MergeSpec(method="linear", seed=4), backend, sets_of(adapters), iterations=40, journal=journal
         )
     assert backend.pairs == 0
 
@@ -335,7 +335,7 @@ def test_losses_on_the_examples_searched_with_and_on_others_are_reported() -> No
     adapters = related(10)
     backend = Counting(adapters)
     held_out = sets_of(adapters, count=5)
-    recipe = Recipe(merge=METHOD, seed=4)
+    recipe = MergeSpec(method=METHOD, seed=4)
     searched = cluster_by_loss(adapters, 3, recipe, backend, sets_of(adapters), held_out=held_out, iterations=10)
     mean = total(adapters, searched.found.blocks) / len(TASKS)
     assert searched.loss == pytest.approx(mean, rel=1e-5)

@@ -389,7 +389,7 @@ def on_shelf(shelf: Shelf, arrivals: list[Path]) -> int:
     snapshot = shelf.snapshot()
     tasks = list(snapshot.manifest.tasks)
     assert tasks == [path.name for path in arrivals[: len(tasks)]]
-    assert snapshot.manifest.arrived == len(tasks) == sum(len(slot.merged) for slot in snapshot.manifest.slots)
+    assert snapshot.manifest.arrived == len(tasks) == sum(len(slot.history.merged) for slot in snapshot.manifest.slots)
     logged = shelf.log()
     assert [entry["sequence"] for entry in logged] == list(range(len(tasks) + 1))
     assert [entry["task"] for entry in logged[1:]] == tasks
@@ -415,7 +415,7 @@ def test_kill_9_of_a_process_that_adds_leaves_every_commit_that_was_seen(arrival
     assert list((shelf.path / "tmp").iterdir()) == []
     held = {path.name for path in (shelf.path / "objects").iterdir()}
     snapshot = shelf.snapshot()
-    assert held == {slot.object for each in (snapshot.manifest, *snapshot.ancestors.values()) for slot in each.slots}
+    assert held == {slot.object.id for each in (snapshot.manifest, *snapshot.ancestors.values()) for slot in each.slots}
     with pytest.raises(AssertionError):
         on_shelf(shelf, arrivals[::-1])
 

@@ -28,7 +28,7 @@ from lorashelf.formats.peft import encode
 from lorashelf.models.base_model import EMBEDDED, BaseModel
 from lorashelf.models.hf import HFBackend
 from lorashelf.models.protocol import Loss, QuadraticBackend
-from lorashelf.result_store import Journal, opened
+from lorashelf.result_store import ResultStore, opened
 from lorashelf.shelf.routing import storage
 from lorashelf.tasks.folders import Example, ExampleSet, Task, read_tasks
 from lorashelf.tasks.template import Template
@@ -68,7 +68,7 @@ class World:
     data: Path
     shelf: Path
     backend: HFBackend
-    journal: Journal  # in memory, for tests that only need an evaluation
+    journal: ResultStore  # in memory, for tests that only need an evaluation
 
     def evaluation(self, adapters: dict[str, Adapter] | None = None) -> Evaluation:
         return evaluate(self.backend, adapters or dict.fromkeys(METRICS), self.tasks, journal=self.journal)
@@ -99,7 +99,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         examples = [Example(i, o or "none", ("a reference",)) for i, o in zip(inputs, outputs, strict=True)]
         write_task(root / "data" / name, task, examples)
         shelf.commit(plan_add(shelf.snapshot(), read_adapter(root / "adapters" / name), name))
-    return World(base, root / "adapters", root / "data", root / "my.shelf", backend, Journal())
+    return World(base, root / "adapters", root / "data", root / "my.shelf", backend, ResultStore())
 
 
 class Counting:
@@ -310,7 +310,7 @@ def test_a_shelf_serves_each_task_by_its_slot(world: World, run: Run, common: li
     served = {name: snapshot.adapter(snapshot.manifest.slot_of(name)) for name in METRICS}  # type: ignore[arg-type]
     direct = world.evaluation(served).document()
     assert document["tasks"] == direct["tasks"]
-    held = sum(slot.bytes for slot in snapshot.manifest.slots)
+    held = sum(slot.object.bytes for slot in snapshot.manifest.slots)
     alone = [encode(adapter).size for adapter in world.own.values()]
     assert document["storage"] == storage(snapshot) == pytest.approx(held / sum(alone), rel=0.02)
     assert len(snapshot.manifest.slots) == 2
@@ -555,7 +555,7 @@ def units(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
 def test_a_result_of_another_shape_is_measured_again_with_a_notice(
     world: World, units: list[dict[str, Any]], caplog: pytest.LogCaptureFixture, what: str, shape: Any
 ) -> None:
-    journal, right = Journal(), Journal()
+    journal, right = ResultStore(), ResultStore()
     changed = next(unit for unit in units if unit["unit"]["what"] == what)
     for unit in units:
         wrong = [*unit["result"], unit["result"][0]] if shape == "one too many" else shape

@@ -32,7 +32,7 @@ from lorashelf import (
 )
 from lorashelf.digest import canonical_json
 from lorashelf.errors import CorruptShelf, TaskNameError, UsageError
-from lorashelf.merging.average import of_slot, without
+from lorashelf.merging.average import Average, without
 from lorashelf.shelf.manifest import manifest_id
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
@@ -108,14 +108,16 @@ def taken_out(path: Path) -> Shelf:
 def test_noise_stands_in_a_manifest_only_where_an_adapter_was_taken_out(tmp_path: Path) -> None:
     snapshot = taken_out(tmp_path / "s").snapshot()
     slot = snapshot.manifest.slots[0]
-    assert len(slot.noise) == 2 * len(snapshot.adapter(slot).modules) + 2
+    assert len(slot.history.noise) == 2 * len(snapshot.adapter(slot).modules) + 2
     assert Manifest.decode(snapshot.manifest.encode(), "here").slots[0] == slot
     assert "noise" not in slot.document()
-    held = of_slot(snapshot, slot).noise
+    held = snapshot.average(slot).noise
     assert held is not None
-    assert [float(energy) for pair in [*held.modules.values(), held.elsewhere] for energy in pair] == list(slot.noise)
-    with pytest.raises(CorruptShelf, match="noise is of 3 modules"):
-        of_slot(snapshot, replace(slot, noise=slot.noise[:-2]))
+    assert [float(energy) for pair in [*held.modules.values(), held.elsewhere] for energy in pair] == list(
+        slot.history.noise
+    )
+    with pytest.raises(CorruptShelf, match="noise is of another number of modules"):
+        snapshot.average(replace(slot, history=replace(slot.history, noise=slot.history.noise[:-2])))
 
 
 def test_what_earlier_writers_counted_as_worn_is_noise(tmp_path: Path) -> None:
@@ -123,8 +125,9 @@ def test_what_earlier_writers_counted_as_worn_is_noise(tmp_path: Path) -> None:
     rewritten(shelf, lambda slot: [slot.pop("noise"), slot.update(worn=50)])
     snapshot, c = shelf.snapshot(), make_adapter(2, dtype="f16")
     assert snapshot.manifest.document()["slots"][0]["worn"] == 50
-    fresh = of_slot(snapshot, replace(snapshot.manifest.slots[0], worn=0))
-    expected = without(fresh, c.digest, c, snapshot.settings.recipe)[1]
+    (slot,) = snapshot.manifest.slots
+    fresh = Average(snapshot.adapter(slot), replace(slot.history, extra_roundings=0))
+    expected = without(fresh, c.digest, c, snapshot.settings.merge)[1]
     assert plan_remove(snapshot, "c", c).report["precision"] == pytest.approx(expected * 26**0.5, rel=0.2)
     with pytest.raises(CorruptShelf):
         Manifest.decode(snapshot.manifest.encode().replace(b'"worn":50', b'"worn":-2'), "here")
@@ -165,7 +168,7 @@ def test_energies_are_those_of_the_bytes_stored(tmp_path: Path) -> None:
         exact = [
             float(np.sum(np.square(w, dtype=np.float64))) for _, w in sorted(dense(snapshot.adapter(slot)).items())
         ]
-        assert slot.energies == pytest.approx(exact, rel=1e-6)
+        assert slot.object.squared_norms == pytest.approx(exact, rel=1e-6)
         assert "energies" not in slot.document()  # answers are for people and programs, not for the next fold
 
 
@@ -177,16 +180,16 @@ def test_a_shelf_without_energies_goes_on_and_gets_them_where_it_writes(tmp_path
     assert plan.report["scores"] == pytest.approx(expected["scores"], abs=1e-7)
     assert shelf.verify() == []
     shelf.commit(plan)
-    assert {bool(slot.energies) for slot in shelf.snapshot().manifest.slots} == {True, False}
+    assert {bool(slot.object.squared_norms) for slot in shelf.snapshot().manifest.slots} == {True, False}
 
 
 def test_a_shelf_without_sums_is_checked_against_its_ids_and_gets_them_where_it_writes(tmp_path: Path) -> None:
     shelf, arriving = filled(tmp_path / "s"), make_adapter(9, dtype="f16")
-    assert all(slot.sums for slot in shelf.snapshot().manifest.slots)
+    assert all(slot.object.sums for slot in shelf.snapshot().manifest.slots)
     scores = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
     rewritten(shelf, lambda slot: slot.pop("sums"))
     slots = shelf.snapshot().manifest.slots
-    assert not any(slot.sums for slot in slots)
+    assert not any(slot.object.sums for slot in slots)
     assert shelf.verify() == []
     plan = plan_add(shelf.snapshot(), arriving, "new")
     assert plan.report["scores"] == scores
@@ -198,7 +201,7 @@ def test_a_shelf_without_sums_is_checked_against_its_ids_and_gets_them_where_it_
             read()
     folder.write_bytes(data)
     shelf.commit(plan)
-    assert {bool(slot.sums) for slot in shelf.snapshot().manifest.slots} == {True, False}
+    assert {bool(slot.object.sums) for slot in shelf.snapshot().manifest.slots} == {True, False}
 
 
 def test_sums_are_those_of_the_bytes_stored(tmp_path: Path) -> None:
@@ -210,7 +213,7 @@ def test_sums_are_those_of_the_bytes_stored(tmp_path: Path) -> None:
         size = 8 + int.from_bytes(data[:8], "little")
         spans = [entry["data_offsets"] for name, entry in json.loads(data[8:size]).items() if name != "__metadata__"]
         tensors = [zlib.crc32(data[size + start : size + stop]) for start, stop in sorted(spans)]
-        assert slot.sums == (zlib.crc32(config + data[:size]), *tensors)
+        assert slot.object.sums == (zlib.crc32(config + data[:size]), *tensors)
 
 
 @pytest.mark.parametrize("sums", ["AAAA", "%%%", "é", 3, None])
@@ -228,7 +231,7 @@ def test_the_next_fold_takes_energies_from_the_manifest(tmp_path: Path) -> None:
     halved = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
     assert halved == pytest.approx({slot: score / 2 for slot, score in scores.items()}, abs=1e-7)
     assert shelf.verify() == [
-        f"slot {slot.slot}, objects/{slot.object}: the manifest's energies are not those of its values; "
+        f"slot {slot.id}, objects/{slot.object.id}: the manifest's energies are not those of its values; "
         f"tasks: {', '.join(slot.members)}"
         for slot in shelf.snapshot().manifest.slots
     ]
@@ -254,7 +257,7 @@ def test_energies_that_cannot_be_are_refused(tmp_path: Path, energies: Any) -> N
 
 def test_energies_of_another_writer_and_of_huge_values_hold(tmp_path: Path) -> None:
     shelf = filled(tmp_path / "s")
-    exact = {slot.slot: norm(shelf.snapshot().adapter(slot)) for slot in shelf.snapshot().manifest.slots}
+    exact = {slot.id: norm(shelf.snapshot().adapter(slot)) for slot in shelf.snapshot().manifest.slots}
     rewritten(shelf, lambda slot: slot.update(energies=packed([v * (1 + 1e-5) for v in unpacked(slot["energies"])])))
     assert shelf.verify() == []
     assert sorted(exact) == [0, 1]
@@ -281,7 +284,10 @@ def test_nothing_becomes_the_head_that_cannot_be_read_again(tmp_path: Path) -> N
     shelf = filled(tmp_path / "s")
     before = shelf.snapshot()
     plan = plan_add(before, make_adapter(9, dtype="f16"), "new")
-    broken = replace(plan.manifest, slots=tuple(replace(slot, restored=0.0) for slot in plan.manifest.slots))
+    broken = replace(
+        plan.manifest,
+        slots=tuple(replace(slot, history=replace(slot.history, restored=0.0)) for slot in plan.manifest.slots),
+    )
     with pytest.raises(CorruptShelf):
         shelf.commit(replace(plan, manifest=broken))
     assert shelf.snapshot().head == before.head
@@ -296,7 +302,7 @@ def test_an_object_that_is_there_already_counts_once(tmp_path: Path) -> None:
     snapshot = shelf.snapshot()
     plan = plan_update(snapshot, "a", x)
     predicted = snapshot.at_rest(plan)
-    assert snapshot.at_rest(plan, hashed=False) == predicted + plan.manifest.slots[0].bytes
+    assert snapshot.at_rest(plan, hashed=False) == predicted + plan.manifest.slots[0].object.bytes
     toml = (shelf.path / "shelf.toml").read_text()
     (shelf.path / "shelf.toml").write_text(toml.replace("# bytes: room", f"bytes = {predicted + 200} # room"))
     plan = plan_update(shelf.snapshot(), "a", x)

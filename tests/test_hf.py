@@ -572,7 +572,7 @@ def test_a_real_adapter_lowers_the_loss_of_its_task(smollm: HFBackend) -> None:
 def test_d2c_on_the_real_model_takes_the_moves_of_the_transcription(smollm: HFBackend) -> None:
     from lorashelf import merge
     from lorashelf.placement.d2c import search
-    from lorashelf.search.block_loss import Objective
+    from lorashelf.search.block_loss import BlockLoss
     from test_d2c import METHOD, literal
 
     names = ["qa-es", "qa-fr", "tone-de", "tone-es"]
@@ -584,7 +584,7 @@ def test_d2c_on_the_real_model_takes_the_moves_of_the_transcription(smollm: HFBa
         return merge([adapters[t] for t in block], method=METHOD) if len(block) > 1 else adapters[block[0]]
 
     for seed in (0, 1):
-        found = search(names, 2, Objective(adapters, sets, smollm, merged), iterations=6, seed=seed)
+        found = search(names, 2, BlockLoss(adapters, sets, smollm, merged), iterations=6, seed=seed)
         moves, blocks = literal(adapters, sets, smollm, 2, 6, seed)
         assert list(found.moves) == moves
         assert list(found.blocks) == blocks

@@ -147,9 +147,7 @@ def test_inner_products_sums_and_blocks_take_both_spellings_as_one(head: str) ->
     assert gram([x, z, y]) == pytest.approx(gram([x, x, y]))
     assert_same_delta(merge([combine([x, z], [0.5, 0.25])], method="cat"), named_as(combine([x, x], [0.5, 0.25]), z, x))
     assert partition([x, y, z], 2, method="kmeans", seed=0) == partition([x, y, x], 2, method="kmeans", seed=0)
-    rows = [
-        forecast(dict(zip("abc", xs, strict=True)), [1, 2], new_settings(1).recipe) for xs in ([x, y, z], [x, y, x])
-    ]
+    rows = [forecast(dict(zip("abc", xs, strict=True)), [1, 2], new_settings(1).merge) for xs in ([x, y, z], [x, y, x])]
     for ours, theirs in zip(*rows, strict=True):
         assert ours["norm_ratio"] == pytest.approx(theirs["norm_ratio"])
         assert ours["blocks"] == theirs["blocks"]
@@ -209,7 +207,7 @@ def test_two_names_of_which_no_rule_says_whether_they_are_one_module_are_refused
         lambda: plan_cluster(
             Shelf.create(tmp_path / "c", new_settings(1)).snapshot(), {"a": x, "b": y}, method="single"
         ),
-        lambda: forecast({"a": x, "b": y}, [1], new_settings(1).recipe),
+        lambda: forecast({"a": x, "b": y}, [1], new_settings(1).merge),
         lambda: unmerge(x, y, 2, method="linear"),
     ):
         with pytest.raises(NameMismatch) as caught:

@@ -112,7 +112,7 @@ def test_a_dozen_examples_become_a_skill_on_a_full_shelf(tmp_path: Path, offline
     slot = snapshot.manifest.slot_of("my-email")
     assert slot is not None
     assert len(snapshot.manifest.slots) == 3
-    assert len(slot.merged) == 2  # it shares the slot: half of the average is another skill
+    assert len(slot.history.merged) == 2  # it shares the slot: half of the average is another skill
     backend, emails = HFBackend.open(dtype="f32"), read_task(EMAIL).examples("validation")
     other = read_adapter(ROOT / "examples" / "zoo" / next(task for task in slot.members if task != "my-email"))
     adapters = (None, other, snapshot.adapter(slot))

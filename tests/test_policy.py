@@ -54,7 +54,7 @@ THREE = {0: 0.10, 1: 0.30, 4: 0.20}
         ("kmerge++", {}, View(free=None, threshold=0.1), Refuse(NO_ROOM)),
         ("half", {}, View(free=0), Open(0)),
         ("half", THREE, View(free=2), Open(2)),
-        ("half", THREE, View(free=None), Fold(1, average="half")),
+        ("half", THREE, View(free=None), Fold(1, weighting="half")),
         ("half", {}, View(free=None), Refuse(NO_ROOM)),
         ("random", {}, View(free=0), Open(0)),
         ("random", THREE, View(free=2), Open(2)),

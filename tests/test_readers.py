@@ -74,7 +74,7 @@ def test_verify_sees_damage_that_a_commit_leaves(tmp_path: Path, monkeypatch: py
     file.write_bytes(file.read_bytes()[:-1] + b"\x77")
     at_first(monkeypatch, (Snapshot, "problems"), lambda: other.commit(arriving))
     (problem,) = shelf.verify()
-    assert damaged.object in problem
+    assert damaged.object.id in problem
 
 
 READERS: dict[str, Callable[[Snapshot], Any]] = {
@@ -109,7 +109,7 @@ def test_a_snapshot_whose_files_are_gone_is_stale_not_corrupt(tmp_path: Path, re
     rewrite(shelf, (10,))
     for each in (snapshot, planned):
         with pytest.raises(StaleShelf, match="the shelf changed while it was read"):
-            each.adapter(next(slot for slot in each.manifest.slots if slot.slot not in each.pending))
+            each.adapter(next(slot for slot in each.manifest.slots if slot.id not in each.pending))
     with pytest.raises(StaleShelf):
         READERS[reader](snapshot)
     gone = shelf.snapshot()

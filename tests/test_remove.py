@@ -16,8 +16,8 @@ from lorashelf.cli.arguments import slot_range
 from lorashelf.errors import BaseMismatch, NotReversible, UsageError
 from lorashelf.formats.peft import rounded
 from lorashelf.merging.average import scaled
+from lorashelf.merging.spec import MergeSpec
 from lorashelf.report.preview import forecast
-from lorashelf.shelf.settings import Recipe
 
 CANNOT = {
     "ties": ({"merge": "ties"}, "merged by ties"),
@@ -155,4 +155,4 @@ def test_numbers_of_slots_that_cannot_be_are_refused_in_words(slots: str, fault:
 def test_a_range_of_slots_ends_where_every_adapter_has_its_own(slots: str, found: list[int]) -> None:
     assert slot_range(slots, 3) == found
     adapters = {str(i): make_adapter(i) for i in range(3)}
-    assert [row["filled"] for row in forecast(adapters, found, Recipe())] == [min(3, count) for count in found]
+    assert [row["filled"] for row in forecast(adapters, found, MergeSpec())] == [min(3, count) for count in found]

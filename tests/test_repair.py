@@ -152,7 +152,7 @@ def test_what_nothing_sound_is_left_of_is_unrouted_and_the_rest_stays(tmp_path: 
     assert shelf.snapshot().kept == {}
     assert shelf.verify() == []
     shelf.commit(plan_add(shelf.snapshot(), A, "a"))
-    assert shelf.snapshot().manifest.slot_of("a").slot == 0
+    assert shelf.snapshot().manifest.slot_of("a").id == 0
 
 
 def test_of_some_originals_their_tasks_are_served(tmp_path: Path) -> None:
@@ -161,8 +161,8 @@ def test_of_some_originals_their_tasks_are_served(tmp_path: Path) -> None:
     report = repair(shelf, given("a", "c"))
     assert how(report) == [("merged", ["a", "c"], ["b"])]
     assert shelf.verify() == []
-    assert [m.task for m in shelf.snapshot().manifest.slots[0].merged] == ["a", "c"]
-    assert shelf.snapshot().manifest.slots[0].average == "linear"
+    assert [m.task for m in shelf.snapshot().manifest.slots[0].history.merged] == ["a", "c"]
+    assert shelf.snapshot().manifest.slots[0].history.method == "linear"
 
 
 def test_after_an_exact_removal_and_an_update_the_originals_are_merged_anew(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_kept_state_that_is_damaged_is_restored_or_no_longer_kept(tmp_path: Pa
     shelf = filled(tmp_path / "a.shelf", "a", "b", "c", keep=3)
     older = shelf.snapshot().ancestors[shelf.snapshot().manifest.parent].slots[0]
     before = files(shelf)
-    damaged = shelf.path / "objects" / older.object / "adapter_model.safetensors"
+    damaged = shelf.path / "objects" / older.object.id / "adapter_model.safetensors"
     flip(damaged)
     head = shelf.snapshot().head
     assert repair(shelf, given("a", "b"))["states"] == []
@@ -292,7 +292,7 @@ def test_settings_are_those_recorded_and_the_old_text_is_set_aside(tmp_path: Pat
     assert "shelf.toml.damaged" in sentence
     assert (shelf.path / "shelf.toml.damaged").read_text() == text
     settings = shelf.snapshot().settings
-    assert (settings.budget.slots, settings.budget.keep, settings.recipe.merge) == (3, 4, "ties")
+    assert (settings.budget.slots, settings.budget.keep, settings.merge.method) == (3, 4, "ties")
 
 
 def test_a_state_of_which_nothing_is_left_stands_in_the_log_as_lost(tmp_path: Path) -> None:

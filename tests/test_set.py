@@ -59,7 +59,10 @@ def test_what_is_stored_with_a_task_is_changed_by_a_commit_that_undo_takes_back(
     assert after.manifest.tasks["qa-de"] == {**stored, "digest": before.manifest.tasks["qa-de"]["digest"]}
     assert after.manifest.tasks["qa-en"] == before.manifest.tasks["qa-en"]
     assert [slot.object for slot in after.manifest.slots] == [slot.object for slot in before.manifest.slots]
-    assert {m.task: m.type for slot in after.manifest.slots for m in slot.merged} == {"qa-de": "answers", "qa-en": "qa"}
+    assert {m.task: m.type for slot in after.manifest.slots for m in slot.history.merged} == {
+        "qa-de": "answers",
+        "qa-en": "qa",
+    }
     assert after.manifest.cause["operation"] == "set"
     assert shelf.verify() == []
     document = run("undo", shelf.path)[1]
@@ -107,7 +110,7 @@ def test_settings_are_written_and_what_a_person_wrote_stays(shelf: Shelf, run: R
     lines |= {"bytes = 1600000", "rank = 8", 'base_aliases = ["acme/b"]'}
     assert set(text.splitlines()) == lines
     settings = shelf.snapshot().settings
-    assert (settings.budget.slots, settings.budget.bytes, settings.recipe.rank) == (5, 1_600_000, 8)
+    assert (settings.budget.slots, settings.budget.bytes, settings.merge.rank) == (5, 1_600_000, 8)
     assert shelf.snapshot().head == document["head"] == head
     code, document = run("set", shelf.path, "--bytes", "none", "--rank", "none")
     assert code == 0

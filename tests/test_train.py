@@ -25,10 +25,10 @@ from lorashelf.models.hf import HFBackend
 from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import Example, ExampleSet, Task, read_tasks
 from lorashelf.training import trainer as trainee_module
-from lorashelf.training.config import Curriculum, TrainSettings
+from lorashelf.training.config import Hyperparameters, TrainSettings
 from lorashelf.training.job import prepare
 from lorashelf.training.run import LOCK, RECORD_FILE, STATE_FOLDER, Moment, train, train_into
-from lorashelf.training.trainer import Trainee, target_layers
+from lorashelf.training.trainer import LoraTrainer, target_layers
 from tiny_base import ARCHITECTURES, tiny_base
 
 ROOT = Path(__file__).parent.parent
@@ -99,19 +99,19 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
 def test_rank_steps_and_rate_follow_the_amount_of_data(
     examples: int, rank: int, batch: int, steps: int, rate: float
 ) -> None:
-    scaled = Curriculum.of("t", examples, TrainSettings())
+    scaled = Hyperparameters.of("t", examples, TrainSettings())
     assert (scaled.rank, scaled.alpha, scaled.batch, scaled.steps) == (rank, 4 * rank, batch, steps)
     assert scaled.rate == pytest.approx(rate, rel=1e-3)
 
 
 def test_what_is_asked_for_is_not_scaled() -> None:
     asked = TrainSettings(rank=16, alpha=8.0, rate=5e-5, epochs=2.0, batch=3, warmup=0)
-    made = Curriculum.of("t", 30, asked)
+    made = Hyperparameters.of("t", 30, asked)
     assert (made.rank, made.alpha, made.rate, made.steps, made.batch, made.warmup) == (16, 8.0, 5e-5, 20, 3, 0)
 
 
 def test_every_epoch_sees_every_example_once_and_in_another_order() -> None:
-    made = Curriculum.of("t", 12, TrainSettings(batch=5, steps=24))
+    made = Hyperparameters.of("t", 12, TrainSettings(batch=5, steps=24))
     seen = [i for step in range(24) for i in made.batch_at(step)]
     epochs = [seen[start : start + 12] for start in range(0, 120, 12)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
@@ -119,7 +119,7 @@ def test_every_epoch_sees_every_example_once_and_in_another_order() -> None:
 
 
 def test_the_rate_rises_and_falls_to_nothing() -> None:
-    made = Curriculum.of("t", 600, TrainSettings())
+    made = Hyperparameters.of("t", 600, TrainSettings())
     rates = [made.rate_at(step) for step in range(made.steps)]
     assert rates[:5] == pytest.approx([made.rate * i / 5 for i in range(1, 6)])
     assert rates[5] == made.rate
@@ -128,7 +128,7 @@ def test_the_rate_rises_and_falls_to_nothing() -> None:
 
 
 def test_seeds_differ_by_task_step_and_seed() -> None:
-    many = [Curriculum.of(name, 9, TrainSettings(seed=seed)) for name in ("a", "b", "ab", "ü") for seed in (0, 1)]
+    many = [Hyperparameters.of(name, 9, TrainSettings(seed=seed)) for name in ("a", "b", "ab", "ü") for seed in (0, 1)]
     seeds = [c.init_seed for c in many] + [c.seed_at(step) for c in many for step in range(9)]
     assert len(set(seeds)) == len(seeds)
 
@@ -155,7 +155,7 @@ def test_loss_and_gradient_are_those_of_the_answers_alone(base: BaseModel, untou
     backend = HFBackend(base)
     examples = make_task().examples("train")
     batch = [backend.tokens(examples, e) for e in examples.examples[:5]]
-    trainee = Trainee(backend, Curriculum.of("t", 12, replace(QUICK, dropout=0.0)), target_layers(base.model))
+    trainee = LoraTrainer(backend, Hyperparameters.of("t", 12, replace(QUICK, dropout=0.0)), target_layers(base.model))
     try:
         trainee.learn(batch, 1)
         trainee.update(1e-2)  # so that B is not zero
@@ -185,7 +185,7 @@ def test_the_training_loss_of_the_final_weights_is_the_backends(base: BaseModel,
     backend = HFBackend(base)
     examples = make_task().examples("train")
     batch = [backend.tokens(examples, e) for e in examples.examples]
-    trainee = Trainee(backend, Curriculum.of("t", 12, replace(QUICK, dropout=0.0)), target_layers(base.model))
+    trainee = LoraTrainer(backend, Hyperparameters.of("t", 12, replace(QUICK, dropout=0.0)), target_layers(base.model))
     try:
         for step in range(6):
             trainee.learn(batch, step)
@@ -203,7 +203,7 @@ def test_dropout_is_on_in_training_and_off_in_measuring(base: BaseModel) -> None
     backend = HFBackend(base)
     examples = make_task().examples("train")
     batch = [backend.tokens(examples, e) for e in examples.examples]
-    trainee = Trainee(backend, Curriculum.of("t", 12, replace(QUICK, dropout=0.5)), target_layers(base.model))
+    trainee = LoraTrainer(backend, Hyperparameters.of("t", 12, replace(QUICK, dropout=0.5)), target_layers(base.model))
     try:
         trainee.learn(batch, 0)
         trainee.update(1e-1)
@@ -328,9 +328,9 @@ def test_an_interrupt_inside_a_step_finds_the_step_before(
 ) -> None:
     task = make_task()
     whole = train(task, base, QUICK)
-    state, calls, update = tmp_path / "state.pt", [], Trainee.update
+    state, calls, update = tmp_path / "state.pt", [], LoraTrainer.update
 
-    def cut_off(trainee: Trainee, rate: float) -> float:
+    def cut_off(trainee: LoraTrainer, rate: float) -> float:
         norm = update(trainee, rate)  # the weights have moved, the run does not know of it yet
         calls.append(rate)
         if len(calls) == 6:
@@ -338,7 +338,7 @@ def test_an_interrupt_inside_a_step_finds_the_step_before(
         return norm
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainee, "update", cut_off)
+        patch.setattr(LoraTrainer, "update", cut_off)
         with pytest.raises(KeyboardInterrupt):
             train(task, base, QUICK, state=state)
     seen: list[Moment] = []
@@ -525,21 +525,21 @@ def test_weights_beyond_the_dtype_are_a_divergence(base: BaseModel, untouched: N
 def test_a_gradient_that_is_not_finite_changes_nothing(
     base: BaseModel, untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gradients, update, states = Trainee._gradients, Trainee.update, []
+    gradients, update, states = LoraTrainer._gradients, LoraTrainer.update, []
 
-    def spoiled(trainee: Trainee, *given: Any) -> list[float]:
+    def spoiled(trainee: LoraTrainer, *given: Any) -> list[float]:
         losses = gradients(trainee, *given)
         next(p for p in trainee._parameters.values() if p.grad is not None).grad.view(-1)[0] = float("inf")
         return losses
 
-    def watched(trainee: Trainee, rate: float) -> float:
+    def watched(trainee: LoraTrainer, rate: float) -> float:
         before = trainee.state()
         norm = update(trainee, rate)
         states.append((before, trainee.state()))
         return norm
 
-    monkeypatch.setattr(Trainee, "_gradients", spoiled)
-    monkeypatch.setattr(Trainee, "update", watched)
+    monkeypatch.setattr(LoraTrainer, "_gradients", spoiled)
+    monkeypatch.setattr(LoraTrainer, "update", watched)
     with pytest.raises(ModelError) as caught:
         train(make_task(), base, QUICK)
     assert str(caught.value.where).startswith("loud-en, step 1, examples ")

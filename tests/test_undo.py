@@ -30,7 +30,7 @@ def content(manifest: Manifest) -> Any:
 
 
 def objects(content: Any) -> set[str]:
-    return {slot.object for slot in content[1]}
+    return {slot.object.id for slot in content[1]}
 
 
 class Editor(RuleBasedStateMachine):

@@ -25,9 +25,9 @@ from lorashelf import (
 )
 from lorashelf.cli import main
 from lorashelf.merging.average import without
+from lorashelf.merging.spec import MergeSpec
 from lorashelf.placement.partitioners import PARTITIONERS, partition
 from lorashelf.report.preview import forecast
-from lorashelf.shelf.settings import Recipe
 from test_content import folded
 
 EVERY = pytest.mark.parametrize("method", sorted(METHODS))
@@ -76,7 +76,7 @@ def test_an_untrained_adapter_neither_opens_a_slot_nor_enters_an_average(tmp_pat
     assert (plan.report["decision"], plan.report["merged"], plan.report["untrained"]) == ("fold", False, True)
     shelf.commit(plan)
     slot = shelf.snapshot().manifest.slot(0)
-    assert (held(shelf).digest, slot.members, len(slot.merged)) == (before, ("a", "idle"), 1)
+    assert (held(shelf).digest, slot.members, len(slot.history.merged)) == (before, ("a", "idle"), 1)
     assert plan_add(shelf.snapshot(), make_adapter(2), "b").report["decision"] == "open"
 
 
@@ -111,7 +111,7 @@ def test_a_task_whose_adapter_was_left_out_is_removed_and_updated_for_itself(tmp
 
 @pytest.mark.parametrize("method", ["linear", "factor_mean"])
 def test_what_was_left_out_of_a_fold_is_left_out_of_the_take_out(method: str) -> None:
-    recipe = Recipe(merge=method)
+    recipe = MergeSpec(method=method)
     whole, part = make_adapter(0), untrained(1, "q_proj")
     content = folded([whole, part], recipe)
     assert_same_delta(whole, without(content, part.digest, part, recipe)[0].adapter)
@@ -126,8 +126,8 @@ def test_what_was_left_out_of_a_fold_is_left_out_of_the_take_out(method: str) ->
 def test_a_side_that_adapters_cancel_is_not_taken_for_untrained(method: str) -> None:
     x, late = make_adapter(0), make_adapter(1)
     opposite = x.with_factors({p: replace(f, a=-f.a) for p, f in x.modules.items()})
-    content = folded([x, opposite, late], Recipe(merge=method))
-    assert norm(folded([x, opposite], Recipe(merge=method)).adapter) == 0.0
+    content = folded([x, opposite, late], MergeSpec(method=method))
+    assert norm(folded([x, opposite], MergeSpec(method=method)).adapter) == 0.0
     assert_same_delta(merge([x, opposite, late], method=method), content.adapter)
 
 
@@ -144,7 +144,7 @@ def test_an_untrained_adapter_does_not_take_a_block(method: str) -> None:
 def test_clusters_and_forecasts_leave_it_out(tmp_path: Path) -> None:
     named = {f"t-{i}": make_adapter(i) for i in range(4)}
     with_idle = {**named, "u": untrained(9)}
-    rows, expected = (forecast(some, [2], Recipe())[0] for some in (with_idle, named))
+    rows, expected = (forecast(some, [2], MergeSpec())[0] for some in (with_idle, named))
     assert rows["blocks"] == [[*expected["blocks"][0], "u"], *expected["blocks"][1:]]
     assert (rows["bytes"], rows["norm_ratio"]) == (expected["bytes"], expected["norm_ratio"])
     plans = [
@@ -152,8 +152,8 @@ def test_clusters_and_forecasts_leave_it_out(tmp_path: Path) -> None:
         for name, some in (("a", with_idle), ("b", named))
     ]
     assert [x.digest for x in plans[0].writes.values()] == [x.digest for x in plans[1].writes.values()]
-    assert [len(slot.merged) for slot in plans[0].manifest.slots] == [
-        len(slot.merged) for slot in plans[1].manifest.slots
+    assert [len(slot.history.merged) for slot in plans[0].manifest.slots] == [
+        len(slot.history.merged) for slot in plans[1].manifest.slots
     ]
 
 

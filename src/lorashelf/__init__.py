@@ -18,16 +18,16 @@ if typing.TYPE_CHECKING:
     from .lora.adapter import Adapter, BaseId, Factors, Modules
     from .lora.algebra import combine, compress, gram, inner, norm
     from .lora.similarity import METRICS, similarity
-    from .merging import METHODS, Within, merge, merge_method
+    from .merging import METHODS, MergeSpec, Within, merge, merge_method
     from .models.base_model import base_folder
     from .models.hf import HFBackend
     from .placement.partitioners import PARTITIONERS, partition, partitioner
-    from .placement.policies import POLICIES, policy
+    from .placement.policies import POLICIES, PlacementSpec, policy
     from .search.cluster import cluster_by_loss
     from .shelf.manifest import Manifest, Plan, Slot
     from .shelf.plans import plan_add, plan_cluster, plan_remove, plan_set, plan_update
     from .shelf.routing import route, routes
-    from .shelf.settings import Budget, Recipe, Settings, new_settings
+    from .shelf.settings import Budget, Settings, new_settings
     from .shelf.shelf import Shelf
     from .shelf.snapshot import Snapshot
     from .tasks.folders import read_tasks
@@ -40,16 +40,16 @@ _NAMES = {  # module → the names that are imported from it when one is asked f
     "lora.adapter": ("Adapter", "BaseId", "Factors", "Modules"),
     "lora.algebra": ("combine", "compress", "gram", "inner", "norm"),
     "lora.similarity": ("METRICS", "similarity"),
-    "merging": ("METHODS", "Within", "merge", "merge_method"),
+    "merging": ("METHODS", "MergeSpec", "Within", "merge", "merge_method"),
     "models.base_model": ("base_folder",),
     "models.hf": ("HFBackend",),
     "placement.partitioners": ("PARTITIONERS", "partition", "partitioner"),
-    "placement.policies": ("POLICIES", "policy"),
+    "placement.policies": ("POLICIES", "PlacementSpec", "policy"),
     "search.cluster": ("cluster_by_loss",),
     "shelf.manifest": ("Manifest", "Plan", "Slot"),
     "shelf.plans": ("plan_add", "plan_cluster", "plan_remove", "plan_set", "plan_update"),
     "shelf.routing": ("route", "routes"),
-    "shelf.settings": ("Budget", "Recipe", "Settings", "new_settings"),
+    "shelf.settings": ("Budget", "Settings", "new_settings"),
     "shelf.shelf": ("Shelf",),
     "shelf.snapshot": ("Snapshot",),
     "tasks.folders": ("read_tasks",),
@@ -68,9 +68,10 @@ __all__ = [
     "HFBackend",
     "LorashelfError",
     "Manifest",
+    "MergeSpec",
     "Modules",
+    "PlacementSpec",
     "Plan",
-    "Recipe",
     "Settings",
     "Shelf",
     "Slot",

@@ -29,7 +29,7 @@ _logger = logging.getLogger("lorashelf")
 _STAGED = re.compile(r"\.[0-9a-f]{16}")  # what atomic.replace_file leaves behind when it is killed
 
 
-class Journal:
+class ResultStore:
     """Results by unit. `kept` is the file that holds them, None in memory; open a folder with `opened`.
 
     Files `beside` it are only read: what other processes measure.
@@ -87,13 +87,13 @@ class Journal:
 
 
 @contextlib.contextmanager
-def opened(folder: Path | None) -> Iterator[Journal]:
+def opened(folder: Path | None) -> Iterator[ResultStore]:
     """The journal of a folder, made if need be and locked; None: one in memory.
 
     Raises UsageError if the folder holds something else, or if another evaluation writes there; DiskError.
     """
     if folder is None:
-        yield Journal()
+        yield ResultStore()
         return
     _make(folder)
     cure = "wait until it is done, or choose another folder"
@@ -103,7 +103,7 @@ def opened(folder: Path | None) -> Iterator[Journal]:
                 atomic.remove(path)
         if not (folder / FILE).exists():
             atomic.append(folder / FILE, b"", 0)
-        yield Journal(folder / FILE)
+        yield ResultStore(folder / FILE)
 
 
 def _make(folder: Path) -> None:

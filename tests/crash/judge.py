@@ -51,7 +51,7 @@ def tidy(shelf: Shelf, predicted: int) -> None:
     window = {snapshot.head: snapshot.manifest, **snapshot.kept}
     assert set(window) == must_stay(shelf.path, snapshot.keep), "not exactly the states that must stay are there"
     reached = {f"manifests/{identity}.json" for identity in window}
-    reached |= {f"objects/{slot.object}" for manifest in window.values() for slot in manifest.slots}
+    reached |= {f"objects/{slot.object.id}" for manifest in window.values() for slot in manifest.slots}
     held = {str(path.relative_to(shelf.path)) for path in shelf.path.glob("[mot]*/*")}
     assert held == reached, f"left over: {held - reached}, missing: {reached - held}"
     size = sum(path.stat().st_size for path in shelf.path.rglob("*") if path.is_file())

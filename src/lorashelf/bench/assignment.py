@@ -12,10 +12,12 @@ from typing import Any
 
 from ..formats.peft import encode
 from ..lora.adapter import Adapter
+from ..merging.blocks import merger
+from ..merging.spec import MergeSpec
 from ..placement.partitioners import partition
 from ..search.cluster import cluster_by_loss, drawn
-from ..shelf.plans import merger, plan_add
-from ..shelf.settings import Recipe, new_settings
+from ..shelf.plans import plan_add
+from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import Task
 from .suite import BY_TYPE, Cell
@@ -74,8 +76,10 @@ def arrival(cell: Cell, types: Mapping[str, str]) -> list[str]:
     return [name for group in groups for name in rng.sample(group, len(group))]
 
 
-def _recipe(cell: Cell) -> Recipe:
-    return Recipe(**{name: cell.options[name] for name in ("merge", "parameters", "rank", "dtype", "seed")})
+def _spec(cell: Cell) -> MergeSpec:
+    return MergeSpec(
+        cell.options["merge"], **{key: cell.options[key] for key in ("parameters", "rank", "dtype", "seed")}
+    )
 
 
 def _clustered(cell: Cell, inputs: Inputs) -> list[list[str]]:
@@ -89,7 +93,7 @@ def _clustered(cell: Cell, inputs: Inputs) -> list[list[str]]:
 
 
 def _merged(cell: Cell, inputs: Inputs, blocks: Sequence[Sequence[str]], more: Mapping[str, Any]) -> Assignment:
-    merge = merger(inputs.adapters, _recipe(cell))
+    merge = merger(inputs.adapters, _spec(cell))
     serving = {task: x for block in blocks for x in [merge(block)] for task in block}
     return Assignment(serving, {"blocks": [sorted(block) for block in blocks], **more})
 
@@ -120,7 +124,7 @@ def _searched(cell: Cell, inputs: Inputs) -> Assignment:
     searched = cluster_by_loss(
         inputs.adapters,
         options["slots"],
-        _recipe(cell),
+        _spec(cell),
         backend,
         sets,
         iterations=options["iterations"],

@@ -21,7 +21,7 @@ from ..evaluation.compare import prepare
 from ..formats.peft import encode
 from ..locks import sole
 from ..lora.adapter import Adapter
-from ..result_store import Journal
+from ..result_store import ResultStore
 from ..tasks.folders import Task
 from .assignment import Inputs, assign
 from .results import document, path_of, read_results, write_result
@@ -58,7 +58,7 @@ def run(
                 options: dict[str, Any] = {"split": suite.split, "limit": suite.limit, "seed": suite.seed}
                 loss_only = "answers" not in cell.measure
                 ready = prepare(backend, assignment.serving, tasks, **options, loss_only=loss_only)
-                journal = Journal(kept, beside=_files(folder / MEASURED))
+                journal = ResultStore(kept, beside=_files(folder / MEASURED))
                 measured = ready.measured(backend, journal, partial(watch, cell))
                 result = document(suite, cell, assignment, measured, own_bytes, time.monotonic() - started)
                 write_result(result, path_of(cell, folder))

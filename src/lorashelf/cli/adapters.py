@@ -74,7 +74,7 @@ def plan(
     if assume_base:
         named = dict(zip(named, one_base(list(named.values())), strict=True))
     watch = partial(counted, said=lambda count: f"planning {numbered(count, 'slot')}")
-    rows = forecast(named, arg.slot_range(slots, len(named)), settings.recipe, watch=watch)
+    rows = forecast(named, arg.slot_range(slots, len(named)), settings.merge, watch=watch)
     arg.note_untrained(named)
     columns = [">slots", ">size", ">storage", ">error", ">norm ratio", ">similarity inside", ">between"]
     show(rows, json, lambda d: table(columns, [_forecast_row(row) for row in d]))
@@ -114,7 +114,7 @@ def merge_adapters(
         raise UsageError("the output exists already", where=str(output), cure="choose another folder or delete it")
     checked = new_settings(
         1, merge=method, parameters=arg.parameters(parameter), rank=rank, dtype=dtype, seed=seed
-    ).recipe
+    ).merge
     found = arg.read_each(adapters)
     xs = [adapter for _, adapter in found]
     arg.note_adapters(dict(found))

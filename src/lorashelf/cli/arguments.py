@@ -16,7 +16,7 @@ from ..errors import AdapterError, AdapterFormatError, Fault, MissingExtra, Task
 from ..formats.objects import CONFIG_FILE
 from ..formats.peft import read_adapter
 from ..lora.adapter import Adapter
-from ..lora.algebra import energies
+from ..lora.algebra import squared_norms
 from ..lora.alignment import FEW
 from ..lora.similarity import similarity
 from ..placement.policies import median_similarity
@@ -205,7 +205,7 @@ def note_few_shared(name: str, shared: Mapping[str, int]) -> None:
 def note_untrained(adapters: Mapping[str, Adapter]) -> None:
     """Warn of adapters and modules whose ΔW is 0."""
     for name, adapter in adapters.items():
-        idle = sum(not energy for energy in energies(adapter).values())
+        idle = sum(not energy for energy in squared_norms(adapter).values())
         if idle == len(adapter.modules):
             note(f"{name}: untrained, ΔW is 0 in every module: it changes nothing, and is left out of averages")
         elif idle:

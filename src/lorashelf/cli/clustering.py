@@ -16,12 +16,13 @@ from ..errors import DiskError, ModelError, UnknownName, UsageError
 from ..locks import sole
 from ..lora.adapter import Adapter
 from ..merging import METHODS
+from ..merging.spec import MergeSpec
 from ..placement.d2c import Accept
 from ..placement.partitioners import PARTITIONERS
 from ..search.cluster import Searched, cluster_by_loss, drawn
 from ..shelf import routing
 from ..shelf.plans import plan_cluster, together
-from ..shelf.settings import Recipe, new_settings
+from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf, check_vacant
 from ..tasks.folders import Task, fields_for, read_tasks
 from . import arguments as arg
@@ -108,14 +109,14 @@ def cluster(
 ) -> None:
     """Cluster many adapters into K slots at once, and merge each cluster."""
     check_vacant(output)
-    blocks = Recipe(merge=merge or ("ties" if method == D2C else "linear"), parameters=arg.parameters(parameter))
-    METHODS[blocks.merge].checked(blocks.parameters)
+    blocks = MergeSpec(merge or ("ties" if method == D2C else "linear"), parameters=arg.parameters(parameter))
+    METHODS[blocks.method].checked(blocks.parameters)
     settings = new_settings(
         slots,
         bytes=bytes,
         policy=policy,
         threshold=arg.threshold(threshold, held_out, policy),
-        merge=blocks.later.merge,
+        merge=blocks.later.method,
         seed=seed,
         rank=rank,
         dtype=dtype,
@@ -125,7 +126,7 @@ def cluster(
         base_aliases=tuple(base_alias or ()),
         restore_norm=restore_norm,
     )
-    blocks = replace(settings.recipe, merge=blocks.merge, parameters=blocks.parameters)
+    blocks = replace(settings.merge, method=blocks.method, parameters=blocks.parameters)
     _checked(method, examples, accept, init, arg.stated(context, SEARCHES))
     named = arg.read_named(adapters)
     arg.note_adapters(named)
@@ -149,7 +150,7 @@ def cluster(
             named,
             method=method,
             found=found,
-            recipe=blocks,
+            merge=blocks,
             types={name: task.type for name, task in tasks.items()},
             details=details,
             assume_base=assume_base,
@@ -183,7 +184,7 @@ def _checked(method: str, examples: Path | None, accept: str, init: str, given: 
 def _searched(
     named: Mapping[str, Adapter],
     slots: int,
-    recipe: Recipe,
+    spec: MergeSpec,
     tasks: Mapping[str, Task],
     per_task: int,
     opened: Callable[[], HFBackend],
@@ -196,7 +197,7 @@ def _searched(
         raise UsageError(f"no examples for {', '.join(absent)}", cure=cure)
     backend = opened()
     backend.fits(named)
-    seed = recipe.seed
+    seed = spec.seed
     sets, dropped = drawn(tasks, named, backend.fitting, "train", per_task, seed)
     others = None
     if all("validation" in tasks[task].splits for task in named):
@@ -207,7 +208,7 @@ def _searched(
     return cluster_by_loss(
         named,
         slots,
-        recipe,
+        spec,
         backend,
         sets,
         held_out=others,

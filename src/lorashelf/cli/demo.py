@@ -112,7 +112,7 @@ def _shelf_table(console: Console, snapshot: Snapshot, named: Mapping[str, Adapt
         inside = [matrix[index[a], index[b]] for a, b in itertools.combinations(slot.members, 2)]
         others = [name for name in named if name not in slot.members]
         between = [matrix[index[a], index[b]] for a in slot.members for b in others]
-        rows.append((slot.slot, _mean(inside), _mean(between), size(slot.bytes), slot.members))
+        rows.append((slot.id, _mean(inside), _mean(between), size(slot.object.bytes), slot.members))
     console.print(table([">slot", ">similarity inside", ">to the others", ">size", "members"], rows))
 
 
@@ -133,7 +133,7 @@ def _cluster(console: Console, named: Mapping[str, Adapter]) -> Blocks:
             new_settings(SLOTS),
             lambda snapshot: plan_cluster(snapshot, named, method="agglomerative"),
         )
-    console.print(table([">slot", "members"], [(slot.slot, slot.members) for slot in made.manifest.slots]))
+    console.print(table([">slot", "members"], [(slot.id, slot.members) for slot in made.manifest.slots]))
     return [slot.members for slot in made.manifest.slots]
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from rich.console import Console
 
 from ..lora.adapter import Adapter
+from ..merging.blocks import merger
+from ..merging.spec import MergeSpec
 from ..models.hf import HFBackend
 from ..models.protocol import mean_loss
 from ..placement.partitioners import balanced
 from ..search.cluster import cluster_by_loss
-from ..shelf.plans import merger, plan_add
-from ..shelf.settings import Recipe, new_settings
+from ..shelf.plans import plan_add
+from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import ExampleSet, Task, read_tasks
 from .output import progress, table
@@ -47,11 +49,11 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
     backend = HFBackend.open()
     console.print(f"  {backend.base.name}, {str(backend.base.model.dtype).removeprefix('torch.')}", markup=False)
     sets = {split: {name: tasks[name].examples(split) for name in names} for split in ("train", "validation")}
-    recipe = Recipe(merge="linear", seed=seed)
+    spec = MergeSpec("linear", seed=seed)
     searched = cluster_by_loss(
         adapters,
         SLOTS,
-        recipe,
+        spec,
         backend,
         sets["train"],
         iterations=ITERATIONS,
@@ -62,9 +64,9 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
     served: dict[str, Serving] = {
         "zero-shot": dict.fromkeys(names),
         "own adapter": adapters,
-        "random": _serving(drawn, merger(adapters, recipe)),
+        "random": _serving(drawn, merger(adapters, spec)),
         "K-Merge++": _arrived(folder / "model.shelf", adapters, seed),
-        "D2C": _serving(searched.found.blocks, merger(adapters, recipe)),
+        "D2C": _serving(searched.found.blocks, merger(adapters, spec)),
     }
     blocks = "  ·  ".join(" ".join(block) for block in searched.found.blocks)
     console.print(

@@ -21,7 +21,7 @@ from ..evaluation.files import FILE, read_result, write_csv, write_result
 from ..formats.objects import CONFIG_FILE
 from ..lora.adapter import Adapter, BaseId
 from ..models.hf import HFBackend
-from ..result_store import Journal, opened
+from ..result_store import ResultStore, opened
 from ..shelf import settings
 from ..shelf.routing import storage
 from ..shelf.shelf import Shelf
@@ -128,9 +128,9 @@ def _served(target: Path | None, tasks: Mapping[str, Task]) -> Served:
 
 def _served_by(snapshot: Snapshot, tasks: Mapping[str, Task]) -> Served:
     """The adapters of a shelf's slots, for the tasks that it holds."""
-    slots = {slot.slot: snapshot.adapter(slot) for slot in snapshot.manifest.slots}
+    slots = {slot.id: snapshot.adapter(slot) for slot in snapshot.manifest.slots}
     routed = {name: snapshot.manifest.slot_of(unicodedata.normalize("NFC", name)) for name in tasks}
-    adapters = {name: slots[slot.slot] for name, slot in routed.items() if slot is not None}
+    adapters = {name: slots[slot.id] for name, slot in routed.items() if slot is not None}
     if not adapters:
         have = ", ".join(sorted(snapshot.manifest.tasks)) or "none"
         cure = "a task's folder bears the name it has on the shelf"
@@ -178,7 +178,7 @@ def _measured(
     compared: tuple[Mapping[str, Any] | Served | None, Mapping[str, Any] | None],
     tasks: Mapping[str, Task],
     options: Mapping[str, Any],
-    journal: Journal,
+    journal: ResultStore,
     output: Path | None,
 ) -> Evaluation:
     """The target's evaluation, and before that, where their folder is given, the own adapters'."""
@@ -204,7 +204,7 @@ def _said(title: str, unit: Unit) -> str:
 
 
 @contextlib.contextmanager
-def _kept(output: Path | None) -> Iterator[Journal]:
+def _kept(output: Path | None) -> Iterator[ResultStore]:
     """The journal of the output folder; who interrupts is told what is kept."""
     with opened(output) as journal:
         try:

@@ -158,12 +158,12 @@ def _restored(document: dict[str, Any], state: dict[str, Any]) -> str:
 
 def _served(manifest: Manifest) -> dict[str, tuple[int, str, Mapping[str, Any]]]:
     """Task → what it is served by: slot, object, and what is stored with the task."""
-    return {t: (s.slot, s.object, manifest.tasks[t]) for s in manifest.slots for t in s.members}
+    return {t: (s.id, s.object.id, manifest.tasks[t]) for s in manifest.slots for t in s.members}
 
 
 def _changed_slots(before: Manifest, after: Manifest) -> list[int]:
     """The slots that are not what they were, by id."""
-    return sorted({slot.slot for slot in set(before.slots) ^ set(after.slots)})
+    return sorted({slot.id for slot in set(before.slots) ^ set(after.slots)})
 
 
 _EXAMPLES: dict[Callable[..., None], str] = {

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UsageError
 from ..shelf.plans import plan_set
-from ..shelf.settings import SECTIONS
+from ..shelf.settings import SECTIONS, Settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import checked_fields, fields_for
 from . import arguments as arg
@@ -129,10 +129,10 @@ def _set_shelf(shelf: Path, changes: dict[str, Any], json: bool) -> None:
     show(document, json, lambda _: f"{shelf}: {told or 'nothing changed'}")
 
 
-def _flat(settings: Any) -> dict[str, Any]:
+def _flat(settings: Settings) -> dict[str, Any]:
     """Every setting by its flat name."""
     outer = {"base": settings.base, "base_aliases": list(settings.base_aliases)}
-    return {**settings.budget.document(), **settings.recipe.document(), **outer}
+    return {**settings.budget.document(), **settings.recipe, **outer}
 
 
 def _word(value: Any) -> str:

@@ -12,7 +12,7 @@ import typer
 from ..errors import UnknownName, UsageError, numbered
 from ..tasks.folders import Task, read_tasks
 from ..training.config import PAPERS, TrainSettings
-from ..training.job import Lesson, prepare
+from ..training.job import TrainingJob, prepare
 from ..training.run import Moment, Watch, train_into
 from . import arguments as arg
 from .base import opened
@@ -110,7 +110,7 @@ def _chosen(tasks: dict[str, Task], names: Sequence[str] | None) -> dict[str, Ta
     return {name: task for name, task in tasks.items() if not names or name in names}
 
 
-def _telling(lessons: Sequence[Lesson], meter: Meter) -> Watch:
+def _telling(lessons: Sequence[TrainingJob], meter: Meter) -> Watch:
     """A watch that shows where all the lessons together stand."""
     lengths = [lesson.curriculum.steps for lesson in lessons]
     before = dict(zip([lesson.task for lesson in lessons], accumulate([0, *lengths]), strict=False))

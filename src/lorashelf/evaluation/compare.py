@@ -25,7 +25,7 @@ from ..lora.adapter import Adapter
 from ..models.base_model import BaseModel
 from ..models.protocol import Loss, LossBackend, mean_loss
 from ..names import task_name
-from ..result_store import Journal
+from ..result_store import ResultStore
 from ..shelf.settings import LARGEST
 from ..tasks.folders import ExampleSet, Task
 from ..version import VERSION
@@ -282,11 +282,11 @@ class Prepared:
     def measured(
         self,
         backend: Backend,
-        journal: Journal | None = None,
+        journal: ResultStore | None = None,
         watch: Callable[[Sequence[Unit]], Iterable[Unit]] | None = None,
     ) -> Evaluation:
         """The evaluation; see `evaluate`."""
-        journal = Journal() if journal is None else journal
+        journal = ResultStore() if journal is None else journal
         missing = [unit for r in self.ready for unit in r.units() if journal.get(unit.key(backend), unit.fits) is None]
         for unit in missing if watch is None else watch(missing):
             journal.put(unit.key(backend), unit.measured(backend))
@@ -350,7 +350,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     loss_only: bool = False,
-    journal: Journal | None = None,
+    journal: ResultStore | None = None,
     watch: Callable[[Sequence[Unit]], Iterable[Unit]] | None = None,
 ) -> Evaluation:
     """Measure every task that has an adapter (None: the bare base) and data; see the module's head for the equations.

@@ -120,7 +120,7 @@ class BaseId:
 class Modules(Mapping[str, Factors]):
     """Module path → Factors, sorted by path; `shapes` and `scales` are known without reading a tensor."""
 
-    energies: Mapping[str, float] | None = None
+    squared_norms: Mapping[str, float] | None = None
     """Module path → ‖ΔW‖², once it is known: `algebra.energies` keeps it here, and so does a shelf that has it."""
 
     def __init__(self, factors: Mapping[str, Factors]) -> None:

@@ -48,17 +48,17 @@ def inner(x: Adapter, y: Adapter) -> float:
 def norm(x: Adapter) -> float:
     """The Frobenius norm √Σ_m ‖ΔW_m‖²; float64."""
     return math.sqrt(
-        sum(each(lambda paths: float(stack_energies(x.modules.stack(paths), np.float64).sum()), runs([x])))
+        sum(each(lambda paths: float(stack_squared_norms(x.modules.stack(paths), np.float64).sum()), runs([x])))
     )
 
 
-def energies(x: Adapter) -> Mapping[str, float]:
+def squared_norms(x: Adapter) -> Mapping[str, float]:
     """‖ΔW_m‖² of every module by its path, by float32 products (see `products`): found once, kept with the modules."""
-    if x.modules.energies is None:
+    if x.modules.squared_norms is None:
         parts = runs([x])
-        found = each(lambda paths: stack_energies(x.modules.stack(paths), np.float32).tolist(), parts)
-        x.modules.energies = dict(sorted(zip(chain(*parts), chain(*found), strict=True)))
-    return x.modules.energies
+        found = each(lambda paths: stack_squared_norms(x.modules.stack(paths), np.float32).tolist(), parts)
+        x.modules.squared_norms = dict(sorted(zip(chain(*parts), chain(*found), strict=True)))
+    return x.modules.squared_norms
 
 
 def trained(x: Adapter | Factors) -> bool:
@@ -68,14 +68,14 @@ def trained(x: Adapter | Factors) -> bool:
     return all(side[0].any() or side.any() for side in (x.a, x.b))  # a row tells, as a rule
 
 
-def energies_hold(x: Adapter) -> bool:
+def squared_norms_hold(x: Adapter) -> bool:
     """Whether the energies kept with the modules are theirs: to 1e-4, where ranks cancel to 1e-12 of the ranks' own."""
-    if x.modules.energies is None:
+    if x.modules.squared_norms is None:
         return False
     for path, f in x.modules.items():
         sides = np.sum(f.a.astype(np.float64) ** 2, axis=1), np.sum(f.b.astype(np.float64) ** 2, axis=0)
         rounding = 1e-12 * float(sides[0] @ sides[1]) * f.scale**2
-        if not math.isclose(x.modules.energies[path], _energy(f), rel_tol=1e-4, abs_tol=rounding):
+        if not math.isclose(x.modules.squared_norms[path], _energy(f), rel_tol=1e-4, abs_tol=rounding):
             return False
     return True
 
@@ -157,9 +157,9 @@ def row(
 
 def _known_energies(x: Adapter, paths: Sequence[str], f: Stack, dtype: type[np.floating[Any]]) -> Vector:
     """`stack_energies`, or what is known of them."""
-    known = x.modules.energies
+    known = x.modules.squared_norms
     if known is None or dtype is not np.float32:
-        return stack_energies(f, dtype)
+        return stack_squared_norms(f, dtype)
     return np.array([known[path] for path in paths])
 
 
@@ -178,7 +178,7 @@ def runs(xs: Sequence[Adapter]) -> list[list[str]]:
     return found
 
 
-def stack_energies(f: Stack, dtype: type[np.floating[Any]]) -> Vector:
+def stack_squared_norms(f: Stack, dtype: type[np.floating[Any]]) -> Vector:
     """‖ΔW‖² of stacked modules, (n,) float64: as `products` of each with itself."""
     dout, rank, din = f.shape
     if not _factored(rank, rank, 1, dout, din):

@@ -195,7 +195,9 @@ class Renamed(Modules):
     def __init__(self, original: Modules, before: Mapping[str, str]) -> None:
         self.original, self.before = original, dict(sorted(before.items()))
         """Name → the name before."""
-        self.energies = original.energies and {name: original.energies[path] for name, path in self.before.items()}
+        self.squared_norms = original.squared_norms and {
+            name: original.squared_norms[path] for name, path in self.before.items()
+        }
 
     @property
     def shapes(self) -> Mapping[str, Shape]:

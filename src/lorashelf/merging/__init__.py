@@ -15,10 +15,12 @@ from .driver import merge, merge_measured
 from .inverse import Noise, Rest, noise_of, unmerge
 from .methods import METHODS, MergeMethod, merge_method
 from .parameters import Within
+from .spec import MergeSpec
 
 __all__ = [
     "METHODS",
     "MergeMethod",
+    "MergeSpec",
     "Noise",
     "Rest",
     "Within",

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
+from ..merging.spec import Weighting
 from ..registry import Registry
 
 Scores = Mapping[int, float]
@@ -31,12 +32,12 @@ class Open:
 class Fold:
     """Merge the adapter into `slot`: into what the slots `sources` (default: that slot) have averaged so far.
 
-    `average` is the weight of the newcomer: 'mean' counts every averaged adapter the same, 'half' gives it ½.
+    `weighting` 'mean' counts every averaged adapter the same, 'half' gives the newcomer ½.
     """
 
     slot: int
     sources: tuple[int, ...] = ()
-    average: Literal["mean", "half"] = "mean"
+    weighting: Weighting = "mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def kmerge_plus(scores: Scores, view: View) -> Decision:
 def half(scores: Scores, view: View) -> Decision:
     """As kmerge, but every fold weighs ½, ½: early adapters fade."""
     decision = kmerge(scores, view)
-    return Fold(decision.slot, average="half") if isinstance(decision, Fold) else decision
+    return Fold(decision.slot, weighting="half") if isinstance(decision, Fold) else decision
 
 
 @policy("random")
@@ -168,3 +169,22 @@ def auto_threshold(scores: Sequence[float]) -> float | None:
         return None
     threshold = float(np.mean(scores) + AUTO_DEVIATIONS * np.std(scores))
     return threshold if threshold > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementSpec:
+    """Where an arriving adapter goes: a policy, and the similarity from which on it folds."""
+
+    policy: str = "kmerge++"
+    threshold: float | str = "auto"
+    """A similarity, or "auto": the rule of `auto_threshold` on the scores seen."""
+
+    def threshold_for(self, seen: Sequence[float]) -> float | None:
+        """The threshold in force once these scores were seen; None for a policy without one."""
+        if self.policy != "kmerge++":
+            return None
+        return auto_threshold(seen) if self.threshold == "auto" else float(self.threshold)
+
+    def document(self) -> dict[str, Any]:
+        """As in a manifest and in shelf.toml."""
+        return {"policy": self.policy, "threshold": self.threshold}

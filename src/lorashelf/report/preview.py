@@ -14,9 +14,9 @@ from ..lora.adapter import Adapter
 from ..lora.algebra import Square, norm, singular_values
 from ..lora.alignment import fitting
 from ..lora.similarity import similarity
-from ..merging import average
+from ..merging.average import block, one_base, source
+from ..merging.spec import MergeSpec
 from ..placement.partitioners import average_linkage, blocks
-from ..shelf.settings import Recipe
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
@@ -51,29 +51,31 @@ def describe(adapter: Adapter) -> dict[str, Any]:
 def forecast(
     adapters: Mapping[str, Adapter],
     slot_counts: Sequence[int],
-    recipe: Recipe,
+    spec: MergeSpec,
     *,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[dict[str, Any]]:
-    """For each K: what an agglomerative partition merged by the recipe would take and keep; nothing is written.
+    """For each K: what an agglomerative partition merged by the spec would take and keep; nothing is written.
 
     `bytes` of the K objects and `storage` relative to all adapters; `error` of compression (mean over slots, relative);
     `norm_ratio`, ‖merged‖ over the mean norm of the members (mean over slots of several); `similarity_inside` and
     `similarity_between` slots, mean cosine of pairs. `watch` wraps the numbers of slots as they are gone through.
     """
     names = sorted(adapters)
-    xs = average.one_base(fitting([adapters[name] for name in names], names))
+    xs = one_base(fitting([adapters[name] for name in names], names))
     table = similarity(xs)
-    records = [average.entry(name, name.split("-")[0], x) for name, x in zip(names, xs, strict=True)]
+    records = [source(name, name.split("-")[0], x) for name, x in zip(names, xs, strict=True)]
     whole = sum(encode(x).size for x in xs)
     effective = [m.norm > 0 for m in records]
     rows = []
     for count in watch(slot_counts):
         linked = partial(_linked, 1.0 - table, count)
         partition = blocks(effective, count, linked)
-        held = [average.block([xs[i] for i in b], [records[i] for i in b], recipe) for b in partition]
+        held = [block([xs[i] for i in b], [records[i] for i in b], spec) for b in partition]
         ratios = [
-            norm(c.adapter) / float(np.mean([m.norm for m in c.merged]) or 1.0) for c in held if len(c.merged) > 1
+            norm(c.adapter) / float(np.mean([m.norm for m in c.history.merged]) or 1.0)
+            for c in held
+            if len(c.history.merged) > 1
         ]
         labels = [next(label for label, b in enumerate(partition) if i in b) for i in range(len(xs))]
         same = np.equal.outer(labels, labels)[np.triu_indices(len(xs), 1)]
@@ -85,7 +87,7 @@ def forecast(
                 "filled": len(partition),
                 "bytes": size,
                 "storage": size / whole,
-                "error": float(np.mean([c.error for c in held])),
+                "error": float(np.mean([c.history.error for c in held])),
                 "norm_ratio": _mean(ratios),
                 "similarity_inside": _mean(pairs[same]),
                 "similarity_between": _mean(pairs[~same]),

@@ -16,14 +16,14 @@ from ..errors import UsageError
 from ..lora.adapter import Adapter
 from ..models.protocol import LossBackend, mean_loss
 from ..placement.d2c import Block
-from ..result_store import Journal
+from ..result_store import ResultStore
 from ..tasks.folders import ExampleSet
 
 _MERGES_KEPT = 16
 Key = tuple[tuple[str, ...], str]
 
 
-class Objective:
+class BlockLoss:
     """ℓ(block, task) = Σ NLL / Σ tokens of the task's examples under the block's merge, in nats a token; memoised.
 
     `asked` counts the losses asked for, `measured` those that the backend had to measure; their memory is `known`.
@@ -55,7 +55,7 @@ class Objective:
             "adapters": dict(sorted(self._digests.items())),
             "examples": {task: examples[task].digest for task in sorted(adapters)},
         }
-        self._journal = Journal() if journal is None else self._resume(journal)
+        self._journal = ResultStore() if journal is None else self._resume(journal)
 
     def __call__(self, pairs: Sequence[tuple[Block, str]]) -> list[float]:
         """The loss of each (block, task). Raises what the backend raises."""
@@ -84,9 +84,9 @@ class Objective:
             self._merges[block] = self._merge(block)
         return self._merges[block]
 
-    def _resume(self, path: Path) -> Journal:
+    def _resume(self, path: Path) -> ResultStore:
         """The journal of this very search, new or from before."""
-        journal = Journal(path)
+        journal = ResultStore(path)
         before = journal.get({"what": "settings"}, lambda found: isinstance(found, dict))
         if before is None and journal.begun:
             what = "the journal cannot be read: it does not say which search it is of"

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from ..errors import TaskDataError, UnknownName
 from ..lora.adapter import Adapter
+from ..merging.blocks import merger
+from ..merging.spec import MergeSpec
 from ..models.protocol import LossBackend, mean_loss
 from ..placement import d2c
 from ..placement.partitioners import partition
-from ..shelf.plans import merger
-from ..shelf.settings import Recipe
 from ..tasks.folders import ExampleSet, Task
-from .block_loss import Objective
+from .block_loss import BlockLoss
 
 Fitting = Callable[[ExampleSet], tuple[ExampleSet, int]]
 
@@ -48,7 +48,7 @@ class Searched:
 def cluster_by_loss(
     adapters: Mapping[str, Adapter],
     k: int,
-    recipe: Recipe,
+    spec: MergeSpec,
     backend: LossBackend,
     examples: Mapping[str, ExampleSet],
     *,
@@ -60,15 +60,15 @@ def cluster_by_loss(
     journal: Path | None = None,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Searched:
-    """D2C (arXiv 2601.17441, Algorithm 1) over adapters by task name, with the recipe's merge, rank, dtype and seed.
+    """D2C (arXiv 2601.17441, Algorithm 1) over adapters by task name, with the spec's method, rank, dtype and seed.
 
     `examples` are searched with, `held_out` only reported on. With a `journal` every loss is kept, and the same search
     goes on from it. Raises UsageError if the journal is of another search, and what the backend raises.
     """
     options = {"k": k, "iterations": iterations, "accept": accept, "init": init, "keep_best": keep_best}
-    settings = {"recipe": recipe.document(), **options}
-    merge = merger(adapters, recipe)
-    objective = Objective(adapters, examples, backend, merge, settings=settings, journal=journal)
+    settings = {"recipe": spec.document(), **options}
+    merge = merger(adapters, spec)
+    objective = BlockLoss(adapters, examples, backend, merge, settings=settings, journal=journal)
     tasks, start = sorted(adapters), None
     if init == "agglomerative" and len(tasks) > k:
         indices = partition([adapters[task] for task in tasks], k, method=init)
@@ -78,7 +78,7 @@ def cluster_by_loss(
         k,
         objective,
         iterations=iterations,
-        seed=recipe.seed,
+        seed=spec.seed,
         accept=accept,
         start=start,
         keep_best=keep_best,

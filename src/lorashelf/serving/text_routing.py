@@ -102,7 +102,7 @@ def choose(embedder: Embedder, known: Prototypes, snapshot: Snapshot, text: str)
     slot, _ = snapshot.located(task)
     return Choice(
         task=task,
-        slot=slot.slot,
+        slot=slot.id,
         confidence=ranked[task],
         slot_confidence=sum(ranked.get(member, 0.0) for member in slot.members),
         others=dict(list(ranked.items())[1:4]),

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import OverBudget
 from ..formats.peft import encode
 from ..lora.adapter import WIDTHS, Adapter, Factors, Modules
-from .manifest import Plan
+from .manifest import Plan, Slot
 from .snapshot import Snapshot
 
 Size = Callable[[Snapshot, Plan], int]
@@ -85,15 +85,15 @@ def _changed(snapshot: Snapshot, plan: Plan) -> int:
     """Every byte under the shelf at rest once the plan was carried out and the largest slot then changed `keep` times,
     so that nothing of what was before is kept; and a manifest more, as manifests and the log grow with every operation.
     """
-    limit, largest = snapshot.settings.budget.bytes, max(plan.manifest.slots, key=lambda slot: slot.bytes)
+    limit, largest = snapshot.settings.budget.bytes, max(plan.manifest.slots, key=lambda slot: slot.object.bytes)
     times = snapshot.settings.budget.keep
     if not times:  # then a change takes the place of what it changes
         return 0
     if limit is not None:  # more would not fit in any case
-        times = min(times, limit // largest.bytes + 1)
+        times = min(times, limit // largest.object.bytes + 1)
     for i in range(times):
         snapshot = snapshot.after(plan)
-        slot = replace(largest, object=f"b2-{i + 1:064x}")
+        slot = replace(largest, object=replace(largest.object, id=f"b2-{i + 1:064x}"))
         manifest = replace(
             plan.manifest,
             parent=snapshot.head,
@@ -138,9 +138,14 @@ def _most(values: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 def _stored(plan: Plan, rank: int | None = None, dtype: str | None = None) -> Plan:
     """The plan with the sizes that its new objects would have if they were cut to a rank or stored in a dtype."""
     sizes = {slot: encode(_hollow(x, rank or x.rank, dtype or x.dtype)).size for slot, x in plan.writes.items()}
-    slots = tuple(replace(slot, bytes=sizes.get(slot.slot, slot.bytes)) for slot in plan.manifest.slots)
-    if rank:  # a cut is recorded, in as many letters as it can take
-        slots = tuple(replace(s, error=1 / 3, fixed=f"cut to rank {rank}") if s.slot in sizes else s for s in slots)
+
+    def resized(slot: Slot) -> Slot:
+        history = slot.history
+        if rank:  # a cut is recorded, in as many letters as it can take
+            history = replace(history, error=1 / 3, fixed=f"cut to rank {rank}")
+        return replace(slot, object=replace(slot.object, bytes=sizes[slot.id]), history=history)
+
+    slots = tuple(resized(slot) if slot.id in sizes else slot for slot in plan.manifest.slots)
     return replace(plan, manifest=replace(plan.manifest, slots=slots))
 
 

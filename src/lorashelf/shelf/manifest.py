@@ -13,78 +13,106 @@ from typing import Any
 from ..digest import canonical_json, digest, is_digest
 from ..errors import CorruptShelf, NewerFormat
 from ..formats.objects import Stored
+from ..formats.peft import encode
 from ..lora.adapter import WIDTHS, Adapter, BaseId
+from ..lora.algebra import squared_norms
+from ..merging.average import Average, History, Source
 from ..names import on_one_line
 from .settings import FORMAT
 
 PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of a digest's length, so sizes are exact
-_PACKED = {"energies": "d", "noise": "d", "sums": "I"}  # fields of a slot that are stored in base64: float64, uint32
+_PACKED = {"energies": "d", "noise": "d", "sums": "I"}  # keys of a slot that are stored in base64: float64, uint32
+_KEYS = _PACKED.keys() | {"slot", "object", "rank", "dtype", "bytes", "merged", "members", "error", "average"}
+_KEYS |= {"restored", "encoding", "worn", "fixed"}
 PENDING_TIME = "0000-00-00T00:00:00Z"
 _STATES = ("undo", "redo", "ended")
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
-    """One adapter that a slot has averaged in, by the digest of its source."""
+class StoredObject:
+    """An adapter as bytes: where it lies (`id`), how it is written, and what is known of it without reading it."""
 
-    task: str
-    type: str
-    digest: str
-    weight: float
+    id: str
     rank: int
-    parameters: int
     dtype: str
-    norm: float
+    bytes: int
+    encoding: str = "peft"
+    squared_norms: tuple[float, ...] = ()
+    """‖ΔW‖² of every module, in the order of their paths; empty where its writer kept none."""
+    sums: tuple[int, ...] = ()
+    """CRC-32 of its config and header together, then of every tensor in the order of the file; empty where its writer
+    kept none.
+    """
+
+    @staticmethod
+    def pending(adapter: Adapter) -> StoredObject:
+        """What an adapter will be once it is written."""
+        return StoredObject(
+            id=PENDING,
+            rank=adapter.rank,
+            dtype=adapter.dtype,
+            bytes=encode(adapter).size,
+            squared_norms=tuple(squared_norms(adapter).values()),
+            sums=(0,) * (1 + 2 * len(adapter.modules)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One stored adapter: the object it lies in, what was averaged into it, and the tasks routed to it."""
+    """A numbered place: the object that it holds, what that averages, and the tasks that are routed to it."""
 
-    slot: int
-    object: str
-    rank: int
-    dtype: str
-    bytes: int
-    merged: tuple[Merged, ...]
+    id: int
+    object: StoredObject
+    history: History
     members: tuple[str, ...]
-    error: float = 0.0
-    """Relative error of what compression (`rank`) cut off, at the latest merge."""
-    average: str | None = None
-    """The merge method of which the content is the equal average of `merged`, as far as rounding; None if it is not."""
-    restored: float = 1.0
-    """The factor of norm restoration inside the object's scales; divided out before the next fold."""
-    encoding: str = "peft"
-    worn: int = 0
-    """How many roundings the content has seen beyond those of folding `merged`; earlier writers kept it for `noise`."""
-    energies: tuple[float, ...] = ()
-    """‖ΔW‖² of every module of the object, in the order of their paths; empty where its writer kept none."""
-    noise: tuple[float, ...] = ()
-    """Energies of the errors that rounding has left on A and on B of every module, both multiplied by √|s|; empty where
-    they are those of folding `merged` one by one in `dtype`.
-    """
-    sums: tuple[int, ...] = ()
-    """CRC-32 of the config and header of the object, then of every tensor in the order of the file; empty where its
-    writer kept none.
-    """
-    fixed: str | None = None
-    """Why no adapter can be taken out of the content, in words; None where one can, or where nobody recorded it."""
+
+    @staticmethod
+    def planned(slot_id: int, average: Average, members: Sequence[str]) -> Slot:
+        """A slot whose object is not written yet."""
+        return Slot(slot_id, StoredObject.pending(average.adapter), average.history, tuple(members))
 
     def document(self) -> dict[str, Any]:
-        """As in every JSON answer: without energies, noise and sums, and `worn` and `fixed` only where there is any."""
-        document = asdict(self) | {"merged": [asdict(entry) for entry in self.merged], "members": list(self.members)}
-        hidden = _PACKED.keys() | {key for key in ("worn", "fixed") if not document[key]}
-        return {key: value for key, value in document.items() if key not in hidden}
+        """As in every JSON answer: without squared norms, noise and sums; `worn`, `fixed` only where there is any."""
+        stored, history = self.object, self.history
+        document = {
+            "slot": self.id,
+            "object": stored.id,
+            "rank": stored.rank,
+            "dtype": stored.dtype,
+            "bytes": stored.bytes,
+            "merged": [asdict(source) for source in history.merged],
+            "members": list(self.members),
+            "error": history.error,
+            "average": history.method,
+            "restored": history.restored,
+            "encoding": stored.encoding,
+        }
+        rare = {"worn": history.extra_roundings, "fixed": history.fixed}
+        return document | {key: value for key, value in rare.items() if value}
 
     def stored(self) -> dict[str, Any]:
         """As in a manifest."""
-        packed = {key: _packed(values, code) for key, code in _PACKED.items() if (values := getattr(self, key))}
-        return self.document() | packed
+        arrays = {"energies": self.object.squared_norms, "noise": self.history.noise, "sums": self.object.sums}
+        return self.document() | {key: _packed(values, _PACKED[key]) for key, values in arrays.items() if values}
 
-    @property
-    def digests(self) -> frozenset[str]:
-        """The digests averaged in."""
-        return frozenset(entry.digest for entry in self.merged)
+    @staticmethod
+    def read(document: Mapping[str, Any]) -> Slot:
+        """The slot of an entry in a manifest. Raises KeyError, TypeError, ValueError."""
+        if unknown := document.keys() - _KEYS:
+            raise ValueError(f"not what lorashelf writes: {', '.join(sorted(unknown))}")
+        arrays: dict[str, Any] = {key: _unpacked(document.get(key, ""), code) for key, code in _PACKED.items()}
+        stored = {key: document[key] for key in ("rank", "dtype", "bytes", "encoding")}
+        history = History(
+            merged=tuple(Source(**source) for source in document["merged"]),
+            error=document["error"],
+            method=document["average"],
+            restored=document["restored"],
+            noise=arrays["noise"],
+            extra_roundings=document.get("worn", 0),
+            fixed=document.get("fixed"),
+        )
+        kept = StoredObject(document["object"], **stored, squared_norms=arrays["energies"], sums=arrays["sums"])
+        return Slot(document["slot"], kept, history, tuple(document["members"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +185,7 @@ class Manifest:
                 budget=document["budget"],
                 cause=document["cause"],
                 base=None if base is None else BaseId(base["name"], base["revision"]),
-                slots=tuple(_slot(item) for item in document["slots"]),
+                slots=tuple(Slot.read(item) for item in document["slots"]),
                 tasks=document["tasks"],
                 arrived=document["arrived"],
                 scores=tuple(document["scores"]),
@@ -171,7 +199,7 @@ class Manifest:
     def slot(self, slot_id: int) -> Slot:
         """The slot of this id. Raises KeyError."""
         for slot in self.slots:
-            if slot.slot == slot_id:
+            if slot.id == slot_id:
                 return slot
         raise KeyError(slot_id)
 
@@ -181,12 +209,12 @@ class Manifest:
 
     def with_slot(self, slot: Slot) -> tuple[Slot, ...]:
         """The slots with this one put in or replaced, by id."""
-        rest = [other for other in self.slots if other.slot != slot.slot]
-        return tuple(sorted([*rest, slot], key=lambda each: each.slot))
+        rest = [other for other in self.slots if other.id != slot.id]
+        return tuple(sorted([*rest, slot], key=lambda each: each.id))
 
     def without_slot(self, slot_id: int) -> tuple[Slot, ...]:
         """The slots but this one."""
-        return tuple(slot for slot in self.slots if slot.slot != slot_id)
+        return tuple(slot for slot in self.slots if slot.id != slot_id)
 
 
 def _check(document: dict[str, Any]) -> None:
@@ -261,12 +289,6 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _slot(document: dict[str, Any]) -> Slot:
-    merged = tuple(Merged(**entry) for entry in document["merged"])
-    unpacked: dict[str, Any] = {key: _unpacked(document.get(key, ""), code) for key, code in _PACKED.items()}
-    return Slot(**{**document, "merged": merged, "members": tuple(document["members"]), **unpacked})
-
-
 def _packed(values: Sequence[float], code: str) -> str:
     """Numbers of a kind that `struct` names, little-endian, in base64."""
     return b2a_base64(struct.pack(f"<{len(values)}{code}", *values), newline=False).decode()
@@ -305,7 +327,9 @@ class Plan:
     def sealed(self, written: Mapping[int, Stored], time: str) -> Manifest:
         """The manifest with the ids and sums of what was written, by slot, and the time filled in."""
         slots = tuple(
-            replace(s, object=written[s.slot].identity, sums=written[s.slot].sums) if s.slot in written else s
+            replace(s, object=replace(s.object, id=written[s.id].identity, sums=written[s.id].sums))
+            if s.id in written
+            else s
             for s in self.manifest.slots
         )
         return replace(self.manifest, slots=slots, cause={**self.manifest.cause, "time": time})

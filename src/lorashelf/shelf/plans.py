@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +12,21 @@ from ..digest import canonical_json
 from ..errors import CorruptShelf, NotReversible, NotStorable, OverBudget, TaskNameError, UsageError
 from ..execution import beside
 from ..lora.adapter import Adapter, BaseId
-from ..lora.algebra import energies
+from ..lora.algebra import squared_norms
 from ..lora.alignment import aligned, shared
-from ..lora.given import as_adapter, as_named
+from ..lora.given import as_adapter
 from ..lora.similarity import similarity
-from ..merging import average
-from ..merging.average import Content
+from ..merging.average import Average, Source, fold, one_base, single, source, without
+from ..merging.blocks import merge_block, named
+from ..merging.spec import MergeSpec
 from ..names import problem_type, task_name
 from ..placement import policies
 from ..placement.partitioners import partition
 from ..placement.policies import Fold, Open, Refuse
 from ..version import VERSION
 from .budget import Shortage, check_budget, shortage_of_room
-from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot
-from .settings import Recipe, Settings
+from .manifest import PENDING_TIME, Manifest, Plan, Slot
+from .settings import Settings
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def plan_add(
     details: Mapping[str, Any] | None = None,
     assume_base: bool = False,
 ) -> Plan:
-    """Where an arriving adapter goes, and what its slot becomes (K-Merge, K-Merge++ …, by the shelf's recipe).
+    """Where an arriving adapter goes, and what its slot becomes (K-Merge, K-Merge++ …, by the shelf's settings).
 
     `type` is the problem type (default: the name before the first "-"); `details` are stored with the task. Raises
     TaskNameError, BaseMismatch, ShapeMismatch. A refusal of the policy or the budget is a plan with `refused` set.
@@ -58,17 +59,17 @@ def plan_add(
     details = _storable(task, details or {})
     kind = _kind(task, type, details.pop("type", None))
     with _all_damage(snapshot), beside(lambda: adapter.digest):  # asked for below
-        held = {slot.slot: snapshot.adapter(slot) for slot in manifest.slots}
+        held = {slot.id: snapshot.adapter(slot) for slot in manifest.slots}
         base = _agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
-        energies(adapter)  # likewise
+        squared_norms(adapter)  # likewise
         values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
-    same = next((slot.slot for slot in manifest.slots if adapter.digest in slot.digests), None)
-    record = average.entry(task, kind, adapter)
+    same = next((slot.id for slot in manifest.slots if adapter.digest in slot.history.digests), None)
+    record = source(task, kind, adapter)
     if same is None and not record.norm and scores:  # untrained: a slot of its own would be taken from others
         same = policies.nearest(scores)
     seen = manifest.scores if same is not None else (*manifest.scores, *scores.values())
-    threshold = _threshold(settings.recipe, seen)
+    threshold = settings.placement.threshold_for(seen)
     known = replace(
         manifest,
         base=base,
@@ -89,26 +90,26 @@ def _placed(
     snapshot: Snapshot,
     known: Manifest,
     adapter: Adapter,
-    record: Merged,
+    record: Source,
     held: Mapping[int, Adapter],
     scores: Mapping[int, float],
     report: Mapping[str, Any],
 ) -> Plan:
     """The plan of an add to the slot that the policy names."""
-    manifest, recipe = snapshot.manifest, snapshot.settings.recipe
-    filled = [slot for slot in manifest.slots if any(m.norm for m in slot.merged)]
-    scores = {slot.slot: scores[slot.slot] for slot in filled}
+    manifest, settings = snapshot.manifest, snapshot.settings
+    filled = [slot for slot in manifest.slots if any(m.norm for m in slot.history.merged)]
+    scores = {slot.id: scores[slot.id] for slot in filled}
     free = next((i for i in range(snapshot.settings.budget.slots) if i not in scores), None)
     opening = None if free is None else _opening(snapshot, known, adapter, record, free, report)
     view = policies.View(
         free=free if isinstance(opening, Plan) else None,
         threshold=report["threshold"],
         type=record.type,
-        types={slot.slot: frozenset(m.type for m in slot.merged) for slot in filled},
-        averaged={slot.slot: slot.digests for slot in filled},
-        seed=(recipe.seed, manifest.arrived),
+        types={slot.id: frozenset(m.type for m in slot.history.merged) for slot in filled},
+        averaged={slot.id: slot.history.digests for slot in filled},
+        seed=(settings.merge.seed, manifest.arrived),
     )
-    decide = policies.POLICIES[recipe.policy]
+    decide = policies.POLICIES[settings.placement.policy]
     decision = decide(scores, view)
     if isinstance(decision, Refuse):
         why = "" if isinstance(opening, Plan) else f"; {_no_room(snapshot, opening)}"
@@ -124,16 +125,17 @@ def _placed(
             plan = replace(plan, report={**plan.report, "reason": opening.what})
         return _within_budget(snapshot, plan, report)
     raise UsageError(
-        f"policy {recipe.policy!r} answered {decision}", cure="open view.free, or fold into slots with a score"
+        f"policy {settings.placement.policy!r} answered {decision}",
+        cure="open view.free, or fold into slots with a score",
     )
 
 
-def _folded(snapshot: Snapshot, decision: Fold, adapter: Adapter, record: Merged) -> Content:
+def _folded(snapshot: Snapshot, decision: Fold, adapter: Adapter, record: Source) -> Average:
     """What the slot holds after the fold."""
     slots = [snapshot.manifest.slot(i) for i in decision.sources or (decision.slot,)]
-    sources = [average.of_slot(snapshot, slot) for slot in slots]
-    new = average.fold(sources, adapter, record, snapshot.settings.recipe, decision.average)
-    energies(new.adapter)  # asked for below
+    sources = [snapshot.average(slot) for slot in slots]
+    new = fold(sources, adapter, record, snapshot.settings.merge, decision.weighting)
+    squared_norms(new.adapter)  # asked for below
     return new
 
 
@@ -148,17 +150,17 @@ def _all_damage(snapshot: Snapshot) -> Iterator[None]:
 
 
 def _arrived(
-    snapshot: Snapshot, known: Manifest, decision: Open | Fold, new: Content | None, report: Mapping[str, Any]
+    snapshot: Snapshot, known: Manifest, decision: Open | Fold, new: Average | None, report: Mapping[str, Any]
 ) -> Plan:
     """The plan of an add whose decision is made; without `new` content the task is only routed."""
     slot_id, kind = decision.slot, "open" if isinstance(decision, Open) else "fold"
-    before = next((slot for slot in known.slots if slot.slot == slot_id), None)
+    before = next((slot for slot in known.slots if slot.id == slot_id), None)
     members = tuple(sorted([*(before.members if before else ()), report["task"]]))
-    cause = {"operation": "add", "decision": kind, "slot": slot_id, "seed": snapshot.settings.recipe.seed, **report}
-    slot = new.slot(slot_id, members) if new else replace(known.slot(slot_id), members=members)
+    cause = {"operation": "add", "decision": kind, "slot": slot_id, "seed": snapshot.settings.merge.seed, **report}
+    slot = Slot.planned(slot_id, new, members) if new else replace(known.slot(slot_id), members=members)
     writes = {slot_id: new.adapter} if new else {}
     report = {**report, "decision": kind, "slot": slot_id, "members": list(members), "merged": new is not None}
-    report |= {"reversible": average.irreversible(slot) is None}
+    report |= {"reversible": slot.history.irreversible is None}
     return _plan(snapshot, replace(known, slots=known.with_slot(slot)), writes, cause, report)
 
 
@@ -178,10 +180,10 @@ def _refused(snapshot: Snapshot, report: Mapping[str, Any], reason: str) -> Plan
 
 
 def _opening(
-    snapshot: Snapshot, known: Manifest, adapter: Adapter, record: Merged, free: int, report: Mapping[str, Any]
+    snapshot: Snapshot, known: Manifest, adapter: Adapter, record: Source, free: int, report: Mapping[str, Any]
 ) -> Plan | Shortage:
     """The plan of an add to a free slot, or what lacks in bytes for it."""
-    new = average.single(adapter, record, snapshot.settings.recipe)
+    new = single(adapter, record, snapshot.settings.merge)
     plan = _arrived(snapshot, known, Open(free), new, report)
     return shortage_of_room(snapshot, plan) or plan
 
@@ -205,34 +207,34 @@ def plan_update(
     """
     slot, details = snapshot.located(task)
     task, adapter = unicodedata.normalize("NFC", task), as_adapter(adapter)
-    recipe = snapshot.settings.recipe
+    spec = snapshot.settings.merge
     if was is not None and was.digest != details["digest"]:
         raise another(task, was, details["digest"])
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
     with _all_damage(snapshot):
-        others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.slot != slot.slot]
+        others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.id != slot.id]
         base = _agreed_base(snapshot, {task: adapter}, others, assume_base)
-    record = average.entry(task, details["type"], adapter)
+    record = source(task, details["type"], adapter)
     precision = None
-    if slot.members == (task,) or (slot.digests == {details["digest"]} and not _copies(snapshot, slot, task)):
-        new = average.single(adapter, record, recipe)
+    if slot.members == (task,) or (slot.history.digests == {details["digest"]} and not _copies(snapshot, slot, task)):
+        new = single(adapter, record, spec)
     else:
         new, precision = _remaining(snapshot, slot, task, was)
-        if record.norm and adapter.digest not in {m.digest for m in new.merged}:
-            new = average.fold([new.plain], adapter, record, recipe)
+        if record.norm and adapter.digest not in {m.digest for m in new.history.merged}:
+            new = fold([new.plain], adapter, record, spec)
     tasks = {**snapshot.manifest.tasks, task: {**details, "digest": adapter.digest}}
-    slots = snapshot.manifest.with_slot(new.slot(slot.slot, slot.members))
-    cause = {"operation": "update", "task": task, "slot": slot.slot}
-    report = {"task": task, "slot": slot.slot, "members": list(slot.members), "precision": precision}
+    slots = snapshot.manifest.with_slot(Slot.planned(slot.id, new, slot.members))
+    cause = {"operation": "update", "task": task, "slot": slot.id}
+    report = {"task": task, "slot": slot.id, "members": list(slot.members), "precision": precision}
     known = replace(snapshot.manifest, base=base, tasks=tasks, slots=slots)
-    return _plan(snapshot, known, {slot.slot: new.adapter}, cause, report)
+    return _plan(snapshot, known, {slot.id: new.adapter}, cause, report)
 
 
-def _remaining(snapshot: Snapshot, slot: Slot, task: str, was: Adapter | None) -> tuple[Content, float | None]:
+def _remaining(snapshot: Snapshot, slot: Slot, task: str, was: Adapter | None) -> tuple[Average, float | None]:
     """What a shared slot holds without the adapter that a task has so far, and to what precision."""
-    if snapshot.manifest.tasks[task]["digest"] not in slot.digests:
-        return average.of_slot(snapshot, slot), None
+    if snapshot.manifest.tasks[task]["digest"] not in slot.history.digests:
+        return snapshot.average(slot), None
     try:
         return _without(snapshot, slot, task, was, "--was OLD_ADAPTER")
     except NotReversible as error:
@@ -254,10 +256,10 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
     tasks = {name: value for name, value in snapshot.manifest.tasks.items() if name != task}
     known = replace(snapshot.manifest, tasks=tasks)
     members = tuple(member for member in slot.members if member != task)
-    cause = {"operation": "remove", "task": task, "slot": slot.slot}
+    cause = {"operation": "remove", "task": task, "slot": slot.id}
     report: dict[str, Any] = {
         "task": task,
-        "slot": slot.slot,
+        "slot": slot.id,
         "members": list(members),
         "precision": None,
         "reason": None,
@@ -265,14 +267,14 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
     writes: dict[int, Adapter] = {}
     if not members:
         report["removed"] = "slot"
-        slots = known.without_slot(slot.slot)
+        slots = known.without_slot(slot.id)
         if not slots:  # what is known of adapters that are gone holds for none that come
             known = replace(known, base=None, scores=())
     else:
         try:
             rest, report["precision"] = _without(snapshot, slot, task, adapter, "--adapter ADAPTER, after an undo,")
             report["removed"] = "average"
-            slots, writes = known.with_slot(rest.slot(slot.slot, members)), {slot.slot: rest.adapter}
+            slots, writes = known.with_slot(Slot.planned(slot.id, rest, members)), {slot.id: rest.adapter}
         except NotReversible as error:
             report |= {"removed": "route", "reason": f"{error.what}; {error.cure or _ANEW}"}
             slots = known.with_slot(replace(slot, members=members))
@@ -292,30 +294,32 @@ def plan_set(snapshot: Snapshot, task: str, fields: Mapping[str, Any]) -> Plan:
         raise UsageError(f"{task!r} has this stored with it already", cure="nothing is to be done")
     kind = problem_type(changed.get("type", details["type"]))
     own = (task, details["digest"])
-    merged = tuple(replace(entry, type=kind) if (entry.task, entry.digest) == own else entry for entry in slot.merged)
+    merged = tuple(
+        replace(entry, type=kind) if (entry.task, entry.digest) == own else entry for entry in slot.history.merged
+    )
     known = replace(
         snapshot.manifest,
         tasks={**snapshot.manifest.tasks, task: {**details, **changed, "digest": details["digest"]}},
-        slots=snapshot.manifest.with_slot(replace(slot, merged=merged)),
+        slots=snapshot.manifest.with_slot(replace(slot, history=replace(slot.history, merged=merged))),
     )
-    report = {"task": task, "slot": slot.slot, "changed": changed}
-    return _plan(snapshot, known, {}, {"operation": "set", "task": task, "slot": slot.slot}, report)
+    report = {"task": task, "slot": slot.id, "changed": changed}
+    return _plan(snapshot, known, {}, {"operation": "set", "task": task, "slot": slot.id}, report)
 
 
-def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None, option: str) -> tuple[Content, float]:
+def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None, option: str) -> tuple[Average, float]:
     """The slot's content with a task's adapter taken out. Raises NotReversible, saying what is missing."""
     digest = snapshot.manifest.tasks[task]["digest"]
     if _copies(snapshot, slot, task):
         raise NotReversible("another task here is served by the same adapter", cure="it stays in the average")
-    if digest not in slot.digests:
+    if digest not in slot.history.digests:
         raise NotReversible("the adapter is untrained and was left out of the average", cure="nothing of it is left")
-    if why := average.irreversible(slot):
+    if why := slot.history.irreversible:
         raise NotReversible(why)
     if adapter is None:
         raise NotReversible(
             "the adapter is averaged with others", cure=f"give the original with {option} to take it out"
         )
-    return average.without(average.of_slot(snapshot, slot), digest, adapter, snapshot.settings.recipe)
+    return without(snapshot.average(slot), digest, adapter, snapshot.settings.merge)
 
 
 def _copies(snapshot: Snapshot, slot: Slot, task: str) -> list[str]:
@@ -336,33 +340,33 @@ def plan_cluster(
     *,
     method: str,
     found: Found | None = None,
-    recipe: Recipe | None = None,
+    merge: MergeSpec | None = None,
     types: Mapping[str, str] | None = None,
     details: Mapping[str, Mapping[str, Any]] | None = None,
     assume_base: bool = False,
 ) -> Plan:
     """Partition the adapters (task → adapter) into the shelf's K slots and merge each block; the shelf must be empty.
 
-    `found` is the partition of a search (d2c), in place of one by `method` from `partition.PARTITIONERS`; `recipe` is
-    that of the blocks, by default the shelf's; `details` are stored with the tasks. Blocks are numbered by their
+    `found` is the partition of a search (d2c), in place of one by a registered `method`; `merge` says how
+    blocks are merged, by default as later adds are; `details` are stored with the tasks. Blocks are numbered by their
     smallest task name. Raises TaskNameError, BaseMismatch, ShapeMismatch, OverBudget, UsageError.
     """
     if snapshot.manifest.slots:
         raise UsageError("the shelf is not empty", where=str(snapshot.path), cure="cluster writes a new shelf")
     settings = snapshot.settings
-    recipe = recipe or settings.recipe
+    spec = merge or settings.merge
     named, base = together(adapters, settings, assume_base=assume_base)
-    tasks, xs = list(named), average.one_base(list(named.values()))
+    tasks, xs = list(named), one_base(list(named.values()))
     kinds = {task: _kind(task, (types or {}).get(task)) for task in tasks}
     if found is None:
-        indices = partition(xs, settings.budget.slots, method=method, seed=recipe.seed)
+        indices = partition(xs, settings.budget.slots, method=method, seed=spec.seed)
         blocks = [[tasks[i] for i in block] for block in indices]
     else:
         blocks = [list(block) for block in found.blocks]
     slots, writes = [], {}
     for slot_id, block in enumerate(blocks):
-        new = _block(dict(zip(tasks, xs, strict=True)), kinds, block, recipe)
-        slots.append(new.slot(slot_id, block))
+        new = merge_block(dict(zip(tasks, xs, strict=True)), kinds, block, spec)
+        slots.append(Slot.planned(slot_id, new, block))
         writes[slot_id] = new.adapter
     known = replace(
         snapshot.manifest,
@@ -374,16 +378,16 @@ def plan_cluster(
         },
         arrived=len(xs),
     )
-    cause = {"operation": "cluster", "method": method, "seed": recipe.seed}
-    cause |= {"merge": recipe.merge, "parameters": dict(recipe.parameters)}
+    cause = {"operation": "cluster", "method": method, "seed": spec.seed}
+    cause |= {"merge": spec.method, "parameters": dict(spec.parameters)}
     report = {
         "partition": dict(sorted((task, slot_id) for slot_id, block in enumerate(blocks) for task in block)),
         "method": method,
-        "seed": recipe.seed,
+        "seed": spec.seed,
         "shared": {str(i): shared([named[task] for task in block]) for i, block in enumerate(blocks)},
         "evaluations": None,
-        "merge": recipe.merge,
-        "later_merge": settings.recipe.merge,
+        "merge": spec.method,
+        "later_merge": settings.merge.method,
     }
     plan = _plan(snapshot, known, writes, cause, report)
     check_budget(snapshot, plan)
@@ -414,8 +418,8 @@ def together(
 
     Raises TaskNameError, BaseMismatch, ShapeMismatch.
     """
-    named = _named(adapters)
-    return named, _one_base(settings, None, named, [], assume_base)
+    found = named(adapters)
+    return found, _one_base(settings, None, found, [], assume_base)
 
 
 def check_arrivals(snapshot: Snapshot, adapters: Mapping[str, Adapter], *, assume_base: bool = False) -> None:
@@ -424,31 +428,7 @@ def check_arrivals(snapshot: Snapshot, adapters: Mapping[str, Adapter], *, assum
     Raises TaskNameError, BaseMismatch, ShapeMismatch, CorruptShelf.
     """
     held = [snapshot.adapter(slot) for slot in snapshot.manifest.slots]
-    _agreed_base(snapshot, _named(adapters), held, assume_base)
-
-
-def merger(adapters: Mapping[str, Adapter], recipe: Recipe) -> Callable[[Sequence[str]], Adapter]:
-    """What `plan_cluster` would store for a block of tasks, as a function of their names: what a search measures."""
-    named = _named(adapters)
-    xs = dict(zip(named, average.one_base(list(named.values())), strict=True))
-    kinds = dict.fromkeys(xs, "")
-    return lambda block: _block(xs, kinds, block, recipe).adapter
-
-
-def _named(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    offered = as_named(adapters).items()
-    named = {task_name(name): adapter for name, adapter in sorted(offered, key=lambda item: str(item[0]))}
-    if len(named) < len(adapters):
-        raise TaskNameError("two adapters have the same task name", cure="name them: NAME=ADAPTER")
-    return named
-
-
-def _block(xs: Mapping[str, Adapter], kinds: Mapping[str, str], block: Sequence[str], recipe: Recipe) -> Content:
-    """The merge of a block's adapters in the order of their names."""
-    tasks = sorted(block)
-    return average.block(
-        [xs[task] for task in tasks], [average.entry(task, kinds[task], xs[task]) for task in tasks], recipe
-    )
+    _agreed_base(snapshot, named(adapters), held, assume_base)
 
 
 def _plan(
@@ -464,7 +444,7 @@ def _plan(
         manifest,
         parent=snapshot.head,
         sequence=snapshot.manifest.sequence + 1,
-        recipe=settings.recipe.document(),
+        recipe=settings.recipe,
         budget=settings.budget.document(),
         cause={**cause, "time": PENDING_TIME, "version": VERSION},
         state=None,
@@ -473,12 +453,6 @@ def _plan(
         ended=snapshot.timeline.redo,
     )
     return Plan(snapshot.head, planned, writes, report, shrinks=shrinks)
-
-
-def _threshold(recipe: Recipe, seen: Sequence[float]) -> float | None:
-    if recipe.policy != "kmerge++":
-        return None
-    return policies.auto_threshold(seen) if recipe.threshold == "auto" else float(recipe.threshold)
 
 
 def _agreed_base(

@@ -15,11 +15,12 @@ from typing import Any, Literal
 from ..errors import LorashelfError, NotReversible
 from ..formats.peft import encode
 from ..lora.adapter import Adapter
-from ..merging.average import Content, block, fold, of_slot, single
+from ..merging.average import Average, Source, block, fold, single
+from ..merging.spec import WEIGHTINGS, MergeSpec
 from ..version import VERSION
-from .manifest import PENDING_TIME, Manifest, Merged, Plan, Slot
+from .manifest import PENDING_TIME, Manifest, Plan, Slot
 from .plans import another
-from .settings import Recipe, recorded
+from .settings import recorded
 from .shelf import Shelf
 from .snapshot import Snapshot
 
@@ -36,7 +37,7 @@ class Mended:
     how: How
     tasks: tuple[str, ...] = ()
     """Those of its tasks that it serves."""
-    new: Content | None = None
+    new: Average | None = None
     kept: Slot | None = None
     state: str | None = None
     """The kept state that it is of, or that its originals were folded into."""
@@ -46,8 +47,8 @@ class Mended:
     def document(self, slot: Slot) -> dict[str, Any]:
         """As in the JSON answer of `repair`."""
         return {
-            "slot": slot.slot,
-            "object": slot.object,
+            "slot": slot.id,
+            "object": slot.object.id,
             "how": self.how,
             "tasks": list(self.tasks),
             "unrouted": [task for task in slot.members if task not in self.tasks],
@@ -76,14 +77,14 @@ def repair(shelf: Shelf, originals: Mapping[str, Adapter] | None = None) -> dict
         mended = {identity: _mended(snapshot, slot, damaged, given) for identity, slot in damaged.items()}
         shelf.rewrite([m.new.adapter for m in mended.values() if m.how == "rewritten" and m.new])
         lost = {identity for identity, m in mended.items() if m.how != "rewritten"}
-        unsound = [i for i, manifest in states.items() if any(slot.object in lost for slot in manifest.slots)]
+        unsound = [i for i, manifest in states.items() if any(slot.object.id in lost for slot in manifest.slots)]
         if snapshot.head in unsound:
             shelf.commit(_plan(snapshot, mended, unsound))
         shelf.forget([i for i in unsound if i in shelf.snapshot().kept])
         return {
             "head": shelf.snapshot().head,
             "files": files,
-            "slots": [mended[s.object].document(s) for s in snapshot.manifest.slots if s.object in damaged],
+            "slots": [mended[s.object.id].document(s) for s in snapshot.manifest.slots if s.object.id in damaged],
             "states": unsound,
             "unused": unused,
         }
@@ -93,7 +94,7 @@ def _by_digest(manifests: Collection[Manifest], originals: Mapping[str, Adapter]
     """The originals by their digests, and the tasks of those that no slot was merged from. Raises NotReversible for
     another adapter than that of a task on the shelf.
     """
-    merged = {m.digest for manifest in manifests for slot in manifest.slots for m in slot.merged}
+    merged = {m.digest for manifest in manifests for slot in manifest.slots for m in slot.history.merged}
     recorded_for = {(task, str(x["digest"])) for manifest in manifests for task, x in manifest.tasks.items()}
     unused = [task for task, adapter in originals.items() if adapter.digest not in merged]
     for task in unused:
@@ -108,10 +109,10 @@ def _damaged(snapshot: Snapshot, manifests: Collection[Manifest]) -> dict[str, S
     found: dict[str, Slot] = {}
     for manifest in manifests:
         for slot in manifest.slots:
-            if slot.object not in seen:
-                seen.add(slot.object)
+            if slot.object.id not in seen:
+                seen.add(slot.object.id)
                 if snapshot.problems(slot):
-                    found[slot.object] = slot
+                    found[slot.object.id] = slot
     return found
 
 
@@ -119,7 +120,7 @@ def _mended(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given: 
     """The best that can be made of a slot: its own bytes, else what serves most of its tasks."""
     options = [Mended("none")]
     for option in _options(snapshot, slot, damaged, given):
-        if option.new is not None and encode(option.new.adapter).digest() == slot.object:
+        if option.new is not None and encode(option.new.adapter).digest() == slot.object.id:
             return replace(option, how="rewritten", tasks=slot.members)
         options.append(_serving(snapshot.manifest, slot, option))
     return max(options, key=lambda option: len(option.tasks))  # of equal ones the first
@@ -127,7 +128,7 @@ def _mended(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given: 
 
 def _serving(manifest: Manifest, slot: Slot, option: Mended) -> Mended:
     """The option with those tasks of the slot whose adapters it stands for."""
-    held = option.new.merged if option.new else option.kept.merged if option.kept else ()
+    held = option.new.history.merged if option.new else option.kept.history.merged if option.kept else ()
     digests = {m.digest for m in held}
     tasks = tuple(t for t in slot.members if t in manifest.tasks and manifest.tasks[t]["digest"] in digests)
     return replace(option, tasks=tasks)
@@ -139,59 +140,63 @@ def _options(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given:
         (state, other)
         for state, manifest in snapshot.kept.items()
         for other in manifest.slots
-        if other.object not in damaged and not other.digests.isdisjoint(slot.digests)
+        if other.object.id not in damaged and not other.history.digests.isdisjoint(slot.history.digests)
     ]
-    starts: list[tuple[str | None, Content | None]] = [(None, None)]
+    starts: list[tuple[str | None, Average | None]] = [(None, None)]
     for state, other in kept:
-        if other.merged and [m.digest for m in other.merged] == [m.digest for m in slot.merged[: len(other.merged)]]:
-            starts.append((state, of_slot(snapshot, other)))
-    recipes = _recipes(snapshot, slot)
-    merged = [made for recipe in recipes for made in _from_originals(slot.merged, starts, given, recipe)]
-    complete = [option for option in merged if option.new and len(option.new.merged) == len(slot.merged)]
+        if other.history.merged and [m.digest for m in other.history.merged] == [
+            m.digest for m in slot.history.merged[: len(other.history.merged)]
+        ]:
+            starts.append((state, snapshot.average(other)))
+    specs = _specs(snapshot, slot)
+    merged = [made for spec in specs for made in _from_originals(slot.history.merged, starts, given, spec)]
+    complete = [
+        option for option in merged if option.new and len(option.new.history.merged) == len(slot.history.merged)
+    ]
     yield from complete
     yield from (Mended("earlier", kept=other, state=state) for state, other in kept)
     yield from (option for option in merged if option not in complete)
 
 
-def _recipes(snapshot: Snapshot, slot: Slot) -> list[Recipe]:
-    """The recipes that may have made a slot: the one in force with the slot's own method, and that of a clustering."""
-    found: list[Recipe] = []
+def _specs(snapshot: Snapshot, slot: Slot) -> list[MergeSpec]:
+    """How a slot may have been merged: as later adds are, by the slot's own method; and as a clustering was."""
+    found: list[MergeSpec] = []
     for manifest in (snapshot.manifest, *snapshot.kept.values()):
         with contextlib.suppress(LorashelfError, TypeError):
-            recipe = recorded(manifest.recipe, manifest.budget).recipe
+            spec = recorded(manifest.recipe, manifest.budget).merge
             own = (
-                replace(recipe, merge=slot.average, parameters={})
-                if slot.average not in (None, recipe.merge)
-                else recipe
+                replace(spec, method=slot.history.method, parameters={})
+                if slot.history.method not in (None, spec.method)
+                else spec
             )
             found.append(own)
             if manifest.cause.get("operation") == "cluster" and "merge" in manifest.cause:
                 cause = manifest.cause
-                found.append(replace(recipe, merge=cause["merge"], parameters=cause.get("parameters", {})))
-    return [recipe for place, recipe in enumerate(found) if recipe not in found[:place]]
+                found.append(replace(spec, method=cause["merge"], parameters=cause.get("parameters", {})))
+    return [spec for place, spec in enumerate(found) if spec not in found[:place]]
 
 
 def _from_originals(
-    merged: Sequence[Merged], starts: Sequence[tuple[str | None, Content | None]], given: Given, recipe: Recipe
+    merged: Sequence[Source], starts: Sequence[tuple[str | None, Average | None]], given: Given, spec: MergeSpec
 ) -> Iterator[Mended]:
-    """The originals that are there, folded in their order into each start by either average, and merged at once."""
+    """The originals that are there, folded in their order into each start by either weighting, and merged at once."""
     for state, start in starts:
-        rest = [m for m in merged[len(start.merged) if start else 0 :] if m.digest in given]
-        for average in ("mean", "half") if rest else ():
+        rest = [m for m in merged[len(start.history.merged) if start else 0 :] if m.digest in given]
+        for weighting in WEIGHTINGS if rest else ():
             with contextlib.suppress(LorashelfError):
                 held = start
                 for m in rest:
                     adapter, record = given[m.digest], replace(m, weight=1.0)
                     if held is None:
-                        held = single(adapter, record, recipe)
+                        held = single(adapter, record, spec)
                     else:
-                        held = fold([held.plain], adapter, record, recipe, average)
+                        held = fold([held.plain], adapter, record, spec, weighting)
                 yield Mended("merged", new=held, state=state, given=tuple(m.task for m in rest))
     there = [m for m in merged if m.digest in given]
     if len(there) > 1:
         with contextlib.suppress(LorashelfError):
             records = [replace(m, weight=1.0) for m in there]
-            held = block([given[m.digest] for m in there], records, recipe)
+            held = block([given[m.digest] for m in there], records, spec)
             yield Mended("merged", new=held, given=tuple(m.task for m in there))
 
 
@@ -200,14 +205,14 @@ def _plan(snapshot: Snapshot, mended: Mapping[str, Mended], unsound: Sequence[st
     slots: list[Slot] = []
     writes: dict[int, Adapter] = {}
     for slot in snapshot.manifest.slots:
-        found = mended.get(slot.object)
+        found = mended.get(slot.object.id)
         if found is None or found.how == "rewritten":
             slots.append(slot)
         elif found.new is not None and found.tasks:
-            slots.append(found.new.slot(slot.slot, found.tasks))
-            writes[slot.slot] = found.new.adapter
+            slots.append(Slot.planned(slot.id, found.new, found.tasks))
+            writes[slot.id] = found.new.adapter
         elif found.kept is not None and found.tasks:
-            slots.append(replace(found.kept, slot=slot.slot, members=found.tasks))
+            slots.append(replace(found.kept, id=slot.id, members=found.tasks))
     served = {task for slot in slots for task in slot.members}
     line = snapshot.timeline
     manifest = replace(

@@ -61,15 +61,15 @@ def _apart(snapshot: Snapshot) -> dict[str, int]:
     """
     apart: dict[str, int] = {}
     for slot in snapshot.manifest.slots:
-        width = WIDTHS[slot.dtype]
+        width = WIDTHS[slot.object.dtype]
         try:
-            beside = slot.bytes - snapshot.adapter(slot).parameters * width
+            beside = slot.object.bytes - snapshot.adapter(slot).parameters * width
         except CorruptShelf:  # a damaged shelf is listed all the same
             beside = 0
-        for entry in slot.merged:
+        for entry in slot.history.merged:
             apart.setdefault(entry.digest, entry.parameters * width + beside)
     return apart
 
 
 def _answer(snapshot: Snapshot, task: str, slot: Slot) -> dict[str, Any]:
-    return {"task": task, "slot": slot.slot, "path": str(snapshot.slot_path(slot)), "members": list(slot.members)}
+    return {"task": task, "slot": slot.id, "path": str(snapshot.slot_path(slot)), "members": list(slot.members)}

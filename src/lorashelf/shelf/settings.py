@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from ..atomic import read_file
 from ..errors import LorashelfError, NewerFormat, ShelfConfigError, UsageError
 from ..lora.adapter import WIDTHS, BaseId, base_faults
 from ..lora.given import as_texts
-from ..merging import METHODS
-from ..placement.policies import POLICIES
+from ..merging.methods import METHODS
+from ..merging.spec import MergeSpec
+from ..placement.policies import POLICIES, PlacementSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,42 +44,20 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How an arriving adapter is placed and merged."""
-
-    policy: str = "kmerge++"
-    threshold: float | str = "auto"
-    """A similarity, or 'auto': the rule of `policy.auto_threshold` on the scores seen."""
-    merge: str = "linear"
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    rank: int | None = None
-    dtype: str | None = None
-    seed: int = 0
-    restore_norm: bool = False
-    """Scale every merged slot to the mean norm of what it averages."""
-
-    @property
-    def later(self) -> Recipe:
-        """The recipe of adds to slots that this one merged: itself, with `linear` in place of a method whose default
-        weight is 1. Such a fold gives the newcomer as much weight as all before it and trims them anew each time.
-        """
-        averages = METHODS[self.merge].weights == "mean"
-        return self if averages else replace(self, merge="linear", parameters={})
-
-    def document(self) -> dict[str, Any]:
-        """As in a manifest."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"parameters": dict(self.parameters)}
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     """All of shelf.toml."""
 
     budget: Budget
-    recipe: Recipe = Recipe()
+    placement: PlacementSpec = field(default_factory=PlacementSpec)
+    merge: MergeSpec = field(default_factory=MergeSpec)
     base: str | None = None
     """A constraint: only adapters of this base (or of an alias) are accepted."""
     base_aliases: tuple[str, ...] = ()
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How adapters are placed and merged, as in a manifest and in shelf.toml's table of this name."""
+        return {**self.placement.document(), **self.merge.document()}
 
     def agreed(
         self, stored: BaseId | None, offered: Mapping[str, BaseId], assume: bool = False
@@ -119,13 +98,24 @@ class Settings:
             if name not in SECTIONS:
                 raise UsageError(f"there is no setting {name!r}", cure=f"the settings are {', '.join(SECTIONS)}")
             parts[SECTIONS[name]][name] = value
-        budget, recipe = replace(self.budget, **parts["budget"]), replace(self.recipe, **parts["recipe"])
-        return replace(self, budget=budget, recipe=recipe, **parts[""])
+        placement, merge = specs({**self.recipe, **parts["recipe"]})
+        budget = replace(self.budget, **parts["budget"])
+        return replace(self, budget=budget, placement=placement, merge=merge, **parts[""])
 
 
+def specs(recipe: Mapping[str, Any]) -> tuple[PlacementSpec, MergeSpec]:
+    """How adapters are placed and merged, from the keys of a recipe; what it lacks has its default."""
+    chosen = {name: recipe[name] for name in RECIPE if name in recipe}
+    placement = {name: chosen.pop(name) for name in ("policy", "threshold") if name in chosen}
+    if "merge" in chosen:
+        chosen["method"] = chosen.pop("merge")
+    return PlacementSpec(**placement), MergeSpec(**chosen)
+
+
+RECIPE = (*PlacementSpec().document(), *MergeSpec().document())
 SECTIONS = {
     **{f.name: "budget" for f in fields(Budget)},
-    **{f.name: "recipe" for f in fields(Recipe)},
+    **dict.fromkeys(RECIPE, "recipe"),
     **dict.fromkeys(("base", "base_aliases"), ""),
 }
 """Setting → the table of shelf.toml that holds it; "" for the top."""
@@ -138,17 +128,19 @@ def new_settings(slots: int, **options: Any) -> Settings:
     outer = {name: chosen.pop(name) for name in ("base", "base_aliases") if name in chosen}
     if "base_aliases" in outer:
         outer["base_aliases"] = as_texts(outer["base_aliases"], "base_aliases")
-    return Settings(Budget(slots, **budget), Recipe(**chosen), **outer).checked()
+    if unknown := chosen.keys() - set(RECIPE):
+        raise TypeError(f"new_settings has no option {', '.join(sorted(unknown))}")
+    return Settings(Budget(slots, **budget), *specs(chosen), **outer).checked()
 
 
 def recorded(recipe: Mapping[str, Any], budget: Mapping[str, Any]) -> Settings:
     """The settings that a manifest recorded; it records neither base nor base_aliases. Raises UsageError."""
-    return Settings(Budget(**budget), Recipe(**recipe)).checked()
+    return Settings(Budget(**budget), *specs(recipe)).checked()
 
 
 def write_toml(settings: Settings) -> bytes:
     """The text of a new shelf.toml; what is left at its default stands there as a comment."""
-    budget, recipe = settings.budget, settings.recipe
+    budget, placement, merge = settings.budget, settings.placement, settings.merge
     lines = [
         "# What this shelf may hold, and how it decides. Edit it freely: changes hold for later adds.",
         f"format = {FORMAT}",
@@ -161,17 +153,17 @@ def write_toml(settings: Settings) -> bytes:
         f"keep = {budget.keep}",
         "",
         "[recipe]",
-        f'policy = "{recipe.policy}"',
-        _line("threshold", recipe.threshold, ""),
-        f'merge = "{recipe.merge}"',
-        _line("rank", recipe.rank, "cap the rank stored; never pads"),
-        _line("dtype", recipe.dtype, "f32, f16 or bf16; without it, as the adapter"),
-        f"seed = {recipe.seed}",
-        f"restore_norm = {str(recipe.restore_norm).lower()}",
+        f'policy = "{placement.policy}"',
+        _line("threshold", placement.threshold, ""),
+        f'merge = "{merge.method}"',
+        _line("rank", merge.rank, "cap the rank stored; never pads"),
+        _line("dtype", merge.dtype, "f32, f16 or bf16; without it, as the adapter"),
+        f"seed = {merge.seed}",
+        f"restore_norm = {str(merge.restore_norm).lower()}",
     ]
-    if recipe.parameters:
+    if merge.parameters:
         lines += ["", "[recipe.parameters]"]
-        lines += [f"{name} = {_toml(value)}" for name, value in sorted(recipe.parameters.items())]
+        lines += [f"{name} = {_toml(value)}" for name, value in sorted(merge.parameters.items())]
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -203,8 +195,8 @@ def read_toml(path: Path) -> Settings:
             f"format {version}; this lorashelf reads up to {FORMAT}", where=str(path), cure="upgrade lorashelf"
         )
     faults = [] if version == FORMAT else [("format", f"format is {version!r}, not {FORMAT}")]
-    budget = _section(document, "budget", Budget, faults)
-    recipe = _section(document, "recipe", Recipe, faults)
+    budget = _section(document, "budget", [f.name for f in fields(Budget)], faults)
+    recipe = _section(document, "recipe", RECIPE, faults)
     base, aliases = document.pop("base", None), document.pop("base_aliases", [])
     faults += [(name, f"unknown key {name!r}") for name in document]
     if not isinstance(base, str | None):
@@ -215,7 +207,7 @@ def read_toml(path: Path) -> Settings:
         aliases = []
     if "slots" not in budget:
         faults.append(("budget", "budget.slots is missing"))
-    settings = Settings(Budget(**{"slots": 1, **budget}), Recipe(**recipe), base, tuple(aliases))
+    settings = Settings(Budget(**{"slots": 1, **budget}), *specs(recipe), base, tuple(aliases))
     faults += _faults(settings)
     if faults:
         raise config_error(path, text, faults)
@@ -233,54 +225,55 @@ def config_error(path: Path, text: str, faults: list[tuple[str, str]]) -> ShelfC
     return ShelfConfigError(described, where=str(path), cure="edit these lines; docs/format.md lists every key")
 
 
-def _section(document: dict[str, Any], name: str, noun: type, faults: list[tuple[str, str]]) -> dict[str, Any]:
+def _section(
+    document: dict[str, Any], name: str, known: Sequence[str], faults: list[tuple[str, str]]
+) -> dict[str, Any]:
     section = document.pop(name, {})
     if not isinstance(section, dict):
         faults.append((name, f"{name} is not a table"))
         return {}
-    known = {f.name for f in fields(noun)}
     faults += [(key, f"unknown key {name}.{key}") for key in section if key not in known]
     return {key: value for key, value in section.items() if key in known}
 
 
 def _faults(settings: Settings) -> list[tuple[str, str]]:
-    budget, recipe = settings.budget, settings.recipe
+    budget, placement, merge = settings.budget, settings.placement, settings.merge
     faults = [
         (name, f"{name} is {value!r}; it must be a whole number of at least {least}, below 2^53")
         for name, value, least, optional in [
             ("slots", budget.slots, 1, False),
             ("bytes", budget.bytes, 1, True),
             ("keep", budget.keep, 0, False),
-            ("rank", recipe.rank, 1, True),
-            ("seed", recipe.seed, 0, False),
+            ("rank", merge.rank, 1, True),
+            ("seed", merge.seed, 0, False),
         ]
         if not (optional and value is None) and not (type(value) is int and least <= value <= LARGEST)
     ]
-    for name, value in (("dtype", recipe.dtype), ("policy", recipe.policy), ("merge", recipe.merge)):
+    for name, value in (("dtype", merge.dtype), ("policy", placement.policy), ("merge", merge.method)):
         if not isinstance(value, str) and not (name == "dtype" and value is None):
             faults.append((name, f"{name} is {value!r}, not a name"))
-    if isinstance(recipe.dtype, str) and recipe.dtype not in WIDTHS:
-        faults.append(("dtype", f"dtype is {recipe.dtype!r}; choose from {', '.join(WIDTHS)}"))
-    number = isinstance(recipe.threshold, int | float) and type(recipe.threshold) is not bool
-    if recipe.threshold != "auto" and not (number and abs(recipe.threshold) <= 1):  # type: ignore[arg-type]
-        faults.append(("threshold", f"threshold is {recipe.threshold!r}; a number from -1 to 1, or 'auto'"))
-    if not isinstance(recipe.parameters, Mapping):
-        faults.append(("parameters", f"parameters is {recipe.parameters!r}, not a table"))
+    if isinstance(merge.dtype, str) and merge.dtype not in WIDTHS:
+        faults.append(("dtype", f"dtype is {merge.dtype!r}; choose from {', '.join(WIDTHS)}"))
+    number = isinstance(placement.threshold, int | float) and type(placement.threshold) is not bool
+    if placement.threshold != "auto" and not (number and abs(placement.threshold) <= 1):  # type: ignore[arg-type]
+        faults.append(("threshold", f"threshold is {placement.threshold!r}; a number from -1 to 1, or 'auto'"))
+    if not isinstance(merge.parameters, Mapping):
+        faults.append(("parameters", f"parameters is {merge.parameters!r}, not a table"))
     names = [*([] if settings.base is None else [settings.base]), *settings.base_aliases]
     if not all(isinstance(item, str) and item.isprintable() and item.strip() for item in names):
         faults.append(("base", f"base or base_aliases {names!r} hold a name that is empty or not printable text"))
-    if not isinstance(recipe.restore_norm, bool):
-        faults.append(("restore_norm", f"restore_norm is {recipe.restore_norm!r}; true or false"))
+    if not isinstance(merge.restore_norm, bool):
+        faults.append(("restore_norm", f"restore_norm is {merge.restore_norm!r}; true or false"))
     for name, check in (
-        ("policy", lambda: POLICIES[recipe.policy]),
-        ("merge", lambda: METHODS[recipe.merge].checked(recipe.parameters)),
+        ("policy", lambda: POLICIES[placement.policy]),
+        ("merge", lambda: METHODS[merge.method].checked(merge.parameters)),
     ):
         try:
-            if isinstance(getattr(recipe, name), str) and isinstance(recipe.parameters, Mapping):
+            if isinstance(settings.recipe[name], str) and isinstance(merge.parameters, Mapping):
                 check()
         except LorashelfError as error:
             faults.append((name, f"{error.what} ({error.cure})"))
-    if recipe.policy == "all" and recipe.merge != "linear":
+    if placement.policy == "all" and merge.method != "linear":
         faults.append(("merge", "policy 'all' needs merge = \"linear\""))
     return faults
 

@@ -168,9 +168,9 @@ class Shelf:
         seen: set[str] = set()
         for manifest in (snapshot.manifest, *snapshot.retained().values()):
             for slot in manifest.slots:
-                if slot.object in seen or slot in sound:
+                if slot.object.id in seen or slot in sound:
                     continue
-                seen.add(slot.object)
+                seen.add(slot.object.id)
                 if found := snapshot.problems(slot):
                     problems += found
                 else:
@@ -203,7 +203,7 @@ class Shelf:
                 raise StaleShelf("the shelf changed since the plan was made", where=str(self.path), cure=cure)
             if plan.refused is not None:
                 return snapshot.head
-            if any(slot.object == PENDING and slot.slot not in plan.writes for slot in plan.manifest.slots):
+            if any(slot.object.id == PENDING and slot.id not in plan.writes for slot in plan.manifest.slots):
                 raise StaleShelf("the plan goes on from one that was not committed", where=str(self.path))
             if not plan.shrinks:
                 check_budget(snapshot, plan)
@@ -236,7 +236,7 @@ class Shelf:
                 snapshot.kept[target],
                 parent=snapshot.head,
                 sequence=snapshot.manifest.sequence + 1,
-                recipe=snapshot.settings.recipe.document(),
+                recipe=snapshot.settings.recipe,
                 budget=snapshot.settings.budget.document(),
                 cause={"operation": operation, "to": target, "time": _stamp(self._clock), "version": VERSION},
                 state=target,
@@ -247,7 +247,7 @@ class Shelf:
             self._check_settings(snapshot.settings, restored)
             for slot in restored.slots:
                 if not snapshot.slot_path(slot).is_dir():
-                    raise NotReversible(f"the object of slot {slot.slot} is gone", where=str(snapshot.slot_path(slot)))
+                    raise NotReversible(f"the object of slot {slot.id} is gone", where=str(snapshot.slot_path(slot)))
             self._sweep_staging()
             with self._nothing_left():
                 return self._advance(restored)
@@ -435,7 +435,7 @@ class Shelf:
         if leaving:
             self._history.append(reversed(leaving))
         kept = {snapshot.head, *retained}
-        reached = {slot.object for manifest in (snapshot.manifest, *retained.values()) for slot in manifest.slots}
+        reached = {slot.object.id for manifest in (snapshot.manifest, *retained.values()) for slot in manifest.slots}
         gone = []
         for path in sorted((self.path / "manifests").iterdir()):
             if path.name.removesuffix(".json") not in kept:
@@ -453,7 +453,7 @@ class Shelf:
 def _contradictions(settings: Settings, manifest: Manifest) -> list[tuple[str, str]]:
     """The settings that the content contradicts, as (key, sentence)."""
     faults = []
-    need = max((slot.slot + 1 for slot in manifest.slots), default=0)
+    need = max((slot.id + 1 for slot in manifest.slots), default=0)
     if settings.budget.slots < need:
         faults.append(("slots", f"slots is {settings.budget.slots}, but slot {need - 1} is filled: at least {need}"))
     stored = manifest.base.name if manifest.base and manifest.slots else ""
@@ -497,7 +497,7 @@ def _first_files(path: Path, settings: Settings, clock: Clock) -> Mapping[str, b
     """The files of an empty shelf, in the order of writing. Raises UsageError, OverBudget."""
     settings.checked()
     cause = {"operation": "init", "time": _stamp(clock), "version": VERSION}
-    first = Manifest(None, 0, settings.recipe.document(), settings.budget.document(), cause).encode()
+    first = Manifest(None, 0, settings.recipe, settings.budget.document(), cause).encode()
     written = write_toml(settings)
     empty, limit = HEAD_BYTES + len(first) + len(written), settings.budget.bytes
     if limit is not None and empty > limit:

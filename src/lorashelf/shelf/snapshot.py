@@ -18,7 +18,8 @@ from ..formats.objects import CONFIG_FILE, TENSOR_FILE, known_digest, object_dig
 from ..formats.peft import encode, read_stored
 from ..formats.safetensors import DAMAGED
 from ..lora.adapter import Adapter
-from ..lora.algebra import energies_hold
+from ..lora.algebra import squared_norms_hold
+from ..merging.average import Average
 from .log import FILE as LOG
 from .log import History
 from .manifest import PENDING, Manifest, Plan, Slot
@@ -84,7 +85,7 @@ class Snapshot:
 
     def slot_path(self, slot: Slot) -> Path:
         """The PEFT folder of a slot, absolute. Raises CorruptShelf if a link stands there."""
-        path = self.path.absolute() / "objects" / slot.object
+        path = self.path.absolute() / "objects" / slot.object.id
         no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
         return path
 
@@ -92,20 +93,27 @@ class Snapshot:
         """A slot's content as it is stored, read lazily. Whatever is read of it is held against the sums that the
         manifest has, or all its bytes against its id where it has none. Raises CorruptShelf, also when it is read.
         """
-        if slot.slot in self.pending:
-            return self.pending[slot.slot]
-        if not slot.sums:
+        if slot.id in self.pending:
+            return self.pending[slot.id]
+        if not slot.object.sums:
             self.check_bytes(slot)
         with self._standing():
             with refusals(self.path, "read"):
                 path = self.slot_path(slot)
             try:
-                adapter = read_stored(path, slot.sums, lambda what: self._corrupt([_damaged(slot, what)], path))
+                adapter = read_stored(path, slot.object.sums, lambda what: self._corrupt([_damaged(slot, what)], path))
             except AdapterFormatError as error:
                 raise self._corrupt([_damaged(slot, "; ".join(error.faults))], path) from error
-        if len(slot.energies) == len(adapter.modules):
-            adapter.modules.energies = dict(zip(adapter.modules, slot.energies, strict=True))
+        if len(slot.object.squared_norms) == len(adapter.modules):
+            adapter.modules.squared_norms = dict(zip(adapter.modules, slot.object.squared_norms, strict=True))
         return adapter
+
+    def average(self, slot: Slot) -> Average:
+        """A slot as what the next fold starts from: norm restoration divided out. Raises as `adapter`."""
+        average = Average(self.adapter(slot), slot.history).plain
+        if not average.noise_fits:
+            raise self._corrupt([f"slot {slot.id}: the manifest's noise is of another number of modules"], self.path)
+        return average
 
     def located(self, task: str) -> tuple[Slot, Mapping[str, Any]]:
         """Θ(t): the slot of a task, and what is stored with the task. Raises UnknownName with the nearest names."""
@@ -120,7 +128,7 @@ class Snapshot:
 
         An object is hashed once a process, and again where the times of its files have changed.
         """
-        stored = [slot for slot in slots if slot.slot not in self.pending]
+        stored = [slot for slot in slots if slot.id not in self.pending]
         with self._standing():
             faults = {slot: fault for slot, fault in zip(stored, at_once(self._fault, stored), strict=True) if fault}
             if faults:
@@ -137,7 +145,7 @@ class Snapshot:
                 raise
             except OSError as error:
                 return _damaged(slot, f"{Path(error.filename or path).name} cannot be read: {error.strerror}")
-        return None if found == slot.object else _damaged(slot, DAMAGED)
+        return None if found == slot.object.id else _damaged(slot, DAMAGED)
 
     def _corrupt(self, faults: Sequence[str], where: Path) -> CorruptShelf:
         return CorruptShelf("; ".join(faults), where=str(where), cure=f"lorashelf repair {self.path}")
@@ -150,9 +158,9 @@ class Snapshot:
             path, adapter = self.slot_path(slot), self.adapter(slot)
             with refusals(path, "read"):
                 size = sum((path / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
-            if size != slot.bytes:
-                return [_damaged(slot, f"it has {size} bytes, the manifest says {slot.bytes}")]
-            if slot.energies and not energies_hold(adapter):
+            if size != slot.object.bytes:
+                return [_damaged(slot, f"it has {size} bytes, the manifest says {slot.object.bytes}")]
+            if slot.object.squared_norms and not squared_norms_hold(adapter):
                 return [_damaged(slot, "the manifest's energies are not those of its values")]
         except (CorruptShelf, StaleShelf) as error:
             return [error.what]
@@ -180,7 +188,7 @@ class Snapshot:
     @property
     def resting(self) -> int:
         """Every byte under the shelf once it is swept."""
-        objects: dict[object, int] = {slot.object: slot.bytes for slot in self.manifest.slots}
+        objects: dict[object, int] = {slot.object.id: slot.object.bytes for slot in self.manifest.slots}
         return self._size(self._retained(objects), objects)
 
     def at_rest(self, plan: Plan, *, hashed: bool = True) -> int:
@@ -190,10 +198,10 @@ class Snapshot:
         """
         objects: dict[object, int] = {}
         for slot in plan.manifest.slots:
-            if slot.slot in plan.writes:
-                objects[encode(plan.writes[slot.slot]).digest() if hashed else (slot.slot,)] = slot.bytes
+            if slot.id in plan.writes:
+                objects[encode(plan.writes[slot.id]).digest() if hashed else (slot.id,)] = slot.object.bytes
             else:
-                objects[_key(slot)] = slot.bytes
+                objects[_key(slot)] = slot.object.bytes
         after = self.after(plan)
         return after._size(after._retained(objects), objects)
 
@@ -201,7 +209,7 @@ class Snapshot:
         """The manifests that stay beside the head, with their objects: where undo and redo lead, `keep` predecessors,
         and for `keep` commits what could be redone until a change, as far as the bytes have room.
         """
-        return self._retained({slot.object: slot.bytes for slot in self.manifest.slots})
+        return self._retained({slot.object.id: slot.object.bytes for slot in self.manifest.slots})
 
     def _retained(self, objects: Mapping[object, int]) -> dict[str, Manifest]:
         limit, line = self.settings.budget.bytes, self.timeline
@@ -219,7 +227,7 @@ class Snapshot:
     def _size(self, stay: Mapping[str, Manifest], objects: Mapping[object, int]) -> int:
         """Every byte under the shelf once it holds the head, whose objects are given, and the manifests that stay."""
         leaving = list(self.ancestors.items())[self.keep :]
-        stored = {_key(slot): slot.bytes for manifest in stay.values() for slot in manifest.slots}
+        stored = {_key(slot): slot.object.bytes for manifest in stay.values() for slot in manifest.slots}
         others = {name: size for name, size in self._files().items() if name.parts[0] not in _SWEPT}
         return (
             sum(others.values())
@@ -242,9 +250,9 @@ class Snapshot:
 
 def _key(slot: Slot) -> object:
     """What tells objects apart, those that are not written yet too."""
-    return slot.object if slot.object != PENDING else (slot.slot, slot.merged)
+    return slot.object.id if slot.object.id != PENDING else (slot.id, slot.history.merged)
 
 
 def _damaged(slot: Slot, what: str) -> str:
     """A fault of a slot's object, with the tasks that it serves."""
-    return f"slot {slot.slot}, objects/{slot.object}: {what}; tasks: {', '.join(slot.members)}"
+    return f"slot {slot.id}, objects/{slot.object.id}: {what}; tasks: {', '.join(slot.members)}"

@@ -24,7 +24,7 @@ VALIDATIONS = 8  # how often a run looks at the validation split
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """What a training is asked for. None is scaled to the data (`Curriculum.of`); `alpha` None is four times the rank.
+    """What a training is asked for. None is scaled to the data (`Hyperparameters.of`); `alpha` None is four times the rank.
 
     `targets` None are the linear layers of the base's attention; `rate` is the peak; `batch` counts examples a step;
     `patience` counts validations without a lower loss; `dtype` is that of the stored file. Raises UsageError with all
@@ -72,7 +72,7 @@ def _below(value: int | None, lowest: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Curriculum:
+class Hyperparameters:
     """What one task is taught with: every number that decides the result beside data and base, nothing left open."""
 
     task: str
@@ -89,14 +89,14 @@ class Curriculum:
     patience: int
 
     @classmethod
-    def of(cls, task: str, examples: int, settings: TrainSettings) -> Curriculum:
+    def of(cls, task: str, examples: int, settings: TrainSettings) -> Hyperparameters:
         """The settings, with what they leave open scaled to the number of examples.
 
         Rank 32 from a thousand examples, below it 8. One epoch; small data up to five, until there are 50 steps. The
         rate falls with the root of the steps: 1e-3 at 50 or fewer, 2.2e-4 at a thousand, the papers' 5e-5 at 20,000.
         Batches of 8, smaller where an epoch would have fewer than six.
 
-        >>> few = Curriculum.of("mail", 12, TrainSettings())
+        >>> few = Hyperparameters.of("mail", 12, TrainSettings())
         >>> few.rank, few.alpha, few.steps, few.batch, few.rate
         (8, 32, 30, 2, 0.001)
         """

@@ -11,18 +11,18 @@ from ..errors import TaskDataError
 from ..models.base_model import BaseModel
 from ..models.hf import HFBackend
 from ..tasks.folders import ExampleSet, Task
-from .config import Curriculum, TrainSettings
+from .config import Hyperparameters, TrainSettings
 from .trainer import peft_library, target_layers
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class TrainingJob:
     """One task on one base, ready to be taught: the examples that fit, how, and onto which layers."""
 
     train: ExampleSet
     validation: ExampleSet
     dropped: Mapping[str, int]
-    curriculum: Curriculum
+    curriculum: Hyperparameters
     layers: tuple[str, ...]
     settings: TrainSettings
     base: Mapping[str, str]
@@ -60,7 +60,7 @@ class Lesson:
         )
 
 
-def prepare(tasks: Mapping[str, Task], base: BaseModel, settings: TrainSettings | None = None) -> list[Lesson]:
+def prepare(tasks: Mapping[str, Task], base: BaseModel, settings: TrainSettings | None = None) -> list[TrainingJob]:
     """What would be trained, before anything is: for every task the examples that fit, and how it will be taught.
 
     Raises MissingExtra, UsageError for targets that the base lacks, TaskDataError naming every task that cannot be
@@ -72,7 +72,7 @@ def prepare(tasks: Mapping[str, Task], base: BaseModel, settings: TrainSettings 
     layers = tuple(target_layers(base.model, settings.targets))
     dtype = str(base.model.dtype).removeprefix("torch.")
     known = {"base": base.name, "weights": backend.weights, "computed in": dtype, "prompt": base.template.id}
-    lessons: list[Lesson] = []
+    lessons: list[TrainingJob] = []
     faults: dict[str, str] = {}
     for name, task in sorted(tasks.items()):
         if "train" not in task.splits:
@@ -86,11 +86,11 @@ def prepare(tasks: Mapping[str, Task], base: BaseModel, settings: TrainSettings 
             continue
         kept = replace(task, splits={"validation": (), **{split: s.examples for split, (s, _) in fitting.items()}})
         lessons.append(
-            Lesson(
+            TrainingJob(
                 train=train,
                 validation=kept.examples("validation", settings.validation_limit, settings.seed),
                 dropped={split: fitting[split][1] for split in ("train", "validation") if split in fitting},
-                curriculum=Curriculum.of(name, len(train.examples), settings),
+                curriculum=Hyperparameters.of(name, len(train.examples), settings),
                 layers=layers,
                 settings=settings,
                 base=known,

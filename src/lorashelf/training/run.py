@@ -27,8 +27,8 @@ from ..models.protocol import mean_loss
 from ..tasks.folders import Task
 from ..version import VERSION
 from .config import TrainSettings
-from .job import Lesson, prepare
-from .trainer import Trainee
+from .job import TrainingJob, prepare
+from .trainer import LoraTrainer
 
 RECORD_FILE = "training.json"
 STATE_FOLDER = ".training"
@@ -75,7 +75,7 @@ def train(
 
 
 def train_into(
-    folder: str | Path, lessons: Sequence[Lesson], base: BaseModel, *, watch: Watch | None = None
+    folder: str | Path, lessons: Sequence[TrainingJob], base: BaseModel, *, watch: Watch | None = None
 ) -> dict[str, dict[str, Any]]:
     """Train every lesson into `folder/<task>`, a PEFT folder and its training.json; returns the records by task.
 
@@ -92,7 +92,7 @@ def train_into(
 
 
 def _taught_into(
-    folder: Path, lessons: Sequence[Lesson], base: BaseModel, watch: Watch | None
+    folder: Path, lessons: Sequence[TrainingJob], base: BaseModel, watch: Watch | None
 ) -> dict[str, dict[str, Any]]:
     records, states = _standing(folder, lessons), _states(folder, lessons)
     for lesson in lessons:
@@ -109,7 +109,9 @@ def _taught_into(
     return dict(sorted(records.items()))
 
 
-def taught(lesson: Lesson, base: BaseModel, *, watch: Watch | None = None, state: str | Path | None = None) -> Trained:
+def taught(
+    lesson: TrainingJob, base: BaseModel, *, watch: Watch | None = None, state: str | Path | None = None
+) -> Trained:
     """Train a prepared lesson; as `train`."""
     begun = _read_state(Path(state)) if state is not None and Path(state).exists() else None
     if begun is not None and (changes := _changes(lesson, begun["identity"])):
@@ -148,11 +150,11 @@ class _Past:
 class _Run:
     """One lesson being taught: `past`, the best adapter so far, and the state that a later run would go on from."""
 
-    def __init__(self, lesson: Lesson, base: BaseModel, watch: Watch | None, file: Path | None) -> None:
+    def __init__(self, lesson: TrainingJob, base: BaseModel, watch: Watch | None, file: Path | None) -> None:
         self.lesson, self.past, self.trainee = (
             lesson,
             _Past(),
-            Trainee(HFBackend(base), lesson.curriculum, lesson.layers),
+            LoraTrainer(HFBackend(base), lesson.curriculum, lesson.layers),
         )
         self._watch, self._file = watch, file
         self._tokens = [self.trainee.backend.tokens(lesson.train, example) for example in lesson.train.examples]
@@ -305,11 +307,11 @@ def _short(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def _states(folder: Path, lessons: Sequence[Lesson]) -> dict[str, Path]:
+def _states(folder: Path, lessons: Sequence[TrainingJob]) -> dict[str, Path]:
     return {lesson.task: folder / STATE_FOLDER / f"{lesson.task}.pt" for lesson in lessons}
 
 
-def _standing(folder: Path, lessons: Sequence[Lesson]) -> dict[str, dict[str, Any]]:
+def _standing(folder: Path, lessons: Sequence[TrainingJob]) -> dict[str, dict[str, Any]]:
     """The records of the tasks that are finished in a folder. Raises UsageError for what bars the others."""
     states = _states(folder, lessons)
     records, faults = {}, []
@@ -342,7 +344,7 @@ def _record(file: Path) -> dict[str, Any]:
     return record
 
 
-def _changes(lesson: Lesson, begun: Mapping[str, Any]) -> list[str]:
+def _changes(lesson: TrainingJob, begun: Mapping[str, Any]) -> list[str]:
     """What a training was begun with that is not so now."""
     now = lesson.identity
     differing = [name for name in now if name not in begun or begun[name] != now[name]]

@@ -23,7 +23,7 @@ from ..models.hf import HFBackend, Tokens
 from ..models.hooks import OutOfMemory, sizes, within_memory
 from ..models.protocol import Loss
 from ..tasks.folders import ExampleSet
-from .config import Curriculum
+from .config import Hyperparameters
 
 LARGEST_GRADIENT = 1.0  # its norm is clipped to this
 _NAME = "default"  # PEFT's name of the only adapter
@@ -63,10 +63,10 @@ def _block(path: str) -> str:
     return path.rpartition(".")[0].lower()
 
 
-class Trainee:
+class LoraTrainer:
     """The base of a backend with a fresh LoRA on it. `close` gives the base back as it was."""
 
-    def __init__(self, backend: HFBackend, curriculum: Curriculum, layers: Sequence[str]) -> None:
+    def __init__(self, backend: HFBackend, curriculum: Hyperparameters, layers: Sequence[str]) -> None:
         peft = peft_library()
         self.backend, self._torch = backend, libraries()[0]
         model = backend.base.model
