@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -37,8 +38,9 @@ LATE = {  # import inside a function → why
     ("training.run", "importlib.metadata"): "a mail parser's worth of imports",
     ("shelf.settings", "tomlkit"): "only to edit shelf.toml",
     ("cli.adapters", "report.heatmap"): "only with --plot",
-    ("models.base_model", "torch"): "extra `llm`",
-    ("models.base_model", "transformers"): "extra `llm`",
+    ("models.loading", "torch"): "extra `llm`",
+    ("models.loading", "transformers"): "extra `llm`",
+    ("cache", "platformdirs"): "a fiftieth of the start, and only where something is cached",
     ("models.base_model", "huggingface_hub"): "extra `llm`",
     ("models.base_model", "huggingface_hub.errors"): "extra `llm`",
     ("training.trainer", "peft"): "extra `llm`",
@@ -155,8 +157,29 @@ def error_classes() -> list[type[errors.LorashelfError]]:
 
 
 def test_the_drawn_tree_is_the_error_tree() -> None:
-    drawn = {(name, int(code)) for name, code in re.findall(r"[├└]── (\w+) +(\d+)", errors.__doc__ or "")}
-    assert drawn == {(c.__name__, c.exit_code) for c in error_classes() if c is not errors.LorashelfError}
+    rows = re.findall(r"^    ([│ ]*)[├└]── (\w+) +(\d+)", errors.__doc__ or "", re.MULTILINE)
+    above, drawn = {-1: "LorashelfError"}, set()
+    for indent, name, code in rows:
+        depth = len(indent) // 4
+        above[depth] = name
+        drawn.add((above[depth - 1], name, int(code)))
+    known = [c for c in error_classes() if c is not errors.LorashelfError]
+    assert drawn == {(c.__bases__[0].__name__, c.__name__, c.exit_code) for c in known}
+
+
+def test_no_error_is_defined_outside_the_tree() -> None:
+    everything = [name for name in map(module_name, SOURCE.rglob("*.py")) if name not in ("", "__main__", "errors")]
+    for name in everything:
+        module = importlib.import_module(f"lorashelf.{name}")
+        for value in vars(module).values():
+            if inspect.isclass(value) and issubclass(value, errors.LorashelfError):
+                assert value.__module__ == "lorashelf.errors", value
+
+
+def test_faulty_task_data_is_not_an_error_of_the_model() -> None:
+    assert not issubclass(errors.TaskDataError, errors.ModelError)
+    assert (errors.TaskDataError.exit_code, errors.TaskDataError.kind) == (5, "task_data")
+    assert issubclass(errors.OutOfMemory, errors.ModelError)
 
 
 def test_every_error_has_a_kind_of_its_own() -> None:
@@ -182,7 +205,7 @@ def test_only_atomic_writes() -> None:
     pattern = re.compile(
         r"\.(write_text|write_bytes|unlink|rmdir|rename|replace)\((?!self|\")|open\([^)]*[\"'][wax+]|shutil\.|savefig\(path|save_pretrained\("
     )
-    allowed = {"atomic", "cli.demo", "models.base_model"}
+    allowed = {"atomic", "cli.demo", "models.gguf_cache"}
     offenders = []
     for path in SOURCE.rglob("*.py"):
         if module_name(path) not in allowed:

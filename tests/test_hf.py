@@ -429,7 +429,7 @@ def test_a_folder_without_a_model_and_a_broken_gguf(tmp_path: Path, monkeypatch:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelError, match="cannot be loaded"):
         open_base(str(tmp_path / "broken.gguf"))
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert {path.name for path in (tmp_path / "cache").iterdir()} <= {"digests"}
 
 
 def test_a_damaged_folder_ends_in_a_model_error(bases: dict[str, HFBackend], tmp_path: Path) -> None:
@@ -492,16 +492,6 @@ def test_stops_are_tokens_of_the_end_and_those_the_model_names(tmp_path: Path) -
     endless = HFBackend(replace(base, template=replace(base.template, end="")))
     assert endless._stops == []
     assert len(endless.answers(None, "Do:", ["a", "longer"], max_new_tokens=4)) == 2
-
-
-def test_two_fine_tunes_of_one_size_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their names, sizes and headers, vocabulary included, are equal; a weight at the end is not."""
-    monkeypatch.setenv("LORASHELF_CACHE", str(tmp_path / "cache"))
-    for name, last in (("one", b"a"), ("two", b"b"), ("copy", b"a")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "base.gguf").write_bytes(b"GGUF" + bytes(6_000_000) + last)
-    one, two, copy = (base_model.cached(tmp_path / name / "base.gguf") for name in ("one", "two", "copy"))
-    assert one == copy != two
 
 
 def test_without_the_default_base_the_install_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,18 @@ def settle(folder: Path) -> None:
         _sync(folder)
 
 
+def settle_files(folder: Path) -> None:
+    """Make durable the files that another program wrote into a folder, and their names."""
+    with refusals(folder):
+        for path in sorted(folder.iterdir()):
+            handle = open_file(path)
+            try:
+                _flush(handle)
+            finally:
+                os.close(handle)
+        _sync(folder)
+
+
 def is_vacant(path: Path) -> bool:
     """Whether a new folder can take this path: nothing is there, or an empty folder. Raises DiskError."""
     with refusals(path, "read"):

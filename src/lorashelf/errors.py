@@ -23,7 +23,8 @@
     │   └── NotReversible         4  the history needed to take something back is gone
     ├── DiskError             4  the file system refused: full, read-only, no permission
     ├── ModelError            5  the language model, or an evaluation with it, failed
-    │   └── TaskDataError         5  a task folder cannot be read or used
+    │   └── OutOfMemory           5  memory ended, on any device
+    ├── TaskDataError         5  a task folder cannot be read or used
     ├── Interrupted         130  Ctrl-C, SIGTERM or SIGHUP after part of the work; `done` says which
     └── Unread              141  whoever reads standard output went away
 
@@ -244,9 +245,16 @@ class ModelError(LorashelfError):
     kind = "model"
 
 
-class TaskDataError(ModelError):
+class OutOfMemory(ModelError):
+    """Memory ended, on any device; smaller pieces may do."""
+
+    kind = "out_of_memory"
+
+
+class TaskDataError(LorashelfError):
     """A task folder cannot be read or used; `faults` names file, line and field of each, and has a cure for it."""
 
+    exit_code = 5
     kind = "task_data"
 
     def __init__(self, faults: Mapping[str, str], *, where: str | None = None) -> None:

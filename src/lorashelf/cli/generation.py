@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
+from ..cache import cache_folder
 from ..errors import UsageError
-from ..models.base_model import cache_folder
 from ..models.hf import HFBackend
 from ..serving.generate import checked, service
 from ..serving.text_routing import Choice, choose, examples_on, prototypes

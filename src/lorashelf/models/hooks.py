@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import Fault, ModelError, ShapeMismatch
+from ..errors import Fault, OutOfMemory, ShapeMismatch
 from ..faults import Faults
 from ..lora.adapter import Adapter, BaseId, Factors
 from ..lora.alignment import respelled
-from .base_model import BaseModel, libraries
+from .base_model import BaseModel
+from .loading import libraries
 
 _PEFT = "serve it with PEFT, which converts it: PeftModel.from_pretrained(base, FOLDER); route prints a task's FOLDER"
 _logger = logging.getLogger("lorashelf")
@@ -111,10 +112,6 @@ def sizes(layer: Any) -> tuple[int, int] | None:
     if type(layer).__name__ == "Conv1D":
         return layer.weight.shape[1], layer.weight.shape[0]
     return None
-
-
-class OutOfMemory(ModelError):
-    """Memory ended, on any device; smaller pieces may do."""
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from ..errors import AdapterFormatError, ModelError, UsageError
 from ..formats.peft import write_adapter
 from ..locks import sole
 from ..lora.adapter import Adapter, Factors
-from ..models.base_model import BaseModel, libraries
+from ..models.base_model import BaseModel
 from ..models.hf import HFBackend
+from ..models.loading import libraries
 from ..models.protocol import mean_loss
 from ..tasks.folders import Task
 from ..version import VERSION

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from ..errors import MissingExtra, UsageError
+from ..errors import MissingExtra, OutOfMemory, UsageError
 from ..formats.peft import rounded
 from ..lora.adapter import Adapter, BaseId, Factors, Modules
-from ..models.base_model import libraries
 from ..models.hf import HFBackend, Tokens
-from ..models.hooks import OutOfMemory, sizes, within_memory
+from ..models.hooks import sizes, within_memory
+from ..models.loading import libraries
 from ..models.protocol import Loss
 from ..tasks.folders import ExampleSet
 from .config import Hyperparameters
