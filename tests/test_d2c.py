@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from factory import make_adapter
 from lorashelf import Adapter, MergeSpec, merge
 from lorashelf.errors import UsageError
+from lorashelf.merging.blocks import merger
 from lorashelf.models.protocol import Loss, Pair, QuadraticBackend, mean_loss
 from lorashelf.placement.d2c import Block, search
 from lorashelf.result_store import ResultStore
@@ -340,6 +344,40 @@ def test_losses_on_the_examples_searched_with_and_on_others_are_reported() -> No
     mean = total(adapters, searched.found.blocks) / len(TASKS)
     assert searched.loss == pytest.approx(mean, rel=1e-5)
     assert searched.held_out == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize(("slots", "held_out"), [(2, False), (2, True), (20, True)])
+def test_each_block_is_merged_once_and_few_merges_are_held(
+    slots: int, held_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reporting on other examples merges nothing anew, also where there are more blocks than merges are kept."""
+    from lorashelf.search import cluster
+
+    adapters = {f"t{i:02}": make_adapter(i) for i in range(8 if slots == 2 else 40)}
+    merges: list[tuple[str, ...]] = []
+    alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
+    most = 0
+
+    def counting(adapters: dict[str, Adapter], spec: MergeSpec) -> Any:
+        plain = merger(adapters, spec)
+
+        def merged(tasks: Sequence[str]) -> Adapter:
+            nonlocal most
+            merges.append(tuple(tasks))
+            found = replace(plain(tasks))  # a block of one is the adapter itself
+            alive.add(found)
+            most = max(most, len(alive))
+            return found
+
+        return merged
+
+    monkeypatch.setattr(cluster, "merger", counting)
+    sets = sets_of(adapters)
+    backend, others = QuadraticBackend(adapters), sets_of(adapters, 3) if held_out else None
+    spec = MergeSpec(method="linear")
+    cluster.cluster_by_loss(adapters, slots, spec, backend, sets, held_out=others, iterations=0)
+    assert len(merges) == len(set(merges)) == slots
+    assert most <= 17
 
 
 def test_copies_are_merged_once() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ Key = tuple[tuple[str, ...], str]
 
 
 class BlockLoss:
-    """ℓ(block, task) = Σ NLL / Σ tokens of the task's examples under the block's merge, in nats a token; memoised.
+    """ℓ(block, task) = Σ NLL / Σ tokens of the task's examples under the block's merge, in nats per token; memoised.
 
     `asked` counts the losses asked for, `measured` those that the backend had to measure; their memory is `known`.
     """
@@ -65,24 +65,44 @@ class BlockLoss:
             if key not in self.known and (kept := self._journal.get(_unit(key), _is_loss)) is not None:
                 self.known[key] = kept
         missing = [key for key in dict.fromkeys(keys) if key not in self.known]
-        if missing:
-            found = self._backend.nll([(self._merged(block), self._examples[task]) for block, task in missing])
-            self.measured += len(missing)
-            for key, losses in zip(missing, found, strict=True):
-                self.known[key] = mean_loss(losses)
-                self._journal.put(_unit(key), self.known[key])
+        for merged, tasks in _by_block(missing).items():
+            for task, loss in self._measured(merged, tasks, self._examples):
+                self.measured += 1
+                self.known[merged, task] = loss
+                self._journal.put(_unit((merged, task)), loss)
         return [self.known[key] for key in keys]
+
+    def on(self, examples: Mapping[str, ExampleSet], pairs: Iterable[tuple[Block, str]]) -> list[float]:
+        """The loss of each (block, task) on other examples; neither counted nor kept. A block is merged at most once.
+
+        Raises what the backend raises.
+        """
+        keys = [self._key(block, task) for block, task in pairs]
+        found = {
+            (block, task): loss
+            for block, tasks in _by_block(keys).items()
+            for task, loss in self._measured(block, tasks, examples)
+        }
+        return [found[key] for key in keys]
+
+    def _measured(
+        self, block: tuple[str, ...], tasks: Sequence[str], examples: Mapping[str, ExampleSet]
+    ) -> Iterator[tuple[str, float]]:
+        """The losses of tasks under the merge of one block, the only adapter that the backend is given at a time."""
+        merged = self._merged(block)
+        losses = self._backend.nll([(merged, examples[task]) for task in tasks])
+        yield from zip(tasks, map(mean_loss, losses), strict=True)
 
     def _key(self, block: Block, task: str) -> Key:
         """The block by one task an adapter: copies are merged once."""
         return tuple(sorted({self._first[self._digests[t]] for t in block})), task
 
     def _merged(self, block: tuple[str, ...]) -> Adapter:
-        if block not in self._merges:
-            while len(self._merges) >= _MERGES_KEPT:
-                del self._merges[next(iter(self._merges))]
-            self._merges[block] = self._merge(block)
-        return self._merges[block]
+        found = self._merges.pop(block, None) or self._merge(block)
+        self._merges[block] = found  # the latest used stand last
+        if len(self._merges) > _MERGES_KEPT:
+            del self._merges[next(iter(self._merges))]
+        return found
 
     def _resume(self, path: Path) -> ResultStore:
         """The journal of this very search, new or from before."""
@@ -100,6 +120,14 @@ class BlockLoss:
             what = f"the journal is of another search: {', '.join(differing)} differ"
             raise UsageError(what, where=str(path), cure="give the same settings, or delete it, or name another")
         return journal
+
+
+def _by_block(keys: Iterable[Key]) -> dict[tuple[str, ...], list[str]]:
+    """The distinct keys' tasks by block, in the order of the keys."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for block, task in dict.fromkeys(keys):
+        found.setdefault(block, []).append(task)
+    return found
 
 
 def _is_loss(value: Any) -> bool:

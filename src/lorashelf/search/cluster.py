@@ -11,7 +11,7 @@ from ..errors import TaskDataError, UnknownName
 from ..lora.adapter import Adapter
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
-from ..models.protocol import LossBackend, mean_loss
+from ..models.protocol import LossBackend
 from ..placement import d2c
 from ..placement.partitioners import partition
 from ..tasks.folders import ExampleSet, Task
@@ -67,8 +67,7 @@ def cluster_by_loss(
     """
     options = {"k": k, "iterations": iterations, "accept": accept, "init": init, "keep_best": keep_best}
     settings = {"recipe": spec.document(), **options}
-    merge = merger(adapters, spec)
-    objective = BlockLoss(adapters, examples, backend, merge, settings=settings, journal=journal)
+    objective = BlockLoss(adapters, examples, backend, merger(adapters, spec), settings=settings, journal=journal)
     tasks, start = sorted(adapters), None
     if init == "agglomerative" and len(tasks) > k:
         indices = partition([adapters[task] for task in tasks], k, method=init)
@@ -85,12 +84,13 @@ def cluster_by_loss(
         watch=watch,
     )
     asked, distinct, evaluations = objective.asked, len(objective.known), objective.measured
-    final = objective([(frozenset(block), task) for block in found.blocks for task in block])
-    others = None
-    if held_out is not None:
-        pairs = [(merge(block), held_out[task]) for block in found.blocks for task in block]
-        others = sum(map(mean_loss, backend.nll(pairs))) / len(tasks)
-    return Searched(found, sum(final) / len(tasks), others, asked, distinct, evaluations)
+    final, others = 0.0, 0.0
+    for block in found.blocks:  # both losses of a block, then the next: each is merged once
+        served = [(frozenset(block), task) for task in block]
+        final += sum(objective(served))
+        others += 0.0 if held_out is None else sum(objective.on(held_out, served))
+    mean_of_others = None if held_out is None else others / len(tasks)
+    return Searched(found, final / len(tasks), mean_of_others, asked, distinct, evaluations)
 
 
 def drawn(
