@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,8 @@ class Bench:
     def run(self, side: str, threads: int, watch: bool = False) -> Run:
         if side == "add":
             self.copy_shelf()
-            return child([*LORASHELF, "add", self.copy, self.new, "--json"], threads, watch=watch)
+            found = child([*LORASHELF, "add", self.copy, self.new, "--json"], threads, watch=watch)
+            return replace(found, result=found.result["added"][0])
         shutil.rmtree(self.saved, ignore_errors=True)
         output = [] if side in ("dense", "ours", "folders") else [self.saved]
         held = [self.shelf] if side == "ours" else self.slots

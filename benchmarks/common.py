@@ -97,6 +97,8 @@ def child(command: Sequence[str | Path], threads: int, *, watch: bool = False) -
     started = time.perf_counter()
     with confined(threads):
         process = subprocess.Popen(words, env=environment(threads), stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout
+    assert process.stderr
     if watch:
         peak, status, usage = _watched(process.pid)
         printed = process.stdout.read()

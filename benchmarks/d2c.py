@@ -11,16 +11,25 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import common
 from common import seconds, times
+
+if TYPE_CHECKING:
+    from lorashelf import Adapter
+    from lorashelf.placement.d2c import Block
+    from lorashelf.tasks.folders import ExampleSet
+
+    Pairs = Sequence[tuple[Block, str]]
 
 ROOT = Path(__file__).parent.parent
 COUNT, K, ITERATIONS, EXAMPLES = 20, 5, 200, 8
 
 
-def chosen(zoo: Path, data: Path) -> tuple[dict, dict]:
+def chosen(zoo: Path, data: Path) -> tuple[dict[str, Adapter], dict[str, ExampleSet]]:
     """Twenty adapters drawn by seed 0, and eight examples of each task from both splits."""
     import numpy as np
 
@@ -65,11 +74,11 @@ def main() -> int:
         asked: list[object] = []
         objective = BlockLoss(adapters, sets, backend, merge)
 
-        def remembered(pairs, objective=objective, asked=asked):
+        def remembered(pairs: Pairs, objective: BlockLoss = objective, asked: list[object] = asked) -> Sequence[float]:
             asked.extend(pairs)
             return objective(pairs)
 
-        def plain(pairs):
+        def plain(pairs: Pairs) -> list[float]:
             return [mean_loss(backend.nll([(merge(tuple(sorted(block))), sets[task])])[0]) for block, task in pairs]
 
         started = time.perf_counter()

@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def measured(folder: Path, rounds: int, threads: int) -> int:
     for name in SIDES:
         watched = run(name, watch=True)
         peaks[name] = watched.peak - watched.result["held"]
-    runs = common.interleaved({name: lambda name=name: run(name) for name in SIDES}, rounds)
+    runs = common.interleaved({name: partial(run, name) for name in SIDES}, rounds)
     walls = {name: [found.result["wall"] for found in runs[name]] for name in SIDES}
     cpu = {name: min(found.result["cpu"] for found in runs[name]) for name in SIDES}
     matrices = {name: np.array(runs[name][0].result["matrix"]) for name in SIDES}

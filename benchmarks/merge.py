@@ -36,8 +36,8 @@ def model(adapters: list[Any]) -> Any:
 
     base = torch.nn.Module()
     base.layers = torch.nn.ModuleList(Projection() for _ in range(LAYERS))
-    config = LoraConfig(r=common.RANK, lora_alpha=SCALE * common.RANK, target_modules=["q_proj"])
-    wrapped = get_peft_model(base, config, adapter_name="0")
+    config = LoraConfig(r=common.RANK, lora_alpha=int(SCALE * common.RANK), target_modules=["q_proj"])
+    wrapped: Any = get_peft_model(base, config, adapter_name="0")
     for i in range(1, len(adapters)):
         wrapped.add_adapter(str(i), config)
     for i, adapter in enumerate(adapters):
@@ -60,7 +60,7 @@ def measured(method: str, adapters: list[Any], wrapped: Any, rounds: int) -> tup
 
     from lorashelf import merge
 
-    params = {"density": 0.5} if method == "ties" else {}
+    params: dict[str, Any] = {"density": 0.5} if method == "ties" else {}
     weights = [1.0 if method == "ties" else 1 / COUNT] * COUNT
     names = [str(i) for i in range(COUNT)]
 

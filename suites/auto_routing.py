@@ -39,7 +39,7 @@ def slots_of(zoo: Path) -> dict[str, int]:
         shelf = Shelf.create(Path(folder) / "a.shelf", new_settings(SLOTS))
         for task in random.Random(0).sample(sorted(named), len(named)):
             shelf.commit(plan_add(shelf.snapshot(), read_adapter(named[task]), task))
-        return {task: slot.slot for slot in shelf.snapshot().manifest.slots for task in slot.members}
+        return {task: slot.id for slot in shelf.snapshot().manifest.slots for task in slot.members}
 
 
 def embedder(out: Path | None, depth: float) -> Embed:
@@ -49,7 +49,7 @@ def embedder(out: Path | None, depth: float) -> Embed:
     def embed(name: str, texts: Sequence[str]) -> np.ndarray:
         file = None if out is None else out / f"{name} depth {depth:.3f}.npy"
         if file is not None and file.exists():
-            return np.load(file)
+            return np.asarray(np.load(file))
         if not backend:
             backend.append(HFBackend.open(dtype="f32"))
         found = backend[0].embed(texts, depth)
@@ -65,7 +65,7 @@ def row(name: str, known: Prototypes, queries: np.ndarray, truth: np.ndarray, sl
     """Print one line of the table; returns the chosen tasks."""
     types = np.array([task.split("-")[0] for task in known.tasks])
     confidences = known.confidences(queries)
-    chosen = confidences.argmax(axis=1)
+    chosen: np.ndarray = confidences.argmax(axis=1)
     by_slot = confidences @ (slots[:, None] == slots[None, :])  # (m, n): of each task's slot
     of_slot = by_slot[np.arange(len(chosen)), chosen]
     right, sure = slots[chosen] == slots[truth], of_slot >= 0.9

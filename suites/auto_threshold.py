@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from lorashelf import POLICIES, Adapter, MergeSpec, read_adapter, similarity
-from lorashelf.merging.average import Average, entry, fold, single
-from lorashelf.placement.policies import Open, View, auto_threshold
+from lorashelf.merging.average import Average, fold, single, source
+from lorashelf.placement.policies import Fold, Open, View, auto_threshold
 
 SLOTS = 5
 Rule = Callable[[Sequence[float]], float | None]
@@ -65,20 +65,21 @@ RULES: dict[str, Rule] = {
 
 def arrive(adapters: dict[str, Adapter], order: Sequence[str], rule: Rule) -> list[list[str]]:
     """The slots' members after the adapters arrived in this order under K-Merge++ with the rule's thresholds."""
-    recipe, scores_seen = MergeSpec(), []
+    spec = MergeSpec()
+    scores_seen: list[float] = []
     slots: list[Average] = []
     for task in order:
         adapter = adapters[task]
-        record = entry(task, task.split("-")[0], adapter)
+        record = source(task, task.split("-")[0], adapter)
         scores = similarity([adapter], [slot.adapter for slot in slots])[0].tolist() if slots else []
         scores_seen += scores
         free = len(slots) if len(slots) < SLOTS else None
         decision = POLICIES["kmerge++"](dict(enumerate(scores)), View(free=free, threshold=rule(scores_seen)))
         if isinstance(decision, Open):
-            slots.append(single(adapter, record, recipe))
-        else:
-            slots[decision.slot] = fold([slots[decision.slot]], adapter, record, recipe)
-    return [[m.task for m in slot.merged] for slot in slots]
+            slots.append(single(adapter, record, spec))
+        elif isinstance(decision, Fold):
+            slots[decision.slot] = fold([slots[decision.slot]], adapter, record, spec)
+    return [[m.task for m in slot.history.merged] for slot in slots]
 
 
 def orders(tasks: Sequence[str]) -> dict[str, list[list[str]]]:

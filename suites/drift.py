@@ -13,18 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorashelf import Adapter, MergeSpec, combine, merge, norm, read_adapter, write_adapter
-from lorashelf.merging.average import Average, entry, fold, single, without
+from lorashelf.merging.average import Average, fold, single, source, without
 
 FOLDS = 40
 
 
-def stored(content: Average) -> Average:
-    """The content as it comes back from a disk."""
+def stored(average: Average) -> Average:
+    """The average as it comes back from a disk."""
     with tempfile.TemporaryDirectory() as folder:
-        write_adapter(content.adapter, Path(folder) / "x")
+        write_adapter(average.adapter, Path(folder) / "x")
         held = read_adapter(Path(folder) / "x")
         modules = {path: replace(f, a=f.a.copy(), b=f.b.copy()) for path, f in held.modules.items()}
-        return replace(content, adapter=held.with_factors(modules))
+        return replace(average, adapter=held.with_factors(modules))
 
 
 def distance(x: Adapter, y: Adapter) -> float:
@@ -39,21 +39,21 @@ def main() -> None:
     zoo = parser.parse_args().zoo
     paths = [path for path in sorted(zoo.iterdir()) if (path / "adapter_config.json").exists()]
     xs = [read_adapter(paths[i % len(paths)]) for i in range(FOLDS)]
-    records = [entry(f"t{i}", "t", x) for i, x in enumerate(xs)]
+    records = [source(f"t{i}", "t", x) for i, x in enumerate(xs)]
     heads = ["dtype", "drift after 40", "after 10", "one of 40 taken out", "the precision said", "one of 2 taken out"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for dtype in ("f32", "f16", "bf16"):
-        recipe = MergeSpec(dtype=dtype)
-        content = stored(single(xs[0], records[0], recipe))
+        spec = MergeSpec(dtype=dtype)
+        average = stored(single(xs[0], records[0], spec))
         drifts = {}
         for n in range(1, FOLDS):
-            content = stored(fold([content], xs[n], records[n], recipe))
+            average = stored(fold([average], xs[n], records[n], spec))
             if n + 1 in (2, 10, FOLDS):
-                drifts[n + 1] = distance(content.adapter, merge(xs[: n + 1], method="linear"))
+                drifts[n + 1] = distance(average.adapter, merge(xs[: n + 1], method="linear"))
             if n + 1 == 2:
-                alone, _ = without(content, records[1].digest, xs[1], recipe)
+                alone, _ = without(average, records[1].digest, xs[1], spec)
                 pair = distance(alone.adapter, xs[0])
-        rest, said = without(content, records[-1].digest, xs[-1], recipe)
+        rest, said = without(average, records[-1].digest, xs[-1], spec)
         taken = distance(rest.adapter, merge(xs[:-1], method="linear"))
         assert not math.isnan(taken)
         print(
