@@ -119,7 +119,7 @@ def ours(new: Path, shelf: Path) -> dict[str, Any]:
 
     started = time.perf_counter(), time.process_time()
     adapter, snapshot = read_adapter(new), Shelf(shelf).snapshot()
-    scores = similarity([adapter], [snapshot.adapter(slot) for slot in snapshot.manifest.slots])[0]
+    scores = similarity([adapter], [snapshot.stored(slot) for slot in snapshot.manifest.slots])[0]
     return finished(scores.tolist(), started)
 
 

@@ -361,7 +361,7 @@ def test_values_near_the_end_of_float32_leave_no_nan_on_the_shelf(shelf: Shelf, 
     snapshot = shelf.snapshot()
     assert all(math.isfinite(score) for score in snapshot.manifest.scores)
     for slot in snapshot.manifest.slots:
-        assert all(np.isfinite(f.a).all() and np.isfinite(f.b).all() for f in snapshot.adapter(slot).modules.values())
+        assert all(np.isfinite(f.a).all() and np.isfinite(f.b).all() for f in snapshot.stored(slot).modules.values())
 
 
 def test_a_pickle_offered_alone_is_refused_and_never_loaded(shelf: Shelf, tmp_path: Path) -> None:

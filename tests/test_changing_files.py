@@ -34,7 +34,7 @@ def changed(folder):
     data = path.read_bytes()
     path.write_bytes(b"" if change == "emptied" else data[:len(data) // 2] if change == "cut off" else data[::-1])
 
-held = [snapshot.adapter(slot) for slot in snapshot.manifest.slots]
+held = [snapshot.stored(slot) for slot in snapshot.manifest.slots]
 adapter = read_adapter(folder)
 try:
     if stage == "a slot":
@@ -125,7 +125,7 @@ def test_an_adapter_that_is_saved_again_and_again_is_stored_as_one_state_or_refu
                 else:
                     stored += 1
                     snapshot = shelf.snapshot()
-                    held = snapshot.adapter(snapshot.manifest.slots[0]).digest
+                    held = snapshot.stored(snapshot.manifest.slots[0]).digest
                     assert held == snapshot.manifest.tasks["task"]["digest"]
                     assert held in states
                 assert shelf.verify() == []

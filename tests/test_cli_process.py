@@ -74,9 +74,9 @@ def test_notices_that_cannot_be_written_change_nothing(
 
 
 def test_no_file_of_the_shelf_gets_the_number_of_a_closed_stream(shelf: Shelf, tmp_path: Path) -> None:
-    noisy = "import os, lorashelf.shelf.shelf as m; f = m.write_files\n"
+    noisy = "import os; from lorashelf.formats.peft import PeftFiles as m; f = m.write\n"
     noisy += "def g(*a):\n    r = f(*a)\n    [os.write(n, b'x') for n in (1, 2) if os.fstat(n).st_size]\n    return r\n"
-    noisy += "m.write_files = g\n"
+    noisy += "m.write = g\n"
     script = tmp_path / "noisy.py"
     script.write_text(f"{noisy}from lorashelf.cli import main\nmain()\n")
     done = shell(f"'{sys.executable}' noisy.py add s two <&- >&- 2>&-", tmp_path)

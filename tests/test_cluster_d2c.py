@@ -67,7 +67,7 @@ def test_the_document_and_the_shelf(house: Path, tmp_path: Path, capsys: pytest.
     assert list(tmp_path.iterdir()) == [tmp_path / "s"], "the journal goes once the shelf is there"
     for slot in snapshot.manifest.slots:
         if len(slot.members) == 1:
-            assert snapshot.adapter(slot).digest == read_adapter(house / "zoo" / slot.members[0]).digest
+            assert snapshot.stored(slot).digest == read_adapter(house / "zoo" / slot.members[0]).digest
 
 
 def test_the_same_command_gives_the_same_shelf(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +166,7 @@ def test_blocks_and_later_adds_have_recipes_of_their_own(
         members = [read_adapter(house / "zoo" / name) for name in slot.members]
         if len(members) > 1:
             expected = merge(members, method=blocks[0], seed=spec.seed, **blocks[1])
-            assert_same_delta(expected, snapshot.adapter(slot), 1e-6)
+            assert_same_delta(expected, snapshot.stored(slot), 1e-6)
             assert slot.history.fixed == (None if blocks[0] in ("linear", "factor_mean") else f"merged by {blocks[0]}")
 
 
@@ -176,14 +176,14 @@ def test_a_later_fold_into_a_ties_block_is_a_running_average(
     """The newcomer counts as one of n + 1, however the block of n was merged, and so does the next."""
     assert run(capsys, house, tmp_path / "s", "--slots", 1)[0] == 0
     shelf, n = Shelf(tmp_path / "s"), len(NAMES)
-    held = shelf.snapshot().adapter(shelf.snapshot().manifest.slots[0])
+    held = shelf.snapshot().stored(shelf.snapshot().manifest.slots[0])
     for i, name in enumerate(("gec-de", "qa-de")):
         x = scaled(read_adapter(house / "zoo" / name), i + 2.0)
         total = n + i + 1
         held = merge([held, x], [(total - 1) / total, 1 / total], method="linear")
         shelf.commit(plan_add(shelf.snapshot(), x, f"late-{i}"))
         slot = shelf.snapshot().manifest.slots[0]
-        assert_same_delta(held, shelf.snapshot().adapter(slot), 1e-5)
+        assert_same_delta(held, shelf.snapshot().stored(slot), 1e-5)
         assert [m.weight for m in slot.history.merged[n:]] == pytest.approx([1 / total] * (i + 1))
         assert (slot.history.method, slot.history.fixed) == (None, "merged by ties")
 

@@ -95,7 +95,8 @@ def test_the_manifest_entry_says_what_will_be_written(tmp_path: Any) -> None:
     write_adapter(content.adapter, tmp_path / "a")
     assert slot.object.bytes == sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
     assert (slot.id, slot.object.id, slot.object.rank, slot.object.dtype) == (5, PENDING, 4, "f16")
-    assert (slot.merged, slot.members, slot.average) == (content.history.merged, ("qa-de", "gec-fr"), "linear")
+    assert (slot.history, slot.members) == (content.history, ("qa-de", "gec-fr"))
+    assert slot.history.method == "linear"
     assert slot.digests == {x.digest for x in family(3, dtype="f16")}
 
 

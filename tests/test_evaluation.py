@@ -307,7 +307,7 @@ def test_a_shelf_serves_each_task_by_its_slot(world: World, run: Run, common: li
     code, document = run(world.shelf, *common)
     assert code == 0
     snapshot = Shelf(world.shelf).snapshot()
-    served = {name: snapshot.adapter(snapshot.manifest.slot_of(name)) for name in METRICS}  # type: ignore[arg-type]
+    served = {name: snapshot.stored(snapshot.manifest.slot_of(name)) for name in METRICS}  # type: ignore[arg-type]
     direct = world.evaluation(served).document()
     assert document["tasks"] == direct["tasks"]
     held = sum(slot.object.bytes for slot in snapshot.manifest.slots)

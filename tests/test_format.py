@@ -108,7 +108,7 @@ def taken_out(path: Path) -> Shelf:
 def test_noise_stands_in_a_manifest_only_where_an_adapter_was_taken_out(tmp_path: Path) -> None:
     snapshot = taken_out(tmp_path / "s").snapshot()
     slot = snapshot.manifest.slots[0]
-    assert len(slot.history.noise) == 2 * len(snapshot.adapter(slot).modules) + 2
+    assert len(slot.history.noise) == 2 * len(snapshot.stored(slot).modules) + 2
     assert Manifest.decode(snapshot.manifest.encode(), "here").slots[0] == slot
     assert "noise" not in slot.document()
     held = snapshot.average(slot).noise
@@ -126,7 +126,7 @@ def test_what_earlier_writers_counted_as_worn_is_noise(tmp_path: Path) -> None:
     snapshot, c = shelf.snapshot(), make_adapter(2, dtype="f16")
     assert snapshot.manifest.document()["slots"][0]["worn"] == 50
     (slot,) = snapshot.manifest.slots
-    fresh = Average(snapshot.adapter(slot), replace(slot.history, extra_roundings=0))
+    fresh = Average(snapshot.stored(slot), replace(slot.history, extra_roundings=0))
     expected = without(fresh, c.digest, c, snapshot.settings.merge)[1]
     assert plan_remove(snapshot, "c", c).report["precision"] == pytest.approx(expected * 26**0.5, rel=0.2)
     with pytest.raises(CorruptShelf):
@@ -165,9 +165,7 @@ def rewritten(shelf: Shelf, change: Callable[[dict[str, Any]], None]) -> None:
 def test_energies_are_those_of_the_bytes_stored(tmp_path: Path) -> None:
     snapshot = filled(tmp_path / "s").snapshot()
     for slot in snapshot.manifest.slots:
-        exact = [
-            float(np.sum(np.square(w, dtype=np.float64))) for _, w in sorted(dense(snapshot.adapter(slot)).items())
-        ]
+        exact = [float(np.sum(np.square(w, dtype=np.float64))) for _, w in sorted(dense(snapshot.stored(slot)).items())]
         assert slot.object.squared_norms == pytest.approx(exact, rel=1e-6)
         assert "energies" not in slot.document()  # answers are for people and programs, not for the next fold
 
@@ -196,7 +194,7 @@ def test_a_shelf_without_sums_is_checked_against_its_ids_and_gets_them_where_it_
     folder = shelf.snapshot().slot_path(slots[0]) / "adapter_model.safetensors"
     data = folder.read_bytes()
     folder.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    for read in (lambda: plan_add(shelf.snapshot(), arriving, "new"), lambda: shelf.snapshot().adapter(slots[0])):
+    for read in (lambda: plan_add(shelf.snapshot(), arriving, "new"), lambda: shelf.snapshot().stored(slots[0])):
         with pytest.raises(CorruptShelf, match="its bytes have changed"):
             read()
     folder.write_bytes(data)
@@ -257,7 +255,7 @@ def test_energies_that_cannot_be_are_refused(tmp_path: Path, energies: Any) -> N
 
 def test_energies_of_another_writer_and_of_huge_values_hold(tmp_path: Path) -> None:
     shelf = filled(tmp_path / "s")
-    exact = {slot.id: norm(shelf.snapshot().adapter(slot)) for slot in shelf.snapshot().manifest.slots}
+    exact = {slot.id: norm(shelf.snapshot().stored(slot)) for slot in shelf.snapshot().manifest.slots}
     rewritten(shelf, lambda slot: slot.update(energies=packed([v * (1 + 1e-5) for v in unpacked(slot["energies"])])))
     assert shelf.verify() == []
     assert sorted(exact) == [0, 1]

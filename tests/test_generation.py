@@ -106,7 +106,7 @@ def test_an_answer_is_that_of_the_tasks_slot_in_peft(shelf: Shelf, tiny: HFBacke
 
 def test_the_pieces_make_the_whole(shelf: Shelf, tiny: HFBackend) -> None:
     texts = [TEXT, "a", "other words", "?!"]
-    whole = tiny.answers(shelf.snapshot().adapter(shelf.snapshot().manifest.slot(0)), PROMPT, texts, max_new_tokens=20)
+    whole = tiny.answers(shelf.snapshot().stored(shelf.snapshot().manifest.slot(0)), PROMPT, texts, max_new_tokens=20)
     assert ["".join(stream(tiny, shelf.snapshot(), "mend", text)) for text in texts] == whole
 
 

@@ -254,7 +254,7 @@ def test_a_shelf_folds_scores_and_takes_out_across_spellings(head: str, tmp_path
     assert plan.report["shared"] == {"modules": 4, "of": 4}
     shelf.commit(plan)
     slot = shelf.snapshot().manifest.slots[0]
-    assert_same_delta(shelf.snapshot().adapter(slot), named_as(merge([x, y], method="linear"), x, other))
+    assert_same_delta(shelf.snapshot().stored(slot), named_as(merge([x, y], method="linear"), x, other))
     again = plan_add(shelf.snapshot(), other, "t2")
     assert again.report["merged"] is False, "an adapter given again under its own spelling is the same"
     updated = plan_update(shelf.snapshot(), "t1", z, other)

@@ -52,6 +52,7 @@ from lorashelf.errors import (
 from lorashelf.formats import objects
 from lorashelf.serving.generate import service
 from lorashelf.shelf import routing
+from lorashelf.shelf.log import line as line_of
 from test_attacks import command, state
 
 
@@ -751,7 +752,7 @@ def test_no_damaged_slot_is_served(shelf: Shelf, tmp_path: Path) -> None:
         "route": (lambda: routing.route(snapshot, tasks[0]), tasks[:1]),
         "routes": (lambda: routing.routes(snapshot), tasks),
         "a service": (lambda: service(snapshot, tasks[1], prompt="?"), tasks[1:]),
-        "the values of a slot": (lambda: dict(snapshot.adapter(snapshot.manifest.slots[1]).modules), tasks[1:]),
+        "the values of a slot": (lambda: dict(snapshot.stored(snapshot.manifest.slots[1]).modules), tasks[1:]),
         "an arrival, compared with all": (lambda: plan_add(snapshot, read_adapter(fourth), "fourth"), tasks),
     }
     for name, (read, concerned) in reads.items():
@@ -769,7 +770,7 @@ def test_no_damaged_slot_is_served(shelf: Shelf, tmp_path: Path) -> None:
 def test_an_object_is_hashed_once_and_again_once_it_was_touched(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     of = objects.object_digest
-    monkeypatch.setattr(objects, "object_digest", lambda folder: hashed.append(folder.name) or of(folder))
+    monkeypatch.setattr(objects, "object_digest", lambda files: hashed.append(files[0].parent.name) or of(files))
     snapshot = shelf.snapshot()
     slot = snapshot.manifest.slots[0]
     path = snapshot.slot_path(slot) / "adapter_model.safetensors"
@@ -923,7 +924,7 @@ def test_a_line_that_was_taken_out_of_the_log_or_altered_is_reported(shelf: Shel
     lines = log.read_bytes().splitlines(keepends=True)
     kept = shelf.path / "manifests" / f"{shelf.snapshot().manifest.parent}.json"
     # a crash between append and delete
-    logged_and_kept = log.line(kept.stem, shelf.snapshot().ancestors[kept.stem])
+    logged_and_kept = line_of(kept.stem, shelf.snapshot().ancestors[kept.stem])
     log.write_bytes(b"".join([*lines, lines[1], logged_and_kept]))
     assert shelf.verify() == []
     for index, line in enumerate(lines):

@@ -115,10 +115,10 @@ def test_a_dozen_examples_become_a_skill_on_a_full_shelf(tmp_path: Path, offline
     assert len(slot.history.merged) == 2  # it shares the slot: half of the average is another skill
     backend, emails = HFBackend.open(dtype="f32"), read_task(EMAIL).examples("validation")
     other = read_adapter(ROOT / "examples" / "zoo" / next(task for task in slot.members if task != "my-email"))
-    adapters = (None, other, snapshot.adapter(slot))
+    adapters = (None, other, snapshot.stored(slot))
     bare, before, shared = (mean_loss(losses) for losses in backend.nll([(x, emails) for x in adapters]))
     assert shared < min(bare, before) / 2
-    mails = backend.answers(snapshot.adapter(slot), emails.instruction, [e.input for e in emails.examples])
+    mails = backend.answers(snapshot.stored(slot), emails.instruction, [e.input for e in emails.examples])
     assert all(mail.startswith("Ahoy ") for mail in mails)
     assert sum(mail.endswith("\n\nFair winds,\nRobin") for mail in [*mails, answer.rstrip()]) >= 3  # of 5; here all
     (plain,) = backend.answers(None, emails.instruction, ["to Jo: lunch moved to one, same place, bring Kim"])

@@ -268,7 +268,7 @@ def on_a_shelf(shelf: Shelf, adapters: list[Adapter]) -> tuple[list[int], list[A
         shelf.commit(plan)
         assigned.append(plan.report["slot"])
     snapshot = shelf.snapshot()
-    return assigned, [snapshot.adapter(slot) for slot in snapshot.manifest.slots]
+    return assigned, [snapshot.stored(slot) for slot in snapshot.manifest.slots]
 
 
 @pytest.mark.usefixtures("no_waiting_for_the_disk")

@@ -109,16 +109,16 @@ def test_a_snapshot_whose_files_are_gone_is_stale_not_corrupt(tmp_path: Path, re
     rewrite(shelf, (10,))
     for each in (snapshot, planned):
         with pytest.raises(StaleShelf, match="the shelf changed while it was read"):
-            each.adapter(next(slot for slot in each.manifest.slots if slot.id not in each.pending))
+            each.stored(next(slot for slot in each.manifest.slots if slot.id not in each.pending))
     with pytest.raises(StaleShelf):
         READERS[reader](snapshot)
     gone = shelf.snapshot()
     for slot in gone.manifest.slots:
         (gone.slot_path(slot) / "adapter_model.safetensors").unlink()
     with pytest.raises(CorruptShelf):
-        gone.adapter(gone.manifest.slots[0])
+        gone.stored(gone.manifest.slots[0])
     with pytest.raises(CorruptShelf):
-        shelf.read(lambda present: present.adapter(present.manifest.slots[0]))
+        shelf.read(lambda present: present.stored(present.manifest.slots[0]))
 
 
 WRITER = """

@@ -36,7 +36,7 @@ def one_slot(path: Path, xs: dict[str, Adapter], **options: Any) -> Shelf:
 
 def held(shelf: Shelf, task: str) -> Adapter:
     snapshot = shelf.snapshot()
-    return snapshot.adapter(snapshot.located(task)[0])
+    return snapshot.stored(snapshot.located(task)[0])
 
 
 def one_step(seed: int, size: float, dtype: str) -> Adapter:

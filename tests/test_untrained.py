@@ -65,7 +65,7 @@ def test_an_untrained_module_takes_no_part_either(method: str) -> None:
 
 
 def held(shelf: Shelf, slot: int = 0) -> Adapter:
-    return shelf.snapshot().adapter(shelf.snapshot().manifest.slot(slot))
+    return shelf.snapshot().stored(shelf.snapshot().manifest.slot(slot))
 
 
 def test_an_untrained_adapter_neither_opens_a_slot_nor_enters_an_average(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from factory import dense
 from lorashelf import Adapter, Shelf, plan_add, read_adapter
-from lorashelf.formats.objects import object_digest
+from lorashelf.formats.codecs import CODECS
 
 from .disk import Call, Picture, picture, restored, watched
 from .scenes import Scene, clock
@@ -20,7 +20,7 @@ def head(target: Path) -> str | None:
     """What names the state: the head of a shelf, the digest of an adapter; None where nothing stands."""
     if not target.exists():
         return None
-    return (target / "HEAD").read_text().strip() if is_shelf(target) else object_digest(target)
+    return (target / "HEAD").read_text().strip() if is_shelf(target) else CODECS["peft"].digest(target)
 
 
 def state(target: Path) -> Any:
@@ -37,7 +37,7 @@ def state(target: Path) -> Any:
 def content(shelf: Shelf) -> Any:
     snapshot = shelf.snapshot()
     slots = snapshot.manifest.slots
-    return snapshot.manifest.tasks, slots, [_delta(snapshot.adapter(slot)) for slot in slots]
+    return snapshot.manifest.tasks, slots, [_delta(snapshot.stored(slot)) for slot in slots]
 
 
 def is_shelf(target: Path) -> bool:

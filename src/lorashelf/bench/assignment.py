@@ -110,7 +110,7 @@ def _arrived(cell: Cell, inputs: Inputs) -> Assignment:
         for task in order:
             snapshot = snapshot.after(plan_add(snapshot, inputs.adapters[task], task, type=types[task]))
         slots = snapshot.manifest.slots
-        serving = {task: x for slot in slots for x in [snapshot.adapter(slot)] for task in slot.members}
+        serving = {task: snapshot.adapter(task) for task in order}
     return Assignment(serving, {"blocks": [sorted(slot.members) for slot in slots], "order": order})
 
 

@@ -165,7 +165,7 @@ def _route_and_undo(console: Console, shelf: Shelf, task: str) -> None:
     console.rule("Route a task, load its slot, undo an add", align="left")
     snapshot = shelf.snapshot()
     answer = routing.route(snapshot, task)
-    loaded = snapshot.adapter(snapshot.manifest.slot(answer["slot"]))
+    loaded = snapshot.adapter(task)
     console.print(
         f"  {task} is served by slot {answer['slot']}: a PEFT folder of {len(loaded.modules)} modules",
         markup=False,

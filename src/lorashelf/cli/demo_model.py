@@ -87,7 +87,7 @@ def _arrived(path: Path, adapters: Mapping[str, Adapter], seed: int) -> Serving:
     snapshot = Shelf.create(path, new_settings(SLOTS, seed=seed)).snapshot()
     for name in random.Random(seed).sample(sorted(adapters), len(adapters)):
         snapshot = snapshot.after(plan_add(snapshot, adapters[name], name))
-    return {name: snapshot.adapter(slot) for slot in snapshot.manifest.slots for name in slot.members}
+    return {name: snapshot.adapter(name) for name in snapshot.manifest.tasks}
 
 
 def _loss_table(

@@ -128,9 +128,8 @@ def _served(target: Path | None, tasks: Mapping[str, Task]) -> Served:
 
 def _served_by(snapshot: Snapshot, tasks: Mapping[str, Task]) -> Served:
     """The adapters of a shelf's slots, for the tasks that it holds."""
-    slots = {slot.id: snapshot.adapter(slot) for slot in snapshot.manifest.slots}
     routed = {name: snapshot.manifest.slot_of(unicodedata.normalize("NFC", name)) for name in tasks}
-    adapters = {name: slots[slot.id] for name, slot in routed.items() if slot is not None}
+    adapters = {name: snapshot.adapter(name) for name, slot in routed.items() if slot is not None}
     if not adapters:
         have = ", ".join(sorted(snapshot.manifest.tasks)) or "none"
         cure = "a task's folder bears the name it has on the shelf"

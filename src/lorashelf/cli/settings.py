@@ -132,7 +132,7 @@ def _set_shelf(shelf: Path, changes: dict[str, Any], json: bool) -> None:
 def _flat(settings: Settings) -> dict[str, Any]:
     """Every setting by its flat name."""
     outer = {"base": settings.base, "base_aliases": list(settings.base_aliases)}
-    return {**settings.budget.document(), **settings.recipe, **outer}
+    return {**settings.budget.document(), "encoding": settings.merge.encoding, **settings.recipe, **outer}
 
 
 def _word(value: Any) -> str:

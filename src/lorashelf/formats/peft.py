@@ -20,6 +20,7 @@ from ..errors import AdapterFormatError, Fault, UsageError
 from ..execution import following
 from ..faults import Faults
 from ..lora.adapter import WIDTHS, Adapter, BaseId, Factors, Matrix, Modules, Shape, Stack, numpy_dtype
+from .codec import Codec
 from .objects import CONFIG_FILE, TENSOR_FILE, Stored, length
 from .peft_config import carried, config_faults, resolved_scales, training_only, unmatched
 from .peft_folder import not_a_folder, not_the_file, prompt_notices, something_else, trained_beside
@@ -39,13 +40,6 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
     changes before they are read.
     """
     return _read(atomic.expanded(path), check_values, None)
-
-
-def read_stored(folder: Path, sums: Sequence[int], lost: Lost) -> Adapter:
-    """Read an object of a shelf, whose names and values were checked when it was stored. Whatever is read, now or
-    later, is held against the `sums` of `Stored`, if there are any; `lost` makes the error. Raises AdapterFormatError.
-    """
-    return _read(folder, False, Guard(sums, lost))
 
 
 def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:
@@ -102,31 +96,15 @@ def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[st
     atomic.make_parents(folder)
     atomic.sweep_staging(folder.parent)
     with atomic.staging(folder.parent) as staged:
-        identity, _ = write_files(adapter, staged)
+        identity, _ = encode(adapter).write(staged)
         for name, content in (extra_files or {}).items():
             atomic.write_file(staged / name, [content])
         atomic.publish(staged, folder)
     return identity
 
 
-def write_files(adapter: Adapter, folder: Path) -> Stored:
-    """Write both files into an existing folder, synced; what they are by the very bytes that were written."""
-    encoded, identity, sums = encode(adapter), Hasher(), [0]
-
-    def note(chunk: bytes | memoryview) -> None:
-        identity.update(chunk)
-        sums.append(crc32(chunk))
-
-    with following(note) as noted:  # it takes as long as to write and sync
-        identity.update(encoded.head)
-        atomic.write_file(folder / CONFIG_FILE, [encoded.config])
-        atomic.write_file(folder / TENSOR_FILE, map(noted, encoded.tensor_chunks()))
-    sums[:2] = [crc32(encoded.header, crc32(encoded.config))]  # the header is the first chunk
-    return Stored(identity.digest(), tuple(sums))
-
-
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class PeftFiles:
     """An adapter as it would stand on disk: the config's bytes, the tensor file's header, the size of both files."""
 
     adapter: Adapter
@@ -137,6 +115,21 @@ class Encoded:
     def digest(self) -> str:
         """The object digest: what `object_digest` of the written folder is."""
         return digest(chain([self.head], self.tensor_chunks()))
+
+    def write(self, folder: Path) -> Stored:
+        """Write both files into an existing folder, synced; what they are by the very bytes that were written."""
+        identity, sums = Hasher(), [0]
+
+        def note(chunk: bytes | memoryview) -> None:
+            identity.update(chunk)
+            sums.append(crc32(chunk))
+
+        with following(note) as noted:  # it takes as long as to write and sync
+            identity.update(self.head)
+            atomic.write_file(folder / CONFIG_FILE, [self.config])
+            atomic.write_file(folder / TENSOR_FILE, map(noted, self.tensor_chunks()))
+        sums[:2] = [crc32(self.header, crc32(self.config))]  # the header is the first chunk
+        return Stored(identity.digest(), tuple(sums))
 
     @property
     def head(self) -> bytes:
@@ -179,8 +172,8 @@ def _stored(values: Matrix, dtype: str, name: str) -> NDArray[Any]:
     return stored
 
 
-def encode(adapter: Adapter) -> Encoded:
-    """What `write_files` would write, without writing: deterministic, so sizes are known before anything is stored."""
+def encode(adapter: Adapter) -> PeftFiles:
+    """The PEFT folder of an adapter before it is written: deterministic, so its size is known before it is stored."""
     dtype = _TORCH[adapter.dtype]
     described = []
     for path, (dout, rank, din) in adapter.shapes.items():
@@ -189,7 +182,39 @@ def encode(adapter: Adapter) -> Encoded:
     header = encode_header(described)
     config = (json.dumps(written_config(adapter), indent=2, ensure_ascii=False) + "\n").encode()
     values = adapter.parameters * WIDTHS[adapter.dtype]
-    return Encoded(adapter, config, header, len(config) + len(header) + values)
+    return PeftFiles(adapter, config, header, len(config) + len(header) + values)
+
+
+def size_alone(parameters: int, dtype: str, like: Adapter | None) -> int:
+    """Bytes of the PEFT folder of an adapter known by its number of parameters only: its values, and beside them as
+    much as the folder of `like` holds.
+    """
+    beside = encode(like).size - like.parameters * WIDTHS[like.dtype] if like else 0
+    return parameters * WIDTHS[dtype] + beside
+
+
+class Peft(Codec):
+    """A plain PEFT folder, in the adapter's dtype."""
+
+    name = "peft"
+    loadable = True
+    invertible = True
+
+    def encode(self, adapter: Adapter) -> PeftFiles:
+        """Both files of the folder. Raises AdapterFormatError, once its chunks are taken, where a value overflows."""
+        return encode(adapter)
+
+    def round_trip(self, adapter: Adapter) -> Adapter:
+        """The factors rounded to the dtype. Raises AdapterFormatError on overflow."""
+        return rounded(adapter)
+
+    def open(self, folder: Path, sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
+        """The adapter of a folder whose names and values were checked when it was stored. Raises AdapterFormatError."""
+        return _read(folder, False, Guard(sums, lost))
+
+    def names(self, folder: Path) -> Sequence[str]:
+        """The config, then the tensors."""
+        return (CONFIG_FILE, TENSOR_FILE)
 
 
 class _FileModules(Modules):

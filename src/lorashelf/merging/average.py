@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import AdapterFormatError, NotReversible
-from ..formats.peft import rounded
+from ..formats.codecs import CODECS
 from ..lora.adapter import Adapter, BaseId, Factors, wider
 from ..lora.algebra import compress, norm, squared_norms
 from ..lora.alignment import Renamed, aligned
@@ -124,7 +124,7 @@ def single(adapter: Adapter, record: Source, spec: MergeSpec) -> Average:
     if spec.rank is not None:
         stored, error = compress(stored, spec.rank)
     fixed = f"cut to rank {spec.rank}" if error else None
-    return Average(rounded(stored), History((record,), error, fixed=fixed))
+    return Average(CODECS[spec.encoding].round_trip(stored), History((record,), error, fixed=fixed))
 
 
 def fold(
@@ -216,7 +216,9 @@ def without(average: Average, digest: str, adapter: Adapter, spec: MergeSpec) ->
         left = "nothing of it" if rest.precision > 1 else f"a relative precision of {rest.precision:.0e}"
         raise NotReversible(f"the rest is so small beside it that rounding would leave {left}")
     equal = tuple(replace(m, weight=1.0 / len(remaining)) for m in remaining)
-    taken = Average(rounded(rest.adapter), History(equal, method=method, noise=_flat(rest.noise)))
+    taken = Average(
+        CODECS[spec.encoding].round_trip(rest.adapter), History(equal, method=method, noise=_flat(rest.noise))
+    )
     return _restored(taken, spec), rest.precision
 
 
@@ -287,7 +289,8 @@ def _merge(
         averages=averages,
         **spec.parameters,
     )
-    return rounded(replace(merged, dtype=spec.dtype or wider([x.dtype for x in adapters]))), error
+    merged = replace(merged, dtype=spec.dtype or wider([x.dtype for x in adapters]))
+    return CODECS[spec.encoding].round_trip(merged), error
 
 
 def _restored(average: Average, spec: MergeSpec) -> Average:

@@ -24,6 +24,8 @@ class MergeSpec:
     dtype: str | None = None
     """None: as the adapter, of several the widest."""
     seed: int = 0
+    encoding: str = "peft"
+    """How what is merged is stored: the name of a codec."""
     restore_norm: bool = False
     """Scale every merge of several adapters to their mean norm ‖ΔW‖."""
 
@@ -36,7 +38,8 @@ class MergeSpec:
         return self if averages else replace(self, method="linear", parameters={})
 
     def document(self) -> dict[str, Any]:
-        """As in a manifest and in shelf.toml, where the method is called `merge`."""
+        """As in a manifest and in shelf.toml, where the method is called `merge`; `peft` goes without saying."""
+        stored = {} if self.encoding == "peft" else {"encoding": self.encoding}
         return {
             "merge": self.method,
             "parameters": dict(self.parameters),
@@ -44,4 +47,5 @@ class MergeSpec:
             "dtype": self.dtype,
             "seed": self.seed,
             "restore_norm": self.restore_norm,
+            **stored,
         }

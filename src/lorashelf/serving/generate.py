@@ -57,7 +57,7 @@ def service(snapshot: Snapshot, task: str, *, prompt: str | None = None, max_new
     snapshot.check_bytes(slot)  # before a model is loaded
     base, settings = snapshot.manifest.base, snapshot.settings
     names = {base.name if base else "", settings.base or "", *settings.base_aliases} - {""}
-    return Service(task, slot.id, snapshot.adapter(slot), instruction, most, frozenset(names))
+    return Service(task, slot.id, snapshot.adapter(task), instruction, most, frozenset(names))
 
 
 def stream(

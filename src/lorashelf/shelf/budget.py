@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import OverBudget
-from ..formats.peft import encode
 from ..lora.adapter import WIDTHS, Adapter, Factors, Modules
 from .manifest import Plan, Slot
 from .snapshot import Snapshot
@@ -137,7 +136,11 @@ def _most(values: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 def _stored(plan: Plan, rank: int | None = None, dtype: str | None = None) -> Plan:
     """The plan with the sizes that its new objects would have if they were cut to a rank or stored in a dtype."""
-    sizes = {slot: encode(_hollow(x, rank or x.rank, dtype or x.dtype)).size for slot, x in plan.writes.items()}
+
+    def size(slot: int, x: Adapter) -> int:
+        return plan.manifest.slot(slot).codec.encode(_hollow(x, rank or x.rank, dtype or x.dtype)).size
+
+    sizes = {slot: size(slot, x) for slot, x in plan.writes.items()}
 
     def resized(slot: Slot) -> Slot:
         history = slot.history

@@ -12,8 +12,10 @@ from typing import Any
 
 from ..digest import canonical_json, digest, is_digest
 from ..errors import CorruptShelf, NewerFormat
+from ..formats.codec import Codec
+from ..formats.codecs import CODECS
 from ..formats.objects import Stored
-from ..formats.peft import encode
+from ..formats.peft import Peft
 from ..lora.adapter import WIDTHS, Adapter, BaseId
 from ..lora.algebra import squared_norms
 from ..merging.average import Average, History, Source
@@ -45,13 +47,14 @@ class StoredObject:
     """
 
     @staticmethod
-    def pending(adapter: Adapter) -> StoredObject:
+    def pending(adapter: Adapter, encoding: str) -> StoredObject:
         """What an adapter will be once it is written."""
         return StoredObject(
             id=PENDING,
             rank=adapter.rank,
             dtype=adapter.dtype,
-            bytes=encode(adapter).size,
+            bytes=CODECS[encoding].encode(adapter).size,
+            encoding=encoding,
             squared_norms=tuple(squared_norms(adapter).values()),
             sums=(0,) * (1 + 2 * len(adapter.modules)),
         )
@@ -67,9 +70,14 @@ class Slot:
     members: tuple[str, ...]
 
     @staticmethod
-    def planned(slot_id: int, average: Average, members: Sequence[str]) -> Slot:
+    def planned(slot_id: int, average: Average, members: Sequence[str], encoding: str = "peft") -> Slot:
         """A slot whose object is not written yet."""
-        return Slot(slot_id, StoredObject.pending(average.adapter), average.history, tuple(members))
+        return Slot(slot_id, StoredObject.pending(average.adapter, encoding), average.history, tuple(members))
+
+    @property
+    def codec(self) -> Codec:
+        """What reads and writes its object. Raises UnknownName."""
+        return CODECS[self.object.encoding]
 
     def document(self) -> dict[str, Any]:
         """As in every JSON answer: without squared norms, noise and sums; `worn`, `fixed` only where there is any."""
@@ -261,7 +269,7 @@ def _slot_faults(slot: dict[str, Any]) -> Iterator[str]:
     sound = {
         "slot": type(slot["slot"]) is int and slot["slot"] >= 0,
         "object": is_digest(slot["object"]),
-        "encoding": slot["encoding"] == "peft",
+        "encoding": slot["encoding"] == Peft.name,
         "dtype": slot["dtype"] in WIDTHS,
         "rank": type(slot["rank"]) is int and slot["rank"] > 0,
         "bytes": type(slot["bytes"]) is int and slot["bytes"] > 0,

@@ -59,7 +59,7 @@ def plan_add(
     details = _storable(task, details or {})
     kind = _kind(task, type, details.pop("type", None))
     with _all_damage(snapshot), beside(lambda: adapter.digest):  # asked for below
-        held = {slot.id: snapshot.adapter(slot) for slot in manifest.slots}
+        held = {slot.id: snapshot.stored(slot) for slot in manifest.slots}
         base = _agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
         squared_norms(adapter)  # likewise
         values = similarity([adapter], list(held.values()))[0] if held else []
@@ -157,7 +157,11 @@ def _arrived(
     before = next((slot for slot in known.slots if slot.id == slot_id), None)
     members = tuple(sorted([*(before.members if before else ()), report["task"]]))
     cause = {"operation": "add", "decision": kind, "slot": slot_id, "seed": snapshot.settings.merge.seed, **report}
-    slot = Slot.planned(slot_id, new, members) if new else replace(known.slot(slot_id), members=members)
+    slot = (
+        Slot.planned(slot_id, new, members, snapshot.settings.merge.encoding)
+        if new
+        else replace(known.slot(slot_id), members=members)
+    )
     writes = {slot_id: new.adapter} if new else {}
     report = {**report, "decision": kind, "slot": slot_id, "members": list(members), "merged": new is not None}
     report |= {"reversible": slot.history.irreversible is None}
@@ -213,7 +217,7 @@ def plan_update(
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
     with _all_damage(snapshot):
-        others = [snapshot.adapter(other) for other in snapshot.manifest.slots if other.id != slot.id]
+        others = [snapshot.stored(other) for other in snapshot.manifest.slots if other.id != slot.id]
         base = _agreed_base(snapshot, {task: adapter}, others, assume_base)
     record = source(task, details["type"], adapter)
     precision = None
@@ -224,7 +228,7 @@ def plan_update(
         if record.norm and adapter.digest not in {m.digest for m in new.history.merged}:
             new = fold([new.plain], adapter, record, spec)
     tasks = {**snapshot.manifest.tasks, task: {**details, "digest": adapter.digest}}
-    slots = snapshot.manifest.with_slot(Slot.planned(slot.id, new, slot.members))
+    slots = snapshot.manifest.with_slot(Slot.planned(slot.id, new, slot.members, spec.encoding))
     cause = {"operation": "update", "task": task, "slot": slot.id}
     report = {"task": task, "slot": slot.id, "members": list(slot.members), "precision": precision}
     known = replace(snapshot.manifest, base=base, tasks=tasks, slots=slots)
@@ -274,7 +278,10 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
         try:
             rest, report["precision"] = _without(snapshot, slot, task, adapter, "--adapter ADAPTER, after an undo,")
             report["removed"] = "average"
-            slots, writes = known.with_slot(Slot.planned(slot.id, rest, members)), {slot.id: rest.adapter}
+            slots, writes = (
+                known.with_slot(Slot.planned(slot.id, rest, members, snapshot.settings.merge.encoding)),
+                {slot.id: rest.adapter},
+            )
         except NotReversible as error:
             report |= {"removed": "route", "reason": f"{error.what}; {error.cure or _ANEW}"}
             slots = known.with_slot(replace(slot, members=members))
@@ -366,7 +373,7 @@ def plan_cluster(
     slots, writes = [], {}
     for slot_id, block in enumerate(blocks):
         new = merge_block(dict(zip(tasks, xs, strict=True)), kinds, block, spec)
-        slots.append(Slot.planned(slot_id, new, block))
+        slots.append(Slot.planned(slot_id, new, block, spec.encoding))
         writes[slot_id] = new.adapter
     known = replace(
         snapshot.manifest,
@@ -427,7 +434,7 @@ def check_arrivals(snapshot: Snapshot, adapters: Mapping[str, Adapter], *, assum
 
     Raises TaskNameError, BaseMismatch, ShapeMismatch, CorruptShelf.
     """
-    held = [snapshot.adapter(slot) for slot in snapshot.manifest.slots]
+    held = [snapshot.stored(slot) for slot in snapshot.manifest.slots]
     _agreed_base(snapshot, named(adapters), held, assume_base)
 
 

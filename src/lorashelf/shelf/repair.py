@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import LorashelfError, NotReversible
-from ..formats.peft import encode
 from ..lora.adapter import Adapter
 from ..merging.average import Average, Source, block, fold, single
 from ..merging.spec import WEIGHTINGS, MergeSpec
@@ -75,7 +74,9 @@ def repair(shelf: Shelf, originals: Mapping[str, Adapter] | None = None) -> dict
             raise
         damaged = _damaged(snapshot, states.values())
         mended = {identity: _mended(snapshot, slot, damaged, given) for identity, slot in damaged.items()}
-        shelf.rewrite([m.new.adapter for m in mended.values() if m.how == "rewritten" and m.new])
+        shelf.rewrite(
+            (m.new.adapter, damaged[identity].codec) for identity, m in mended.items() if m.how == "rewritten" and m.new
+        )
         lost = {identity for identity, m in mended.items() if m.how != "rewritten"}
         unsound = [i for i, manifest in states.items() if any(slot.object.id in lost for slot in manifest.slots)]
         if snapshot.head in unsound:
@@ -120,7 +121,7 @@ def _mended(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given: 
     """The best that can be made of a slot: its own bytes, else what serves most of its tasks."""
     options = [Mended("none")]
     for option in _options(snapshot, slot, damaged, given):
-        if option.new is not None and encode(option.new.adapter).digest() == slot.object.id:
+        if option.new is not None and slot.codec.encode(option.new.adapter).digest() == slot.object.id:
             return replace(option, how="rewritten", tasks=slot.members)
         options.append(_serving(snapshot.manifest, slot, option))
     return max(options, key=lambda option: len(option.tasks))  # of equal ones the first
@@ -209,7 +210,7 @@ def _plan(snapshot: Snapshot, mended: Mapping[str, Mended], unsound: Sequence[st
         if found is None or found.how == "rewritten":
             slots.append(slot)
         elif found.new is not None and found.tasks:
-            slots.append(Slot.planned(slot.id, found.new, found.tasks))
+            slots.append(Slot.planned(slot.id, found.new, found.tasks, slot.object.encoding))
             writes[slot.id] = found.new.adapter
         elif found.kept is not None and found.tasks:
             slots.append(replace(found.kept, id=slot.id, members=found.tasks))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CorruptShelf
-from ..lora.adapter import WIDTHS
+from ..formats.peft import size_alone
 from .manifest import Slot
 from .snapshot import Snapshot
 
@@ -30,8 +31,8 @@ def routes(snapshot: Snapshot, *, verify: bool = True) -> dict[str, dict[str, An
 
 
 def slot_documents(snapshot: Snapshot) -> list[Mapping[str, Any]]:
-    """Every slot as in the manifest, with its absolute `path`."""
-    return [{**slot.document(), "path": str(snapshot.slot_path(slot))} for slot in snapshot.manifest.slots]
+    """Every slot as in the manifest, with its absolute `path`; None where PEFT cannot load what lies there."""
+    return [{**slot.document(), "path": _path(snapshot, slot)} for slot in snapshot.manifest.slots]
 
 
 def listing(snapshot: Snapshot) -> dict[str, Any]:
@@ -61,15 +62,17 @@ def _apart(snapshot: Snapshot) -> dict[str, int]:
     """
     apart: dict[str, int] = {}
     for slot in snapshot.manifest.slots:
-        width = WIDTHS[slot.object.dtype]
-        try:
-            beside = slot.object.bytes - snapshot.adapter(slot).parameters * width
-        except CorruptShelf:  # a damaged shelf is listed all the same
-            beside = 0
-        for entry in slot.history.merged:
-            apart.setdefault(entry.digest, entry.parameters * width + beside)
+        like = None
+        with contextlib.suppress(CorruptShelf):  # a damaged shelf is listed all the same
+            like = snapshot.stored(slot)
+        for source in slot.history.merged:
+            apart.setdefault(source.digest, size_alone(source.parameters, slot.object.dtype, like))
     return apart
 
 
 def _answer(snapshot: Snapshot, task: str, slot: Slot) -> dict[str, Any]:
-    return {"task": task, "slot": slot.id, "path": str(snapshot.slot_path(slot)), "members": list(slot.members)}
+    return {"task": task, "slot": slot.id, "path": _path(snapshot, slot), "members": list(slot.members)}
+
+
+def _path(snapshot: Snapshot, slot: Slot) -> str | None:
+    return str(snapshot.slot_path(slot)) if slot.codec.loadable else None

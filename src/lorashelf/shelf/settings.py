@@ -13,6 +13,7 @@ from typing import Any
 
 from ..atomic import read_file
 from ..errors import LorashelfError, NewerFormat, ShelfConfigError, UsageError
+from ..formats.codecs import CODECS
 from ..lora.adapter import WIDTHS, BaseId, base_faults
 from ..lora.given import as_texts
 from ..merging.methods import METHODS
@@ -112,7 +113,7 @@ def specs(recipe: Mapping[str, Any]) -> tuple[PlacementSpec, MergeSpec]:
     return PlacementSpec(**placement), MergeSpec(**chosen)
 
 
-RECIPE = (*PlacementSpec().document(), *MergeSpec().document())
+RECIPE = (*PlacementSpec().document(), *MergeSpec().document(), "encoding")
 SECTIONS = {
     **{f.name: "budget" for f in fields(Budget)},
     **dict.fromkeys(RECIPE, "recipe"),
@@ -160,6 +161,7 @@ def write_toml(settings: Settings) -> bytes:
         _line("dtype", merge.dtype, "f32, f16 or bf16; without it, as the adapter"),
         f"seed = {merge.seed}",
         f"restore_norm = {str(merge.restore_norm).lower()}",
+        *([f'encoding = "{merge.encoding}"'] if merge.encoding != MergeSpec().encoding else []),
     ]
     if merge.parameters:
         lines += ["", "[recipe.parameters]"]
@@ -249,7 +251,8 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
         ]
         if not (optional and value is None) and not (type(value) is int and least <= value <= LARGEST)
     ]
-    for name, value in (("dtype", merge.dtype), ("policy", placement.policy), ("merge", merge.method)):
+    named = {"dtype": merge.dtype, "policy": placement.policy, "merge": merge.method, "encoding": merge.encoding}
+    for name, value in named.items():
         if not isinstance(value, str) and not (name == "dtype" and value is None):
             faults.append((name, f"{name} is {value!r}, not a name"))
     if isinstance(merge.dtype, str) and merge.dtype not in WIDTHS:
@@ -267,9 +270,10 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
     for name, check in (
         ("policy", lambda: POLICIES[placement.policy]),
         ("merge", lambda: METHODS[merge.method].checked(merge.parameters)),
+        ("encoding", lambda: CODECS[merge.encoding]),
     ):
         try:
-            if isinstance(settings.recipe[name], str) and isinstance(merge.parameters, Mapping):
+            if isinstance(named[name], str) and isinstance(merge.parameters, Mapping):
                 check()
         except LorashelfError as error:
             faults.append((name, f"{error.what} ({error.cure})"))

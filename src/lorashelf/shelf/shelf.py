@@ -28,8 +28,8 @@ from ..errors import (
     UnknownName,
     UsageError,
 )
-from ..formats.objects import Stored, object_digest
-from ..formats.peft import write_files
+from ..formats.codec import Codec
+from ..formats.objects import Stored
 from ..locks import WriterLock
 from ..lora.adapter import Adapter
 from ..version import VERSION
@@ -210,7 +210,9 @@ class Shelf:
             self._sweep_staging()
             self._sweep(snapshot)  # what a killed writer half deleted must not pass for an object
             with self._nothing_left():
-                objects = {slot: self._store(adapter) for slot, adapter in sorted(plan.writes.items())}
+                objects = {
+                    slot: self._store(x, plan.manifest.slot(slot).codec) for slot, x in sorted(plan.writes.items())
+                }
                 return self._advance(plan.sealed(objects, _stamp(self._clock)))
 
     def undo(self, to: str | None = None) -> str:
@@ -285,11 +287,11 @@ class Shelf:
             self._make_folders()
             return mending.mend(self.path)
 
-    def rewrite(self, adapters: Iterable[Adapter]) -> None:
-        """Write the objects of these adapters where they are damaged or gone, and nothing else. Raises DiskError."""
+    def rewrite(self, adapters: Iterable[tuple[Adapter, Codec]]) -> None:
+        """Write the objects of these adapters by their codecs where they are damaged or gone. Raises DiskError."""
         with self.writing():
-            for adapter in adapters:
-                self._store(adapter)
+            for adapter, codec in adapters:
+                self._store(adapter, codec)
 
     def forget(self, states: Collection[str]) -> None:
         """Delete kept states, and what only they reach; the log keeps their lines. Raises DiskError."""
@@ -368,11 +370,11 @@ class Shelf:
             path = self.path / FILE
             raise config_error(path, atomic.read_file(path).decode(), faults)
 
-    def _store(self, adapter: Adapter) -> Stored:
+    def _store(self, adapter: Adapter, codec: Codec) -> Stored:
         with atomic.staging(self.path / "tmp") as staged:
-            stored = write_files(adapter, staged)
+            stored = codec.encode(adapter).write(staged)
             final = self.path / "objects" / stored.identity
-            if self._is_sound(stored.identity):
+            if self._is_sound(stored.identity, codec):
                 atomic.remove(staged)
             else:
                 if final.exists():
@@ -380,10 +382,10 @@ class Shelf:
                 atomic.publish(staged, final)
         return stored
 
-    def _is_sound(self, identity: str) -> bool:
+    def _is_sound(self, identity: str, codec: Codec) -> bool:
         path = self.path / "objects" / identity
         try:
-            return not path.is_symlink() and object_digest(path) == identity
+            return not path.is_symlink() and codec.digest(path) == identity
         except OSError:
             return False
 

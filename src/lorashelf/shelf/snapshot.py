@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,8 +14,6 @@ from typing import Any
 from ..atomic import no_links, read_file, refusals
 from ..errors import AdapterFormatError, CorruptShelf, DiskError, StaleShelf, UnknownName
 from ..execution import at_once
-from ..formats.objects import CONFIG_FILE, TENSOR_FILE, known_digest, object_digest
-from ..formats.peft import encode, read_stored
 from ..formats.safetensors import DAMAGED
 from ..lora.adapter import Adapter
 from ..lora.algebra import squared_norms_hold
@@ -42,6 +40,7 @@ class Snapshot:
     """The manifests beside the head's that are there still: its predecessors, and where undo and redo lead."""
     pending: Mapping[int, Adapter] = field(default_factory=dict)
     """Contents of slots that are planned, not written: what a dry run of several adds goes on from."""
+    _served: dict[object, Adapter] = field(default_factory=dict, repr=False, compare=False)
     read_at: str = ""
     """What HEAD named when the shelf was read; the head itself unless that is planned."""
 
@@ -84,12 +83,22 @@ class Snapshot:
             raise StaleShelf("the shelf changed while it was read", where=str(self.path), cure=cure) from error
 
     def slot_path(self, slot: Slot) -> Path:
-        """The PEFT folder of a slot, absolute. Raises CorruptShelf if a link stands there."""
+        """The folder of a slot's object, absolute. Raises CorruptShelf if a link stands there."""
         path = self.path.absolute() / "objects" / slot.object.id
-        no_links(path, path / CONFIG_FILE, path / TENSOR_FILE)
+        no_links(path, *slot.codec.paths(path))
         return path
 
-    def adapter(self, slot: Slot) -> Adapter:
+    def adapter(self, task: str) -> Adapter:
+        """The adapter that serves a task: one per object, as long as this snapshot lives. Raises UnknownName with the
+        nearest names, and as `stored`.
+        """
+        slot, _ = self.located(task)
+        key = _key(slot)
+        if key not in self._served:
+            self._served[key] = self.stored(slot)
+        return self._served[key]
+
+    def stored(self, slot: Slot) -> Adapter:
         """A slot's content as it is stored, read lazily. Whatever is read of it is held against the sums that the
         manifest has, or all its bytes against its id where it has none. Raises CorruptShelf, also when it is read.
         """
@@ -101,7 +110,8 @@ class Snapshot:
             with refusals(self.path, "read"):
                 path = self.slot_path(slot)
             try:
-                adapter = read_stored(path, slot.object.sums, lambda what: self._corrupt([_damaged(slot, what)], path))
+                lost = lambda what: self._corrupt([_damaged(slot, what)], path)  # noqa: E731
+                adapter = slot.codec.open(path, slot.object.sums, lost)
             except AdapterFormatError as error:
                 raise self._corrupt([_damaged(slot, "; ".join(error.faults))], path) from error
         if len(slot.object.squared_norms) == len(adapter.modules):
@@ -109,8 +119,8 @@ class Snapshot:
         return adapter
 
     def average(self, slot: Slot) -> Average:
-        """A slot as what the next fold starts from: norm restoration divided out. Raises as `adapter`."""
-        average = Average(self.adapter(slot), slot.history).plain
+        """A slot as what the next fold starts from: norm restoration divided out. Raises as `stored`."""
+        average = Average(self.stored(slot), slot.history).plain
         if not average.noise_fits:
             raise self._corrupt([f"slot {slot.id}: the manifest's noise is of another number of modules"], self.path)
         return average
@@ -135,12 +145,12 @@ class Snapshot:
                 where = self.slot_path(*faults) if len(faults) == 1 else self.path
                 raise self._corrupt([*faults.values()], where)
 
-    def _fault(self, slot: Slot, digest_of: Callable[[Path], str] = known_digest) -> str | None:
-        """What is wrong with the stored bytes of a slot."""
+    def _fault(self, slot: Slot, *, anew: bool = False) -> str | None:
+        """What is wrong with the stored bytes of a slot, hashed `anew` or as this process knows them."""
         with refusals(self.path, "read"):
             path = self.slot_path(slot)
             try:
-                found = digest_of(path)
+                found = slot.codec.digest(path) if anew else slot.codec.known_digest(path)
             except PermissionError:
                 raise
             except OSError as error:
@@ -153,11 +163,11 @@ class Snapshot:
     def problems(self, slot: Slot) -> list[str]:
         """What is wrong with the object of a slot, in sentences: its bytes, their number, their energies."""
         try:
-            if fault := self._fault(slot, object_digest):
+            if fault := self._fault(slot, anew=True):
                 return [fault]
-            path, adapter = self.slot_path(slot), self.adapter(slot)
+            path, adapter = self.slot_path(slot), self.stored(slot)
             with refusals(path, "read"):
-                size = sum((path / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
+                size = sum(file.stat().st_size for file in slot.codec.paths(path))
             if size != slot.object.bytes:
                 return [_damaged(slot, f"it has {size} bytes, the manifest says {slot.object.bytes}")]
             if slot.object.squared_norms and not squared_norms_hold(adapter):
@@ -178,6 +188,7 @@ class Snapshot:
             manifest=plan.manifest,
             kept={self.head: self.manifest, **self.kept},
             pending={**self.pending, **plan.writes},
+            _served={},
         )
 
     @property
@@ -199,7 +210,8 @@ class Snapshot:
         objects: dict[object, int] = {}
         for slot in plan.manifest.slots:
             if slot.id in plan.writes:
-                objects[encode(plan.writes[slot.id]).digest() if hashed else (slot.id,)] = slot.object.bytes
+                encoded = slot.codec.encode(plan.writes[slot.id]) if hashed else None
+                objects[encoded.digest() if encoded else (slot.id,)] = slot.object.bytes
             else:
                 objects[_key(slot)] = slot.object.bytes
         after = self.after(plan)
