@@ -97,7 +97,7 @@ def test_the_manifest_entry_says_what_will_be_written(tmp_path: Any) -> None:
     assert (slot.id, slot.object.id, slot.object.rank, slot.object.dtype) == (5, PENDING, 4, "f16")
     assert (slot.history, slot.members) == (content.history, ("qa-de", "gec-fr"))
     assert slot.history.method == "linear"
-    assert slot.digests == {x.digest for x in family(3, dtype="f16")}
+    assert slot.history.digests == {x.digest for x in family(3, dtype="f16")}
 
 
 # folding ------------------------------------------------------------------------------------------------------------
