@@ -37,7 +37,7 @@ def whole_zoo(zoo: Path, style: Adapter) -> tuple[str, Adapter]:
         if slot is None:
             raise SystemExit("the style was refused")
         others = [task for task in slot.members if task != "my-email"]
-        return f"{len(others)} others ({', '.join(others)})", shelf.snapshot().after(plan).adapter(slot)
+        return f"{len(others)} others ({', '.join(others)})", shelf.snapshot().after(plan).adapter("my-email")
 
 
 def main() -> None:
