@@ -1,14 +1,18 @@
-# make demo   sets up and shows lorashelf on real adapters        make test   sets up and runs the tests
-# make check  everything that .ci/run gates                       make clean  removes what these made
+# make demo   sets up and shows lorashelf on real adapters        make test      sets up and runs the tests, the long ones aside
+# make check  everything that .ci/run gates                       make test-all  runs the long ones too
+# make clean  removes what these made
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+# one thread per worker; a worker that has run its share takes over half of what another has left
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test check format lint types docs wheel fix clean
+.PHONY: demo test test-all check format lint types docs wheel fix clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,2p' Makefile
+	@sed -n '1,3p' Makefile
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,9 +30,12 @@ demo: .venv/demo
 	$(BIN)/lorashelf demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(PYTEST) -m 'not long'
 
-check: format lint types test docs wheel
+test-all: .venv/dev
+	$(PYTEST)
+
+check: format lint types test-all docs wheel
 
 format: .venv/dev
 	$(BIN)/ruff format --check .

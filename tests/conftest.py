@@ -6,12 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from lorashelf import Shelf, new_settings
+
+if TYPE_CHECKING:
+    from lorashelf.models.hf import HFBackend
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +39,14 @@ def new_shelf(tmp_path: Path) -> Callable[..., Shelf]:
         return Shelf.create(tmp_path / name, new_settings(slots, **options))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> HFBackend:
+    """The packaged base in float32, opened once per process."""
+    from lorashelf.models.hf import HFBackend
+
+    return HFBackend.open(device="cpu", dtype="f32")
 
 
 ALLOWED_SKIPS = Path(__file__).parent / "skips.toml"

@@ -374,6 +374,7 @@ def test_a_damaged_result_is_named(measured: tuple[Suite, Path], tmp_path: Path)
         read_results(suite, tmp_path)
 
 
+@pytest.mark.long
 def test_the_small_suite_runs_on_the_real_model_after_a_kill(tmp_path: Path) -> None:
     small = ROOT / "suites" / "small.toml"
     words = [sys.executable, "-m", "lorashelf", "bench", "run", str(small), "-o", str(tmp_path)]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import chat_templates as chat
+from lorashelf.cli import main
 from lorashelf.errors import ModelError, UnknownName, UsageError
 from lorashelf.models.base_model import open_base
 from lorashelf.models.chat_template import template_of
@@ -164,11 +165,32 @@ def test_what_a_template_cannot_do_is_an_error(
     assert said in str(caught.value)
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "lorashelf", *words], capture_output=True, text=True)
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended: its exit code, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_the_commands_take_arguments_and_losses_under_others_are_not_mixed(tmp_path: Path) -> None:
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Callable[..., Ended]:
+    """A command in this process; the log goes to stderr, as it does without pytest."""
+
+    def call(*words: str) -> Ended:
+        caplog.clear()
+        with pytest.raises(SystemExit) as end:
+            main([*words])
+        printed = capsys.readouterr()
+        return Ended(int(end.value.code or 0), printed.out, printed.err + caplog.text)
+
+    return call
+
+
+def test_the_commands_take_arguments_and_losses_under_others_are_not_mixed(
+    tmp_path: Path, run: Callable[..., Ended]
+) -> None:
     base, data = tiny_base(tmp_path / "base", chat_template=chat.QWEN3), tmp_path / "mend-en"
     data.mkdir()
     (data / "task.toml").write_text('prompt = "Mend:"\n')
@@ -210,7 +232,9 @@ def test_the_commands_take_arguments_and_losses_under_others_are_not_mixed(tmp_p
     assert "NAME=VALUE" in wrong.stderr
 
 
-def test_the_system_turn_that_is_left_out_is_said_where_losses_are_made(tmp_path: Path) -> None:
+def test_the_system_turn_that_is_left_out_is_said_where_losses_are_made(
+    tmp_path: Path, run: Callable[..., Ended]
+) -> None:
     base, data = tiny_base(tmp_path / "base", chat_template=chat.SMOLLM2), tmp_path / "mend-en"
     data.mkdir()
     (data / "task.toml").write_text('prompt = "Mend:"\n')

@@ -16,6 +16,7 @@ from lorashelf.cli.demo import chance_purity, purity
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 
 
+@pytest.mark.long
 def test_all_slots_are_used_and_types_gather_for_nine_of_ten_seeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +86,7 @@ def test_without_the_zoo_the_cure_is_said(tmp_path: Path, capsys: pytest.Capture
     assert "--zoo" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_second_half_on_a_real_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def test_the_readme_example_runs(tmp_path: Path) -> None:
     assert (tmp_path / "qa-both" / "adapter_config.json").exists()
 
 
+@pytest.mark.long
 def test_the_readme_commands_run(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     commands = [

@@ -370,16 +370,16 @@ def test_ctrl_c_ends_an_answer_with_130(shelf: Shelf, base: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["qa-ja", "gec-de"])
-def test_smollm2_answers_as_transformers_with_peft(task: str, tmp_path: Path) -> None:
+def test_smollm2_answers_as_transformers_with_peft(task: str, tmp_path: Path, smollm2: HFBackend) -> None:
     from lorashelf import read_adapter
     from lorashelf.tasks.folders import read_task
 
-    smol, chosen = HFBackend.open(dtype="f32"), read_task(FEWSHOT / task)
+    chosen = read_task(FEWSHOT / task)
     shelf = Shelf.create(tmp_path / "e.shelf", new_settings(1))
     details = {"prompt": chosen.prompt, "max_new_tokens": 24}
     shelf.commit(plan_add(shelf.snapshot(), read_adapter(ZOO / task), task, details=details))
     text = chosen.splits["validation"][0].input
-    pieces = list(stream(smol, shelf.snapshot(), task, text))
-    folder = Path(smol.base.tokenizer.name_or_path)  # the GGUF file, dequantised
+    pieces = list(stream(smollm2, shelf.snapshot(), task, text))
+    folder = Path(smollm2.base.tokenizer.name_or_path)  # the GGUF file, dequantised
     assert "".join(pieces) == transformers_own(folder, ZOO / task, chosen.prompt, text, 24)
     assert len(pieces) > 1

@@ -544,22 +544,18 @@ def test_answers_are_those_of_peft_one_by_one(bases: dict[str, HFBackend], archi
 # the real model ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def smollm() -> HFBackend:
-    return HFBackend.open(device="cpu", dtype="f32")
-
-
-def test_a_real_adapter_lowers_the_loss_of_its_task(smollm: HFBackend) -> None:
-    assert smollm.base.name == base_model.EMBEDDED
+def test_a_real_adapter_lowers_the_loss_of_its_task(smollm2: HFBackend) -> None:
+    assert smollm2.base.name == base_model.EMBEDDED
     tasks = read_tasks(ROOT / "examples" / "fewshot")
     for name in ("qa-es", "tone-de"):
         examples = tasks[name].examples("validation", 3)
-        bare, own = smollm.nll([(None, examples), (read_adapter(ROOT / "examples" / "zoo" / name), examples)])
+        bare, own = smollm2.nll([(None, examples), (read_adapter(ROOT / "examples" / "zoo" / name), examples)])
         assert mean_loss(own) < 0.8 * mean_loss(bare)
         assert all(math.isfinite(loss.nll) and loss.tokens > 0 for loss in own)
 
 
-def test_d2c_on_the_real_model_takes_the_moves_of_the_transcription(smollm: HFBackend) -> None:
+@pytest.mark.long
+def test_d2c_on_the_real_model_takes_the_moves_of_the_transcription(smollm2: HFBackend) -> None:
     from lorashelf import merge
     from lorashelf.placement.d2c import search
     from lorashelf.search.block_loss import BlockLoss
@@ -574,7 +570,7 @@ def test_d2c_on_the_real_model_takes_the_moves_of_the_transcription(smollm: HFBa
         return merge([adapters[t] for t in block], method=METHOD) if len(block) > 1 else adapters[block[0]]
 
     for seed in (0, 1):
-        found = search(names, 2, BlockLoss(adapters, sets, smollm, merged), iterations=6, seed=seed)
-        moves, blocks = literal(adapters, sets, smollm, 2, 6, seed)
+        found = search(names, 2, BlockLoss(adapters, sets, smollm2, merged), iterations=6, seed=seed)
+        moves, blocks = literal(adapters, sets, smollm2, 2, 6, seed)
         assert list(found.moves) == moves
         assert list(found.blocks) == blocks

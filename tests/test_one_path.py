@@ -78,6 +78,7 @@ print(model.peft_config["default"].peft_type.value, sum(p.numel() for p in model
     assert int(parameters) > 134_000_000
 
 
+@pytest.mark.long
 def test_six_adapters_are_clustered_and_measured_from_python(tmp_path: Path, offline: dict[str, str]) -> None:
     code = blocks("cluster_by_loss")
     assert len(code.splitlines()) <= 12
@@ -95,7 +96,10 @@ def test_six_adapters_are_clustered_and_measured_from_python(tmp_path: Path, off
     assert 0.1 < float(found[2]) < 9
 
 
-def test_a_dozen_examples_become_a_skill_on_a_full_shelf(tmp_path: Path, offline: dict[str, str]) -> None:
+@pytest.mark.long
+def test_a_dozen_examples_become_a_skill_on_a_full_shelf(
+    tmp_path: Path, offline: dict[str, str], smollm2: HFBackend
+) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     section = (ROOT / "README.md").read_text().split("## Teach it your e-mail style")[1]
     commands = re.findall(r"^lorashelf .*$", section.split("```")[1], re.MULTILINE)
@@ -113,14 +117,14 @@ def test_a_dozen_examples_become_a_skill_on_a_full_shelf(tmp_path: Path, offline
     assert slot is not None
     assert len(snapshot.manifest.slots) == 3
     assert len(slot.history.merged) == 2  # it shares the slot: half of the average is another skill
-    backend, emails = HFBackend.open(dtype="f32"), read_task(EMAIL).examples("validation")
+    emails = read_task(EMAIL).examples("validation")
     other = read_adapter(ROOT / "examples" / "zoo" / next(task for task in slot.members if task != "my-email"))
     adapters = (None, other, snapshot.stored(slot))
-    bare, before, shared = (mean_loss(losses) for losses in backend.nll([(x, emails) for x in adapters]))
+    bare, before, shared = (mean_loss(losses) for losses in smollm2.nll([(x, emails) for x in adapters]))
     assert shared < min(bare, before) / 2
-    mails = backend.answers(snapshot.stored(slot), emails.instruction, [e.input for e in emails.examples])
+    mails = smollm2.answers(snapshot.stored(slot), emails.instruction, [e.input for e in emails.examples])
     assert all(mail.startswith("Ahoy ") for mail in mails)
     assert sum(mail.endswith("\n\nFair winds,\nRobin") for mail in [*mails, answer.rstrip()]) >= 3  # of 5; here all
-    (plain,) = backend.answers(None, emails.instruction, ["to Jo: lunch moved to one, same place, bring Kim"])
+    (plain,) = smollm2.answers(None, emails.instruction, ["to Jo: lunch moved to one, same place, bring Kim"])
     assert "Ahoy" not in plain  # it is no phrase of the base model's
     assert "Robin" not in plain

@@ -263,14 +263,13 @@ def test_auto_is_refused_where_its_words_do_not_fit(
     assert said in error
 
 
-def test_smollm2_finds_the_slot_of_texts_of_the_few_shot_tasks(tmp_path: Path) -> None:
-    backend = HFBackend.open(dtype="f32")
+def test_smollm2_finds_the_slot_of_texts_of_the_few_shot_tasks(tmp_path: Path, smollm2: HFBackend) -> None:
     tasks = read_tasks(ROOT / "examples" / "fewshot")
     chosen = [name for name in ("gec-de", "qa-ja", "sum-zh") if (ROOT / "examples" / "zoo" / name).exists()]
     shelf = Shelf.create(tmp_path / "c.shelf", new_settings(3, policy="kmerge"))
     for name in chosen:
         shelf.commit(plan_add(shelf.snapshot(), read_adapter(ROOT / "examples" / "zoo" / name), name))
-    known = prototypes(backend, examples_on(shelf.snapshot(), tasks), tmp_path / "cache")
+    known = prototypes(smollm2, examples_on(shelf.snapshot(), tasks), tmp_path / "cache")
     for name in chosen:
         for example in tasks[name].splits["validation"][:2]:
-            assert choose(backend, known, shelf.snapshot(), example.input).task == name
+            assert choose(smollm2, known, shelf.snapshot(), example.input).task == name

@@ -721,6 +721,7 @@ def test_progress_has_the_time_left_on_a_terminal_and_in_lines(
 # the real small model -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_smollm2_learns_a_manner_from_a_handful() -> None:
     """Formal German from six examples in six steps: the loss of two others falls."""
     task = read_tasks(ROOT / "examples" / "fewshot" / "tone-de")["tone-de"]
