@@ -40,7 +40,7 @@ def make_adapter(
             a = rng.standard_normal((r, din)).astype(np.float32)
             b = rng.standard_normal((dout, r)).astype(np.float32)
             modules[module_path(layer, projection)] = Factors(a, b, (scales or {}).get(projection, scale))
-    config = {"target_modules": list(projections), "task_type": "CAUSAL_LM", "lora_dropout": 0.05, "x_unknown": [1, 2]}
+    config = {"target_modules": list(projections), "task_type": "CAUSAL_LM", "lora_dropout": 0.05, "x_unknown": {}}
     return Adapter(Modules(modules), BaseId(base), dtype, config)
 
 

@@ -427,6 +427,12 @@ BAD_CONFIGS: dict[str, tuple[Spoil, str]] = {
     "block-diagonal": field("use_bdlora", {"nblocks": 2}, "use_bdlora is set"),
     "Arrow": field("arrow_config", {"top_k": 2}, "arrow_config is set"),
     "KaSA": field("kasa_config", {"beta": 1}, "kasa_config is set"),
+    "a field that nobody knows": field("x_future", {"deep": [1]}, "the field 'x_future' is set to {'deep': [1]}"),
+    "a field with a terminal's escape": field("\x1b[31m", 1, r"the field '\x1b[31m' is set to 1"),
+    **{
+        f"init {name}": field("init_lora_weights", name, f"init_lora_weights is {name!r}")
+        for name in ("kasa", "of_the_future")
+    },
     "biases of the base": field("bias", "lora_only", "bias is 'lora_only'"),
     **{
         f"init {name}": field("init_lora_weights", name, f"init_lora_weights is {name!r}")
@@ -505,13 +511,47 @@ def test_a_bad_config_is_refused(shelf: Shelf, tmp_path: Path, spoil: Spoil, fra
         {"exclude_modules": ["k_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
         {"layers_pattern": "", "layers_to_transform": [0, 1]},
         {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {}},
-        {"x_unknown_field": {"deep": [1]}},
+        *({"x_future": off} for off in (None, False, 0, "", [], {})),
+        {"merge_weights": True},
+        {"lora_dtype": "float16", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6},  # as ms-swift writes them
+        {
+            "auto_mapping": {  # as Unsloth writes it
+                "base_model_class": "LlamaForCausalLM",
+                "parent_library": "transformers.models.llama.modeling_llama",
+                "unsloth_fixed": True,
+            },
+        },
     ],
     ids=str,
 )
 def test_what_does_not_change_the_update_is_accepted(tmp_path: Path, changes: dict[str, Any]) -> None:
     plain = make_adapter(1)
     assert_same_delta(read_adapter(write_peft(tmp_path / "x", plain, **changes)), plain)
+
+
+def test_the_cure_of_a_field_that_is_not_known_works(tmp_path: Path) -> None:
+    plain = make_adapter(1)
+    folder = write_peft(tmp_path / "x", plain, x_future=[1])
+    with pytest.raises(AdapterFormatError, match="x_future") as caught:
+        read_adapter(folder)
+    assert caught.value.cure is not None
+    assert caught.value.cure.startswith("delete 'x_future' from adapter_config.json")
+    config = json.loads((folder / CONFIG).read_text())
+    del config["x_future"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    assert_same_delta(read_adapter(folder), plain)
+
+
+def test_a_shelf_that_holds_a_field_which_is_not_known_stays_readable(shelf: Shelf) -> None:
+    """Earlier versions stored such adapters."""
+    adapter = make_adapter(7)
+    shelf.commit(plan_add(shelf.snapshot(), replace(adapter, config={**adapter.config, "x_future": [1]}), "old"))
+    snapshot = Shelf(shelf.path).snapshot()
+    slot = snapshot.manifest.slot_of("old")
+    assert slot is not None
+    assert json.loads((snapshot.slot_path(slot) / CONFIG).read_text())["x_future"] == [1]
+    assert snapshot.stored(slot).shapes == adapter.shapes
+    assert shelf.verify() == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -23,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from factory import SHAPES, dense, make_adapter
 from lorashelf import METHODS, Adapter, Factors, Modules, combine, compress, merge, norm, read_adapter, write_adapter
 from lorashelf.errors import AdapterFormatError, UsageError
+from lorashelf.formats.peft_config import HARMLESS, REFUSED, UNDERSTOOD
 from lorashelf.formats.written_config import written_config
 from lorashelf.lora.adapter import WIDTHS, numpy_dtype
 from lorashelf.lora.targets import TARGET_FIELDS
@@ -617,11 +619,45 @@ def test_patterns_whose_order_peft_s_own_file_loses_are_read_as_peft_reads_them_
 
 # fields by which PEFT makes another function of an adapter -----------------------------------------------------------
 
-FIELDS = [
-    *("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"),
-    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
-]
+FIELDS = list(REFUSED)
 EMPTY: list[Any] = [None, False, [], {}]
+
+
+def test_every_field_of_peft_is_understood_or_harmless_or_refused() -> None:
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    classes = (set(UNDERSTOOD), set(HARMLESS), set(REFUSED))
+    assert fields - set().union(*classes) == set()
+    assert sum(map(len, classes)) == len(set().union(*classes))
+    assert len(fields) >= 42
+
+
+HARMLESS_VALUES: dict[str, Any] = {
+    "peft_version": "99.0",
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"},
+    "task_type": "CAUSAL_LM",
+    "inference_mode": False,
+    "lora_dropout": 0.3,
+    "loftq_config": {"loftq_bits": 4},
+    "qalora_group_size": 32,
+    "megatron_core": "megatron.other",
+    "ensure_weight_tying": True,
+    "merge_weights": True,
+    "lora_dtype": "float16",
+    "lorap_lr_ratio": 16.0,
+    "lorap_emb_lr": 1e-6,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT names what it ignores
+@pytest.mark.parametrize("field", HARMLESS_VALUES)
+def test_a_harmless_field_changes_nothing_in_peft(field: str, tmp_path: Path) -> None:
+    trained({"default": lora()}).save_pretrained(tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    plain = peft_deltas(loaded(tmp_path / "x"))
+    (tmp_path / "x" / "adapter_config.json").write_text(json.dumps({**config, field: HARMLESS_VALUES[field]}))
+    assert field in HARMLESS
+    assert_deltas(peft_deltas(loaded(tmp_path / "x")), plain)
+    assert_deltas(plain, dense(read_adapter(tmp_path / "x")))
 
 
 @pytest.mark.parametrize("value", EMPTY, ids=str)

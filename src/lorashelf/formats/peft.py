@@ -51,7 +51,7 @@ def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:
     if found is not None:
         raise AdapterFormatError([found], where=str(folder))
     faults = Faults()
-    config = _read_config(folder, faults)
+    config = _read_config(folder, faults, stored=guard is not None)
     tensors = _read_tensors(folder, faults, guard)
     faults.extend(trained_beside(names))
     in_training = training_only(config or {})
@@ -260,7 +260,7 @@ class _FileModules(Modules):
 # reading ------------------------------------------------------------------------------------------------------------
 
 
-def _read_config(folder: Path, faults: Faults) -> dict[str, Any] | None:
+def _read_config(folder: Path, faults: Faults, *, stored: bool = False) -> dict[str, Any] | None:
     mend = f"mend {CONFIG_FILE}, or copy the one that was saved with the tensors"
     try:
         config = json.loads(atomic.read_file(folder / CONFIG_FILE))  # with or without a byte order mark
@@ -281,7 +281,7 @@ def _read_config(folder: Path, faults: Faults) -> dict[str, Any] | None:
     if not _encodable(config):
         faults.append(f"{CONFIG_FILE} holds text that is not Unicode (a lone surrogate)", mend)
         return None
-    faults.extend(config_faults(config))
+    faults.extend(config_faults(config, stored=stored))
     return config
 
 

@@ -1,8 +1,8 @@
 """adapter_config.json: which fields change what ΔW is, and what they resolve to.
 
 PEFT's scale of a module is alpha / r, or alpha / √r under `use_rslora`, with r and alpha from `rank_pattern` and
-`alpha_pattern` where a key matches the module's path (peft.utils.other.get_pattern_key). It is resolved here, once;
-fields under which ΔW is anything but s B A are refused by name.
+`alpha_pattern` where a key matches the module's path (peft.utils.other.get_pattern_key). It is resolved here, once.
+Fields under which ΔW is anything but s B A are refused by name, and so is a field that is set and not known.
 """
 
 from __future__ import annotations
@@ -15,12 +15,31 @@ from ..errors import Fault
 from ..faults import Faults
 from ..lora.adapter import Shape
 from ..lora.matching import BAD_PATTERN, FirstMatch, Key, targets
+from ..lora.targets import TARGET_FIELDS
 from ..names import on_one_line
 
 RESOLVED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision")
+UNDERSTOOD = (
+    *RESOLVED,
+    *("peft_type", "bias", "init_lora_weights"),  # refused by their value
+    *TARGET_FIELDS,  # which modules have factors
+    "fan_in_fan_out",  # the base's layer keeps W transposed; its factors are those of ΔW
+)
+"""Fields whose effect on ΔW is known and taken into account."""
+HARMLESS = (
+    *("peft_version", "auto_mapping", "task_type", "inference_mode", "runtime_config"),  # how PEFT loads it
+    *("lora_dropout", "velora_config", "monteclora_config"),  # act in training only
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # options of an init, which is looked at itself
+    "qalora_group_size",  # an option of QALoRA, which is refused
+    *("megatron_config", "megatron_core"),  # how the base is spread over machines
+    "ensure_weight_tying",  # of embeddings, whose factors are refused
+    "merge_weights",  # of PEFT before 0.3: when to merge into the base
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # ms-swift's: dtype and learning rates of training
+)
+"""Fields on which ΔW does not depend, whatever their value: PEFT's, and those that other training tools add."""
 _DEFAULT_RANK = _DEFAULT_ALPHA = 8  # PEFT's, for fields that a config leaves out
 
-_REFUSED_FIELDS: Mapping[str, tuple[str, str]] = {  # what it means, and how to train without it
+REFUSED: Mapping[str, tuple[str, str]] = {  # what it means, and how to train without it
     "use_dora": ("DoRA magnitudes are not additive", "train it again with use_dora=False"),
     "lora_bias": ("biases of the factors are not part of ΔW = s B A", "train it again with lora_bias=False"),
     "modules_to_save": ("whole modules are stored beside the factors", "train it again without modules_to_save"),
@@ -47,17 +66,20 @@ _TRAINING_ONLY: Mapping[str, str] = {"velora_config": "lora_velora_", "monteclor
 """Variants that are s B A of the factors once trained; field → what the names of their further tensors begin with."""
 LARGEST = 1e30  # a rank or an alpha beyond this is a mistake; float32 factors times it would overflow
 _CONVERTED_INITS = ("pissa", "olora", "corda", "lora_ga")
-_REFUSED_INITS = (*_CONVERTED_INITS, "loftq", "kasa")
+_HARMLESS_INITS = ("gaussian", "orthogonal", "eva", "mica")  # of A and B alone; the base stays as it was
 _MEND = "mend adapter_config.json, or copy the one that was saved with the tensors"
 
 
-def config_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
-    """Every field under which ΔW is not s B A of the factors alone, with the reason and the cure."""
+def config_faults(config: Mapping[str, Any], *, stored: bool = False) -> Iterator[Fault]:
+    """Every field under which ΔW is not s B A of the factors alone, with the reason and the cure.
+
+    Fields that are set and not known are refused too, except in a config that is `stored`: it was accepted before.
+    """
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         cure = "convert it with peft.save_as_lora, where PEFT can, or train a LoRA"
         yield Fault(f"peft_type is {kind!r}, not 'LORA'", cure)
-    for name, (reason, cure) in _REFUSED_FIELDS.items():
+    for name, (reason, cure) in REFUSED.items():
         if _is_on(name, config.get(name)):
             yield Fault(f"{name} is set: {reason}", cure)
     if config.get("bias", "none") != "none":
@@ -65,7 +87,7 @@ def config_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
             f"bias is {config['bias']!r}: the base's biases were trained too", "train it again with bias='none'"
         )
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_REFUSED_INITS):
+    if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
         cure = "train it again with init_lora_weights=True"
         if init.lower().startswith(_CONVERTED_INITS):
             cure = "save it again as a plain LoRA: save_pretrained with path_initial_model_for_weight_conversion"
@@ -76,6 +98,19 @@ def config_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
             yield Fault(f"{name} is not a string", _MEND)
         elif value and not on_one_line(value):  # it is printed, and a terminal would obey it
             yield Fault(f"{name} is {value!a}, with a control character or a line break", _MEND)
+
+    if not stored:
+        yield from _unknown(config)
+
+
+def _unknown(config: Mapping[str, Any]) -> Iterator[Fault]:
+    """Fields that nothing is known of and that are set: null, false, 0 and what is empty are off in any version."""
+    for name in sorted(config.keys() - {*UNDERSTOOD, *HARMLESS, *REFUSED}):
+        if value := config[name]:
+            what = f"the field {name!r} is set to {_shortened(value)}, and its effect on ΔW is not known"
+            yield Fault(
+                what, f"delete {name!r} from adapter_config.json if ΔW does not depend on it, or train without it"
+            )
 
 
 def _is_on(name: str, value: Any) -> bool:
