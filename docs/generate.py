@@ -38,7 +38,20 @@ SHELF = [
     "gc",
 ]
 BENCH = ["bench run", "bench status", "bench table", "bench plot"]
-COMMANDS = [*SHELF, "show", "compare", "plan", "threshold", "merge", "train", "eval", "generate", *BENCH]
+COMMANDS = [
+    *SHELF,
+    "show",
+    "compare",
+    "plan",
+    "threshold",
+    "merge",
+    "compress",
+    "extract",
+    "train",
+    "eval",
+    "generate",
+    *BENCH,
+]
 CLI_HEAD = """# Command line
 
 Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache, or

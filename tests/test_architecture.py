@@ -18,6 +18,7 @@ from lorashelf import errors
 SOURCE = Path(lorashelf.__file__).parent
 LATE = {  # import inside a function → why
     ("lora.adapter", "ml_dtypes"): "a tenth of the start, which only bf16 needs",
+    ("formats.coded.stream", "constriction"): "only to code or decode an adapter",
     ("errors", "difflib"): "only when an error is raised",
     ("execution", "concurrent.futures"): "with logging a tenth of the start, which readers never need",
     ("execution", "threadpoolctl"): "likewise",

@@ -389,6 +389,12 @@ def singular_values(f: Factors) -> Vector:
     return _svd(f)[3]
 
 
+def decomposed(f: Factors) -> tuple[NDArray[Any], Vector, NDArray[Any]]:
+    """ΔW = U diag(σ) Vᵀ from its factors: U (dout, k), σ (k,) descending, V (din, k), k at most r; float64."""
+    q_b, q_a, u, s, vt = _svd(f)
+    return q_b @ u, s, q_a @ vt.T
+
+
 def _svd(f: Factors) -> tuple[Any, Any, Any, Vector, Any]:
     q_b, r_b = np.linalg.qr(f.b.astype(np.float64))
     q_a, r_a = np.linalg.qr(f.a.T.astype(np.float64))

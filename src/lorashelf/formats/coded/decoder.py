@@ -1,0 +1,179 @@
+"""From levels to an adapter: checked and outlined at once, its values decoded when a module is first taken."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import chain as chained
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import AdapterFormatError
+from ...lora.adapter import Adapter, Factors, Modules, Shape
+from ...lora.quality import quality
+from ...lora.quantiser import RATIOS
+from .body import MOST_GAIN, NONE, Coded, Direction, Head, Side, read_entries, read_lists
+from .description import Description, parameters
+from .entries import Chain, checked, values
+from .record import bodies, reference
+from .stream import Scanner, StreamReader, malformed
+
+_STEP = 18248035989933441396  # 2^64 2^(-1/64), rounded down
+
+
+class Level(NamedTuple):
+    """What a level and those before it are worth."""
+
+    bytes: int
+    """Of this level alone."""
+    kept: float
+    """Share of ‖ΔW‖² that the levels up to this one keep."""
+    quality: float
+    """Predicted share of the adapter's gain in loss."""
+    directions: int
+    """How many of all modules' directions are coded up to this level."""
+    reference: str
+    """The first 16 hex digits of the level's BLAKE2b-256."""
+
+
+class Outline:
+    """Levels whose lists are read and whose entries are not: shapes, ranks, gains and chains."""
+
+    def __init__(self, levels: Sequence[bytes], where: str | None = None) -> None:
+        """Raise AdapterFormatError with `where` for levels that are damaged, lack those before or are malformed."""
+        scanners = [Scanner(body) for body in bodies(levels, where)]
+        self._pending: list[tuple[StreamReader, list[tuple[Side, int, Chain]], list[tuple[Side, Chain]]]] = []
+        self._lock = threading.Lock()
+        self.levels: list[Level] = []
+        try:
+            for place, scanner in enumerate(scanners):
+                self._take(scanner, levels[place], place == 0)
+        except AdapterFormatError as error:
+            raise AdapterFormatError(
+                [reason.at(f"level {len(self.levels)}") for reason in error.reasons], where=where
+            ) from error
+
+    def _take(self, scanner: Scanner, level: bytes, base: bool) -> None:
+        head = Head(scanner, base)
+        if head.description is not None:
+            self.top, self.description = head.top, head.description
+            self.coded: Coded = {path: [] for path in head.description.shapes}
+        self.restored = head.restored
+        reader = StreamReader(scanner)
+        shapes = self.description.shapes
+        add = read_lists(reader, shapes, {path: len(found) for path, found in self.coded.items()})
+        old = list(chained.from_iterable(self.coded.values()))
+        refined: list[tuple[Side, Chain]] = []
+        for name, places in zip("uv", add.ratios, strict=True):
+            for direction, place in zip(old, places, strict=True):
+                if place:
+                    side: Side = getattr(direction, name)
+                    side.chain = checked((*side.chain, RATIOS[place]))
+                    refined.append((side, side.chain))
+        u, v = [], []
+        news = zip(add.gains, *add.starts, strict=True)
+        for (path, found), count in zip(self.coded.items(), add.counts, strict=True):
+            for _ in range(count):
+                below, start_u, start_v = next(news)
+                gain = below + (found[-1].gain if found else 0)
+                if gain > MOST_GAIN:
+                    raise malformed("a gain is too small")
+                sides = [Side((start,), np.zeros(0, np.int16), NONE) for start in (start_u, start_v)]
+                found.append(Direction(gain, *sides))
+                u.append((sides[0], shapes[path].dout, sides[0].chain))
+                v.append((sides[1], shapes[path].din, sides[1].chain))
+        self._pending.append((reader, u + v, refined))
+        count = sum(map(len, self.coded.values()))
+        name = reference(level).hex()
+        self.levels.append(Level(len(level), head.kept, quality(head.kept), count, name))
+
+    def read(self) -> Coded:
+        """The directions with all entries, decoded when this is first called. Raises AdapterFormatError."""
+        with self._lock:
+            for reader, fresh, refined in self._pending:
+                read_entries(reader, fresh, refined)
+            self._pending = []
+        return self.coded
+
+
+class CodedModules(Modules):
+    """Modules of levels: decoded as one is first taken, each made into float32 factors as it is taken."""
+
+    def __init__(self, outline: Outline) -> None:
+        self._outline = outline
+        counts = {path: max(len(found), 1) for path, found in outline.coded.items()}
+        shapes = outline.description.shapes
+        self._shapes = {path: Shape(shape.dout, counts[path], shape.din) for path, shape in shapes.items()}
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Module path → (dout, directions coded, din)."""
+        return self._shapes
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        """1 for every module."""
+        return dict.fromkeys(self._shapes, 1.0)
+
+    def __getitem__(self, path: str) -> Factors:
+        outline = self._outline
+        return factors(outline.read()[path], self._shapes[path], outline.top, outline.restored)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def factors(directions: Sequence[Direction], shape: Shape, top: float, restored: int) -> Factors:
+    """ΔW = Σ factor² g r_u r_vᵀ of one module as factors; every value is the result of one float32 product."""
+    a, b = np.zeros((shape.rank, shape.din), np.float32), np.zeros((shape.rank, shape.dout), np.float32)
+    for i, direction in enumerate(directions):
+        root = root_of(direction.gain, top)
+        scaled = np.float32(np.float64(root) * np.float64(restored * restored) * 2.0**-28)
+        a[i] = root * side_values(direction.v)
+        b[i] = scaled * side_values(direction.u)
+    return Factors(a, np.ascontiguousarray(b.T))
+
+
+def side_values(side: Side) -> NDArray[np.float32]:
+    """What a side's indices stand for, in units of 2^-16."""
+    return values(side.indices, side.chain, side.outliers)
+
+
+def root_of(gain: int, top: float) -> np.float32:
+    """√g, such that values in units of 2^-16 can be multiplied by it: top 2^(−gain / 64) 2^-16."""
+    return np.float32(np.float64(top) * np.float64(_sixtyfourths()[gain % 64]) * 2.0 ** (-40 - gain // 64))
+
+
+@cache
+def _sixtyfourths() -> list[int]:
+    """2^24 2^(−i / 64), rounded down along the way."""
+    value, found = 2**64, []
+    for _ in range(64):
+        found.append(value >> 40)
+        value = value * _STEP >> 64
+    return found
+
+
+def decode(levels: Sequence[bytes], where: str | None = None) -> Adapter:
+    """The adapter of the first n levels of a coding; bytes, shapes and lists are checked, values decoded when used.
+
+    Raises AdapterFormatError, which names every level that is damaged, cut off or does not follow on the one before.
+    """
+    outline = Outline(levels, where)
+    of = outline.description
+    return Adapter(CodedModules(outline), of.base, of.dtype, of.config)
+
+
+def inspect(levels: Sequence[bytes], where: str | None = None) -> tuple[Description, int, list[Level]]:
+    """What was coded, how many values it had, and what every level is worth, without decoding entries."""
+    outline = Outline(levels, where)
+    return outline.description, parameters(outline.description.shapes), outline.levels

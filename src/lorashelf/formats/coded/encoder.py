@@ -1,0 +1,165 @@
+"""From an adapter to levels: each at one slope, or as fine as fits into a number of bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import UsageError
+from ...lora.adapter import Adapter, Shape
+from ...lora.allocation import Coding, Options, slope_keeping, slope_within
+from ...lora.directions import directions
+from ...lora.quality import energy_for, quality, restoration
+from ...lora.quantiser import RATIOS
+from .body import MOST_GAIN, NONE, Additions, Direction, Side, grouped, head, write_entries, write_lists
+from .decoder import factors
+from .description import packed
+from .entries import OUTLIER, Chain, indices, outlier_codes, outlier_values
+from .record import framed
+from .stream import StreamWriter
+
+_TRIES = 8
+_AS_CODED = 2**14
+
+
+class _Trial(NamedTuple):
+    """A level that may be accepted, and what is coded after it: the place of a direction among all → it."""
+
+    level: bytes
+    coding: Coding
+    found: Mapping[int, Direction]
+    kept: float
+
+
+class Encoder:
+    """An adapter and its levels so far; every further level refines them."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.directions = directions(adapter)
+        self.levels: list[bytes] = []
+        self.kept = 0.0
+        """The share of ‖ΔW‖² that the levels keep."""
+        self._description = packed(adapter)
+        self._spectra = list(self.directions.modules.values())
+        self._owner = np.repeat(np.arange(len(self._spectra)), [len(m) for m in self._spectra]).tolist()
+        self._x = [[row for m in self._spectra for row in getattr(m, name)] for name in "uv"]
+        self._first = np.cumsum([0, *map(len, self._spectra)]).tolist()
+        roots = np.concatenate([np.sqrt(m.sigma) / (m.u.shape[1] * m.v.shape[1]) ** 0.25 for m in self._spectra])
+        self._top = float(np.float32(roots.max(initial=0.0)))
+        below = np.rint(64 * np.log2(self._top / roots))
+        self._gains = np.clip(below, 0, MOST_GAIN).astype(np.int64).tolist()
+        self._coding = Coding.nothing(self.directions)
+        self._found: Mapping[int, Direction] = {}
+
+    @property
+    def size(self) -> int:
+        """The bytes of all levels so far."""
+        return sum(map(len, self.levels))
+
+    def options(self) -> Options:
+        """What one more level may add; for `slope_within`, also of several adapters."""
+        return Options(self.directions, self._coding)
+
+    def add(self, slope: float, options: Options | None = None) -> bytes:
+        """One more level, at a slope: the share of ‖ΔW‖² that a bit must be worth."""
+        return self._accept(self._trial((options or self.options()).choose(slope)[0]))
+
+    def add_within(self, size: int) -> bytes:
+        """One more level, as fine as it can be with all levels in at most `size` bytes. Raises UsageError if there is
+        none so small.
+        """
+        least, room = self._trial(self._coding), size - self.size
+        if len(least.level) > room:
+            needed = self.size + len(least.level)
+            what = f"{size} bytes are too few: what describes the adapter alone takes {needed}"
+            raise UsageError(what, cure=f"give more than {needed} bytes")
+        options, bits = self.options(), 8.0 * (room - len(least.level))
+        for _ in range(_TRIES):
+            trial = self._trial(options.choose(slope_within([options], bits))[0])
+            if len(trial.level) <= room:
+                return self._accept(trial)
+            bits = max(0.999 * bits - 8.0 * (len(trial.level) - room), 0.0)
+        return self._accept(least)
+
+    def add_for(self, wanted: float) -> bytes:
+        """One more level, as coarse as it can be with a predicted quality of all levels of at least `wanted`. Raises
+        UsageError if none is so good.
+        """
+        return self._accept(self._for(wanted))
+
+    def size_for(self, wanted: float) -> int:
+        """The bytes of all levels after `add_for`."""
+        return self.size + len(self._for(wanted).level)
+
+    def _for(self, wanted: float) -> _Trial:
+        options, energy = self.options(), energy_for(wanted)
+        slope = slope_keeping([options], energy)
+        for _ in range(_TRIES):
+            trial = self._trial(options.choose(slope)[0])
+            if trial.kept >= energy:
+                return trial
+            slope *= 0.97
+        what = f"no level is fine enough for a predicted quality of {wanted}"
+        raise UsageError(what, cure=f"give at most {quality(trial.kept):.4f}")
+
+    def _accept(self, trial: _Trial) -> bytes:
+        self.levels.append(trial.level)
+        self._coding, self._found, self.kept = trial.coding, trial.found, trial.kept
+        return trial.level
+
+    def _trial(self, coding: Coding) -> _Trial:
+        """The level that leads from what is coded to this coding."""
+        old = sorted(self._found.items())
+        fresh = [d for d, chain in enumerate(coding.u) if chain and d not in self._found]
+        u = _sides(self._x[0], {d: was.u for d, was in old}, coding.u)
+        v = _sides(self._x[1], {d: was.v for d, was in old}, coding.v)
+        found = {d: Direction(self._gains[d], u[d], v[d]) for d in (*(d for d, _ in old), *fresh)}
+        below = [self._gains[d] - (0 if d in self._first else self._gains[d - 1]) for d in fresh]
+        counts = np.bincount([self._owner[d] for d in fresh], minlength=len(self._spectra)).tolist()
+        writer = StreamWriter()
+        starts = [[side[d].chain[0] for d in fresh] for side in (u, v)]
+        moved = [[(was.u, u[d]) for d, was in old], [(was.v, v[d]) for d, was in old]]
+        ratios = [[0 if now is was else RATIOS.index(now.chain[-1]) for was, now in side] for side in moved]
+        write_lists(writer, Additions(counts, below, (starts[0], starts[1]), (ratios[0], ratios[1])))
+        new = [(side[d], x[d]) for side, x in zip((u, v), self._x, strict=True) for d in fresh]
+        write_entries(writer, new, [(now, was.indices) for side in moved for was, now in side if now is not was])
+        kept = self._kept(found)
+        base = None if self.levels else (self._top, self._description)
+        body = head(kept, round(math.sqrt(restoration(kept)) * _AS_CODED), base) + writer.finished()
+        return _Trial(framed(self.levels, body), coding, found, kept)
+
+    def _kept(self, found: Mapping[int, Direction]) -> float:
+        """1 − ‖ΔW − ΔŴ‖² / ‖ΔW‖² of what a decoder makes of it, not scaled up."""
+        gained = 0.0
+        for module, (start, end) in zip(self._spectra, pairwise(self._first), strict=True):
+            coded = [found[d] for d in range(start, end) if d in found]
+            if coded:
+                f = factors(coded, Shape(module.u.shape[1], len(coded), module.v.shape[1]), self._top, _AS_CODED)
+                a, b = f.a.astype(np.float64), f.b.astype(np.float64)
+                weight = module.sigma / math.sqrt(f.shape.dout * f.shape.din)
+                cross = np.sum(weight[:, None] * (module.u @ b) * (module.v @ a.T))
+                gained += float(2 * cross - np.sum((b.T @ b) * (a @ a.T)))
+        return gained / self.directions.total if self.directions.total else 1.0
+
+
+def _sides(x: Sequence[NDArray[np.float32]], before: Mapping[int, Side], chains: Sequence[Chain]) -> dict[int, Side]:
+    """Every coded direction's side under its chain: the one before where that has not changed."""
+    found = dict(before)
+    unchanged = {d for d, was in before.items() if was.chain == chains[d]}
+    for chain, places in grouped(None if d in unchanged else chain or None for d, chain in enumerate(chains)):
+        q, end = indices(np.concatenate([x[d] for d in places]), chain), 0
+        far = bool((np.abs(q) == OUTLIER).any())
+        for d in places:
+            begin, end = end, end + len(x[d])
+            outliers = before[d].outliers if d in before else NONE
+            if far and d not in before:
+                beyond = x[d][np.abs(q[begin:end]) == OUTLIER]
+                outliers = outlier_values(outlier_codes(beyond, chain), beyond < 0, chain)
+            found[d] = Side(chain, q[begin:end], outliers)
+    return found

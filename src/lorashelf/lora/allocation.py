@@ -1,0 +1,148 @@
+"""Which directions are coded, and how finely: one slope λ, energy lost per bit, for all of them.
+
+Every direction of every module takes the pair of quantisers for its sides, or none, that minimises
+
+    e (1 − c_u² c_v²) + λ (bits of u + bits of v + 12)
+
+with e its share of ‖ΔW‖² and c_u, c_v the cosines between its sides and what they are coded as. A level refines what
+the levels before it have coded, and codes further directions. The same λ for several adapters spreads bits over them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .directions import Directions, Sides, Values
+from .quantiser import RATIOS, STARTS
+
+Chain = tuple[int, ...]
+_DIRECTION_BITS = 12.0  # gain and the names of its quantisers
+_STEPS = 50  # trials of λ at most; it takes 10 to 15
+_SLOPES = 1e-12, 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Coding:
+    """The chains of u and v for every direction of an adapter; () where it is not coded."""
+
+    u: Sequence[Chain]
+    v: Sequence[Chain]
+
+    @classmethod
+    def nothing(cls, directions: Directions) -> Coding:
+        """No direction is coded."""
+        empty: list[Chain] = [()] * len(directions.energy)
+        return cls(empty, empty)
+
+
+class Options:
+    """What one more level may do with each direction of an adapter, given what is coded already."""
+
+    def __init__(self, directions: Directions, before: Coding | None = None) -> None:
+        self._before = before or Coding.nothing(directions)
+        self._energy = directions.energy
+        self._coded = np.array([bool(chain) for chain in self._before.u], np.bool_)
+        self._fresh, self._old = np.flatnonzero(~self._coded), np.flatnonzero(self._coded)
+        self._starts = [_started(side, self._fresh) for side in (directions.u, directions.v)]
+        chains = (self._before.u, self._before.v)
+        sides = (directions.u, directions.v)
+        self._refined = [_refined(s, c, self._old) for s, c in zip(sides, chains, strict=True)]
+        ends = np.cumsum([len(m) for m in directions.modules.values()])
+        self._ends = [int(end) for end in ends]
+
+    def choose(self, slope: float) -> tuple[Coding, float, float]:
+        """The coding of this slope, the bits that it adds, the share of the energy that it keeps."""
+        u, v = list(self._before.u), list(self._before.v)
+        bits = kept = 0.0
+        if len(self._fresh):
+            i, j, added, share = _best(self._energy[self._fresh], self._starts, slope, _DIRECTION_BITS)
+            gain = self._energy[self._fresh] * share - slope * added
+            used = self._prefixes(gain > 0)
+            bits += float(added[used].sum())
+            kept += float((self._energy[self._fresh] * share)[used].sum())
+            for at in np.flatnonzero(used).tolist():
+                u[self._fresh[at]], v[self._fresh[at]] = (int(i[at]),), (int(j[at]),)
+        if len(self._old):
+            i, j, added, share = _best(self._energy[self._old], self._refined, slope, 0.0)
+            bits += float(added.sum())
+            kept += float((self._energy[self._old] * share).sum())
+            for at, d in enumerate(self._old.tolist()):
+                u[d] = u[d] + ((RATIOS[i[at]],) if i[at] else ())
+                v[d] = v[d] + ((RATIOS[j[at]],) if j[at] else ())
+        return Coding(u, v), bits, kept
+
+    def _prefixes(self, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Of the fresh directions those that are wanted and whose predecessors in their module are coded, too."""
+        all_wanted = self._coded.copy()
+        all_wanted[self._fresh] = wanted
+        start = 0
+        for end in self._ends:
+            all_wanted[start:end] = np.logical_and.accumulate(all_wanted[start:end])
+            start = end
+        return all_wanted[self._fresh]
+
+
+def _started(side: Sides, rows: NDArray[np.intp]) -> tuple[Values, Values]:
+    found = [side.estimate((start,), rows) for start in range(len(STARTS))]
+    return np.stack([bits for bits, _ in found], 1), np.stack([kept for _, kept in found], 1)
+
+
+def _refined(side: Sides, chains: Sequence[Chain], rows: NDArray[np.intp]) -> tuple[Values, Values]:
+    bits, kept = np.zeros((len(rows), len(RATIOS))), np.zeros((len(rows), len(RATIOS)))
+    groups: dict[Chain, list[int]] = {}
+    for at, row in enumerate(rows.tolist()):
+        groups.setdefault(chains[row], []).append(at)
+    for chain, members in groups.items():
+        these = rows[members]
+        kept[members, 0] = side.estimate(chain, these)[1]
+        for i, ratio in enumerate(RATIOS[1:], 1):
+            bits[members, i], kept[members, i] = side.estimate((*chain, ratio), these)
+    return bits, kept
+
+
+def _best(
+    energy: Values, sides: Sequence[tuple[Values, Values]], slope: float, extra: float
+) -> tuple[NDArray[np.intp], NDArray[np.intp], Values, Values]:
+    """For every direction the choice for u, that for v, the bits and the share c_u² c_v² kept."""
+    (bits_u, kept_u), (bits_v, kept_v) = sides
+    cost_u, cost_v = (bits.astype(np.float32) * np.float32(slope) for bits in (bits_u, bits_v))
+    value = (energy[:, None] * kept_u).astype(np.float32)[:, :, None] * kept_v.astype(np.float32)[:, None, :]
+    value -= cost_u[:, :, None]
+    value -= cost_v[:, None, :]
+    i, j = np.divmod(value.reshape(len(energy), -1).argmax(axis=1), kept_v.shape[1])
+    rows = np.arange(len(energy))
+    return i, j, bits_u[rows, i] + bits_v[rows, j] + extra, kept_u[rows, i] * kept_v[rows, j]
+
+
+def slope_within(options: Sequence[Options], bits: float) -> float:
+    """The least λ at which one more level of these adapters adds at most so many bits in all, to 1 in 1000."""
+    return _turn(options, lambda added, _: added, bits)[1]
+
+
+def slope_keeping(options: Sequence[Options], kept: float) -> float:
+    """The largest λ at which the adapters, with one more level, keep this share of energy on average, to 1 in 1000; the
+    least that is tried where none does.
+    """
+    return _turn(options, lambda _, share: share / len(options), kept)[0]
+
+
+def _turn(options: Sequence[Options], measure: Callable[[float, float], float], goal: float) -> tuple[float, float]:
+    """Two λ close to one another: bits and share of energy, summed, measure more than the goal at the first only."""
+    (low, high), (above, below) = map(math.log, _SLOPES), (math.inf, 0.0)
+    for step in range(_STEPS):
+        share = 0.5 if step % 2 or below <= 0 or math.isinf(above) else math.log(above / goal) / math.log(above / below)
+        middle = low + (high - low) * min(max(share, 0.02), 0.98)
+        found = [each.choose(math.exp(middle))[1:] for each in options]
+        value = measure(sum(bits for bits, _ in found), sum(kept for _, kept in found))
+        if value > goal:
+            low, above = middle, value
+        else:
+            high, below = middle, value
+        if above <= 1.001 * below or high - low < 1e-7:
+            break
+    return math.exp(low), math.exp(high)
