@@ -173,7 +173,7 @@ def test_the_energy_kept_is_what_decoding_gives() -> None:
 
 def test_a_coarse_code_is_scaled_up_by_the_rule() -> None:
     x = adapter(fall=0.95)
-    levels = levels_of(x, 4e-4)
+    levels = levels_of(x, 1.5e-4)
     (level,) = inspect(levels)[2]
     assert 0.1 < level.kept < 0.5
     assert norm(decode(levels)) == pytest.approx(norm(x), rel=0.1)

@@ -62,6 +62,11 @@ class Encoder:
         """The bytes of all levels so far."""
         return sum(map(len, self.levels))
 
+    @property
+    def least(self) -> int:
+        """The bytes of one more level that adds nothing."""
+        return len(self._trial(self._coding).level)
+
     def options(self) -> Options:
         """What one more level may add; for `slope_within`, also of several adapters."""
         return Options(self.directions, self._coding)

@@ -13,24 +13,24 @@ from .record import divided
 LEVELS = 6
 
 
-def ladder(adapter_bytes: int, size: int, levels: int) -> list[int]:
-    """The sizes of a file's prefixes, each half the next, none below 1/400 of the adapter's own bytes."""
-    sizes = [size]
-    while len(sizes) < levels and sizes[0] // 2 >= adapter_bytes // 400:
+def _ladder(encoder: Encoder, size: int, levels: int) -> list[int]:
+    """The sizes of a file's prefixes, each half the next: 1/400 of the adapter's bytes at least, mostly values."""
+    least, sizes = max(encoder.adapter.parameters // 200, 4 * encoder.least), [size]
+    while len(sizes) < levels and sizes[0] // 2 >= least:
         sizes.insert(0, sizes[0] // 2)
     return sizes
 
 
 def encode_within(encoder: Encoder, size: int, levels: int = LEVELS) -> list[bytes]:
     """Up to so many levels in at most `size` bytes. Raises UsageError if one does not fit."""
-    for each in ladder(2 * encoder.adapter.parameters, size, levels):
+    for each in _ladder(encoder, size, levels):
         encoder.add_within(each)
     return encoder.levels
 
 
 def encode_for(encoder: Encoder, wanted: float, levels: int = LEVELS) -> list[bytes]:
     """Up to so many levels of at least a predicted quality in as few bytes as that takes. Raises UsageError."""
-    for each in ladder(2 * encoder.adapter.parameters, encoder.size_for(wanted), levels)[:-1]:
+    for each in _ladder(encoder, encoder.size_for(wanted), levels)[:-1]:
         encoder.add_within(each)
     encoder.add_for(wanted)
     return encoder.levels
