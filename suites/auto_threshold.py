@@ -23,7 +23,8 @@ import numpy as np
 
 from lorashelf import POLICIES, Adapter, MergeSpec, read_adapter, similarity
 from lorashelf.merging.average import Average, fold, single, source
-from lorashelf.placement.policies import Fold, Open, View, auto_threshold
+from lorashelf.placement.actions import Candidate, Open, Refuse
+from lorashelf.placement.policies import View, auto_threshold
 
 SLOTS = 5
 Rule = Callable[[Sequence[float]], float | None]
@@ -73,12 +74,16 @@ def arrive(adapters: dict[str, Adapter], order: Sequence[str], rule: Rule) -> li
         record = source(task, task.split("-")[0], adapter)
         scores = similarity([adapter], [slot.adapter for slot in slots])[0].tolist() if slots else []
         scores_seen += scores
-        free = len(slots) if len(slots) < SLOTS else None
-        decision = POLICIES["kmerge++"](dict(enumerate(scores)), View(free=free, threshold=rule(scores_seen)))
-        if isinstance(decision, Open):
+        offered = [Candidate.folding(slot, score) for slot, score in enumerate(scores)]
+        if len(slots) < SLOTS:
+            offered.append(Candidate.opening(len(slots)))
+        chosen = POLICIES["kmerge++"](offered, View(threshold=rule(scores_seen)))
+        if isinstance(chosen, Refuse):
+            raise TypeError(chosen.reason)
+        if isinstance(chosen.action, Open):
             slots.append(single(adapter, record, spec))
-        elif isinstance(decision, Fold):
-            slots[decision.slot] = fold([slots[decision.slot]], adapter, record, spec)
+        else:
+            slots[chosen.action.slot] = fold([slots[chosen.action.slot]], adapter, record, spec)
     return [[m.task for m in slot.history.merged] for slot in slots]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -14,74 +14,80 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factory import assert_same_delta, dense, make_adapter
-from lorashelf import POLICIES, Adapter, Factors, Modules, Shelf, plan_add, policy
-from lorashelf.placement.policies import (
-    NO_ROOM,
-    Decision,
-    Fold,
-    Open,
-    Refuse,
-    View,
-    auto_threshold,
-    median_similarity,
-    nearest,
-)
+from lorashelf import POLICIES, Adapter, Factors, Modules, Shelf, candidates, plan_add, policy
+from lorashelf.errors import UsageError
+from lorashelf.placement.actions import Action, Candidate, Fold, Open, Refuse, nearest
+from lorashelf.placement.policies import NO_ROOM, View, auto_threshold, median_similarity
 
 SCORES = st.dictionaries(st.integers(0, 9), st.floats(-1, 1), max_size=6)
 THREE = {0: 0.10, 1: 0.30, 4: 0.20}
+Decision = Action | Refuse
+
+
+def offered(scores: Mapping[int, float], free: int | None) -> list[Candidate]:
+    opening = [] if free is None else [Candidate.opening(free)]
+    return [*opening, *(Candidate.folding(slot, score) for slot, score in scores.items())]
+
+
+def decided(name: str, scores: Mapping[int, float], free: int | None, view: View) -> Any:
+    """The action of the policy's choice, or its refusal."""
+    chosen = POLICIES[name](offered(scores, free), view)
+    return chosen.action if isinstance(chosen, Candidate) else chosen
 
 
 # decision tables ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "scores", "view", "decision"),
+    ("name", "scores", "free", "view", "decision"),
     [
-        ("kmerge", {}, View(free=0), Open(0)),
-        ("kmerge", THREE, View(free=2), Open(2)),
-        ("kmerge", THREE, View(free=2, threshold=-1.0), Open(2)),
-        ("kmerge", THREE, View(free=None), Fold(1)),
-        ("kmerge", {}, View(free=None), Refuse(NO_ROOM)),
-        ("kmerge++", {}, View(free=0, threshold=0.2), Open(0)),
-        ("kmerge++", {}, View(free=0, threshold=-1.0), Open(0)),
-        ("kmerge++", THREE, View(free=2, threshold=0.31), Open(2)),
-        ("kmerge++", THREE, View(free=2, threshold=0.30), Fold(1)),
-        ("kmerge++", THREE, View(free=2, threshold=0.05), Fold(1)),
-        ("kmerge++", THREE, View(free=2, threshold=None), Open(2)),
-        ("kmerge++", THREE, View(free=None, threshold=0.9), Fold(1)),
-        ("kmerge++", THREE, View(free=None, threshold=None), Fold(1)),
-        ("kmerge++", {0: -0.2, 1: -0.1}, View(free=2, threshold=-0.1), Fold(1)),
-        ("kmerge++", {}, View(free=None, threshold=0.1), Refuse(NO_ROOM)),
-        ("half", {}, View(free=0), Open(0)),
-        ("half", THREE, View(free=2), Open(2)),
-        ("half", THREE, View(free=None), Fold(1, weighting="half")),
-        ("half", {}, View(free=None), Refuse(NO_ROOM)),
-        ("random", {}, View(free=0), Open(0)),
-        ("random", THREE, View(free=2), Open(2)),
-        ("random", {7: 0.0}, View(free=None), Fold(7)),
-        ("random", {}, View(free=None), Refuse(NO_ROOM)),
-        ("oracle", {}, View(free=0, type="qa"), Open(0)),
-        ("oracle", THREE, View(free=2, type="qa", types={0: frozenset({"qa", "sum"}), 1: frozenset({"gec"})}), Fold(0)),
-        ("oracle", THREE, View(free=2, type="qa", types={0: frozenset({"sum"}), 1: frozenset({"gec"})}), Open(2)),
-        ("oracle", THREE, View(free=None, type="qa", types={0: frozenset({"qa"})}), Fold(0)),
-        ("oracle", THREE, View(free=None, type="qa", types={0: frozenset({"sum"})}), Fold(1)),
-        ("oracle", THREE, View(free=None, type="qa", types=dict.fromkeys((0, 4), frozenset({"qa"}))), Fold(4)),
-        ("oracle", {}, View(free=None, type="qa"), Refuse(NO_ROOM)),
+        ("kmerge", {}, 0, View(), Open(0)),
+        ("kmerge", THREE, 2, View(), Open(2)),
+        ("kmerge", THREE, 2, View(threshold=-1.0), Open(2)),
+        ("kmerge", THREE, None, View(), Fold(1)),
+        ("kmerge", {}, None, View(), Refuse(NO_ROOM)),
+        ("kmerge++", {}, 0, View(threshold=0.2), Open(0)),
+        ("kmerge++", {}, 0, View(threshold=-1.0), Open(0)),
+        ("kmerge++", THREE, 2, View(threshold=0.31), Open(2)),
+        ("kmerge++", THREE, 2, View(threshold=0.30), Fold(1)),
+        ("kmerge++", THREE, 2, View(threshold=0.05), Fold(1)),
+        ("kmerge++", THREE, 2, View(threshold=None), Open(2)),
+        ("kmerge++", THREE, None, View(threshold=0.9), Fold(1)),
+        ("kmerge++", THREE, None, View(threshold=None), Fold(1)),
+        ("kmerge++", {0: -0.2, 1: -0.1}, 2, View(threshold=-0.1), Fold(1)),
+        ("kmerge++", {}, None, View(threshold=0.1), Refuse(NO_ROOM)),
+        ("half", {}, 0, View(), Open(0)),
+        ("half", THREE, 2, View(), Open(2)),
+        ("half", THREE, None, View(), Fold(1, weighting="half")),
+        ("half", {}, None, View(), Refuse(NO_ROOM)),
+        ("random", {}, 0, View(), Open(0)),
+        ("random", THREE, 2, View(), Open(2)),
+        ("random", {7: 0.0}, None, View(), Fold(7)),
+        ("random", {}, None, View(), Refuse(NO_ROOM)),
+        ("oracle", {}, 0, View(type="qa"), Open(0)),
+        ("oracle", THREE, 2, View(type="qa", types={0: frozenset({"qa", "sum"}), 1: frozenset({"gec"})}), Fold(0)),
+        ("oracle", THREE, 2, View(type="qa", types={0: frozenset({"sum"}), 1: frozenset({"gec"})}), Open(2)),
+        ("oracle", THREE, None, View(type="qa", types={0: frozenset({"qa"})}), Fold(0)),
+        ("oracle", THREE, None, View(type="qa", types={0: frozenset({"sum"})}), Fold(1)),
+        ("oracle", THREE, None, View(type="qa", types=dict.fromkeys((0, 4), frozenset({"qa"}))), Fold(4)),
+        ("oracle", {}, None, View(type="qa"), Refuse(NO_ROOM)),
     ],
 )
-def test_a_policy_decides_by_its_table(name: str, scores: dict[int, float], view: View, decision: Decision) -> None:
-    assert POLICIES[name](scores, view) == decision
+def test_a_policy_decides_by_its_table(
+    name: str, scores: dict[int, float], free: int | None, view: View, decision: Decision
+) -> None:
+    assert decided(name, scores, free, view) == decision
 
 
 @given(SCORES.filter(bool))
 def test_the_nearest_slot_has_the_largest_score_and_ties_go_to_the_lowest_id(scores: dict[int, float]) -> None:
     best = max(scores.values())
     chosen = min(slot for slot, score in scores.items() if score == best)
-    assert nearest(scores) == chosen
-    assert nearest(dict(reversed(scores.items()))) == chosen
-    assert nearest(dict.fromkeys(scores, 0.5)) == min(scores)
+    assert nearest(offered(scores, None)).action.slot == chosen
+    assert nearest(offered(dict(reversed(scores.items())), None)).action.slot == chosen
+    assert nearest(offered(dict.fromkeys(scores, 0.5), None)).action.slot == min(scores)
     for name in ("kmerge", "kmerge++", "half"):
-        assert POLICIES[name](scores, View(free=None, threshold=best)).slot == chosen
+        assert decided(name, scores, None, View(threshold=best)).slot == chosen
 
 
 @given(SCORES, st.none() | st.integers(0, 9), st.none() | st.floats(-1, 1))
@@ -90,8 +96,8 @@ def test_every_policy_folds_into_a_filled_slot_opens_a_free_one_or_refuses(
 ) -> None:
     averaged = {slot: frozenset({f"b2-{slot}"}) for slot in scores}
     types = {slot: frozenset({"qa" if slot % 2 else "sum"}) for slot in scores}
-    for rule in POLICIES.values():
-        decision = rule(scores, View(free, threshold, "qa", types, averaged))
+    for name in POLICIES:
+        decision = decided(name, scores, free, View(threshold, "qa", types, averaged))
         if isinstance(decision, Open):
             assert decision.slot == free
         elif isinstance(decision, Fold):
@@ -103,21 +109,21 @@ def test_every_policy_folds_into_a_filled_slot_opens_a_free_one_or_refuses(
 
 
 def test_an_empty_shelf_opens_whatever_the_threshold() -> None:
-    for rule in POLICIES.values():
-        assert rule({}, View(free=0, threshold=-2.0)) == Open(0)
+    for name in POLICIES:
+        assert decided(name, {}, 0, View(threshold=-2.0)) == Open(0)
 
 
 @given(SCORES.filter(bool), st.floats(-1, 1))
 def test_kmerge_plus_folds_exactly_where_a_score_reaches_the_threshold(
     scores: dict[int, float], threshold: float
 ) -> None:
-    decision = POLICIES["kmerge++"](scores, View(free=9, threshold=threshold))
+    decision = decided("kmerge++", scores, 9, View(threshold=threshold))
     assert isinstance(decision, Fold) == any(score >= threshold for score in scores.values())
 
 
 def test_random_draws_uniformly_and_by_its_generator() -> None:
     def draws(seed: int, count: int = 600) -> list[int]:
-        return [POLICIES["random"](THREE, View(free=None, seed=(seed, i))).slot for i in range(count)]
+        return [decided("random", THREE, None, View(seed=(seed, i))).slot for i in range(count)]
 
     assert draws(0) == draws(0)
     assert draws(0) != draws(1)
@@ -141,25 +147,25 @@ def test_random_draws_uniformly_and_by_its_generator() -> None:
 )
 def test_all_folds_disjoint_sources_that_cover_every_adapter(averaged: dict[int, str], decision: Decision) -> None:
     histories = {slot: frozenset(digests) for slot, digests in averaged.items()}
-    assert POLICIES["all"](THREE, View(free=None, averaged=histories)) == decision
-    assert POLICIES["all"](THREE, View(free=2, averaged=histories)) == Open(2)
+    assert decided("all", THREE, None, View(averaged=histories)) == decision
+    assert decided("all", THREE, 2, View(averaged=histories)) == Open(2)
 
 
 def test_all_refuses_where_histories_overlap_without_covering_each_other() -> None:
     histories = {0: frozenset("ab"), 1: frozenset("bc")}
-    decision = POLICIES["all"]({0: 0.1, 1: 0.2}, View(free=None, averaged=histories))
+    decision = decided("all", {0: 0.1, 1: 0.2}, None, View(averaged=histories))
     assert isinstance(decision, Refuse)
     assert "overlap" in decision.reason
 
 
-def test_a_policy_is_a_function_of_scores_and_view(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_is_a_function_of_candidates_and_view(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(POLICIES, "_entries", dict(POLICIES._entries))
 
     @policy("last")
-    def last(scores: dict[int, float], view: View) -> Decision:
-        return Fold(max(scores)) if scores else Open(view.free)
+    def last(candidates: Sequence[Candidate], view: View) -> Candidate:
+        return max(candidates, key=lambda candidate: candidate.action.slot)
 
-    assert POLICIES["last"](THREE, View(free=2)) == Fold(4)
+    assert decided("last", THREE, 2, View()) == Fold(4)
     with pytest.raises(ValueError, match="already registered"):
         policy("last")(last)
 
@@ -297,7 +303,49 @@ def test_the_two_rules_and_another_threshold_are_told_apart() -> None:
 
 
 def test_the_draws_of_a_policy_go_on_from_each_other() -> None:
-    view, again = View(None, seed=(3, 1)), View(None, seed=(3, 1))
+    view, again = View(seed=(3, 1)), View(seed=(3, 1))
     draws = [float(view.rng.random()) for _ in range(4)]
     assert len(set(draws)) == 4
     assert draws == [float(again.rng.random()) for _ in range(4)]
+
+
+# candidates of a real shelf -----------------------------------------------------------------------------------------
+
+
+def test_candidates_foretell_what_each_action_writes_and_takes(new_shelf: Callable[..., Shelf]) -> None:
+    for chosen in range(3):
+        shelf = new_shelf(3, name=f"{chosen}.shelf", policy="kmerge")
+        for seed in (0, 1):
+            shelf.commit(plan_add(shelf.snapshot(), make_adapter(seed), f"task-{seed}"))
+        found = candidates(shelf.snapshot(), make_adapter(2), "new")
+        assert [type(each.action) for each in found] == [Open, Fold, Fold]
+        assert [each.quality for each in found] == [1.0, *((1 + each.score) / 2 for each in found[1:])]
+        action = found[chosen].action
+        plan = _planned_by(shelf, lambda offered, _, action=action: next(c for c in offered if c.action == action))
+        assert {slot: x.digest for slot, x in plan.writes.items()} == {
+            slot: x.digest for slot, x in found[chosen].writes.items()
+        }
+        shelf.commit(plan)
+        assert shelf.snapshot().bytes == found[chosen].bytes
+
+
+def test_no_slot_of_its_own_is_offered_where_the_bytes_lack(new_shelf: Callable[..., Shelf]) -> None:
+    shelf = new_shelf(3, policy="kmerge", bytes=12_000)
+    while candidates(shelf.snapshot(), make_adapter(9), "new")[0].action == Open(len(shelf.snapshot().manifest.slots)):
+        count = len(shelf.snapshot().manifest.slots)
+        shelf.commit(plan_add(shelf.snapshot(), make_adapter(count), f"task-{count}"))
+    assert 0 < len(shelf.snapshot().manifest.slots) < 3
+    assert all(isinstance(each.action, Fold) for each in candidates(shelf.snapshot(), make_adapter(9), "new"))
+
+
+def test_an_action_that_a_policy_makes_up_is_refused(new_shelf: Callable[..., Shelf]) -> None:
+    shelf = new_shelf(2)
+    with pytest.raises(UsageError, match=r"answered Open\(slot=7\)"):
+        _planned_by(shelf, lambda offered, _: Candidate.opening(7))
+
+
+def _planned_by(shelf: Shelf, rule: Any) -> Any:
+    """The plan of an add under a policy of the test's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(POLICIES, "_entries", {**POLICIES._entries, shelf.snapshot().settings.placement.policy: rule})
+        return plan_add(shelf.snapshot(), make_adapter(2), "new")

@@ -24,8 +24,9 @@ if typing.TYPE_CHECKING:
     from .placement.partitioners import PARTITIONERS, partition, partitioner
     from .placement.policies import POLICIES, PlacementSpec, policy
     from .search.cluster import cluster_by_loss
+    from .shelf.arrival import candidates, plan_add
     from .shelf.manifest import Manifest, Plan, Slot
-    from .shelf.plans import plan_add, plan_cluster, plan_remove, plan_set, plan_update
+    from .shelf.plans import plan_cluster, plan_remove, plan_set, plan_update
     from .shelf.routing import route, routes
     from .shelf.settings import Budget, Settings, new_settings
     from .shelf.shelf import Shelf
@@ -47,7 +48,8 @@ _NAMES = {  # module → the names that are imported from it when one is asked f
     "placement.policies": ("POLICIES", "PlacementSpec", "policy"),
     "search.cluster": ("cluster_by_loss",),
     "shelf.manifest": ("Manifest", "Plan", "Slot"),
-    "shelf.plans": ("plan_add", "plan_cluster", "plan_remove", "plan_set", "plan_update"),
+    "shelf.arrival": ("candidates", "plan_add"),
+    "shelf.plans": ("plan_cluster", "plan_remove", "plan_set", "plan_update"),
     "shelf.routing": ("route", "routes"),
     "shelf.settings": ("Budget", "Settings", "new_settings"),
     "shelf.shelf": ("Shelf",),
@@ -79,6 +81,7 @@ __all__ = [
     "Within",
     "__version__",
     "base_folder",
+    "candidates",
     "cluster_by_loss",
     "combine",
     "compress",

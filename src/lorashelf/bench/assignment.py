@@ -16,7 +16,7 @@ from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
 from ..placement.partitioners import partition
 from ..search.cluster import cluster_by_loss, drawn
-from ..shelf.plans import plan_add
+from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import Task

@@ -21,7 +21,8 @@ from ..errors import MissingExtra, UsageError
 from ..lora.adapter import Adapter
 from ..lora.similarity import similarity
 from ..shelf import routing
-from ..shelf.plans import plan_add, plan_cluster
+from ..shelf.arrival import plan_add
+from ..shelf.plans import plan_cluster
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot

@@ -15,7 +15,7 @@ from ..models.hf import HFBackend
 from ..models.protocol import mean_loss
 from ..placement.partitioners import balanced
 from ..search.cluster import cluster_by_loss
-from ..shelf.plans import plan_add
+from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import ExampleSet, Task, read_tasks

@@ -13,7 +13,8 @@ import typer
 from ..errors import LorashelfError, Refused, TaskNameError, UsageError, numbered
 from ..lora.adapter import Adapter
 from ..names import task_name
-from ..shelf.plans import check_arrivals, plan_add
+from ..shelf.arrival import plan_add
+from ..shelf.plans import check_arrivals
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot

@@ -1,5 +1,4 @@
-"""Online rules: where does an arriving adapter go? Pure functions from its scores against the slots to Open, Fold or
-Refuse.
+"""Online rules: where does an arriving adapter go? A policy picks one of the candidates, or refuses.
 
 kmerge     open while a slot is free, else fold into the most similar (arXiv 2510.13537)
 kmerge++   open while a slot is free and the best score is below the threshold, else fold into the most similar
@@ -9,53 +8,20 @@ half, random, oracle, all    the paper's baselines, for experiments
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from ..merging.spec import Weighting
 from ..registry import Registry
-
-Scores = Mapping[int, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Put the adapter alone into a free slot."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """Merge the adapter into `slot`: into what the slots `sources` (default: that slot) have averaged so far.
-
-    `weighting` 'mean' counts every averaged adapter the same, 'half' gives the newcomer ½.
-    """
-
-    slot: int
-    sources: tuple[int, ...] = ()
-    weighting: Weighting = "mean"
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """Leave the shelf as it is."""
-
-    reason: str
-
-
-Decision = Open | Fold | Refuse
+from .actions import Candidate, Fold, Refuse, best, folds
 
 
 @dataclass(frozen=True)
 class View:
-    """What a policy may know beside the scores."""
+    """What a policy may know beside the candidates."""
 
-    free: int | None
-    """The lowest free slot id, None where a slot or the bytes for one are lacking."""
     threshold: float | None = None
     type: str = ""
     types: Mapping[int, frozenset[str]] = field(default_factory=dict)
@@ -70,13 +36,15 @@ class View:
         return np.random.default_rng(self.seed)
 
 
-Policy = Callable[[Scores, View], Decision]
+Policy = Callable[[Sequence[Candidate], View], Candidate | Refuse]
 POLICIES: Registry[Policy] = Registry("policy")
 NO_ROOM = "there is no room for a slot of its own, and none to fold into"
 
 
 def policy(name: str) -> Callable[[Policy], Policy]:
-    """Register a function of (scores, view) as policy `name`."""
+    """Register a function of (candidates, view) as policy `name`. The candidates are a free slot, if there is one that
+    the bytes have room for, and a fold into each slot; what comes back is one of them, or Refuse.
+    """
 
     def register(function: Policy) -> Policy:
         POLICIES.add(name, function)
@@ -85,70 +53,71 @@ def policy(name: str) -> Callable[[Policy], Policy]:
     return register
 
 
-def nearest(scores: Scores) -> int:
-    """The slot with the largest score, ties to the lowest id.
-
-    >>> nearest({0: 0.1, 2: 0.3, 1: 0.3})
-    1
-    """
-    return max(sorted(scores), key=lambda slot: scores[slot])
-
-
 @policy("kmerge")
-def kmerge(scores: Scores, view: View) -> Decision:
+def kmerge(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
     """Open while a slot is free, else fold into the nearest (K-Merge, arXiv 2510.13537, algorithm 1)."""
-    if view.free is not None:
-        return Open(view.free)
-    return Fold(nearest(scores)) if scores else Refuse(NO_ROOM)
+    return best(candidates) if candidates else Refuse(NO_ROOM)
 
 
 @policy("kmerge++")
-def kmerge_plus(scores: Scores, view: View) -> Decision:
+def kmerge_plus(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
     """Open while a slot is free and every score < threshold (equal folds), else fold into the nearest (K-Merge++)."""
-    if scores and view.threshold is not None and scores[nearest(scores)] >= view.threshold:
-        return Fold(nearest(scores))
-    return kmerge(scores, view)
+    alike = [c for c in folds(candidates) if view.threshold is not None and (c.score or 0.0) >= view.threshold]
+    return kmerge(alike or candidates, view)
 
 
 @policy("half")
-def half(scores: Scores, view: View) -> Decision:
+def half(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
     """As kmerge, but every fold weighs ½, ½: early adapters fade."""
-    decision = kmerge(scores, view)
-    return Fold(decision.slot, weighting="half") if isinstance(decision, Fold) else decision
+    chosen = kmerge(candidates, view)
+    return _with(chosen, weighting="half") if _is_fold(chosen) else chosen
 
 
 @policy("random")
-def random(scores: Scores, view: View) -> Decision:
+def random(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
     """Open while a slot is free, else fold into a slot drawn uniformly."""
-    decision = kmerge(scores, view)
-    return Fold(int(view.rng.choice(sorted(scores)))) if isinstance(decision, Fold) else decision
+    chosen = kmerge(candidates, view)
+    if not _is_fold(chosen):
+        return chosen
+    by_slot = {candidate.action.slot: candidate for candidate in folds(candidates)}
+    return by_slot[int(view.rng.choice(sorted(by_slot)))]
 
 
 @policy("oracle")
-def oracle(scores: Scores, view: View) -> Decision:
+def oracle(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
     """Fold into the slot of the same problem type; open for a new type; the nearest when none is free."""
-    same = {slot: score for slot, score in scores.items() if view.type in view.types.get(slot, frozenset())}
-    return Fold(nearest(same)) if same else kmerge(scores, view)
+    same = [c for c in folds(candidates) if view.type in view.types.get(c.action.slot, frozenset())]
+    return kmerge(same or candidates, view)
 
 
 @policy("all")
-def everything(scores: Scores, view: View) -> Decision:
+def everything(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
     """Open while a slot is free; then the nearest slot becomes the uniform merge of all that ever arrived ("use all
     models at step").
     """
-    decision = kmerge(scores, view)
-    if not isinstance(decision, Fold):
-        return decision
+    chosen = kmerge(candidates, view)
+    if not _is_fold(chosen):
+        return chosen
     everyone = frozenset().union(*view.averaged.values())
     covered: frozenset[str] = frozenset()
     sources = []
-    for slot in sorted(scores, key=lambda slot: (-len(view.averaged[slot]), slot)):
+    slots = [candidate.action.slot for candidate in folds(candidates)]
+    for slot in sorted(slots, key=lambda slot: (-len(view.averaged[slot]), slot)):
         if not covered & view.averaged[slot]:
             covered |= view.averaged[slot]
             sources.append(slot)
     if covered != everyone:
         return Refuse("the slots' histories overlap, so the sum of all adapters cannot be formed from them")
-    return Fold(decision.slot, tuple(sorted(sources)))
+    return _with(chosen, sources=tuple(sorted(sources)))
+
+
+def _is_fold(chosen: Candidate | Refuse) -> TypeGuard[Candidate]:
+    return isinstance(chosen, Candidate) and isinstance(chosen.action, Fold)
+
+
+def _with(chosen: Candidate, **changes: Any) -> Candidate:
+    """The candidate with another way to fold."""
+    return replace(chosen, action=replace(chosen.action, **changes))
 
 
 def median_similarity(matrix: np.ndarray) -> float:

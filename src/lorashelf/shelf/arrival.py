@@ -1,0 +1,245 @@
+"""An adapter that arrives at a shelf: what can be done with it, and the plan of what a policy picks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from ..errors import OverBudget, TaskNameError, UsageError
+from ..execution import beside
+from ..lora.adapter import Adapter
+from ..lora.algebra import squared_norms
+from ..lora.alignment import shared
+from ..lora.given import as_adapter
+from ..lora.similarity import similarity
+from ..merging.average import Average, Source, fold, single, source
+from ..names import task_name
+from ..placement import policies
+from ..placement.actions import Action, Candidate, Effect, Fold, Open, Refuse, folds, nearest
+from .budget import Shortage, check_budget, shortage_of_room
+from .manifest import Manifest, Plan, Slot
+from .planning import agreed_base, all_damage, kind_of, planned, storable
+from .snapshot import Snapshot
+
+MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold
+
+
+def plan_add(
+    snapshot: Snapshot,
+    adapter: Adapter,
+    task: str,
+    *,
+    type: str | None = None,
+    details: Mapping[str, Any] | None = None,
+    assume_base: bool = False,
+) -> Plan:
+    """Where an arriving adapter goes, and what its slot becomes (K-Merge, K-Merge++ …, by the shelf's settings).
+
+    `type` is the problem type (default: the name before the first "-"); `details` are stored with the task. Raises
+    TaskNameError, BaseMismatch, ShapeMismatch. A refusal of the policy or the budget is a plan with `refused` set.
+    """
+    return _arrival(snapshot, adapter, task, type, details, assume_base).decided()
+
+
+def candidates(
+    snapshot: Snapshot,
+    adapter: Adapter,
+    task: str,
+    *,
+    type: str | None = None,
+    assume_base: bool = False,
+) -> list[Candidate]:
+    """What can be done with an arriving adapter: a slot of its own, if there is one that the bytes have room for, and a
+    fold into each slot that holds a trained adapter. What an action would write, and the bytes of the shelf after it,
+    are worked out when they are asked for. Raises as `plan_add`.
+    """
+    return _arrival(snapshot, adapter, task, type, None, assume_base).candidates
+
+
+def _arrival(
+    snapshot: Snapshot,
+    adapter: Adapter,
+    task: str,
+    type: str | None,
+    details: Mapping[str, Any] | None,
+    assume_base: bool,
+) -> Arrival:
+    """The adapter compared with what the shelf holds. Raises as `plan_add`."""
+    task = task_name(task)
+    manifest, settings = snapshot.manifest, snapshot.settings
+    if task in manifest.tasks:
+        cure = "choose another name, or lorashelf update / remove the task first"
+        raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
+    adapter = as_adapter(adapter)
+    details = storable(task, details or {})
+    kind = kind_of(task, type, details.pop("type", None))
+    with all_damage(snapshot), beside(lambda: adapter.digest):  # asked for below
+        held = {slot.id: snapshot.stored(slot) for slot in manifest.slots}
+        base = agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
+        squared_norms(adapter)  # likewise
+        values = similarity([adapter], list(held.values()))[0] if held else []
+    scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
+    same = next((slot.id for slot in manifest.slots if adapter.digest in slot.history.digests), None)
+    record = source(task, kind, adapter)
+    if same is None and not record.norm and scores:  # untrained: a slot of its own would be taken from others
+        same = nearest([Candidate.folding(slot, score) for slot, score in scores.items()]).action.slot
+    seen = manifest.scores if same is not None else (*manifest.scores, *scores.values())
+    known = replace(
+        manifest,
+        base=base,
+        tasks=dict(sorted({**manifest.tasks, task: {**details, "type": kind, "digest": adapter.digest}}.items())),
+        arrived=manifest.arrived + 1,
+        # once all slots are filled nothing depends on a threshold any more
+        scores=(seen if len(manifest.slots) < settings.budget.slots else manifest.scores)[-MAX_SCORES:],
+    )
+    return Arrival(snapshot, adapter, record, known, held, scores, settings.placement.threshold_for(seen), same)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An adapter beside what a shelf holds."""
+
+    snapshot: Snapshot
+    adapter: Adapter
+    record: Source
+    known: Manifest
+    """The manifest with the task, its route left open."""
+    held: Mapping[int, Adapter]
+    scores: Mapping[int, float]
+    threshold: float | None
+    same: int | None
+    """The slot whose average has this very adapter, or any for an adapter that changes nothing: only a route is new."""
+    plans: dict[Action, Plan] = field(default_factory=dict, repr=False)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the command prints of it, whatever is decided."""
+        scores = {str(slot): score for slot, score in self.scores.items()}
+        untrained = {} if self.record.norm else {"untrained": True}
+        return {"task": self.record.task, "scores": scores, "threshold": self.threshold, **untrained}
+
+    @cached_property
+    def trained(self) -> list[Slot]:
+        """The slots that hold a trained adapter; the others count as free."""
+        return [slot for slot in self.snapshot.manifest.slots if any(m.norm for m in slot.history.merged)]
+
+    @cached_property
+    def free(self) -> int | None:
+        """The lowest free slot, None if all are filled."""
+        filled = {slot.id for slot in self.trained}
+        return next((i for i in range(self.snapshot.settings.budget.slots) if i not in filled), None)
+
+    @cached_property
+    def shortage(self) -> Shortage | None:
+        """What a slot of its own lacks in bytes; None if it fits, or if no slot is free."""
+        if self.free is None or self.snapshot.settings.budget.bytes is None:
+            return None
+        return shortage_of_room(self.snapshot, self.plan(Open(self.free)))
+
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """As `candidates`."""
+        opening = [] if self.free is None or self.shortage else [Candidate.opening(self.free, self.effect)]
+        return [*opening, *self._folds]
+
+    @cached_property
+    def _folds(self) -> list[Candidate]:
+        return [Candidate.folding(slot.id, self.scores[slot.id], self.effect) for slot in self.trained]
+
+    def effect(self, action: Action) -> Effect:
+        """What an action would write, and the bytes of the shelf after it."""
+        plan = self.plan(action)
+        return Effect(plan.writes, self.snapshot.at_rest(plan))
+
+    def decided(self) -> Plan:
+        """The plan of the candidate that the shelf's policy picks, or of a refusal."""
+        if self.same is not None:
+            return self._within_budget(self._arrived(Fold(self.same), None))
+        manifest, settings = self.snapshot.manifest, self.snapshot.settings
+        view = policies.View(
+            threshold=self.threshold,
+            type=self.record.type,
+            types={slot.id: frozenset(m.type for m in slot.history.merged) for slot in self.trained},
+            averaged={slot.id: slot.history.digests for slot in self.trained},
+            seed=(settings.merge.seed, manifest.arrived),
+        )
+        decide = policies.POLICIES[settings.placement.policy]
+        chosen = decide(self.candidates, view)
+        if isinstance(chosen, Refuse):
+            opens = self.free is not None and not self.shortage
+            return self._refused(chosen.reason + ("" if opens else f"; {self._no_room()}"))
+        self._check_offered(chosen.action)
+        if isinstance(chosen.action, Open):
+            return self.plan(chosen.action)
+        plan = self.plan(chosen.action)
+        if self.shortage and self.free is not None:
+            wanted = decide([Candidate.opening(self.free, self.effect), *self._folds], view)
+            if isinstance(wanted, Candidate) and isinstance(wanted.action, Open):
+                plan = replace(plan, report={**plan.report, "reason": self.shortage.what})
+        return self._within_budget(plan)
+
+    def plan(self, action: Action) -> Plan:
+        """The plan of an action, worked out once."""
+        if action not in self.plans:
+            self.plans[action] = self._opened(action) if isinstance(action, Open) else self._folded(action)
+        return self.plans[action]
+
+    def _opened(self, action: Open) -> Plan:
+        return self._arrived(action, single(self.adapter, self.record, self.snapshot.settings.merge))
+
+    def _folded(self, action: Fold) -> Plan:
+        into = action.sources or (action.slot,)
+        sources = [self.snapshot.average(self.snapshot.manifest.slot(i)) for i in into]
+        new = fold(sources, self.adapter, self.record, self.snapshot.settings.merge, action.weighting)
+        squared_norms(new.adapter)  # asked for below
+        plan = self._arrived(action, new)
+        common = shared([*(self.held[i] for i in into), self.adapter])
+        return replace(plan, report={**plan.report, "shared": common})
+
+    def _check_offered(self, action: Action) -> None:
+        """Raise UsageError for an action that a policy made up."""
+        offered = {candidate.action for candidate in self.candidates}
+        slots = {candidate.action.slot for candidate in folds(self.candidates)}
+        if action in offered or (isinstance(action, Fold) and {action.slot, *action.sources} <= slots):
+            return
+        name = self.snapshot.settings.placement.policy
+        raise UsageError(f"policy {name!r} answered {action}", cure="return one of the candidates")
+
+    def _arrived(self, action: Action, new: Average | None) -> Plan:
+        """The plan of an add whose decision is made; without `new` content the task is only routed."""
+        settings, known, report = self.snapshot.settings, self.known, self.report
+        kind = "open" if isinstance(action, Open) else "fold"
+        before = next((slot for slot in known.slots if slot.id == action.slot), None)
+        members = tuple(sorted([*(before.members if before else ()), self.record.task]))
+        cause = {"operation": "add", "decision": kind, "slot": action.slot, "seed": settings.merge.seed, **report}
+        if new:
+            slot = Slot.planned(action.slot, new, members, settings.merge.encoding)
+        else:
+            slot = replace(known.slot(action.slot), members=members)
+        writes = {action.slot: new.adapter} if new else {}
+        report |= {"decision": kind, "slot": action.slot, "members": list(members), "merged": new is not None}
+        report |= {"reversible": slot.history.irreversible is None}
+        return planned(self.snapshot, replace(known, slots=known.with_slot(slot)), writes, cause, report)
+
+    def _within_budget(self, plan: Plan) -> Plan:
+        """The plan, or a refusal where the budget does not meet it."""
+        try:
+            check_budget(self.snapshot, plan)
+        except OverBudget as error:
+            return self._refused(f"{error.what}; {error.cure}")
+        return plan
+
+    def _refused(self, reason: str) -> Plan:
+        report = {**self.report, "decision": "refuse", "slot": None, "members": [], "merged": False}
+        report |= {"reversible": None, "reason": reason}
+        return Plan(self.snapshot.head, self.snapshot.manifest, {}, report, refused=reason)
+
+    def _no_room(self) -> str:
+        """Why no slot can be opened, and what would help."""
+        if self.shortage:
+            return f"{self.shortage.error.what}; {self.shortage.error.cure}"
+        count = len(self.snapshot.manifest.slots)
+        filled = f"all {count} slots are filled" if count > 1 else "the one slot is filled"
+        return f"{filled}; raise budget.slots in shelf.toml"
