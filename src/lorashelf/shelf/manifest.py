@@ -28,6 +28,7 @@ _KEYS = _PACKED.keys() | {"slot", "object", "rank", "dtype", "bytes", "merged", 
 _KEYS |= {"restored", "encoding", "worn", "fixed"}
 PENDING_TIME = "0000-00-00T00:00:00Z"
 _STATES = ("undo", "redo", "ended")
+MOST_DECODED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,16 @@ class Manifest:
 
     @staticmethod
     def decode(data: bytes, where: str) -> Manifest:
-        """The manifest of these bytes. Raises CorruptShelf or NewerFormat."""
+        """The manifest of these bytes; the latest ones are remembered. Raises CorruptShelf or NewerFormat."""
+        identity = manifest_id(data)
+        if identity not in _decoded:
+            if len(_decoded) >= MOST_DECODED:
+                del _decoded[next(iter(_decoded))]
+            _decoded[identity] = Manifest._decode(data, where)
+        return _decoded[identity]
+
+    @staticmethod
+    def _decode(data: bytes, where: str) -> Manifest:
         try:
             document = json.loads(data)
             if document["format"] > FORMAT:
@@ -309,6 +319,9 @@ def _unpacked(text: str, code: str) -> tuple[Any, ...]:
     if _packed(values, code) != text or not all(0 <= value < math.inf for value in values):
         raise ValueError("energies, noise or sums are not what lorashelf writes")
     return values
+
+
+_decoded: dict[str, Manifest] = {}
 
 
 def manifest_id(data: bytes) -> str:

@@ -41,6 +41,7 @@ class Snapshot:
     pending: Mapping[int, Adapter] = field(default_factory=dict)
     """Contents of slots that are planned, not written: what a dry run of several adds goes on from."""
     _served: dict[object, Adapter] = field(default_factory=dict, repr=False, compare=False)
+    _walked: dict[Path, int] = field(default_factory=dict, repr=False, compare=False)
     read_at: str = ""
     """What HEAD named when the shelf was read; the head itself unless that is planned."""
 
@@ -194,7 +195,7 @@ class Snapshot:
     @property
     def bytes(self) -> int:
         """Every byte under the shelf."""
-        return sum(self._files().values())
+        return sum(self.files.values())
 
     @property
     def resting(self) -> int:
@@ -240,24 +241,32 @@ class Snapshot:
         """Every byte under the shelf once it holds the head, whose objects are given, and the manifests that stay."""
         leaving = list(self.ancestors.items())[self.keep :]
         stored = {_key(slot): slot.object.bytes for manifest in stay.values() for slot in manifest.slots}
-        others = {name: size for name, size in self._files().items() if name.parts[0] not in _SWEPT}
+        others = {name: size for name, size in self.files.items() if name.parts[0] not in _SWEPT}
         return (
             sum(others.values())
             + HEAD_BYTES
             + History(self.path).size(leaving)
-            + sum(len(manifest.encode()) for manifest in (self.manifest, *stay.values()))
+            + self._manifest_size(self.head, self.manifest)
+            + sum(self._manifest_size(identity, manifest) for identity, manifest in stay.items())
             + sum({**stored, **objects}.values())
         )
 
-    def _files(self) -> dict[Path, int]:
-        """Every file under the shelf, relative, with its size; what a writer deletes meanwhile is left out."""
-        sizes = {}
-        for folder, _, names in os.walk(self.path):
-            for name in names:
-                path = Path(folder) / name
-                with contextlib.suppress(FileNotFoundError):
-                    sizes[path.relative_to(self.path)] = path.lstat().st_size
-        return sizes
+    def _manifest_size(self, identity: str, manifest: Manifest) -> int:
+        """Bytes of a manifest's file; a planned one is encoded."""
+        return self.files.get(Path("manifests", f"{identity}.json")) or len(manifest.encode())
+
+    @property
+    def files(self) -> Mapping[Path, int]:
+        """Every file under the shelf when it was first asked for, relative, with its size; what a writer deletes
+        meanwhile is left out.
+        """
+        if not self._walked:
+            for folder, _, names in os.walk(self.path):
+                for name in names:
+                    path = Path(folder) / name
+                    with contextlib.suppress(FileNotFoundError):
+                        self._walked[path.relative_to(self.path)] = path.lstat().st_size
+        return self._walked
 
 
 def _key(slot: Slot) -> object:
