@@ -23,6 +23,7 @@ from .quantiser import RATIOS, STARTS
 Chain = tuple[int, ...]
 _DIRECTION_BITS = 12.0  # gain and the names of its quantisers
 _STEPS = 50  # trials of λ at most; it takes 10 to 15
+_TURNS = 3
 _SLOPES = 1e-12, 1.0
 
 
@@ -52,8 +53,8 @@ class Options:
         chains = (self._before.u, self._before.v)
         sides = (directions.u, directions.v)
         self._refined = [_refined(s, c, self._old) for s, c in zip(sides, chains, strict=True)]
-        ends = np.cumsum([len(m) for m in directions.modules.values()])
-        self._ends = [int(end) for end in ends]
+        counts = [len(m) for m in directions.modules.values()]
+        self._first = np.repeat(np.cumsum([0, *counts[:-1]]), counts)
 
     def choose(self, slope: float) -> tuple[Coding, float, float]:
         """The coding of this slope, the bits that it adds, the share of the energy that it keeps."""
@@ -80,11 +81,9 @@ class Options:
         """Of the fresh directions those that are wanted and whose predecessors in their module are coded, too."""
         all_wanted = self._coded.copy()
         all_wanted[self._fresh] = wanted
-        start = 0
-        for end in self._ends:
-            all_wanted[start:end] = np.logical_and.accumulate(all_wanted[start:end])
-            start = end
-        return all_wanted[self._fresh]
+        places = np.arange(len(all_wanted))
+        left_out = np.maximum.accumulate(np.where(all_wanted, -1, places))
+        return (left_out < self._first)[self._fresh]
 
 
 def _started(side: Sides, rows: NDArray[np.intp]) -> tuple[Values, Values]:
@@ -110,12 +109,10 @@ def _best(
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], Values, Values]:
     """For every direction the choice for u, that for v, the bits and the share c_u² c_v² kept."""
     (bits_u, kept_u), (bits_v, kept_v) = sides
-    cost_u, cost_v = (bits.astype(np.float32) * np.float32(slope) for bits in (bits_u, bits_v))
-    value = (energy[:, None] * kept_u).astype(np.float32)[:, :, None] * kept_v.astype(np.float32)[:, None, :]
-    value -= cost_u[:, :, None]
-    value -= cost_v[:, None, :]
-    i, j = np.divmod(value.reshape(len(energy), -1).argmax(axis=1), kept_v.shape[1])
-    rows = np.arange(len(energy))
+    rows, j = np.arange(len(energy)), kept_v.argmax(axis=1)
+    for _ in range(_TURNS):  # each side the best for the other one, from the finest: it is the same pair in the end
+        i = ((energy * kept_v[rows, j])[:, None] * kept_u - slope * bits_u).argmax(axis=1)
+        j = ((energy * kept_u[rows, i])[:, None] * kept_v - slope * bits_v).argmax(axis=1)
     return i, j, bits_u[rows, i] + bits_v[rows, j] + extra, kept_u[rows, i] * kept_v[rows, j]
 
 

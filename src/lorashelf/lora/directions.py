@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .adapter import Adapter, Factors
 from .algebra import decomposed
-from .quantiser import LIMIT, TOTAL, UNIT, quantiser
+from .quantiser import LIMIT, TOTAL, UNIT, quantiser, refining_tables, start_table
 
 CELLS = 384
 """Cells of a side's histogram, each 1/64 wide; one more holds what is larger."""
@@ -67,12 +67,10 @@ def _per_cell(chain: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.f
     bins = np.searchsorted(q.edges, middles, side="right")
     centres = np.append(q.centres[bins], LIMIT * 5 // 4) / UNIT
     if len(chain) == 1:
-        table = q.start_frequencies()
-        bits = -np.log2(table / TOTAL)
+        bits = -np.log2(start_table(chain) / TOTAL)
         per_bin = np.append(bits[0], bits[1:-2:2])
         return np.append(per_bin[bins], _OUTLIER_BITS).astype(np.float32), centres.astype(np.float32)
-    parent = quantiser(chain[:-1])
-    inner, outer = (-np.log2(table / TOTAL) for table in parent.refining_frequencies(chain[-1]))
+    inner, outer = (-np.log2(table / TOTAL) for table in refining_tables(chain))
     per_bin = np.concatenate([inner[:2], outer.ravel()])
     return np.append(per_bin[bins], 0).astype(np.float32), centres.astype(np.float32)
 

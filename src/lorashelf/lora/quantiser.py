@@ -124,3 +124,15 @@ def quantiser(chain: tuple[int, ...]) -> Quantiser:
         return quantiser(chain[:-1]).refined(chain[-1])
     step, zero = STARTS[chain[0]]
     return Quantiser(np.arange(zero, LIMIT + step, step, dtype=np.int64))
+
+
+@cache
+def start_table(chain: tuple[int, ...]) -> Integers:
+    """`start_frequencies` of the quantiser of a chain."""
+    return quantiser(chain).start_frequencies()
+
+
+@cache
+def refining_tables(chain: tuple[int, ...]) -> tuple[Integers, Integers]:
+    """`refining_frequencies` of the last ratio of a chain."""
+    return quantiser(chain[:-1]).refining_frequencies(chain[-1])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...lora.adapter import Shape
-from ...lora.quantiser import RATIOS, STARTS, TOTAL, quantiser
+from ...lora.quantiser import RATIOS, STARTS, TOTAL, start_table
 from .description import Description, unpacked
 from .entries import OUTLIER, Chain, Indices, read_refined, read_started, write_refined, write_started
 from .stream import Scanner, StreamReader, StreamWriter, malformed, varint
@@ -116,7 +116,7 @@ def read_lists(reader: StreamReader, shapes: Mapping[str, Shape], coded: Mapping
 
 @cache
 def _least_bits(start: int) -> float:
-    return float(-np.log2(quantiser((start,)).start_frequencies().max() / TOTAL))
+    return float(-np.log2(start_table((start,)).max() / TOTAL))
 
 
 def grouped(keys: Iterable[Chain | None]) -> Iterator[tuple[Chain, list[int]]]:

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ...lora.quantiser import UNIT, Integers, quantiser
+from ...lora.quantiser import UNIT, Integers, quantiser, refining_tables, start_table
 from .stream import UNIFORM, StreamReader, StreamWriter, malformed
 
 Indices = NDArray[np.int16]
@@ -83,14 +83,14 @@ def write_started(writer: StreamWriter, q: Indices, x: NDArray[np.float32], chai
     """Indices under a start quantiser, then the sizes of outliers among them."""
     bins, size = quantiser(chain).bins, np.abs(q).astype(np.int32)
     size[size == OUTLIER] = bins + 1
-    writer.symbols(np.where(q > 0, 2 * size - 1, 2 * size), quantiser(chain).start_frequencies())
+    writer.symbols(np.where(q > 0, 2 * size - 1, 2 * size), start_table(chain))
     writer.symbols(outlier_codes(x[size > bins], chain), UNIFORM)
 
 
 def read_started(reader: StreamReader, count: int, chain: Chain) -> tuple[Indices, NDArray[np.float32]]:
     """What `write_started` wrote: indices, and the values of outliers."""
     bins = quantiser(chain).bins
-    symbols = reader.symbols(count, quantiser(chain).start_frequencies())
+    symbols = reader.symbols(count, start_table(chain))
     q = _signed(bins)[symbols]
     outliers = q[symbols > 2 * bins]
     codes = reader.symbols(len(outliers), UNIFORM).astype(np.int64)
@@ -109,9 +109,7 @@ def _signed(bins: int) -> Indices:
 
 def write_refined(writer: StreamWriter, before: Indices, after: Indices, chain: Chain) -> None:
     """The indices under a chain, to a reader that knows those before its last ratio."""
-    *old, ratio = chain
-    parent = quantiser(tuple(old))
-    inner, outer = parent.refining_frequencies(ratio)
+    (inner, outer), ratio = refining_tables(chain), chain[-1]
     size, finer = np.abs(before), np.abs(after).astype(np.int32)
     fresh = after[size == 0].astype(np.int32)
     writer.symbols(np.where(fresh < 0, 2, fresh), inner)
@@ -121,8 +119,7 @@ def write_refined(writer: StreamWriter, before: Indices, after: Indices, chain: 
 
 def read_refined(reader: StreamReader, before: Indices, chain: Chain) -> Indices:
     """What `write_refined` wrote: the indices under the whole chain."""
-    *old, ratio = chain
-    inner, outer = quantiser(tuple(old)).refining_frequencies(ratio)
+    (inner, outer), ratio = refining_tables(chain), chain[-1]
     size = np.abs(before)
     order = np.argsort(size, kind="stable")
     ends = np.cumsum(np.bincount(size, minlength=1))

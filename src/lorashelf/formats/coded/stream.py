@@ -16,6 +16,7 @@ from ...lora.quantiser import TOTAL, Integers, frequencies
 
 Symbols = NDArray[np.int32]
 _LEVELS = 15  # weights of a table of small numbers are 0 or 2^0 … 2^14
+_FEW = 4096  # symbols for which the faster model is not worth making
 MOST_NUMBERS = 2**16  # different values in one list of small numbers
 
 
@@ -25,8 +26,9 @@ def _coder() -> Any:
     return constriction.stream
 
 
-def _model(table: Integers) -> Any:
-    return _coder().model.Categorical((table - 1).astype(np.float64), perfect=False, lazy=True)
+def _model(table: Integers, count: int) -> Any:
+    weights = (table - 1).astype(np.float64)
+    return _coder().model.Categorical(weights, perfect=False, lazy=count < _FEW)
 
 
 def varint(value: int) -> bytes:
@@ -88,7 +90,7 @@ class StreamWriter:
     def symbols(self, values: NDArray[Any], table: Integers) -> None:
         """Symbols under one table; one of a single entry takes nothing."""
         if len(values) and len(table) > 1:
-            self._encoder.encode(np.ascontiguousarray(values, np.int32), _model(table))
+            self._encoder.encode(np.ascontiguousarray(values, np.int32), _model(table, len(values)))
 
     def numbers(self, values: NDArray[Any]) -> None:
         """A list of small numbers, whose length the reader knows, and the table that they are coded under."""
@@ -123,7 +125,7 @@ class StreamReader:
         if not count or len(table) == 1:
             return np.zeros(count, np.int32)
         try:
-            found: Symbols = self._decoder.decode(_model(table), count)
+            found: Symbols = self._decoder.decode(_model(table, count), count)
         except (AssertionError, ValueError) as error:
             raise malformed("its words cannot come from the coder") from error
         return found
