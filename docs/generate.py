@@ -1,4 +1,5 @@
-"""Writes what can be generated: cli.md from the commands' own help, the table of methods, the drawing of the layers.
+"""Writes what can be generated: cli.md from the commands' own help, the table of methods, the drawing of the layers,
+the tables of measured suites.
 
 `--check` only compares.
 """
@@ -13,6 +14,9 @@ import sys
 from pathlib import Path
 
 from lorashelf import METHODS
+from lorashelf.bench import page
+from lorashelf.bench.results import read_results
+from lorashelf.bench.suite import read_suite
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -119,7 +123,19 @@ def methods(text: str) -> str:
     return re.sub(r"<!-- generated: methods -->.*?<!-- end -->", lambda _: table, text, flags=re.DOTALL)
 
 
-PARTS = {"methods.md": methods, "architecture.md": layers}
+def results(text: str) -> str:
+    """docs/results.md with the tables of the suites whose results are committed."""
+
+    def measured(match: re.Match[str]) -> str:
+        suite = read_suite(HERE.parent / "suites" / f"{match[1]}.toml")
+        found = read_results(suite, suite.folder)
+        count = f"{len(found)} of {len(suite.cells)} cells are measured. " if len(found) < len(suite.cells) else ""
+        return f"<!-- generated: suite {match[1]} -->\n{count}{page.table(suite, found)}\n<!-- end suite -->"
+
+    return re.sub(r"<!-- generated: suite (\w+) -->.*?<!-- end suite -->", measured, text, flags=re.DOTALL)
+
+
+PARTS = {"methods.md": methods, "architecture.md": layers, "results.md": results}
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ import pytest
 from factory import make_adapter
 from lorashelf import Adapter, Shelf, new_settings, plan_add, read_adapter
 from lorashelf.bench import page
-from lorashelf.bench.assignment import Inputs, arrival, assign
+from lorashelf.bench.assignment import Inputs, arrival, assign, bytes_of
 from lorashelf.bench.results import DRAWS, Sample, kept, mean_over_tasks, path_of, read_results
 from lorashelf.bench.run import CLAIMS, MEASURED, run, status
 from lorashelf.bench.suite import Cell, Suite, read_suite
@@ -178,6 +178,16 @@ def test_arrivals_are_those_of_a_shelf(tmp_path: Path) -> None:
     for slot in snapshot.manifest.slots:
         assert {found.serving[task].digest for task in slot.members} == {snapshot.stored(slot).digest}  # type: ignore[union-attr]
     assert found.provenance["blocks"] == [list(slot.members) for slot in snapshot.manifest.slots]
+
+
+def test_sizes_are_compared_at_the_dtype_of_the_own_adapters(tmp_path: Path) -> None:
+    """Merges are computed and kept in float32, which must not count as storage."""
+    adapters = {name: make_adapter(i, dtype="f16") for i, name in enumerate(["a-en", "b-en", "c-en", "d-en"])}
+    tasks = {name: Task(name, "p", name[:1]) for name in adapters}
+    merged = assign(cell("cluster", "random"), Inputs(adapters, tasks, None, tmp_path))
+    assert {x.dtype for x in merged.serving.values() if x} == {"f32"}
+    assert merged.bytes("f16") == pytest.approx(bytes_of(adapters.values(), "f16") / 2, rel=0.02)
+    assert merged.bytes("f32") > 1.5 * merged.bytes("f16")
 
 
 def test_blocks_by_type_are_those_of_the_tasks(tmp_path: Path) -> None:

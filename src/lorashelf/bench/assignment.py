@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,10 +31,9 @@ class Assignment:
     provenance: Mapping[str, Any]
     """`blocks` (tasks that share an adapter), `order` of arrival, and what a search reports."""
 
-    @property
-    def bytes(self) -> int:
-        """The size of the distinct adapters as PEFT folders."""
-        return sum(encode(x).size for x in {x.digest: x for x in self.serving.values() if x is not None}.values())
+    def bytes(self, dtype: str) -> int:
+        """The size of the distinct adapters as PEFT folders of this dtype, whichever they are merged in."""
+        return bytes_of({x.digest: x for x in self.serving.values() if x is not None}.values(), dtype)
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ class Inputs:
     backend: Any
     folder: Path
     watch: Callable[[Sequence[int]], Iterable[int]] = iter
+
+
+def bytes_of(adapters: Iterable[Adapter], dtype: str) -> int:
+    """The size of adapters as PEFT folders of this dtype."""
+    return sum(encode(replace(x, dtype=dtype)).size for x in adapters)
 
 
 def assign(cell: Cell, inputs: Inputs) -> Assignment:

@@ -51,7 +51,7 @@ def conditions(suite: Suite) -> dict[str, Any]:
 
 
 def document(
-    suite: Suite, cell: Cell, assignment: Assignment, evaluation: Evaluation, own_bytes: int, seconds: float
+    suite: Suite, cell: Cell, assignment: Assignment, evaluation: Evaluation, sizes: Mapping[str, int], seconds: float
 ) -> dict[str, Any]:
     """The result of a cell; numbers of examples are rounded to 4 decimals."""
     return {
@@ -61,8 +61,7 @@ def document(
         "conditions": conditions(suite),
         "model": {name: evaluation.settings[name] for name in ("base", "prompt", "backend")},
         "provenance": dict(assignment.provenance),
-        "bytes": assignment.bytes,
-        "own_bytes": own_bytes,
+        **sizes,
         "tasks": {name: _task(measured) for name, measured in evaluation.tasks.items()},
         "versions": {"lorashelf": VERSION, "python": platform.python_version(), **_versions()},
         "hardware": {"processor": _processor(), "cores": os.cpu_count()},

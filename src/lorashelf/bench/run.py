@@ -18,12 +18,11 @@ from typing import Any
 from .. import atomic
 from ..errors import UsageError
 from ..evaluation.compare import prepare
-from ..formats.peft import encode
 from ..locks import sole
-from ..lora.adapter import Adapter
+from ..lora.adapter import Adapter, wider
 from ..result_store import ResultStore
 from ..tasks.folders import Task
-from .assignment import Inputs, assign
+from .assignment import Inputs, assign, bytes_of
 from .results import document, path_of, read_results, write_result
 from .suite import Cell, Suite
 
@@ -46,7 +45,8 @@ def run(
     """
     for path in (folder / MEASURED, folder / CLAIMS):
         atomic.make_parents(path / "x")
-    own_bytes = sum(encode(x).size for x in adapters.values())
+    dtype = wider([x.dtype for x in adapters.values()])  # sizes are compared at this one
+    own_bytes = bytes_of(adapters.values(), dtype)
     with _journal(folder / MEASURED) as kept:
         for cell in suite.cells:
             with _claimed(cell, folder) as free:
@@ -60,7 +60,8 @@ def run(
                 ready = prepare(backend, assignment.serving, tasks, **options, loss_only=loss_only)
                 journal = ResultStore(kept, beside=_files(folder / MEASURED))
                 measured = ready.measured(backend, journal, partial(watch, cell))
-                result = document(suite, cell, assignment, measured, own_bytes, time.monotonic() - started)
+                sizes = {"bytes": assignment.bytes(dtype), "own_bytes": own_bytes}
+                result = document(suite, cell, assignment, measured, sizes, time.monotonic() - started)
                 write_result(result, path_of(cell, folder))
                 atomic.remove(folder / f"search-{cell.id}.jsonl")
                 yield cell, result
