@@ -66,9 +66,10 @@ Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or 
 4 shelf (refused, stale, locked, corrupt, over budget, newer format), disk, output that cannot be written · 5 model ·
 128 + the signal's number when interrupted (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; what was committed stays) ·
 141 whoever reads stdout went away.
-Under `--json` an error prints `{"error": {"kind", "message", "cure"}}`; that of a refused adapter has its `faults` too,
-and a line of `cure` for each kind. `add` prints `{"added": [ITEM, …]}` for any number of adapters, with `error` beside
-it where one failed or was refused, and with `skipped` under `--skip-existing`;
+Under `--json` an error prints `{"error": {"kind", "message", "where", "cure"}}`: what happened, the file or folder (or
+null), and what helps (or null), a line for each cure. That of a refused adapter has its `faults` too, and the cure of
+each in `cures`. `add` prints `{"added": [ITEM, …]}` for any number of adapters, with `error` beside it where one failed
+or was refused, and with `skipped` under `--skip-existing`;
 ITEM: `{"task", "decision": "open" | "fold" | "refuse", "slot", "scores", "threshold", "members", "merged", "head",
 "reversible"}`, the last false where an exact `remove` will not be possible.
 `--bytes` takes `1600000`, `1.6MB` (kB, MB, GB, TB are powers of 1000) or `1.5MiB` (KiB, MiB, GiB, TiB: of 1024); sizes

@@ -183,9 +183,9 @@ def test_on_a_full_disk_the_command_line_says_so_and_goes_on_when_there_is_room(
     error = json.loads(said.stdout)["error"]
     assert error["kind"] == "disk"
     assert error["cure"]
-    for text in (error["message"], said.stderr):
-        assert os.strerror(number) in text
-        assert str(shelf.path) in text
+    assert os.strerror(number) in error["message"]
+    assert error["where"].startswith(str(shelf.path))
+    assert f"{error['message']}\n  where: {error['where']}\n" in said.stderr
     assert picture(shelf.path) == before
     assert lorashelf("add", shelf.path, adapter).returncode == 0
     assert lorashelf("verify", shelf.path).stdout == "ok\n"
@@ -348,7 +348,7 @@ def test_a_read_only_shelf_on_the_command_line(read_only, tmp_path):
     error = json.loads(refused.stdout)["error"]
     assert error["kind"] == "disk"
     assert os.strerror(number) in error["message"]
-    assert str(shelf.path) in error["message"]
+    assert error["where"].startswith(str(shelf.path))
     assert error["cure"]
     assert picture(folder) == before
     assert lorashelf("add", shelf.path, adapter).returncode == 0

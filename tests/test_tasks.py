@@ -152,7 +152,7 @@ def test_cures_of_all_kinds_are_named_together(tmp_path: Path) -> None:
     with pytest.raises(TaskDataError) as error:
         read_task(tmp_path / "t")
     assert len(error.value.faults) == 2
-    assert error.value.cure == 'add prompt = "…" to task.toml; a line is {"input": "…", "output": "…"}'
+    assert error.value.cure == 'add prompt = "…" to task.toml\na line is {"input": "…", "output": "…"}'
 
 
 @pytest.mark.parametrize("name", ["task.toml", "train.jsonl"])

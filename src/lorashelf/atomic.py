@@ -199,10 +199,10 @@ def replace_file(path: Path, data: bytes, staging: Path) -> None:
             os.replace(staged, path)
             _sync(path.parent)
     except BaseException as error:
-        if isinstance(error, DiskError):
-            error.where = str(path)  # nobody knows the other name
         with contextlib.suppress(OSError):
             os.unlink(staged)
+        if isinstance(error, DiskError):
+            raise error.amended(where=str(path)) from error.__cause__  # nobody knows the other name
         raise
 
 

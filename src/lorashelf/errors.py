@@ -36,7 +36,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's own needs Python 3.11
 
 
 def numbered(count: int, noun: str) -> str:
@@ -61,6 +64,22 @@ class LorashelfError(Exception):
         self.cure = cure
         self.done: Mapping[str, Any] = {}
         """What was carried out before it failed, for the error's document."""
+
+    def amended(
+        self,
+        *,
+        what: str | None = None,
+        where: str | None = None,
+        cure: str | None = None,
+        done: Mapping[str, Any] | None = None,
+        exit_code: int | None = None,
+    ) -> Self:
+        """The same error as a caller who knows more words it: to be raised in place of this one."""
+        changes = {"what": what, "where": where, "cure": cure, "done": done, "exit_code": exit_code}
+        known = type(self).__new__(type(self), what or self.what)
+        known.__dict__ |= self.__dict__ | {name: value for name, value in changes.items() if value is not None}
+        known.__cause__ = self.__cause__
+        return known.with_traceback(self.__traceback__)
 
     def __str__(self) -> str:
         where = f"\n  where: {self.where}" if self.where else ""
@@ -95,10 +114,14 @@ class MissingExtra(UsageError):
 
     kind = "missing_extra"
 
-    def __init__(self, purpose: str, package: str, extra: str) -> None:
+    def __init__(self, purpose: str, package: str, extra: str, *, instead: str | None = None) -> None:
+        """`instead` is another cure, beside the installation."""
         self.package = package
         self.extra = extra
-        super().__init__(f"{purpose} needs {package}", cure=f"pip install 'lorashelf[{extra}]'")
+        installation = f"pip install 'lorashelf[{extra}]'"
+        super().__init__(
+            f"{purpose} needs {package}", cure=f"{instead}, or {installation}" if instead else installation
+        )
 
 
 class NotStorable(UsageError, ValueError):
@@ -260,7 +283,7 @@ class TaskDataError(LorashelfError):
     def __init__(self, faults: Mapping[str, str], *, where: str | None = None) -> None:
         self.faults = tuple(faults)
         self.cures = dict(faults)
-        super().__init__("; ".join(faults), where=where, cure="; ".join(dict.fromkeys(faults.values())))
+        super().__init__("; ".join(faults), where=where, cure="\n".join(dict.fromkeys(faults.values())))
 
 
 class Interrupted(LorashelfError):

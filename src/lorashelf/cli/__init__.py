@@ -64,7 +64,7 @@ def _known(error: BaseException) -> LorashelfError:
     sys.excepthook(type(error), error, error.__traceback__)
     bug = LorashelfError(f"this is a bug: {type(error).__name__}: {error}", cure="report it, with the lines above")
     if isinstance(error, SystemExit) and type(error.code) is int and error.code:
-        bug.exit_code = error.code
+        return bug.amended(exit_code=error.code)
     return bug
 
 
@@ -74,9 +74,15 @@ def _fail(words: list[str], error: LorashelfError) -> int:
         return error.exit_code
     print(f"lorashelf: {error}", file=sys.stderr)
     if "--json" in words:
-        document: dict[str, Any] = {"kind": error.kind, "message": str(error), "cure": error.cure}
+        document: dict[str, Any] = {
+            "kind": error.kind,
+            "message": error.what,
+            "where": error.where,
+            "cure": error.cure,
+        }
         if isinstance(error, AdapterError):
             document["faults"] = list(error.faults)
+            document["cures"] = [reason.cure for reason in error.reasons]
         print_json({"error": document, **error.done})
         sys.stdout.flush()
     return error.exit_code

@@ -139,9 +139,8 @@ def _folder(text: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
-        missing = MissingExtra(f"there is no folder {text!r}; as a hub id it", "huggingface_hub", "llm")
-        missing.cure = f"give an existing folder, or {missing.cure}"
-        raise missing from error
+        purpose = f"there is no folder {text!r}; as a hub id it"
+        raise MissingExtra(purpose, "huggingface_hub", "llm", instead="give an existing folder") from error
     try:
         return Path(snapshot_download(text, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError) as error:

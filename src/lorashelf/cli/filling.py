@@ -170,8 +170,7 @@ def _reporting(report: dict[str, Any], path: Path, dry_run: bool) -> Iterator[No
             _note_originals(report)
         cure = "run the same command again" + (" with --skip-existing" if kept else "")
         known = interrupted(error, cure) if isinstance(error, KeyboardInterrupt) else error
-        known.done = report
-        raise known from error.__cause__
+        raise known.amended(done=report) from error.__cause__
     if not dry_run:
         _note_originals(report)
 

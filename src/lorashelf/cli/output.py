@@ -33,8 +33,8 @@ def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
             print_parts(shown if isinstance(shown, list) else [shown])
         sys.stdout.flush()
     except DiskError as error:
-        error.what = f"the command is done, but its answer is lost: {error.what}"
-        raise
+        what = f"the command is done, but its answer is lost: {error.what}"
+        raise error.amended(what=what) from error.__cause__
 
 
 def print_parts(parts: Iterable[Any]) -> None:

@@ -27,9 +27,8 @@ class Stopped(KeyboardInterrupt):
 
 def interrupted(stop: KeyboardInterrupt, cure: str | None = None) -> Interrupted:
     """The error of an interrupt: its exit code is 128 and the signal's number, 130 for Ctrl-C."""
-    error = Interrupted("interrupted; what was committed stays", cure=cure)
-    error.exit_code = 128 + getattr(stop, "signum", signal.SIGINT)
-    return error
+    code = 128 + getattr(stop, "signum", signal.SIGINT)
+    return Interrupted("interrupted; what was committed stays", cure=cure).amended(exit_code=code)
 
 
 @contextlib.contextmanager

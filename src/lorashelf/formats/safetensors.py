@@ -99,8 +99,7 @@ class TensorFile(Mapping[str, Entry]):
             cure = "put the file that was saved in its place, readable for this user"
             raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path), cure=cure) from error
         except AdapterFormatError as error:
-            error.where = error.where or str(path)
-            raise
+            raise error.amended(where=error.where or str(path)) from error.__cause__
         in_order = sorted(self._entries, key=lambda name: self._entries[name].start)
         self._places = {name: place for place, name in enumerate(in_order, 1)}
 

@@ -70,8 +70,10 @@ def _remaining(snapshot: Snapshot, slot: Slot, task: str, was: Adapter | None) -
     try:
         return _without(snapshot, slot, task, was, "--was OLD_ADAPTER")
     except NotReversible as error:
-        error.cure = error.cure or f"lorashelf remove {task}, then add the new adapter; {_ANEW}"
-        raise
+        if error.cure:
+            raise
+        cure = f"lorashelf remove {task}, then add the new adapter; {_ANEW}"
+        raise error.amended(cure=cure) from error.__cause__
 
 
 def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -> Plan:

@@ -70,8 +70,7 @@ def repair(shelf: Shelf, originals: Mapping[str, Adapter] | None = None) -> dict
         try:
             given, unused = _by_digest(states.values(), originals or {})
         except NotReversible as error:
-            error.done = {"files": files}
-            raise
+            raise error.amended(done={"files": files}) from error.__cause__
         damaged = _damaged(snapshot, states.values())
         mended = {identity: _mended(snapshot, slot, damaged, given) for identity, slot in damaged.items()}
         shelf.rewrite(

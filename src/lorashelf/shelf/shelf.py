@@ -402,10 +402,12 @@ class Shelf:
         try:
             atomic.replace_file(self.path / "HEAD", f"{identity}\n".encode(), self.path / "tmp")
         except DiskError as error:
-            if self._named_by_head() == identity:  # the rename was done, what failed is to make it durable
-                error.what += "; the commit stands, but a power cut may take it back"
-                error.cure = f"check the disk, then lorashelf verify {self.path}"
-            raise
+            if self._named_by_head() != identity:
+                raise
+            raise error.amended(  # the rename was done, what failed is to make it durable
+                what=f"{error.what}; the commit stands, but a power cut may take it back",
+                cure=f"check the disk, then lorashelf verify {self.path}",
+            ) from error.__cause__
         with contextlib.suppress(LorashelfError, OSError):  # committed all the same: the next writer sweeps again
             self._lock.check()
             self._sweep(self.snapshot())
@@ -491,7 +493,7 @@ def _appearing(path: Path) -> Iterator[Path]:
             if isinstance(error, DiskError) and not atomic.is_vacant(folder):
                 raise _taken(path) from error
             if str(staged) in (error.where or ""):
-                error.where = str(path)  # what the caller knows
+                raise error.amended(where=str(path)) from error.__cause__  # the path that the caller knows
             raise
 
 
