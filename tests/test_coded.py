@@ -25,7 +25,7 @@ from lorashelf.formats.coded.stream import StreamReader, StreamWriter, varint
 from lorashelf.lora.algebra import combine
 from lorashelf.lora.allocation import slope_within
 from lorashelf.lora.quality import MEASURED, energy_for, quality, restoration
-from lorashelf.lora.quantiser import RATIOS, STARTS, TOTAL, quantiser
+from lorashelf.lora.quantiser import RATIOS, STARTS, TOTAL, quantiser, start_table
 
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 
@@ -140,6 +140,10 @@ def test_frequencies_follow_the_gaussian(start: int) -> None:
     assert np.abs(counted - expected).max() < 0.003
     inside = [x[np.searchsorted(q.edges, x, side="right") == k].mean() for k in range(1, min(q.bins, 3))]
     assert q.centres[1 : min(q.bins, 3)] == pytest.approx(inside, rel=0.01)
+
+
+def test_no_entry_takes_less_than_a_ninth_of_a_bit() -> None:
+    assert all(-np.log2(start_table((start,)).max() / TOTAL) > 1 / 9 for start in range(len(STARTS)))
 
 
 @pytest.mark.parametrize("values", [[0], [0] * 9, [3], [0, 1, 2, 2, 2, 7], list(range(300)) * 3])
@@ -406,6 +410,7 @@ def lists(*values: list[int]) -> Callable[[StreamWriter], None]:
     ("document", "content", "match"),
     [
         (described(["h.q", "", 2**24, 1, 2**24]), lists([1], [0], [0], [0], [0]), "need more bits than it has"),
+        (described(["h.*.q", "0-99999", 9999, 9999, 9999]), lists([9999] * 100000), "need more bits than it has"),
         (described(["h.q", "", 2**40, 1, 8]), lists([0]), "a module of shape"),
         (described(["h.*.q", "0-99999999", 8, 1, 8]), lists([0]), "more than 131072 modules"),
         (described(["h.q", "", 8, 2, 8]), lists([300], [0] * 300), "gets 300 directions, and its rank is 2"),
@@ -438,7 +443,7 @@ def test_absurd_headers_are_refused_before_anything_is_allocated(
 def test_a_description_that_inflates_without_end_is_refused() -> None:
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     bomb = deflate.compress(b" " * 2**26) + deflate.flush()
-    with pytest.raises(AdapterFormatError, match=r"cannot be read|longer than 16 MiB"):
+    with pytest.raises(AdapterFormatError, match=r"cannot be read|longer than 4 MiB"):
         decode([crafted(bomb, lists())])
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...lora.adapter import Shape
-from ...lora.quantiser import RATIOS, STARTS, TOTAL, start_table
+from ...lora.quantiser import RATIOS, STARTS
 from .description import Description, unpacked
 from .entries import OUTLIER, Chain, Indices, read_refined, read_started, write_refined, write_started
 from .stream import Scanner, StreamReader, StreamWriter, malformed, varint
@@ -20,6 +19,7 @@ MOST_GAIN = 2**12 - 1
 NONE = np.zeros(0, np.float32)
 """The values of no outlier."""
 _LOW = 32  # gains are coded as quotient and remainder
+_DENSEST = 9  # entries a bit at most, under any start quantiser
 
 
 @dataclass(slots=True)
@@ -94,6 +94,9 @@ def read_lists(reader: StreamReader, shapes: Mapping[str, Shape], coded: Mapping
     for (path, shape), count in zip(shapes.items(), counts, strict=True):
         if coded[path] + count > min(shape.rank, shape.dout, shape.din):
             raise malformed(f"{path} gets {coded[path] + count} directions, and its rank is {shape.rank}")
+    entries = sum(n * (shape.dout + shape.din) for shape, n in zip(shapes.values(), counts, strict=True))
+    if entries > _DENSEST * 8 * (reader.size + 8):  # before anything of that size is made
+        raise malformed(f"its {entries} entries need more bits than it has")
     fresh, old = sum(counts), sum(coded.values())
     high, low = (reader.numbers(fresh).tolist() for _ in range(2))
     starts = tuple(reader.numbers(fresh).tolist() for _ in range(2))
@@ -102,21 +105,8 @@ def read_lists(reader: StreamReader, shapes: Mapping[str, Shape], coded: Mapping
         raise malformed("a start quantiser is unknown")
     if any(place >= len(RATIOS) for side in ratios for place in side):
         raise malformed("a ratio is unknown")
-    lengths = [(shape.dout, shape.din) for shape, n in zip(shapes.values(), counts, strict=True) for _ in range(n)]
-    least = sum(
-        length * _least_bits(start)
-        for side in range(2)
-        for start, length in zip(starts[side], (pair[side] for pair in lengths), strict=True)
-    )
-    if least > 8 * reader.size + 64:  # before anything of that size is made
-        raise malformed("its shapes need more bits than it has")
     gains = [h * _LOW + s for h, s in zip(high, low, strict=True)]
     return Additions(counts, gains, (starts[0], starts[1]), (ratios[0], ratios[1]))
-
-
-@cache
-def _least_bits(start: int) -> float:
-    return float(-np.log2(start_table((start,)).max() / TOTAL))
 
 
 def grouped(keys: Iterable[Chain | None]) -> Iterator[tuple[Chain, list[int]]]:

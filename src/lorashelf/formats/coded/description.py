@@ -13,8 +13,10 @@ from ...digest import canonical_json
 from ...lora.adapter import WIDTHS, Adapter, BaseId, Shape
 from .stream import malformed
 
-LONGEST = 2**24
-"""Bytes of a description at most, and the largest size of a module's side."""
+LONGEST = 2**22
+"""Bytes of a description's JSON at most."""
+LARGEST = 2**24
+"""The largest size of a module's side."""
 _MOST_MODULES = 2**17
 DICTIONARY = (
     b'"Qwen/Qwen2.5-0.5B-Instruct""google/gemma-3-1b-it""meta-llama/Llama-3.2-1B-Instruct""bf16""f32","embed_tokens"'
@@ -65,7 +67,7 @@ def unpacked(data: bytes) -> Description:
     except (zlib.error, ValueError, RecursionError) as error:
         raise malformed("its description cannot be read") from error
     if not inflate.eof or inflate.unused_data:
-        raise malformed("its description is cut off, or longer than 16 MiB")
+        raise malformed("its description is cut off, or longer than 4 MiB")
     try:
         found = Description(
             BaseId(document["base"], document["revision"]),
@@ -115,7 +117,7 @@ def _shapes(families: Any) -> Iterator[tuple[str, Shape]]:
     seen: set[str] = set()
     for template, numbers, dout, rank, din in families:
         shape = Shape(dout, rank, din)
-        whole = all(type(n) is int for n in shape) and min(shape) >= 1 and max(shape) <= LONGEST
+        whole = all(type(n) is int for n in shape) and min(shape) >= 1 and max(shape) <= LARGEST
         if not whole or not isinstance(template, str) or not isinstance(numbers, str):
             raise malformed(f"a module of shape {tuple(shape)}"[:200])
         for path in _paths(template, numbers):
