@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import re
+import struct
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -389,13 +391,16 @@ def test_a_newer_version_is_refused() -> None:
 
 def crafted(document: dict[str, object] | bytes, lists: Callable[[StreamWriter], None]) -> bytes:
     """A base level with a right checksum around what no writer makes."""
+    writer = StreamWriter()
+    lists(writer)
+    return framed([], crafted_head(document) + writer.finished())
+
+
+def crafted_head(document: dict[str, object] | bytes) -> bytes:
     if not isinstance(document, bytes):
         deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=DICTIONARY)
         document = deflate.compress(json.dumps(document).encode()) + deflate.flush()
-    writer = StreamWriter()
-    lists(writer)
-    head = b"\0\0\0\x40" + np.float32(1).tobytes() + varint(len(document)) + document
-    return framed([], head + writer.finished())
+    return b"\0\0\0\x40" + np.float32(1).tobytes() + varint(len(document)) + document
 
 
 def described(*modules: list[object]) -> dict[str, object]:
@@ -438,6 +443,25 @@ def test_absurd_headers_are_refused_before_anything_is_allocated(
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 80 * 2**20
+
+
+def test_words_that_no_coder_makes_never_become_values() -> None:
+    """The number of directions is read well, the first entry lies where no symbol is; what failed once fails again."""
+    one, other = second_decoder.frequencies([0, 2**38])
+    point = (2**64 - 1) // 2**24 * (one + other) - 1
+    streams = bytes([10, *[2, 0xF0], *[1, 0x0F] * 4]) + struct.pack("<II", point >> 32, point % 2**32)
+    x = decode([framed([], crafted_head(described(["h.q", "", 1, 1, 1])) + streams)], "a.lsc")
+    for _ in range(2):
+        with pytest.raises(AdapterFormatError, match="level 0: .* cannot come from the coder") as raised:
+            _ = x.modules["h.q"]
+        assert raised.value.where == "a.lsc"
+
+
+def test_modules_are_decoded_once_by_many_threads() -> None:
+    x = decode(levels_of(adapter(layers=8)))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda path: x.modules[path].a.tobytes(), list(x.modules) * 3))
+    assert found == [f.a.tobytes() for f in decode(levels_of(adapter(layers=8))).modules.values()] * 3
 
 
 def test_a_description_that_inflates_without_end_is_refused() -> None:

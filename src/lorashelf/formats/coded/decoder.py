@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain as chained
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ from ...errors import AdapterFormatError
 from ...lora.adapter import Adapter, Factors, Modules, Shape
 from ...lora.quality import quality
 from ...lora.quantiser import RATIOS
-from .body import MOST_GAIN, NONE, Coded, Direction, Head, Side, read_entries, read_lists
+from .body import MOST_GAIN, NONE, Additions, Coded, Direction, Head, Side, read_entries, read_lists
 from .description import Description, parameters
 from .entries import Chain, checked, values
 from .record import bodies, reference
@@ -39,22 +41,36 @@ class Level(NamedTuple):
     """The first 16 hex digits of the level's BLAKE2b-256."""
 
 
+class _Pending(NamedTuple):
+    """A level whose entries are not read yet: new sides with their lengths and chains, refined ones with theirs."""
+
+    reader: StreamReader
+    fresh: Sequence[tuple[Side, int, Chain]]
+    refined: Sequence[tuple[Side, Chain]]
+
+
 class Outline:
     """Levels whose lists are read and whose entries are not: shapes, ranks, gains and chains."""
 
     def __init__(self, levels: Sequence[bytes], where: str | None = None) -> None:
         """Raise AdapterFormatError with `where` for levels that are damaged, lack those before or are malformed."""
-        scanners = [Scanner(body) for body in bodies(levels, where)]
-        self._pending: list[tuple[StreamReader, list[tuple[Side, int, Chain]], list[tuple[Side, Chain]]]] = []
+        self._where = where
+        self._pending: list[_Pending] = []
         self._lock = threading.Lock()
+        self._failed: AdapterFormatError | None = None
         self.levels: list[Level] = []
+        for place, body in enumerate(bodies(levels, where)):
+            with self._named(place):
+                self._take(Scanner(body), levels[place], place == 0)
+
+    @contextmanager
+    def _named(self, place: int) -> Iterator[None]:
+        """Errors name the level and the file."""
         try:
-            for place, scanner in enumerate(scanners):
-                self._take(scanner, levels[place], place == 0)
+            yield
         except AdapterFormatError as error:
-            raise AdapterFormatError(
-                [reason.at(f"level {len(self.levels)}") for reason in error.reasons], where=where
-            ) from error
+            faults = [reason.at(f"level {place}") for reason in error.reasons]
+            raise AdapterFormatError(faults, where=self._where) from error
 
     def _take(self, scanner: Scanner, level: bytes, base: bool) -> None:
         head = Head(scanner, base)
@@ -63,38 +79,50 @@ class Outline:
             self.coded: Coded = {path: [] for path in head.description.shapes}
         self.restored = head.restored
         reader = StreamReader(scanner)
-        shapes = self.description.shapes
-        add = read_lists(reader, shapes, {path: len(found) for path, found in self.coded.items()})
+        add = read_lists(reader, self.description.shapes, {path: len(found) for path, found in self.coded.items()})
+        refined = list(self._refined(add))
+        self._pending.append(_Pending(reader, self._extended(add), refined))
+        count = sum(map(len, self.coded.values()))
+        self.levels.append(Level(len(level), head.kept, quality(head.kept), count, reference(level).hex()))
+
+    def _refined(self, add: Additions) -> Iterator[tuple[Side, Chain]]:
+        """The sides that a level refines, under their new chains: of u, then of v."""
         old = list(chained.from_iterable(self.coded.values()))
-        refined: list[tuple[Side, Chain]] = []
         for name, places in zip("uv", add.ratios, strict=True):
             for direction, place in zip(old, places, strict=True):
                 if place:
                     side: Side = getattr(direction, name)
                     side.chain = checked((*side.chain, RATIOS[place]))
-                    refined.append((side, side.chain))
+                    yield side, side.chain
+
+    def _extended(self, add: Additions) -> list[tuple[Side, int, Chain]]:
+        """The sides that a level is the first to code, entered into their modules: of u, then of v."""
         u, v = [], []
         news = zip(add.gains, *add.starts, strict=True)
         for (path, found), count in zip(self.coded.items(), add.counts, strict=True):
-            for _ in range(count):
-                below, start_u, start_v = next(news)
+            shape = self.description.shapes[path]
+            for below, *starts in islice(news, count):
                 gain = below + (found[-1].gain if found else 0)
                 if gain > MOST_GAIN:
                     raise malformed("a gain is too small")
-                sides = [Side((start,), np.zeros(0, np.int16), NONE) for start in (start_u, start_v)]
+                sides = [Side((start,), np.zeros(0, np.int16), NONE) for start in starts]
                 found.append(Direction(gain, *sides))
-                u.append((sides[0], shapes[path].dout, sides[0].chain))
-                v.append((sides[1], shapes[path].din, sides[1].chain))
-        self._pending.append((reader, u + v, refined))
-        count = sum(map(len, self.coded.values()))
-        name = reference(level).hex()
-        self.levels.append(Level(len(level), head.kept, quality(head.kept), count, name))
+                u.append((sides[0], shape.dout, sides[0].chain))
+                v.append((sides[1], shape.din, sides[1].chain))
+        return u + v
 
     def read(self) -> Coded:
         """The directions with all entries, decoded when this is first called. Raises AdapterFormatError."""
         with self._lock:
-            for reader, fresh, refined in self._pending:
-                read_entries(reader, fresh, refined)
+            if self._failed is not None:
+                raise self._failed
+            try:
+                for place, level in enumerate(self._pending):
+                    with self._named(place):
+                        read_entries(level.reader, level.fresh, level.refined)
+            except AdapterFormatError as error:
+                self._failed = error  # some entries are read, and cannot be read again
+                raise
             self._pending = []
         return self.coded
 
