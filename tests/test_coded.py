@@ -452,7 +452,7 @@ def test_words_that_no_coder_makes_never_become_values() -> None:
     streams = bytes([10, *[2, 0xF0], *[1, 0x0F] * 4]) + struct.pack("<II", point >> 32, point % 2**32)
     x = decode([framed([], crafted_head(described(["h.q", "", 1, 1, 1])) + streams)], "a.lsc")
     for _ in range(2):
-        with pytest.raises(AdapterFormatError, match="level 0: .* cannot come from the coder") as raised:
+        with pytest.raises(AdapterFormatError, match=r"level 0: .* cannot come from the coder") as raised:
             _ = x.modules["h.q"]
         assert raised.value.where == "a.lsc"
 
