@@ -64,6 +64,11 @@ class History:
         return frozenset(source.digest for source in self.merged)
 
     @property
+    def trained(self) -> bool:
+        """Whether any of the adapters changes something."""
+        return any(source.norm for source in self.merged)
+
+    @property
     def faithful(self) -> str | None:
         """The averaging method that can go on from here exactly: its own; any ("*") for one adapter stored uncut."""
         return "*" if len(self.merged) == 1 and not self.error else self.method
@@ -140,9 +145,7 @@ def fold(
     whose default weight is 1 takes 1 and 1. Averages are computed in float32 and rounded once, to the widest dtype or
     the spec's.
     """
-    sources = [
-        source for source in sources if any(m.norm for m in source.history.merged)
-    ]  # untrained ones take no part
+    sources = [source for source in sources if source.history.trained]  # untrained ones take no part
     if not sources:
         return single(adapter, record, spec)
     *held, adapter = aligned([*(source.adapter for source in sources), adapter])

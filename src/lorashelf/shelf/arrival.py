@@ -76,12 +76,12 @@ def _arrival(
     details = storable(task, details or {})
     kind = kind_of(task, type, details.pop("type", None))
     with all_damage(snapshot), beside(lambda: adapter.digest):  # asked for below
-        held = {slot.id: snapshot.stored(slot) for slot in manifest.slots}
+        held = {slot.id: snapshot.stored(slot) for slot in manifest.slots if slot.readable}
         base = agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
         squared_norms(adapter)  # likewise
         values = similarity([adapter], list(held.values()))[0] if held else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
-    same = next((slot.id for slot in manifest.slots if adapter.digest in slot.history.digests), None)
+    same = next((s.id for s in manifest.slots if s.readable and adapter.digest in s.history.digests), None)
     record = source(task, kind, adapter)
     if same is None and not record.norm and scores:  # untrained: a slot of its own would be taken from others
         same = nearest([Candidate.folding(slot, score) for slot, score in scores.items()]).action.slot
@@ -122,13 +122,13 @@ class Arrival:
 
     @cached_property
     def trained(self) -> list[Slot]:
-        """The slots that hold a trained adapter; the others count as free."""
-        return [slot for slot in self.snapshot.manifest.slots if any(m.norm for m in slot.history.merged)]
+        """The slots that hold a trained adapter and can be read."""
+        return [slot for slot in self.snapshot.manifest.slots if slot.id in self.held and slot.history.trained]
 
     @cached_property
     def free(self) -> int | None:
-        """The lowest free slot, None if all are filled."""
-        filled = {slot.id for slot in self.trained}
+        """The lowest slot that is empty or holds untrained adapters only, None if there is none."""
+        filled = {slot.id for slot in self.snapshot.manifest.slots if slot.history.trained or not slot.readable}
         return next((i for i in range(self.snapshot.settings.budget.slots) if i not in filled), None)
 
     @cached_property

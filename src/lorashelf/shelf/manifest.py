@@ -15,7 +15,6 @@ from ..errors import CorruptShelf, NewerFormat
 from ..formats.codec import Codec
 from ..formats.codecs import CODECS
 from ..formats.objects import Stored
-from ..formats.peft import Peft
 from ..lora.adapter import WIDTHS, Adapter, BaseId
 from ..lora.algebra import squared_norms
 from ..merging.average import Average, History, Source
@@ -76,8 +75,16 @@ class Slot:
         return Slot(slot_id, StoredObject.pending(average.adapter, encoding), average.history, tuple(members))
 
     @property
+    def readable(self) -> bool:
+        """Whether this lorashelf knows the encoding of its object."""
+        return self.object.encoding in CODECS
+
+    @property
     def codec(self) -> Codec:
-        """What reads and writes its object. Raises UnknownName."""
+        """What reads and writes its object. Raises NewerFormat for an encoding that this lorashelf does not know."""
+        if not self.readable:
+            what = f"slot {self.id} has the encoding {self.object.encoding!r}, which this lorashelf does not know"
+            raise NewerFormat(f"{what}; tasks: {', '.join(self.members)}", cure="upgrade lorashelf")
         return CODECS[self.object.encoding]
 
     def document(self) -> dict[str, Any]:
@@ -279,7 +286,7 @@ def _slot_faults(slot: dict[str, Any]) -> Iterator[str]:
     sound = {
         "slot": type(slot["slot"]) is int and slot["slot"] >= 0,
         "object": is_digest(slot["object"]),
-        "encoding": slot["encoding"] == Peft.name,
+        "encoding": type(slot["encoding"]) is str and on_one_line(slot["encoding"]),
         "dtype": slot["dtype"] in WIDTHS,
         "rank": type(slot["rank"]) is int and slot["rank"] > 0,
         "bytes": type(slot["bytes"]) is int and slot["bytes"] > 0,

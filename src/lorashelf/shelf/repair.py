@@ -111,7 +111,7 @@ def _damaged(snapshot: Snapshot, manifests: Collection[Manifest]) -> dict[str, S
         for slot in manifest.slots:
             if slot.object.id not in seen:
                 seen.add(slot.object.id)
-                if snapshot.problems(slot):
+                if slot.readable and snapshot.problems(slot):
                     found[slot.object.id] = slot
     return found
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CorruptShelf
+from ..errors import CorruptShelf, NewerFormat
 from ..formats.peft import size_alone
 from .manifest import Slot
 from .snapshot import Snapshot
@@ -26,7 +26,7 @@ def route(snapshot: Snapshot, task: str, *, verify: bool = True) -> dict[str, An
 def routes(snapshot: Snapshot, *, verify: bool = True) -> dict[str, dict[str, Any]]:
     """The whole map, task → `{task, slot, path, members}`; likewise. Raises CorruptShelf."""
     if verify:
-        snapshot.check_bytes(*snapshot.manifest.slots)
+        snapshot.check_bytes(*(slot for slot in snapshot.manifest.slots if slot.readable))
     return {task: _answer(snapshot, task, slot) for slot in snapshot.manifest.slots for task in slot.members}
 
 
@@ -63,7 +63,7 @@ def _apart(snapshot: Snapshot) -> dict[str, int]:
     apart: dict[str, int] = {}
     for slot in snapshot.manifest.slots:
         like = None
-        with contextlib.suppress(CorruptShelf):  # a damaged shelf is listed all the same
+        with contextlib.suppress(CorruptShelf, NewerFormat):  # listed all the same
             like = snapshot.stored(slot)
         for source in slot.history.merged:
             apart.setdefault(source.digest, size_alone(source.parameters, slot.object.dtype, like))
@@ -75,4 +75,4 @@ def _answer(snapshot: Snapshot, task: str, slot: Slot) -> dict[str, Any]:
 
 
 def _path(snapshot: Snapshot, slot: Slot) -> str | None:
-    return str(snapshot.slot_path(slot)) if slot.codec.loadable else None
+    return str(snapshot.slot_path(slot)) if slot.readable and slot.codec.loadable else None
