@@ -30,6 +30,7 @@ def main() -> int:
     import torch
 
     from lorashelf.models.hf import HFBackend
+    from lorashelf.models.hooks import AdapterPool
     from lorashelf.tasks.folders import ExampleSet, read_tasks
 
     torch.set_num_threads(options.threads)
@@ -46,17 +47,15 @@ def main() -> int:
     for _ in range(rounds):
         mine = alone = 0.0
         for examples in sets:
-            backend.attach(None)
-            alone += _timed(lambda examples=examples: [backend._forward(b) for b in batches[examples.task]])
+            alone += _timed(lambda examples=examples: [backend._forward(None, b) for b in batches[examples.task]])
             mine += _timed(lambda examples=examples: backend.nll([(adapters[0], examples)]))
         ours.append(mine)
         bare.append(alone)
     backend.positions.update(tokens=0, padding=0)
     backend.nll([(adapters[0], examples) for examples in sets])
     tokens, padding = backend.positions["tokens"], backend.positions["padding"]
-    swaps = [_timed(lambda i=i: backend.attach(adapters[i % 2])) for i in range(20)]
-    backend.attach(None)
-    alone_peak = _peak(lambda: [backend._forward(b) for bs in batches.values() for b in bs])
+    swaps = [_timed(lambda i=i: _swap(AdapterPool(backend.base, 1), adapters[i % 2])) for i in range(20)]
+    alone_peak = _peak(lambda: [backend._forward(None, b) for bs in batches.values() for b in bs])
     our_peak = _peak(lambda: backend.nll([(adapters[1], examples) for examples in sets]))
     common.table(
         ["", "wall min", "median", "tokens a second"],
@@ -93,6 +92,12 @@ def main() -> int:
 def _tokenised(backend: Any, examples: Any) -> list[list[Any]]:
     tokens = [backend.tokens(examples, e) for e in examples.examples]
     return [[tokens[i] for i in members] for members in backend.batches(tokens)]
+
+
+def _swap(pool: Any, adapter: Any) -> None:
+    """Put an adapter on the base that was not there, and take it off again."""
+    with pool.on_base(adapter):
+        pass
 
 
 def _timed(work: Any) -> float:

@@ -15,8 +15,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from lorashelf import Adapter, Shelf, merge, new_settings, plan_add, read_adapter
-from lorashelf.models.hf import HFBackend
+from lorashelf import Adapter, Shelf, merge, new_settings, open_model, plan_add, read_adapter
 from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import ExampleSet, read_task
 
@@ -47,7 +46,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, default=Path("examples/zoo"))
     parser.add_argument("--partners", default="gec-it,reply-fr,sum-de,qa-en,tone-es")
     options = parser.parse_args()
-    backend, task, style = HFBackend.open(dtype="f32"), read_task(TEACH), read_adapter(options.adapter)
+    backend, task, style = open_model(dtype="f32"), read_task(TEACH), read_adapter(options.adapter)
     emails = task.examples("validation")
     texts = [NOTE, *(example.input for example in emails.examples)]
 

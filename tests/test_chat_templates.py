@@ -135,9 +135,9 @@ def test_arguments_are_in_the_prompt_id_also_where_the_text_is_the_same() -> Non
 
 def test_white_space_before_an_answer_is_written_by_the_model_and_is_not_shown(tmp_path: Path) -> None:
     backend = HFBackend(open_base(str(tiny_base(tmp_path / "base", chat_template=chat.GLM_4)), device="cpu"))
-    row = backend._encoded("\nan answer")
-    assert backend.decoded(row) == "an answer"
-    assert "".join(backend._pieces(iter(row))) == "an answer"
+    row = backend.text.encoded("\nan answer")
+    assert backend.text.decoded(row) == "an answer"
+    assert "".join(backend.text.pieces(row)) == "an answer"
 
 
 @pytest.mark.parametrize(

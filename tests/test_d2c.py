@@ -16,7 +16,8 @@ from factory import make_adapter
 from lorashelf import Adapter, MergeSpec, merge
 from lorashelf.errors import UsageError
 from lorashelf.merging.blocks import merger
-from lorashelf.models.protocol import Loss, Pair, QuadraticBackend, mean_loss
+from lorashelf.models.protocol import Loss, Pair, mean_loss
+from lorashelf.models.quadratic import QuadraticBackend
 from lorashelf.placement.d2c import Block, search
 from lorashelf.result_store import ResultStore
 from lorashelf.search.block_loss import BlockLoss

@@ -21,17 +21,17 @@ from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, new_settings, pl
 from lorashelf.cli import main, output
 from lorashelf.errors import MissingExtra, TaskNameError, UsageError
 from lorashelf.evaluation import compare as module
-from lorashelf.evaluation.compare import Evaluation, Measured, Unit, evaluate, metrics_of
+from lorashelf.evaluation.compare import Evaluation, Measured, Unit, evaluate, metrics_of, prepare
 from lorashelf.evaluation.files import COLUMNS, read_result, write_result
 from lorashelf.evaluation.metrics import loss_kept, metric, normalised, scored
 from lorashelf.formats.peft import encode
-from lorashelf.models.base_model import EMBEDDED, BaseModel
+from lorashelf.models.base_model import EMBEDDED
 from lorashelf.models.hf import HFBackend
-from lorashelf.models.protocol import Loss, QuadraticBackend
+from lorashelf.models.protocol import Answers, Loss
+from lorashelf.models.quadratic import QuadraticBackend
 from lorashelf.result_store import ResultStore, opened
 from lorashelf.shelf.routing import storage
 from lorashelf.tasks.folders import Example, ExampleSet, Task, read_tasks
-from lorashelf.tasks.template import Template
 from tiny_base import tiny_base
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,9 @@ class Counting:
     """A backend that counts what it is asked, and may be told to fail at the n-th."""
 
     def __init__(self, backend: HFBackend, stop_at: int | None = None) -> None:
-        self.base, self.id, self.calls, self._stop_at = backend.base, backend.id, [], stop_at
+        self.calls, self._stop_at = [], stop_at
+        for name in ("name", "weights", "dtype", "template", "prompt_id", "context", "id", "stream"):
+            setattr(self, name, getattr(backend, name))
         self._backend = backend
         self.fits, self.fitting = backend.fits, backend.fitting
 
@@ -252,20 +254,34 @@ def test_an_adapter_none_is_the_bare_base_and_slots_are_attached_once(world: Wor
     assert order == ["a-en", "a-en", "c-xx", "b-en", "b-en"]
 
 
-class Quadratic(QuadraticBackend):
+def test_tasks_of_one_adapter_come_together_though_it_was_read_for_each(world: World) -> None:
+    first, again = (read_adapter(world.adapters / "a-en") for _ in range(2))
+    order: list[str] = []
+    adapters = {"a-en": first, "b-en": None, "c-xx": again}
+    evaluate(
+        world.backend, adapters, world.tasks, watch=lambda units: order.extend(u.task.name for u in units) or units
+    )
+    assert order == ["a-en", "a-en", "c-xx", "b-en", "b-en"]
+
+
+def test_losses_need_no_model_that_answers() -> None:
+    """A metric does, and that is said before anything is measured."""
+    own = {"a": tiny_adapter(0, "quadratic")}
+    task = Task("a", "Do:", "a", "en", "f1", splits={"validation": (Example("u", "u"),)})
+    model = QuadraticBackend(own)
+    assert evaluate(model, own, {"a": task}, loss_only=True).average_loss == pytest.approx(0, abs=1e-3)
+    with pytest.raises(UsageError, match="cannot answer texts"):
+        prepare(model, own, {"a": task})
+
+
+class Quadratic(QuadraticBackend, Answers):
     """The model without a model, with answers that repeat the question."""
 
-    def __init__(self, targets: dict[str, Adapter]) -> None:
-        super().__init__(targets)
-        self.base = BaseModel("quadratic", None, None, Template("", "\n", ""))
-
-    def fits(self, adapters: Any) -> None: ...
-
-    def fitting(self, examples: ExampleSet) -> tuple[ExampleSet, int]:
-        return examples, 0
-
-    def answers(self, adapter: Any, instruction: str, texts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+    def answers(self, adapter: Any, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         return list(texts)
+
+    def stream(self, adapter: Any, instruction: str, text: str, *, max_new_tokens: int = 64) -> Iterator[str]:
+        yield text
 
 
 def test_any_backend_will_do_and_its_optimum_has_loss_zero() -> None:
@@ -484,8 +500,8 @@ def changed(world: World, what: str) -> tuple[Any, dict[str, Adapter], dict[str,
     elif what == "metric":
         tasks["a-en"] = replace(tasks["a-en"], metric="rouge_l")
     elif what == "rendering":
-        template = replace(backend.base.template, between="<|im_end|>\n")
-        backend.base = replace(backend.base, template=template)
+        backend.template = replace(backend.template, between="<|im_end|>\n")
+        backend.prompt_id = backend.template.id
     elif what == "dtype":
         backend.id = backend.id.replace("float32", "bfloat16")
     return backend, adapters, tasks
@@ -826,7 +842,7 @@ def test_all_faults_of_the_data_are_named_at_once() -> None:
 def test_bad_requests_end_before_the_model_is_opened(
     run: Run, common: list[object], monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
-    monkeypatch.setattr("lorashelf.cli.base.open_base", None)
+    monkeypatch.setattr("lorashelf.cli.base.open_model", None)
     code, document = run(*common, *words)
     assert (code, document["error"]["kind"] in ("usage", "unknown_name")) == (2, True)
     assert said in document["error"]["message"]
@@ -839,7 +855,7 @@ def test_a_missing_package_is_named_before_the_model_is_opened(
         raise MissingExtra("a ROUGE score", "rouge-score", "metrics")
 
     monkeypatch.setattr(module, "metric", absent)
-    monkeypatch.setattr("lorashelf.cli.base.open_base", None)
+    monkeypatch.setattr("lorashelf.cli.base.open_model", None)
     code, document = run(*common)
     assert (code, document["error"]["kind"]) == (2, "missing_extra")
     assert "lorashelf[metrics]" in document["error"]["cure"]

@@ -126,11 +126,11 @@ def test_pieces_come_as_the_model_writes(shelf: Shelf, tiny: HFBackend, monkeypa
     written = []
 
     def tokens(*_: Any) -> Iterator[int]:
-        for token in tiny._encoded("ab c"):
+        for token in tiny.text.encoded("ab c"):
             written.append(token)
             yield token
 
-    monkeypatch.setattr(tiny, "_written", tokens)
+    monkeypatch.setattr(tiny, "_one_by_one", tokens)
     pieces = stream(tiny, shelf.snapshot(), "mend", TEXT)
     assert written == []
     assert [(piece, len(written)) for piece in pieces] == [("a", 1), ("b", 2), (" c", 4)]
@@ -177,7 +177,7 @@ def test_refusals_come_before_the_first_piece(
 
 
 def test_the_context_ends_an_answer(shelf: Shelf, tiny: HFBackend) -> None:
-    query = len(tiny._encoded(tiny.base.template.query(PROMPT, "")))
+    query = len(tiny.text.encoded(tiny.base.template.query(PROMPT, "")))
     text = "y" * (CONTEXT - query - 3)
     assert 0 < len(answer(tiny, shelf.snapshot(), "mend", text)) <= 3
 
@@ -191,7 +191,7 @@ def test_another_name_of_the_base_is_warned_of_another_size_refused(
     other.commit(plan_add(other.snapshot(), adapter(1, NAME), "mend", details={"prompt": PROMPT}))
     answer(tiny, other.snapshot(), "mend", TEXT, max_new_tokens=1)
     assert NAME in caplog.text
-    assert tiny.base_name in caplog.text
+    assert tiny.name in caplog.text
     wide = HFBackend.open(str(tiny_base(tmp_path / "gpt2", "gpt2", context=CONTEXT)))
     with pytest.raises(ShapeMismatch, match=r"q_proj in .* 0-1: the base has no linear layer of this name"):
         answer(wide, other.snapshot(), "mend", TEXT)
@@ -200,7 +200,7 @@ def test_another_name_of_the_base_is_warned_of_another_size_refused(
 def test_a_declared_name_of_the_base_is_not_warned_of(
     tiny: HFBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shelf = Shelf.create(tmp_path / "c.shelf", new_settings(2, base_aliases=(tiny.base_name,)))
+    shelf = Shelf.create(tmp_path / "c.shelf", new_settings(2, base_aliases=(tiny.name,)))
     shelf.commit(plan_add(shelf.snapshot(), adapter(1, NAME), "mend", details={"prompt": PROMPT}))
     answer(tiny, shelf.snapshot(), "mend", TEXT, max_new_tokens=1)
     assert caplog.text == ""
@@ -211,7 +211,7 @@ def test_a_declared_name_of_the_base_is_not_warned_of(
 
 def pieces_of(backend: HFBackend, text: str) -> list[str]:
     """What a stream would show of an answer of these tokens."""
-    return list(backend._pieces(iter(backend._encoded(text))))
+    return list(backend.text.pieces(backend.text.encoded(text)))
 
 
 @pytest.mark.parametrize(
@@ -225,18 +225,18 @@ def pieces_of(backend: HFBackend, text: str) -> list[str]:
     ],
 )
 def test_letters_of_several_tokens_come_whole(tiny: HFBackend, text: str) -> None:
-    tokens = tiny._encoded(text)  # a token is a byte
+    tokens = tiny.text.encoded(text)  # a token is a byte
     pieces = pieces_of(tiny, text)
-    assert "".join(pieces) == tiny.decoded(tokens) == text
+    assert "".join(pieces) == tiny.text.decoded(tokens) == text
     assert len(pieces) > 2
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
-        assert any("\ufffd" in tiny.decoded([token]) for token in tokens)
+        assert any("\ufffd" in tiny.text.decoded([token]) for token in tokens)
 
 
 def test_bytes_that_never_become_a_letter_are_shown_at_the_end(tiny: HFBackend) -> None:
-    half = tiny._encoded("🦙")[:-1]
-    assert list(tiny._pieces(iter([*tiny._encoded("so"), *half]))) == ["s", "o", tiny.decoded(half)]
+    half = tiny.text.encoded("🦙")[:-1]
+    assert list(tiny.text.pieces([*tiny.text.encoded("so"), *half])) == ["s", "o", tiny.text.decoded(half)]
 
 
 def test_white_space_at_the_ends_is_no_part_of_an_answer(tiny: HFBackend) -> None:
@@ -273,7 +273,7 @@ def test_json_is_one_document(shelf: Shelf, tiny: HFBackend, run: Run) -> None:
     expected = answer(tiny, shelf.snapshot(), "talk", TEXT, prompt=PROMPT, max_new_tokens=5)
     document = json.loads(out)
     assert (code, document["task"], document["slot"], document["text"]) == (0, "talk", 1, expected)
-    assert document["base"] == tiny.base_name
+    assert document["base"] == tiny.name
 
 
 def test_the_text_may_come_from_standard_input(
@@ -336,7 +336,7 @@ def endless(shelf: Shelf, base: Path) -> subprocess.Popen[bytes]:
         "import itertools, signal, time, lorashelf.models.hf as hf, lorashelf.cli.base as base\n"
         "base.PATIENCE = 600.0\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background has it ignored
-        "hf.HFBackend._written = lambda *a: (time.sleep(0.02) or 65 for _ in itertools.count())\n"
+        "hf.HFBackend._one_by_one = lambda *a: (time.sleep(0.02) or 65 for _ in itertools.count())\n"
         "from lorashelf.cli import main\n"
         "main()\n"
     )

@@ -21,10 +21,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorashelf import Adapter, BaseId, Factors, Modules, read_adapter, write_adapter
-from lorashelf.errors import ModelError, ShapeMismatch, UsageError
+from lorashelf.errors import ModelError, OutOfMemory, ShapeMismatch, UsageError
 from lorashelf.models import base_model, hooks
 from lorashelf.models.base_model import open_base
 from lorashelf.models.hf import HFBackend
+from lorashelf.models.hooks import AdapterPool
 from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import Example, ExampleSet, read_tasks
 from tiny_base import ARCHITECTURES, tiny_base
@@ -138,7 +139,6 @@ def test_swapping_leaves_no_trace(bases: dict[str, HFBackend]) -> None:
     assert losses[0] == losses[4]
     assert losses[1] == losses[3] != losses[2]
     assert all(torch.equal(value, weights[name]) for name, value in backend.base.model.state_dict().items())
-    backend.attach(None)
     assert not any(module._forward_hooks for module in backend.base.model.modules())
 
 
@@ -277,7 +277,6 @@ def test_an_attach_that_fails_leaves_the_bare_base(
     backend = bases["llama"]
     adapter = random_adapter(backend, seed=3)
     bare, right = backend.nll([(None, SET), (adapter, SET)])
-    backend.attach(None)
     calls = iter(range(100))
 
     def scarce(values: Any) -> Any:
@@ -286,9 +285,10 @@ def test_an_attach_that_fails_leaves_the_bare_base(
         return torch.from_numpy(np.array(values))
 
     with monkeypatch.context() as patched:
-        patched.setattr(backend._attachment, "_torch", type("Scarce", (), {"tensor": staticmethod(scarce)}))
-        with pytest.raises(ModelError, match="out of memory for an adapter"):
-            backend.attach(adapter)
+        empty = AdapterPool(backend.base, 1)
+        patched.setattr(empty, "_torch", type("Scarce", (), {"tensor": staticmethod(scarce)}))
+        with pytest.raises(OutOfMemory, match="out of memory for an adapter"), empty.on_base(adapter):
+            pass
     assert backend.nll([(adapter, SET)]) == [right]
     assert backend.nll([(None, SET)]) == [bare]
 
@@ -310,18 +310,16 @@ def test_where_memory_ends_answers_and_representations_are_made_one_by_one(
         return run
 
     model = backend.base.model
-    generate, forward = model.generate, model.base_model.forward
+    forward = model.base_model.forward
     for most in (1, 0):
-        monkeypatch.setattr(model, "generate", scarce(generate, most))
+        monkeypatch.setattr(model.base_model, "forward", scarce(forward, most))
         if most:
             assert backend.answers(None, "Do:", texts, max_new_tokens=5) == answers
-            monkeypatch.setattr(model.base_model, "forward", scarce(forward, most))
             np.testing.assert_allclose(backend.embed(texts), means, rtol=1e-4, atol=1e-5)
             assert caplog.text.count("out of memory") == 2
         else:
             with pytest.raises(ModelError, match="one example at a time"):
                 backend.answers(None, "Do:", texts, max_new_tokens=5)
-    monkeypatch.setattr(model.base_model, "forward", scarce(forward, 0))
     with pytest.raises(ModelError, match="one example at a time"):
         backend.embed(texts)
 
@@ -344,11 +342,11 @@ class Full:
     def __init__(self, forward: Any, most: int) -> None:
         self._forward, self._most, self.calls = forward, most, []
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, adapter: Any, batch: Any) -> Any:
         self.calls.append(len(batch))
         if len(batch) > self._most:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
-        return self._forward(batch)
+        return self._forward(adapter, batch)
 
 
 def test_where_memory_ends_smaller_batches_are_tried_and_then_it_is_said(
@@ -479,18 +477,18 @@ def test_stops_are_tokens_of_the_end_and_those_the_model_names(tmp_path: Path) -
     folder = small_base(tmp_path / "base", "llama")
     base = open_base(str(folder), device="cpu", dtype="f32")
     base.model.generation_config.eos_token_id = [1, 7]
-    assert HFBackend(base)._stops == [1, 4, 7] == HFBackend(base)._stops
+    assert HFBackend(base).text.stops == [1, 4, 7] == HFBackend(base).text.stops
     spelled = HFBackend(replace(base, template=replace(base.template, end="<end>")))
-    letter = spelled._encoded(">")[0]
-    assert letter not in spelled._stops
-    row = spelled._encoded("if a > b: stop<end> and on")
-    assert spelled.decoded(row) == "if a > b: stop"
-    assert "".join(spelled._pieces(iter(row))) == "if a > b: stop"
-    assert "".join(spelled._pieces(iter(spelled._encoded("a <en")))) == "a <en"
+    letter = spelled.text.encoded(">")[0]
+    assert letter not in spelled.text.stops
+    row = spelled.text.encoded("if a > b: stop<end> and on")
+    assert spelled.text.decoded(row) == "if a > b: stop"
+    assert "".join(spelled.text.pieces(row)) == "if a > b: stop"
+    assert "".join(spelled.text.pieces(spelled.text.encoded("a <en"))) == "a <en"
     base.tokenizer.eos_token = None
     base.model.generation_config.eos_token_id = None
     endless = HFBackend(replace(base, template=replace(base.template, end="")))
-    assert endless._stops == []
+    assert endless.text.stops == []
     assert len(endless.answers(None, "Do:", ["a", "longer"], max_new_tokens=4)) == 2
 
 
@@ -534,11 +532,16 @@ def test_answers_are_those_of_peft_one_by_one(bases: dict[str, HFBackend], archi
     found = backend.answers(adapter, "Mend:", texts, max_new_tokens=12)
     model = peft_model(backend, adapter, tmp_path / "a")
     for text, answer in zip(texts, found, strict=True):
-        ids = torch.tensor([backend._encoded(backend.base.template.query("Mend:", text))])
+        ids = torch.tensor([backend.text.encoded(backend.base.template.query("Mend:", text))])
         written = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=backend.generation(12)
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=backend.text.stops,
+            pad_token_id=backend.text.pad,
         )
-        assert answer == backend.decoded(written[0, ids.shape[1] :].tolist())
+        assert answer == backend.text.decoded(written[0, ids.shape[1] :].tolist())
 
 
 # the real model ------------------------------------------------------------------------------------------------------

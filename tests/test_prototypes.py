@@ -180,7 +180,7 @@ def test_embed_is_the_mean_over_the_texts_tokens(architecture: str, tmp_path: Pa
 
 def test_embed_is_of_the_bare_base_and_stops_at_the_context(tiny: HFBackend) -> None:
     bare = tiny.embed(["some words"])
-    tiny.attach(tiny_adapter())
+    next(tiny.stream(tiny_adapter(), "Do:", "some words"))
     assert np.array_equal(tiny.embed(["some words"]), bare)
     assert np.isfinite(tiny.embed(["long " * 300])).all()
 

@@ -63,11 +63,7 @@ def untouched(base: BaseModel) -> Iterator[None]:
 
 
 def loss_of(base: BaseModel, adapter: Any, examples: ExampleSet) -> float:
-    backend = HFBackend(base)
-    try:
-        return mean_loss(backend.nll([(adapter, examples)])[0])
-    finally:
-        backend.attach(None)
+    return mean_loss(HFBackend(base).nll([(adapter, examples)])[0])
 
 
 def stopping_at(step: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[[Moment], None]:
@@ -381,14 +377,11 @@ def test_a_folder_of_tasks_is_trained_once(base: BaseModel, tmp_path: Path) -> N
     assert train_into(out, lessons, base) == records
 
 
-def test_a_base_with_an_adapter_attached_is_refused(base: BaseModel, untouched: None) -> None:
+def test_a_base_that_measured_with_an_adapter_is_trained_as_any_other(base: BaseModel, untouched: None) -> None:
     task = make_task()
-    adapter = train(task, base, replace(QUICK, steps=1)).adapter
-    backend = HFBackend(base)
-    backend.attach(adapter)
-    with pytest.raises(UsageError, match="attached"):
-        train(task, base, QUICK)
-    backend.attach(None)
+    first = train(task, base, replace(QUICK, steps=1)).adapter
+    loss_of(base, first, task.examples("validation"))
+    assert train(task, base, replace(QUICK, steps=1)).adapter.digest == first.digest
 
 
 def test_another_training_in_the_same_folder_is_refused_and_named(base: BaseModel, tmp_path: Path) -> None:
@@ -504,7 +497,7 @@ def test_a_target_that_the_base_lacks_is_named(base: BaseModel) -> None:
 def test_a_loss_that_is_not_finite_names_task_step_and_example(tmp_path: Path) -> None:
     broken = open_base(str(tiny_base(tmp_path / "tiny", "qwen2")), dtype="f32", device="cpu")
     with torch.no_grad():
-        (letter,) = HFBackend(broken)._encoded("z")
+        (letter,) = HFBackend(broken).text.encoded("z")
         broken.model.get_input_embeddings().weight[letter] = float("nan")
     task = make_task(splits={"train": (Example("a", "A"), Example("a z", "A Z"), Example("b", "B"))})
     with pytest.raises(ModelError) as caught:

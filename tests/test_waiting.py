@@ -11,6 +11,7 @@ import pytest
 
 from factory import make_adapter, write_peft
 from lorashelf.cli import base, main, output
+from lorashelf.models.protocol import Model
 
 
 class Terminal(io.StringIO):
@@ -43,8 +44,8 @@ def test_a_base_model_that_is_being_loaded_is_named(
     monkeypatch: pytest.MonkeyPatch, terminal: bool, seconds: float, told: bool
 ) -> None:
     monkeypatch.setattr(base, "PATIENCE", 0.05)
-    monkeypatch.setattr(base, "open_base", lambda *_, **__: time.sleep(seconds))
+    monkeypatch.setattr(base, "open_model", lambda *_, **__: time.sleep(seconds))
     stream = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    base.opened("acme/tiny", device=None, dtype=None, template=None, learns=False)
+    base.open_named("acme/tiny", Model, device=None, dtype=None, template=None, learns=False)
     assert stream.getvalue() == ("loading the base model acme/tiny …\n" if told else "")

@@ -20,6 +20,7 @@ if typing.TYPE_CHECKING:
     from .lora.similarity import METRICS, similarity
     from .merging import METHODS, MergeSpec, Within, merge, merge_method
     from .models.base_model import base_folder
+    from .models.engines import ENGINES, open_model
     from .models.hf import HFBackend
     from .placement.partitioners import PARTITIONERS, partition, partitioner
     from .placement.policies import POLICIES, PlacementSpec, policy
@@ -43,6 +44,7 @@ _NAMES = {  # module → the names that are imported from it when one is asked f
     "lora.similarity": ("METRICS", "similarity"),
     "merging": ("METHODS", "MergeSpec", "Within", "merge", "merge_method"),
     "models.base_model": ("base_folder",),
+    "models.engines": ("ENGINES", "open_model"),
     "models.hf": ("HFBackend",),
     "placement.partitioners": ("PARTITIONERS", "partition", "partitioner"),
     "placement.policies": ("POLICIES", "PlacementSpec", "policy"),
@@ -59,6 +61,7 @@ _NAMES = {  # module → the names that are imported from it when one is asked f
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "ENGINES",
     "METHODS",
     "METRICS",
     "PARTITIONERS",
@@ -92,6 +95,7 @@ __all__ = [
     "merge_method",
     "new_settings",
     "norm",
+    "open_model",
     "partition",
     "partitioner",
     "plan_add",

@@ -14,6 +14,7 @@ from ..formats.peft import encode
 from ..lora.adapter import Adapter
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
+from ..models.protocol import Scores
 from ..placement.partitioners import partition
 from ..search.cluster import cluster_by_loss, drawn
 from ..shelf.arrival import plan_add
@@ -42,7 +43,7 @@ class Inputs:
 
     adapters: Mapping[str, Adapter]
     tasks: Mapping[str, Task]
-    backend: Any
+    backend: Scores
     folder: Path
     watch: Callable[[Sequence[int]], Iterable[int]] = iter
 

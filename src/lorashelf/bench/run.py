@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..evaluation.compare import prepare
 from ..locks import sole
 from ..lora.adapter import Adapter, wider
+from ..models.protocol import Scores
 from ..result_store import ResultStore
 from ..tasks.folders import Task
 from .assignment import Inputs, assign, bytes_of
@@ -35,7 +36,7 @@ def run(
     suite: Suite,
     adapters: Mapping[str, Adapter],
     tasks: Mapping[str, Task],
-    backend: Any,
+    backend: Scores,
     folder: Path,
     watch: Watch = lambda _, steps: steps,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:

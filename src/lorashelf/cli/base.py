@@ -1,4 +1,4 @@
-"""The base model of a command: opened, with word of it while that takes time."""
+"""The base model of a command: opened, and what is waited for printed while that takes time."""
 
 from __future__ import annotations
 
@@ -6,32 +6,49 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
-from ..models.base_model import BaseModel, open_base
+from ..models.engines import open_model
+from ..models.protocol import Model
+from ..tasks.template import Template
 from .arguments import template_arguments
 from .output import note
 
 PATIENCE = 1.0  # seconds before a silent wait is explained where there is no terminal
+C = TypeVar("C", bound=Model)
 
 
-def opened(
-    name: str | None, *, device: str | None, dtype: str | None, template: Sequence[str] | None, learns: bool = True
-) -> BaseModel:
-    """The base model that a command's options name.
+def open_named(
+    name: str | None,
+    capability: type[C],
+    *,
+    device: str | None,
+    dtype: str | None,
+    template: Sequence[str] | None,
+    learns: bool = True,
+) -> C:
+    """The model that a command's options name, with the capability that the command needs.
 
     Where losses are measured or learned from (`learns`), the system turn that is left out of the prompt is named.
     """
     arguments = template_arguments(template)
-    with _explained(f"loading the base model{f' {name}' if name else ''} …"):
-        base = open_base(name, device=device, dtype=dtype, template_arguments=arguments)
-    if learns and base.template.system:
-        note(f"the chat template's own system turn is left out of the prompt: {base.template.system!r}")
-    return base
+    with explained(name):
+        model = open_model(name, capability=capability, device=device, dtype=dtype, template_arguments=arguments)
+    if learns:
+        note_system_turn(model.template)
+    return model
+
+
+def note_system_turn(template: Template) -> None:
+    """Print the system turn that a chat template adds and the prompt leaves out."""
+    if template.system:
+        note(f"the chat template's own system turn is left out of the prompt: {template.system!r}")
 
 
 @contextlib.contextmanager
-def _explained(text: str) -> Iterator[None]:
-    """Print what is being waited for: at once on a terminal, else when it takes longer than a second."""
+def explained(name: str | None) -> Iterator[None]:
+    """Print that a model is being loaded: at once on a terminal, else when it takes longer than a second."""
+    text = f"loading the base model{f' {name}' if name else ''} …"
     timer = threading.Timer(0.0 if sys.stderr.isatty() else PATIENCE, note, [text])
     timer.daemon = True
     timer.start()

@@ -39,15 +39,15 @@ def run(
     json: arg.Json = False,
 ) -> None:
     """Measure what is not measured yet; interrupt it at any time, or run it in several processes at once."""
-    from ..models.hf import HFBackend
+    from ..models.protocol import Scores
     from . import base
 
     opened = read_suite(suite)
     own, tasks = _inputs(opened, adapters, data)
-    backend = HFBackend(base.opened(opened.base, device=device, dtype=opened.model_dtype, template=None))
-    backend.fits(own)
+    model = base.open_named(opened.base, Scores, device=device, dtype=opened.model_dtype, template=None)
+    model.fits(own)
     done = []
-    for cell, result in measure(opened, own, tasks, backend, output or opened.folder, _watch):
+    for cell, result in measure(opened, own, tasks, model, output or opened.folder, _watch):
         note(f"{cell.label}: measured in {duration(result['seconds'])}")
         done.append(cell.id)
     document = {**standing(opened, output or opened.folder), "measured": done}

@@ -29,7 +29,7 @@ from . import arguments as arg
 from .output import counted, note, show, table
 
 if TYPE_CHECKING:
-    from ..models.hf import HFBackend
+    from ..models.protocol import Scores
 
 D2C = "d2c"
 SEARCHES = {  # the options that only the search of d2c reads
@@ -187,7 +187,7 @@ def _searched(
     spec: MergeSpec,
     tasks: Mapping[str, Task],
     per_task: int,
-    opened: Callable[[], HFBackend],
+    opened: Callable[[], Scores],
     options: Mapping[str, Any],
 ) -> Searched:
     """The search, on examples of the train splits; the validation splits, where all have one, are reported on."""
@@ -217,11 +217,11 @@ def _searched(
     )
 
 
-def _opened(name: str | None, device: str | None, dtype: str | None, template: Sequence[str] | None) -> HFBackend:
-    from ..models.hf import HFBackend
-    from .base import opened
+def _opened(name: str | None, device: str | None, dtype: str | None, template: Sequence[str] | None) -> Scores:
+    from ..models.protocol import Scores
+    from .base import open_named
 
-    return HFBackend(opened(name, device=device, dtype=dtype, template=template))
+    return open_named(name, Scores, device=device, dtype=dtype, template=template)
 
 
 @contextlib.contextmanager

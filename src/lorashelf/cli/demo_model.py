@@ -11,8 +11,8 @@ from rich.console import Console
 from ..lora.adapter import Adapter
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
-from ..models.hf import HFBackend
-from ..models.protocol import mean_loss
+from ..models.engines import open_model
+from ..models.protocol import LanguageModel, mean_loss
 from ..placement.partitioners import balanced
 from ..search.cluster import cluster_by_loss
 from ..shelf.arrival import plan_add
@@ -46,15 +46,15 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
     names = [name for name in DOZEN if name in zoo and name in tasks]
     adapters = {name: zoo[name] for name in names}
     console.rule(f"On a language model: {len(names)} adapters, {SLOTS} slots", align="left")
-    backend = HFBackend.open()
-    console.print(f"  {backend.base.name}, {str(backend.base.model.dtype).removeprefix('torch.')}", markup=False)
+    model = open_model()
+    console.print(f"  {model.name}, {model.dtype}", markup=False)
     sets = {split: {name: tasks[name].examples(split) for name in names} for split in ("train", "validation")}
     spec = MergeSpec("linear", seed=seed)
     searched = cluster_by_loss(
         adapters,
         SLOTS,
         spec,
-        backend,
+        model,
         sets["train"],
         iterations=ITERATIONS,
         watch=lambda steps: progress(steps, "  D2C"),
@@ -74,8 +74,8 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
         f"{searched.asked} losses asked for, {searched.evaluations} measured; slots: {blocks}",
         markup=False,
     )
-    _loss_table(console, backend, served, sets["validation"])
-    _answers(console, backend, served, tasks[SHOWN if SHOWN in names else names[0]])
+    _loss_table(console, model, served, sets["validation"])
+    _answers(console, model, served, tasks[SHOWN if SHOWN in names else names[0]])
 
 
 def _serving(blocks: Sequence[Sequence[str]], merged: Callable[[Sequence[str]], Adapter]) -> Serving:
@@ -91,12 +91,12 @@ def _arrived(path: Path, adapters: Mapping[str, Adapter], seed: int) -> Serving:
 
 
 def _loss_table(
-    console: Console, backend: HFBackend, served: Mapping[str, Serving], sets: Mapping[str, ExampleSet]
+    console: Console, model: LanguageModel, served: Mapping[str, Serving], sets: Mapping[str, ExampleSet]
 ) -> None:
     console.rule("Loss of the answers, nats a token (examples the search has not seen)", align="left")
     losses: dict[str, list[float]] = {method: [] for method in served}
     for name in progress(list(sets), "  measuring"):
-        found = backend.nll([(serving[name], sets[name]) for serving in served.values()])
+        found = model.nll([(serving[name], sets[name]) for serving in served.values()])
         for method, each in zip(served, found, strict=True):
             losses[method].append(mean_loss(each))
     rows = [(name, *(f"{losses[m][i]:.3f}" for m in served)) for i, name in enumerate(sets)]
@@ -104,11 +104,11 @@ def _loss_table(
     console.print(table(["task", *(f">{method}" for method in served)], rows))
 
 
-def _answers(console: Console, backend: HFBackend, served: Mapping[str, Serving], task: Task) -> None:
+def _answers(console: Console, model: LanguageModel, served: Mapping[str, Serving], task: Task) -> None:
     example = task.splits["validation"][0]
     console.rule(f"One answer each, {task.name}", align="left")
     console.print(f"  {task.prompt} {example.input}", markup=False)
     for method, serving in served.items():
-        [answer] = backend.answers(serving[task.name], task.prompt, [example.input], max_new_tokens=task.max_new_tokens)
+        [answer] = model.answers(serving[task.name], task.prompt, [example.input], max_new_tokens=task.max_new_tokens)
         console.print(f"  {method:11} → {answer!r}", markup=False)
     console.print(f"  {'reference':11} → {example.output!r}", markup=False)

@@ -20,7 +20,7 @@ from ..evaluation.compare import Evaluation, Unit, metrics_of, prepare
 from ..evaluation.files import FILE, read_result, write_csv, write_result
 from ..formats.objects import CONFIG_FILE
 from ..lora.adapter import Adapter, BaseId
-from ..models.hf import HFBackend
+from ..models.protocol import Scores
 from ..result_store import ResultStore, opened
 from ..shelf import settings
 from ..shelf.routing import storage
@@ -29,7 +29,7 @@ from ..shelf.snapshot import Snapshot
 from ..tasks.folders import Task, read_tasks
 from ..training.run import RECORD_FILE
 from . import arguments as arg
-from .base import opened as base_model
+from .base import open_named
 from .output import counted, note, show, table
 
 OWN = "own"  # the folder of own adapters' results inside an output folder
@@ -74,8 +74,8 @@ def evaluation(
     compared = _own(own, chosen), read_result(zero_shot) if zero_shot else None
     metrics_of({name: chosen[name] for name in served.adapters.keys() & chosen.keys()}, **options)
     with _kept(output) as journal:
-        backend = HFBackend(base_model(base, device=device, dtype=model_dtype, template=template_arg))
-        result = _measured(backend, served, compared, chosen, options, journal, output)
+        model = open_named(base, Scores, device=device, dtype=model_dtype, template=template_arg)
+        result = _measured(model, served, compared, chosen, options, journal, output)
         if output is not None:
             write_result(result, output)
     for line in result.warnings:
@@ -100,8 +100,8 @@ class Served:
         """The adapters, renamed to this base where the shelf declares the name another of its own."""
         if base not in self.aliases:
             return self.adapters
-        renamed = {id(x): replace(x, base=BaseId(base)) for x in self.adapters.values() if x is not None}
-        return {name: None if x is None else renamed[id(x)] for name, x in self.adapters.items()}
+        renamed = {x.digest: replace(x, base=BaseId(base)) for x in self.adapters.values() if x is not None}
+        return {name: None if x is None else renamed[x.digest] for name, x in self.adapters.items()}
 
 
 def _chosen(tasks: Mapping[str, Task], names: str | None) -> Mapping[str, Task]:
@@ -172,7 +172,7 @@ def _own(path: Path | None, tasks: Mapping[str, Task]) -> Mapping[str, Any] | Se
 
 
 def _measured(
-    backend: HFBackend,
+    model: Scores,
     served: Served,
     compared: tuple[Mapping[str, Any] | Served | None, Mapping[str, Any] | None],
     tasks: Mapping[str, Task],
@@ -182,19 +182,19 @@ def _measured(
 ) -> Evaluation:
     """The target's evaluation, and before that, where their folder is given, the own adapters'."""
     own, zero_shot = compared
-    name = backend.base.name
+    name = model.name
     for task, prompt in {**served.trained, **(own.trained if isinstance(own, Served) else {})}.items():
-        if prompt != backend.base.template.id:
-            note(f"{task}: trained under the prompt rendering {prompt}, measured under {backend.base.template.id}")
-    prepared = prepare(backend, served.under(name), tasks, **options)
+        if prompt != model.prompt_id:
+            note(f"{task}: trained under the prompt rendering {prompt}, measured under {model.prompt_id}")
+    prepared = prepare(model, served.under(name), tasks, **options)
     if isinstance(own, Served):
         shared = {task: tasks[task] for task in tasks if task in served.adapters}
-        mine = prepare(backend, own.under(name), shared, **options)
-        separate = mine.measured(backend, journal, partial(counted, said=partial(_said, "own adapters")))
+        mine = prepare(model, own.under(name), shared, **options)
+        separate = mine.measured(model, journal, partial(counted, said=partial(_said, "own adapters")))
         if output is not None:
             write_result(separate, output / OWN)
         own = separate.document()
-    result = prepared.measured(backend, journal, partial(counted, said=partial(_said, "measuring")))
+    result = prepared.measured(model, journal, partial(counted, said=partial(_said, "measuring")))
     return replace(result, storage=served.storage).compared(own, zero_shot)
 
 

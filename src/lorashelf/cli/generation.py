@@ -13,14 +13,14 @@ import typer
 
 from ..cache import cache_folder
 from ..errors import UsageError
-from ..models.hf import HFBackend
+from ..models.protocol import Answers, Embeds, LanguageModel, capable
 from ..serving.generate import checked, service
 from ..serving.text_routing import Choice, choose, examples_on, prototypes
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from ..tasks.folders import ExampleSet, read_tasks
 from . import arguments as arg
-from .base import opened
+from .base import open_named
 from .output import counted, note, print_json
 
 
@@ -55,16 +55,17 @@ def generate(
     if task is not None:
         asked = reads.read(lambda now: service(now, task, prompt=prompt, max_new_tokens=max_new_tokens))
     question = _read(text)
-    backend = HFBackend(opened(base, device=device, dtype=dtype, template=template_arg, learns=False))
+    needs: type[Answers] = LanguageModel if auto else Answers
+    model = open_named(base, needs, device=device, dtype=dtype, template=template_arg, learns=False)
     choice = None
     if asked is None:
-        choice = _chosen(backend, snapshot, shown, question)
+        choice = _chosen(capable(model, Embeds), snapshot, shown, question)
         stored = snapshot.manifest.tasks[choice.task].get("prompt", shown[choice.task].instruction)
         instruction = stored if prompt is None else prompt
         asked = reads.read(lambda now: service(now, choice.task, prompt=instruction, max_new_tokens=max_new_tokens))
-    pieces = asked.stream(backend, question)
+    pieces = asked.stream(model, question)
     if json:
-        document = {"task": asked.task, "slot": asked.slot, "text": "".join(pieces), "base": backend.base_name}
+        document = {"task": asked.task, "slot": asked.slot, "text": "".join(pieces), "base": model.name}
         print_json({**document, "auto": None if choice is None else asdict(choice)})
     else:
         _tell(pieces)
@@ -95,10 +96,10 @@ def _shown(snapshot: Snapshot, examples: Path | None, auto: bool) -> Mapping[str
     return found
 
 
-def _chosen(backend: HFBackend, snapshot: Snapshot, shown: Mapping[str, ExampleSet], text: str) -> Choice:
+def _chosen(model: Embeds, snapshot: Snapshot, shown: Mapping[str, ExampleSet], text: str) -> Choice:
     watch = partial(counted, said=lambda task: f"reading the examples of {task}")
-    known = prototypes(backend, shown, cache_folder() / "prototypes", watch=watch)
-    choice = choose(backend, known, snapshot, text)
+    known = prototypes(model, shown, cache_folder() / "prototypes", watch=watch)
+    choice = choose(model, known, snapshot, text)
     others = ", ".join(f"{name} {confidence:.2f}" for name, confidence in choice.others.items()) or "none"
     slot = f"slot {choice.slot} (confidence {choice.slot_confidence:.2f})"
     note(f"chosen: {slot} for {choice.task} ({choice.confidence:.2f}); next: {others}")

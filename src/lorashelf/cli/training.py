@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UnknownName, UsageError, numbered
+from ..models.base_model import open_base
 from ..tasks.folders import Task, read_tasks
 from ..training.config import PAPERS, TrainSettings
 from ..training.job import TrainingJob, prepare
 from ..training.run import Moment, Watch, train_into
 from . import arguments as arg
-from .base import opened
+from .base import explained, note_system_turn
 from .output import Meter, note, show, table
 
 
@@ -85,7 +86,10 @@ def train(
         dtype=dtype,
     )
     tasks = _chosen(read_tasks(data), task)
-    model = opened(base, device=device, dtype=model_dtype, template=template_arg)
+    arguments = arg.template_arguments(template_arg)
+    with explained(base):
+        model = open_base(base, device=device, dtype=model_dtype, template_arguments=arguments)
+    note_system_turn(model.template)
     lessons = prepare(tasks, model, settings)
     note(f"rank, steps and rate are scaled to the data where no option gives them (the papers: {PAPERS})")
     for lesson in lessons:

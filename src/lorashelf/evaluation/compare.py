@@ -18,38 +18,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import MissingExtra, TaskNameError, UnknownName, UsageError
 from ..lora.adapter import Adapter
-from ..models.base_model import BaseModel
-from ..models.protocol import Loss, LossBackend, mean_loss
+from ..models.protocol import Answers, Loss, Scores, capable, mean_loss
 from ..names import task_name
 from ..result_store import ResultStore
 from ..shelf.settings import LARGEST
 from ..tasks.folders import ExampleSet, Task
 from ..version import VERSION
 from .metrics import Metric, Score, loss_kept, metric, normalised, scored
-
-
-class Backend(LossBackend, Protocol):
-    """A language model that measures, answers, and knows what fits; `HFBackend` is one."""
-
-    base: BaseModel
-
-    def fits(self, adapters: Mapping[str, Adapter]) -> None:
-        """Raise ShapeMismatch, naming every adapter of other sizes; warn where only the base's name differs."""
-        ...
-
-    def fitting(self, examples: ExampleSet) -> tuple[ExampleSet, int]:
-        """The examples that fit into the context, and how many do not."""
-        ...
-
-    def answers(
-        self, adapter: Adapter | None, instruction: str, texts: Sequence[str], *, max_new_tokens: int
-    ) -> list[str]:
-        """The greedy answers to texts under an instruction."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +40,15 @@ class Unit:
     adapter: Adapter | None
     examples: ExampleSet
 
-    def key(self, backend: Backend) -> dict[str, Any]:
+    def key(self, backend: Scores) -> dict[str, Any]:
         """Everything that the result depends on."""
         return {
             "what": self.what,
             "task": self.task.name,
             "adapter": self.adapter.digest if self.adapter else None,
             "examples": self.examples.digest,
-            "base": backend.base.name,
-            "prompt": backend.base.template.id,
+            "base": backend.name,
+            "prompt": backend.prompt_id,
             "backend": backend.id,
             "max_new_tokens": self.task.max_new_tokens if self.what == "answers" else None,
         }
@@ -82,12 +61,13 @@ class Unit:
             return all(isinstance(answer, str) for answer in result)
         return all(isinstance(loss, list) and len(loss) == 2 and _is_loss(*loss) for loss in result)
 
-    def measured(self, backend: Backend) -> list[Any]:
+    def measured(self, backend: Scores) -> list[Any]:
         """[nll, tokens] of each example, or its answer."""
         if self.what == "loss":
             return [list(loss) for loss in backend.nll([(self.adapter, self.examples)])[0]]
         texts = [example.input for example in self.examples.examples]
-        return backend.answers(self.adapter, self.examples.instruction, texts, max_new_tokens=self.task.max_new_tokens)
+        most, instruction = self.task.max_new_tokens, self.examples.instruction
+        return capable(backend, Answers).answers(self.adapter, instruction, texts, max_new_tokens=most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +261,7 @@ class Prepared:
 
     def measured(
         self,
-        backend: Backend,
+        backend: Scores,
         journal: ResultStore | None = None,
         watch: Callable[[Sequence[Unit]], Iterable[Unit]] | None = None,
     ) -> Evaluation:
@@ -301,7 +281,7 @@ class Prepared:
 
 
 def prepare(
-    backend: Backend,
+    backend: Scores,
     adapters: Mapping[str, Adapter | None],
     tasks: Mapping[str, Task],
     *,
@@ -321,6 +301,8 @@ def prepare(
         raise UsageError(f"no task in common: adapters {have}; data {want}", cure="a task's folder bears its name")
     options: dict[str, Any] = {"split": split, "limit": limit, "seed": seed, "loss_only": loss_only}
     metrics = metrics_of({name: tasks[name] for name in names}, **options)
+    if any(metrics.values()):
+        capable(backend, Answers)
     ready, faults = [], []
     for name in names:
         fitting, dropped = backend.fitting(tasks[name].examples(split))
@@ -329,20 +311,20 @@ def prepare(
         ready.append(Ready(tasks[name], adapters[name], fitting.drawn(limit, seed), dropped, metrics[name]))
     if faults:
         raise _cannot_start(faults)
-    served: dict[int, list[str]] = {}
+    served: dict[Any, list[str]] = {}
     for name in names:
-        served.setdefault(id(adapters[name]), []).append(name)
+        served.setdefault(_identity(adapters[name]), []).append(name)
     together = {", ".join(group): adapters[group[0]] for group in served.values()}
     backend.fits({label: adapter for label, adapter in together.items() if adapter is not None})
-    ready.sort(key=lambda r: (served[id(r.adapter)], r.task.name))
-    base = {"base": backend.base.name, "prompt": backend.base.template.id, "backend": backend.id}
+    ready.sort(key=lambda r: (served[_identity(r.adapter)], r.task.name))
+    base = {"base": backend.name, "prompt": backend.prompt_id, "backend": backend.id}
     without = dict.fromkeys(tasks.keys() - adapters.keys(), "no adapter of this name")
     without |= dict.fromkeys(adapters.keys() - tasks.keys(), "no data")
     return Prepared(ready, base | options, dict(sorted(without.items())))
 
 
 def evaluate(
-    backend: Backend,
+    backend: Scores,
     adapters: Mapping[str, Adapter | None],
     tasks: Mapping[str, Task],
     *,
@@ -360,6 +342,11 @@ def evaluate(
     """
     prepared = prepare(backend, adapters, tasks, split=split, limit=limit, seed=seed, loss_only=loss_only)
     return prepared.measured(backend, journal, watch)
+
+
+def _identity(adapter: Adapter | None) -> Any:
+    """What tasks that one adapter serves have in common, also where it was read several times."""
+    return None if adapter is None else (adapter.digest, adapter.base)
 
 
 def _measured(ready: Ready, results: Sequence[Any], seed: int) -> Measured:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,8 @@ class BaseModel:
     model: Any
     tokenizer: Any
     template: Template
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    """Held by whoever computes with the model: hooks on it would reach every thread."""
 
 
 def open_base(

@@ -1,35 +1,43 @@
-"""An adapter on a base's linear layers: y + (x Aᵀ)(s Bᵀ) by a hook behind each; the base is never changed."""
+"""Adapters on a base's linear layers: y + (x Aᵀ)(s Bᵀ) by a hook behind each; the base is never changed."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ..errors import Fault, OutOfMemory, ShapeMismatch
 from ..faults import Faults
-from ..lora.adapter import Adapter, BaseId, Factors
+from ..lora.adapter import Adapter, BaseId
 from ..lora.alignment import respelled
 from .base_model import BaseModel
 from .loading import libraries
+from .memory import within_memory
 
 _PEFT = "serve it with PEFT, which converts it: PeftModel.from_pretrained(base, FOLDER); route prints a task's FOLDER"
 _logger = logging.getLogger("lorashelf")
+_Hook = Callable[[Any, tuple[Any, ...], Any], Any]
 
 
-class Attachment:
-    """The one place of a base model where an adapter is, or none; a swap replaces small tensors only."""
+class AdapterPool:
+    """Adapters as tensors where the base is: those asked for last, at most `most`, one per digest.
 
-    def __init__(self, base: BaseModel) -> None:
+    The base computes with one of them inside a block of `on_base`, for one thread at a time. Between blocks nothing is
+    left on the base, and one that stays in the pool costs no copy when it is asked for again.
+    """
+
+    def __init__(self, base: BaseModel, most: int) -> None:
         self._torch, _ = libraries()
-        self._base = base
+        self._base, self._most = base, most
         self._layers = dict(base.model.named_modules())
         self._linear = frozenset(name for name, layer in self._layers.items() if sizes(layer) is not None)
         self._fused = any(name.endswith(".experts") and _is_fused(layer) for name, layer in self._layers.items())
-        self._attached: Adapter | None = None
-        self._hooks: list[Any] = []
+        self._held: OrderedDict[str, dict[str, _Hook]] = OrderedDict()
+        self.uploads = 0
+        """How often an adapter was put where the base is."""
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
         """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
@@ -44,31 +52,53 @@ class Attachment:
         if others:
             _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self._base.name, ", ".join(others))
 
-    def attach(self, adapter: Adapter | None) -> None:
-        """Put an adapter's factors behind the base's linear layers, in place of the one before; None is the bare base.
-
-        Raises ShapeMismatch, naming every module that the base lacks or has in another size.
-        """
-        if adapter is self._attached:
-            return
-        if adapter is not None and (faults := self._faults(adapter)):
+    def check(self, adapter: Adapter | None) -> None:
+        """Raise ShapeMismatch, naming every module that the base lacks or has in another size."""
+        if adapter is not None and adapter.digest not in self._held and (faults := self._faults(adapter)):
             raise ShapeMismatch(faults, where=f"base {self._base.name}")
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._attached = [], None
-        if adapter is None:
-            return
-        named = respelled(adapter, self._linear)
-        added = {path: self._on_device(factors) for path, factors in named.modules.items()}  # all, or none is added
-        self._hooks = [self._layers[path].register_forward_hook(_added(a, b)) for path, (a, b) in added.items()]
-        self._attached = adapter
 
-    def _on_device(self, f: Factors) -> tuple[Any, Any]:
-        """Aᵀ and s Bᵀ where the base is. Raises ModelError where memory ends."""
+    @contextmanager
+    def on_base(self, adapter: Adapter | None) -> Iterator[None]:
+        """Let the base compute with an adapter behind its linear layers in the block; None is the bare base.
+
+        Another thread that asks for the same base waits. Raises ShapeMismatch, OutOfMemory.
+        """
+        with self._base.lock:
+            hooks = {} if adapter is None else self._hooks(adapter)
+            handles = []
+            try:
+                for path, hook in hooks.items():
+                    handles.append(self._layers[path].register_forward_hook(hook))
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def _hooks(self, adapter: Adapter) -> dict[str, _Hook]:
+        """Module path → hook, from the pool or new in it; where memory ends, all others leave it first."""
+        if adapter.digest not in self._held:
+            self.check(adapter)
+            while len(self._held) >= self._most:
+                self._held.popitem(last=False)
+            try:
+                self._held[adapter.digest] = self._uploaded(adapter)
+            except OutOfMemory:
+                if not self._held:
+                    raise
+                self._held.clear()
+                self._held[adapter.digest] = self._uploaded(adapter)
+        self._held.move_to_end(adapter.digest)
+        return self._held[adapter.digest]
+
+    def _uploaded(self, adapter: Adapter) -> dict[str, _Hook]:
+        """Hooks with Aᵀ and s Bᵀ of every module where the base is. Raises OutOfMemory."""
         kind = {"dtype": self._base.model.dtype, "device": self._base.model.device}
+        make, hooks = self._torch.tensor, {}
         with within_memory("out of memory for an adapter", self._base.name, "free memory, or give a smaller base"):
-            a = self._torch.tensor(f.a).T.to(**kind)
-            return a, (self._torch.tensor(f.b).T * f.scale).to(**kind)
+            for path, f in respelled(adapter, self._linear).modules.items():
+                hooks[path] = _added(make(f.a).T.to(**kind), (make(f.b).T * f.scale).to(**kind))
+        self.uploads += 1
+        return hooks
 
     def _faults(self, adapter: Adapter) -> list[Fault]:
         """What does not fit, like modules with one fault together."""
@@ -85,7 +115,7 @@ class Attachment:
         return faults.listed()
 
 
-def _added(a: Any, b: Any) -> Any:
+def _added(a: Any, b: Any) -> _Hook:
     """A hook that adds (x a) b to a layer's output, a (din, r), b (r, dout)."""
 
     def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -115,12 +145,14 @@ def sizes(layer: Any) -> tuple[int, int] | None:
 
 
 @contextmanager
-def within_memory(what: str, where: str, cure: str) -> Iterator[None]:
-    """Raise OutOfMemory where memory ends in the block."""
+def head_at(model: Any, row: Any, column: Any) -> Iterator[None]:
+    """The head sees only the positions (row, column): logits become (1, n, vocabulary), whatever the model does."""
+
+    def gather(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0][row, column].unsqueeze(0), *inputs[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(gather)
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        ended = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
-        if not ended and "not enough memory" not in str(error):
-            raise
-        raise OutOfMemory(what, where=where, cure=cure) from error
+    finally:
+        hook.remove()

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..lora.adapter import Adapter
-from ..models.protocol import LossBackend, mean_loss
+from ..models.protocol import Scores, mean_loss
 from ..placement.d2c import Block
 from ..result_store import ResultStore
 from ..tasks.folders import ExampleSet
@@ -33,7 +33,7 @@ class BlockLoss:
         self,
         adapters: Mapping[str, Adapter],
         examples: Mapping[str, ExampleSet],
-        backend: LossBackend,
+        backend: Scores,
         merge: Callable[[Sequence[str]], Adapter],
         *,
         settings: Mapping[str, Any] | None = None,

@@ -11,7 +11,7 @@ from ..errors import TaskDataError, UnknownName
 from ..lora.adapter import Adapter
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
-from ..models.protocol import LossBackend
+from ..models.protocol import Scores
 from ..placement import d2c
 from ..placement.partitioners import partition
 from ..tasks.folders import ExampleSet, Task
@@ -49,7 +49,7 @@ def cluster_by_loss(
     adapters: Mapping[str, Adapter],
     k: int,
     spec: MergeSpec,
-    backend: LossBackend,
+    backend: Scores,
     examples: Mapping[str, ExampleSet],
     *,
     held_out: Mapping[str, ExampleSet] | None = None,

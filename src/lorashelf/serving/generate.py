@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..lora.adapter import Adapter
-from ..models.protocol import AnswerBackend
+from ..models.protocol import Answers
 from ..shelf.snapshot import Snapshot
 
 MOST_TOKENS = 64  # of an answer, where neither the caller nor the task says another number
@@ -29,15 +29,15 @@ class Service:
     max_new_tokens: int
     bases: frozenset[str]
 
-    def stream(self, backend: AnswerBackend, text: str) -> Iterator[str]:
+    def stream(self, model: Answers, text: str) -> Iterator[str]:
         """The answer to a text in pieces, as they are written.
 
-        Another base model is warned of where its shapes fit. Raises at once as the backend's `stream`, and UsageError.
+        Another base model is warned of where its shapes fit. Raises at once as the model's `stream`, and UsageError.
         """
-        pieces = backend.stream(self.adapter, self.instruction, checked(text), max_new_tokens=self.max_new_tokens)
-        if self.bases and backend.base_name not in self.bases:
+        pieces = model.stream(self.adapter, self.instruction, checked(text), max_new_tokens=self.max_new_tokens)
+        if self.bases and model.name not in self.bases:
             shelf = " or ".join(sorted(self.bases))
-            _logger.warning("the shelf is for %s; %s fits it in shape and is used", shelf, backend.base_name)
+            _logger.warning("the shelf is for %s; %s fits it in shape and is used", shelf, model.name)
         return pieces
 
 
@@ -61,7 +61,7 @@ def service(snapshot: Snapshot, task: str, *, prompt: str | None = None, max_new
 
 
 def stream(
-    backend: AnswerBackend,
+    model: Answers,
     snapshot: Snapshot,
     task: str,
     text: str,
@@ -73,11 +73,11 @@ def stream(
 
     `prompt` and `max_new_tokens` stand in for what is stored with the task. Raises as `service` and `Service.stream`.
     """
-    return service(snapshot, task, prompt=prompt, max_new_tokens=max_new_tokens).stream(backend, text)
+    return service(snapshot, task, prompt=prompt, max_new_tokens=max_new_tokens).stream(model, text)
 
 
 def answer(
-    backend: AnswerBackend,
+    model: Answers,
     snapshot: Snapshot,
     task: str,
     text: str,
@@ -86,7 +86,7 @@ def answer(
     max_new_tokens: int | None = None,
 ) -> str:
     """The whole answer of a task's slot to a text; as `stream`."""
-    return "".join(stream(backend, snapshot, task, text, prompt=prompt, max_new_tokens=max_new_tokens))
+    return "".join(stream(model, snapshot, task, text, prompt=prompt, max_new_tokens=max_new_tokens))
 
 
 def checked(text: str, noun: str = "text") -> str:

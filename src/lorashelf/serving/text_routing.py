@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from .. import atomic
 from ..digest import canonical_json, digest
 from ..errors import DiskError, UsageError
 from ..lora.adapter import Matrix
+from ..models.protocol import Embeds
 from ..shelf.snapshot import Snapshot
 from ..tasks.folders import ExampleSet, Task
 
@@ -27,19 +27,6 @@ TEMPERATURE = 0.02  # of 0.02, 0.03 … 0.15 the likeliest on held-out training 
 MOST_EXAMPLES = 100  # of a task, drawn
 KEPT = ".prototype"  # a file of the cache: float32 values, little-endian, and their digest
 _logger = logging.getLogger("lorashelf")
-
-
-class Embedder(Protocol):
-    """Anything that places texts in a space where those of a kind lie together."""
-
-    @property
-    def embedding_id(self) -> str:
-        """Identifies all that a representation depends on beside the text."""
-        ...
-
-    def embed(self, texts: Sequence[str]) -> Matrix:
-        """(n, d): one representation a text."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,23 +66,23 @@ def examples_on(snapshot: Snapshot, tasks: Mapping[str, Task]) -> dict[str, Exam
 
 
 def prototypes(
-    embedder: Embedder,
+    model: Embeds,
     examples: Mapping[str, ExampleSet],
     cache: Path | None = None,
     *,
     watch: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> Prototypes:
-    """The prototypes of tasks. With `cache`, a folder, means are kept there by embedder and examples.
+    """The prototypes of tasks. With `cache`, a folder, means are kept there by model and examples.
 
     `watch` wraps the names of the tasks as they are gone through.
     """
-    means = [_mean(embedder, examples[task], cache) for task in watch(list(examples))]
+    means = [_mean(model, examples[task], cache) for task in watch(list(examples))]
     return Prototypes(tuple(examples), np.stack(means))
 
 
-def choose(embedder: Embedder, known: Prototypes, snapshot: Snapshot, text: str) -> Choice:
+def choose(model: Embeds, known: Prototypes, snapshot: Snapshot, text: str) -> Choice:
     """The task whose prototype is the nearest, and its slot."""
-    (row,) = known.confidences(embedder.embed([text]))
+    (row,) = known.confidences(model.embed([text]))
     order = np.argsort(-row, kind="stable")
     ranked = {known.tasks[i]: float(row[i]) for i in order}
     task = next(iter(ranked))
@@ -109,13 +96,13 @@ def choose(embedder: Embedder, known: Prototypes, snapshot: Snapshot, text: str)
     )
 
 
-def _mean(embedder: Embedder, examples: ExampleSet, cache: Path | None) -> Matrix:
+def _mean(model: Embeds, examples: ExampleSet, cache: Path | None) -> Matrix:
     """The mean representation of a task's texts, from the cache if it is there whole."""
-    key = digest([canonical_json([embedder.embedding_id, examples.digest])])
+    key = digest([canonical_json([model.embedding_id, examples.digest])])
     file = None if cache is None else cache / f"{key}{KEPT}"
     if (kept := _kept(file, examples.task)) is not None:
         return kept
-    embedded = embedder.embed([example.input for example in examples.examples])
+    embedded = model.embed([example.input for example in examples.examples])
     mean = np.asarray(embedded.mean(axis=0), "<f4")
     if file is not None:
         with contextlib.suppress(DiskError):  # where nothing can be kept, it is computed again next time

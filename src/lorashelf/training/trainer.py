@@ -18,10 +18,12 @@ from typing import Any
 from ..errors import MissingExtra, OutOfMemory, UsageError
 from ..formats.peft import rounded
 from ..lora.adapter import Adapter, BaseId, Factors, Modules
-from ..models.hf import HFBackend, Tokens
-from ..models.hooks import sizes, within_memory
+from ..models.hf import HFBackend
+from ..models.hooks import sizes
 from ..models.loading import libraries
+from ..models.memory import within_memory
 from ..models.protocol import Loss
+from ..models.tokens import Tokens
 from ..tasks.folders import ExampleSet
 from .config import Hyperparameters
 
@@ -70,11 +72,6 @@ class LoraTrainer:
         peft = peft_library()
         self.backend, self._torch = backend, libraries()[0]
         model = backend.base.model
-        if any(model.get_submodule(path)._forward_hooks for path in layers):
-            what = "an adapter is attached to the base"
-            raise UsageError(
-                what, where=backend.base.name, cure="detach it: attach(None) on the backend that measured it"
-            )
         transposed = any(type(model.get_submodule(path)).__name__ == "Conv1D" for path in layers)
         config = peft.LoraConfig(
             r=curriculum.rank,
@@ -125,10 +122,7 @@ class LoraTrainer:
     def measure(self, adapter: Adapter | None, examples: ExampleSet) -> list[Loss]:
         """The losses under an adapter, by the backend's own measure; the factors in training stay out of it."""
         with self._peft.disable_adapter():
-            try:
-                return self.backend.nll([(adapter, examples)])[0]
-            finally:
-                self.backend.attach(None)
+            return self.backend.nll([(adapter, examples)])[0]
 
     def adapter(self, dtype: str) -> Adapter:
         """The factors as they are now, rounded to the dtype that they will be stored in."""
@@ -155,7 +149,6 @@ class LoraTrainer:
 
     def close(self) -> None:
         """Take the LoRA off the base."""
-        self.backend.attach(None)
         self._peft.unload()
 
     def _gradients(self, batch: Sequence[Tokens], seed: int) -> list[float]:

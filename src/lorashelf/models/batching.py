@@ -1,0 +1,61 @@
+"""Batches of texts of similar length, and their token ids as one padded tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from .loading import libraries
+
+MOST_PADDING = 0.1  # share of a batch's positions
+_CALL = 24  # positions that one forward pass costs beside its own, in balance with padding
+
+
+def cheapest_batches(
+    lengths: Sequence[int], labels: Sequence[int], positions: int, most_labels: int
+) -> list[list[int]]:
+    """Indices of texts in batches of similar length: the cheapest cut of the sorted texts, at most a tenth padding.
+
+    A batch has at most that many positions, padding included, and that many labels, unless it is of one text.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    best = [0.0, *[math.inf] * len(order)]
+    start = [0] * (len(order) + 1)
+    for stop in range(1, len(order) + 1):
+        longest, real, labelled = lengths[order[stop - 1]], 0, 0
+        for first in range(stop - 1, -1, -1):
+            real += lengths[order[first]]
+            labelled += labels[order[first]]
+            size = longest * (stop - first)
+            if first < stop - 1 and (size > positions or labelled > most_labels):
+                break
+            if size - real <= MOST_PADDING * size and best[first] + size + _CALL < best[stop]:
+                best[stop], start[stop] = best[first] + size + _CALL, first
+    cuts = [len(order)]
+    while cuts[-1]:
+        cuts.append(start[cuts[-1]])
+    return [order[first:stop] for stop, first in pairwise(cuts)]
+
+
+def largest_batches(lengths: Sequence[int], positions: int) -> list[list[int]]:
+    """Indices of texts in batches by length, each as large as so many positions allow."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > positions:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, device: Any, left: bool = False) -> tuple[Any, Any]:
+    """(n, longest) token ids and the mask of what is not padding; the pad token may be any: it is masked."""
+    torch, _ = libraries()
+    longest = max(map(len, rows))
+    gaps = [longest - len(row) for row in rows]
+    ids = [[*[pad] * gap, *row] if left else [*row, *[pad] * gap] for row, gap in zip(rows, gaps, strict=True)]
+    real = [
+        [0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in zip(rows, gaps, strict=True)
+    ]
+    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
