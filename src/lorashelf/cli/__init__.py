@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import typer
 
 from ..errors import AdapterError, LorashelfError, Unread, UsageError
+from ..execution import own_process
 from .app import application
 from .output import print_json
 from .process import interrupted, notices_unread, open_streams, signals
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     when interrupted, 141 when whoever reads stdout went away.
     """
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    own_process()
     open_streams()
     code = _run(words)
     sys.exit(Unread.exit_code if code and notices_unread() else code)
