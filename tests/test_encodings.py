@@ -1,4 +1,4 @@
-"""Encodings of stored objects: an unknown one concerns its own tasks only."""
+"""Encodings of stored objects: coded slots, and that an unknown encoding concerns its own tasks only."""
 
 from __future__ import annotations
 
@@ -7,14 +7,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from factory import make_adapter, write_peft
-from lorashelf import Shelf, candidates, new_settings, plan_add, plan_remove, route
+from factory import assert_same_delta, make_adapter, write_peft
+from lorashelf import (
+    Adapter,
+    BaseId,
+    Factors,
+    Modules,
+    Shelf,
+    candidates,
+    combine,
+    new_settings,
+    norm,
+    plan_add,
+    plan_remove,
+    plan_update,
+    read_adapter,
+    route,
+)
 from lorashelf.digest import canonical_json
-from lorashelf.errors import NewerFormat
+from lorashelf.errors import CorruptShelf, NewerFormat, UsageError
+from lorashelf.formats.peft import encode
+from lorashelf.lora.quality import MOST_QUALITY
 from lorashelf.shelf.manifest import manifest_id
 from lorashelf.shelf.repair import repair
+from lorashelf.shelf.routing import materialised
 from test_attacks import command
 
 
@@ -73,3 +92,160 @@ def test_verify_names_what_it_cannot_check_and_repair_leaves_it(shelf: Shelf) ->
     before = shelf.snapshot().manifest.slots
     assert repair(shelf)["slots"] == []
     assert shelf.snapshot().manifest.slots == before
+
+
+# coded ----------------------------------------------------------------------------------------------------------------
+
+TASKS = ("a", "b", "c")
+
+
+def wide(seed: int) -> Adapter:
+    """Large enough that values, not descriptions, are what takes bytes."""
+    rng = np.random.default_rng(seed)
+    side = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+    pairs = {f"m.{i}": Factors(side(4, 192), side(160, 4)) for i in range(4)}
+    return Adapter(Modules(pairs), BaseId("acme/tiny"), "f16")
+
+
+@pytest.fixture
+def coded(tmp_path: Path) -> Shelf:
+    """Three tasks, each alone in a coded slot."""
+    shelf = Shelf.create(tmp_path / "coded", new_settings(3, policy="kmerge", encoding="coded", quality=0.98))
+    for seed, task in enumerate(TASKS):
+        shelf.commit(plan_add(shelf.snapshot(), wide(seed), task))
+    return shelf
+
+
+def error_of(shelf: Shelf, task: str, original: Adapter) -> float:
+    return norm(combine([shelf.snapshot().adapter(task), original], [1.0, -1.0])) / norm(original)
+
+
+def levels(shelf: Shelf, slot: int = 0) -> list[Path]:
+    return sorted(shelf.snapshot().slot_path(shelf.snapshot().manifest.slot(slot)).iterdir())
+
+
+def test_coded_slots_take_few_bytes_and_serve_what_the_manifest_promises(coded: Shelf) -> None:
+    snapshot = coded.snapshot()
+    for seed, task in enumerate(TASKS):
+        slot, _ = snapshot.located(task)
+        assert slot.object.encoding == "coded"
+        assert slot.object.bytes == sum(path.stat().st_size for path in levels(coded, slot.id))
+        assert slot.object.bytes < encode(wide(seed)).size / 4
+        assert error_of(coded, task, wide(seed)) == pytest.approx(slot.history.error, abs=0.02)
+        assert 0.1 < slot.history.error < 0.7
+        assert error_of(coded, task, wide(9)) > 1.2
+    assert coded.verify() == []
+    assert snapshot.adapter("a") is snapshot.adapter("a")
+
+
+def test_more_quality_takes_more_bytes_and_leaves_less_error(coded: Shelf) -> None:
+    coded.configure({"quality": MOST_QUALITY})
+    before = coded.snapshot().manifest.slot(0)
+    coded.commit(plan_remove(coded.snapshot(), "a"))
+    coded.commit(plan_add(coded.snapshot(), wide(0), "a"))
+    after = coded.snapshot().manifest.slot(0)
+    assert after.object.bytes > 1.2 * before.object.bytes
+    assert after.history.error < 0.8 * before.history.error
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut off", "gone", "one too many"])
+def test_a_damaged_level_is_found_and_mended_to_the_bit_from_the_original(coded: Shelf, damage: str) -> None:
+    held = coded.snapshot().manifest.slots
+    path = levels(coded)[-1]
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "one too many":
+        (path.parent / "level-9.lsc").write_bytes(data)
+    else:
+        path.write_bytes(data[:-3] if damage == "cut off" else data[:40] + bytes([data[40] ^ 4]) + data[41:])
+    (problem,) = coded.verify()
+    assert "slot 0" in problem
+    assert "tasks: a" in problem
+    with pytest.raises(CorruptShelf, match="tasks: a"):
+        coded.snapshot().adapter("a")
+    assert coded.snapshot().adapter("b").rank
+    (mended,) = repair(coded, {"a": wide(0)})["slots"]
+    assert mended["how"] == "rewritten"
+    assert coded.verify() == []
+    assert coded.snapshot().manifest.slots == held
+
+
+def test_undo_update_and_remove_work_on_coded_tasks(coded: Shelf) -> None:
+    first = coded.snapshot().adapter("a").digest
+    coded.commit(plan_update(coded.snapshot(), "a", wide(7)))
+    assert error_of(coded, "a", wide(7)) < 0.7
+    coded.undo()
+    assert coded.snapshot().adapter("a").digest == first
+    coded.commit(plan_remove(coded.snapshot(), "b"))
+    assert [slot.id for slot in coded.snapshot().manifest.slots] == [0, 2]
+
+
+def test_a_fold_into_a_coded_slot_works_and_cannot_be_taken_apart(coded: Shelf) -> None:
+    doubled = wide(0).with_factors({p: Factors(f.a, f.b, 2.0) for p, f in wide(0).modules.items()})
+    plan = plan_add(coded.snapshot(), doubled, "d")
+    assert (plan.report["decision"], plan.report["slot"], plan.report["reversible"]) == ("fold", 0, False)
+    coded.commit(plan)
+    slot = coded.snapshot().manifest.slot(0)
+    assert slot.object.encoding == "coded"
+    assert slot.history.irreversible == "the slot's adapters cannot be taken apart: stored in the encoding coded"
+
+
+def test_route_writes_a_folder_that_peft_loads(coded: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASHELF_CACHE", str(tmp_path / "cache"))
+    served = coded.snapshot().adapter("a")
+    first = materialised(coded.snapshot(), "a")["path"]
+    assert_same_delta(served, read_adapter(first), 2e-3)
+    assert materialised(coded.snapshot(), "a")["path"] == first
+    tensors = Path(first) / "adapter_model.safetensors"
+    sound = tensors.read_bytes()
+    tensors.write_bytes(sound[:-2] + b"\x11\x11")
+    assert materialised(coded.snapshot(), "a")["path"] == first
+    assert tensors.read_bytes() == sound
+    given = materialised(coded.snapshot(), "b", tmp_path / "given")["path"]
+    assert given == str(tmp_path / "given")
+    with pytest.raises(UsageError, match="exists already"):
+        materialised(coded.snapshot(), "b", tmp_path / "given")
+    assert coded.snapshot().bytes == sum(p.stat().st_size for p in coded.path.rglob("*") if p.is_file())
+
+
+def test_the_cache_of_routed_folders_is_bounded(coded: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASHELF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lorashelf.shelf.routing.MOST_KEPT", 2)
+    for task in TASKS:
+        path = materialised(coded.snapshot(), task)["path"]
+    assert len(list((tmp_path / "cache" / "routes").iterdir())) == 2
+    assert Path(path).exists()
+
+
+def test_a_shelf_may_change_its_encoding(tmp_path: Path) -> None:
+    shelf = Shelf.create(tmp_path / "s", new_settings(3, policy="kmerge"))
+    shelf.commit(plan_add(shelf.snapshot(), wide(0), "a"))
+    shelf.configure({"encoding": "coded"})
+    shelf.commit(plan_add(shelf.snapshot(), wide(1), "b"))
+    assert [slot.object.encoding for slot in shelf.snapshot().manifest.slots] == ["peft", "coded"]
+    assert error_of(shelf, "a", wide(0)) < 1e-3
+    assert shelf.verify() == []
+    shelf.undo()
+    shelf.redo()
+    assert error_of(shelf, "b", wide(1)) < 0.7
+
+
+def test_an_encoding_that_cannot_be_is_refused() -> None:
+    with pytest.raises(UsageError) as caught:
+        new_settings(2, encoding="zip", quality=0)
+    assert "'zip'" in caught.value.what
+    assert "quality is 0" in caught.value.what
+    with pytest.raises(UsageError, match=r"at most 0\.997"):
+        new_settings(2, quality=0.999)
+    with pytest.raises(UsageError, match="restore_norm"):
+        new_settings(2, encoding="coded", restore_norm=True)
+
+
+def test_an_untrained_adapter_and_a_tiny_one_are_coded_too(tmp_path: Path) -> None:
+    zero = wide(0).with_factors({p: Factors(f.a, f.b * 0, 1.0) for p, f in wide(0).modules.items()})
+    for name, adapter in (("nothing", zero), ("tiny", make_adapter(3))):
+        shelf = Shelf.create(tmp_path / name, new_settings(2, encoding="coded"))
+        shelf.commit(plan_add(shelf.snapshot(), adapter, name))
+        assert norm(shelf.snapshot().adapter(name)) == pytest.approx(norm(adapter), rel=0.3)
+        assert shelf.verify() == []

@@ -68,6 +68,13 @@ Aliases = Annotated[
 AssumeBase = Annotated[
     bool, typer.Option("--assume-base", help="Accept another base name; shapes are checked all the same.")
 ]
+Encoding = Annotated[
+    str,
+    typer.Option("--encoding", help="How slots are stored: peft, or coded (few bytes; `route` writes PEFT folders)."),
+]
+Quality = Annotated[
+    float, typer.Option("--quality", help="With --encoding coded: the predicted share of each adapter that is kept.")
+]
 RestoreNorm = Annotated[
     bool, typer.Option("--restore-norm", help="Scale merged slots to the mean norm of their members.")
 ]

@@ -105,6 +105,8 @@ def cluster(
     base_alias: arg.Aliases = None,
     assume_base: arg.AssumeBase = False,
     restore_norm: arg.RestoreNorm = False,
+    encoding: arg.Encoding = "peft",
+    quality: arg.Quality = 0.99,
     json: arg.Json = False,
 ) -> None:
     """Cluster many adapters into K slots at once, and merge each cluster."""
@@ -125,6 +127,8 @@ def cluster(
         base=base,
         base_aliases=tuple(base_alias or ()),
         restore_norm=restore_norm,
+        encoding=encoding,
+        quality=quality,
     )
     blocks = replace(settings.merge, method=blocks.method, parameters=blocks.parameters)
     _checked(method, examples, accept, init, arg.stated(context, SEARCHES))

@@ -43,6 +43,8 @@ def init(
     base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
     base_alias: arg.Aliases = None,
     restore_norm: arg.RestoreNorm = False,
+    encoding: arg.Encoding = "peft",
+    quality: arg.Quality = 0.99,
     json: arg.Json = False,
 ) -> None:
     """Make an empty shelf of K slots."""
@@ -61,6 +63,8 @@ def init(
         base=base,
         base_aliases=tuple(base_alias or ()),
         restore_norm=restore_norm,
+        encoding=encoding,
+        quality=quality,
     )
     made = Shelf.create(shelf, settings).snapshot()
     document = {"shelf": str(shelf), "head": made.head, "slots": slots, "policy": policy, "threshold": limit}

@@ -65,6 +65,10 @@ def set_(
     restore_norm: Annotated[
         bool | None, typer.Option("--restore-norm/--no-restore-norm", help="Scale merged slots to the mean norm.")
     ] = None,
+    encoding: Annotated[str | None, typer.Option("--encoding", help="How slots are stored: peft or coded.")] = None,
+    quality: Annotated[
+        float | None, typer.Option("--quality", help="With coded: the predicted share of each adapter that is kept.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option("--base-name", help="Accept only adapters of this base model; none: of any.")
     ] = None,
@@ -86,6 +90,8 @@ def set_(
         "dtype": dtype,
         "seed": seed,
         "restore_norm": restore_norm,
+        "encoding": encoding,
+        "quality": quality,
         "base": base,
         "base_aliases": None if base_alias is None else tuple(base_alias),
     }
@@ -132,7 +138,8 @@ def _set_shelf(shelf: Path, changes: dict[str, Any], json: bool) -> None:
 def _flat(settings: Settings) -> dict[str, Any]:
     """Every setting by its flat name."""
     outer = {"base": settings.base, "base_aliases": list(settings.base_aliases)}
-    return {**settings.budget.document(), "encoding": settings.merge.encoding, **settings.recipe, **outer}
+    stored = {"encoding": settings.merge.encoding, "quality": settings.merge.quality}
+    return {**settings.budget.document(), **stored, **settings.recipe, **outer}
 
 
 def _word(value: Any) -> str:

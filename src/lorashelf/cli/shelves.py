@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import numbered
+from ..errors import UsageError, numbered
 from ..shelf import routing
 from ..shelf.plans import plan_remove, plan_update
 from ..shelf.shelf import Shelf
@@ -69,17 +70,23 @@ def route(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Check the bytes of the folder against their hash.")
     ] = True,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the task's PEFT folder here (with TASK).")
+    ] = None,
     json: arg.Json = False,
 ) -> None:
-    """Which slot serves a task, and where its PEFT folder lies."""
+    """Which slot serves a task, and its PEFT folder; of a coded slot, one that is written to a cache or to --output."""
     if task is not None:
-        show(Shelf(shelf).read(lambda s: routing.route(s, task, verify=verify)), json, lambda d: d["path"])
+        answer = Shelf(shelf).read(lambda s: routing.materialised(s, task, output, verify=verify))
+        show(answer, json, lambda d: d["path"])
         return
+    if output is not None:
+        raise UsageError("--output is for one task", cure="lorashelf route SHELF TASK --output DIR")
     rows = Shelf(shelf).read(lambda s: routing.routes(s, verify=verify))
     show(
         rows,
         json,
-        lambda d: table(["task", ">slot", "path"], [(t, r["slot"], r["path"]) for t, r in sorted(d.items())]),
+        lambda d: table(["task", ">slot", "path"], [(t, r["slot"], r["path"] or "-") for t, r in sorted(d.items())]),
     )
 
 

@@ -20,6 +20,11 @@ class Encoded(Protocol):
         """Bytes of all its files."""
         ...
 
+    @property
+    def parts(self) -> int:
+        """How many sums `Stored` will have."""
+        ...
+
     def digest(self) -> str:
         """The id of the object that `write` makes."""
         ...
@@ -44,8 +49,11 @@ class Codec(ABC):
         """What would be stored; deterministic. Raises AdapterFormatError where the adapter cannot be stored so."""
 
     @abstractmethod
-    def round_trip(self, adapter: Adapter) -> Adapter:
-        """The adapter as it comes back from a disk. Raises as `encode`."""
+    def round_trip(self, adapter: Adapter, quality: float) -> tuple[Adapter, float]:
+        """The adapter as it comes back from a disk, and the relative error ‖ΔW − ΔŴ‖ / ‖ΔW‖ of what was left out (0 for
+        rounding alone); `encode` takes what this returns. `quality` is the predicted share
+        of what the adapter does that a codec with loss keeps. Raises AdapterFormatError, UsageError.
+        """
 
     @abstractmethod
     def open(self, folder: Path, sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:

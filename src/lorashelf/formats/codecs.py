@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ..registry import Registry
 from .codec import Codec
+from .coded.codec import CodedFolder
 from .peft import Peft
 
 CODECS: Registry[Codec] = Registry("encoding")
-CODECS.add(Peft.name, Peft())
+for codec in (Peft(), CodedFolder()):
+    CODECS.add(codec.name, codec)

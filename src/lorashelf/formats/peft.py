@@ -132,6 +132,11 @@ class PeftFiles:
         return Stored(identity.digest(), tuple(sums))
 
     @property
+    def parts(self) -> int:
+        """Config and header together, and each tensor, have a sum."""
+        return 1 + 2 * len(self.adapter.modules)
+
+    @property
     def head(self) -> bytes:
         """What the digest covers before the tensor file's bytes."""
         return length(len(self.config)) + self.config + length(self.size - len(self.config))
@@ -204,9 +209,9 @@ class Peft(Codec):
         """Both files of the folder. Raises AdapterFormatError, once its chunks are taken, where a value overflows."""
         return encode(adapter)
 
-    def round_trip(self, adapter: Adapter) -> Adapter:
+    def round_trip(self, adapter: Adapter, quality: float = 1.0) -> tuple[Adapter, float]:
         """The factors rounded to the dtype. Raises AdapterFormatError on overflow."""
-        return rounded(adapter)
+        return rounded(adapter), 0.0
 
     def open(self, folder: Path, sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
         """The adapter of a folder whose names and values were checked when it was stored. Raises AdapterFormatError."""

@@ -125,11 +125,11 @@ def source(task: str, kind: str, adapter: Adapter) -> Source:
 def single(adapter: Adapter, record: Source, spec: MergeSpec) -> Average:
     """The adapter alone, as the spec stores it: `dtype`, and the rank cut to `rank`."""
     stored = replace(adapter, dtype=spec.dtype or adapter.dtype)
-    error = 0.0
+    cut = 0.0
     if spec.rank is not None:
-        stored, error = compress(stored, spec.rank)
-    fixed = f"cut to rank {spec.rank}" if error else None
-    return Average(CODECS[spec.encoding].round_trip(stored), History((record,), error, fixed=fixed))
+        stored, cut = compress(stored, spec.rank)
+    stored, error, lossy = _stored(stored, spec, cut)
+    return Average(stored, History((record,), error, fixed=lossy))
 
 
 def fold(
@@ -161,10 +161,10 @@ def fold(
     weights = [share * m.weight for share, x in zip(shares, sources, strict=True) for m in x.history.merged]
     averages = [len(source.history.merged) > 1 for source in sources]
     xs = [*(source.adapter for source in sources), adapter]
-    merged, error = _merge(xs, [*shares, newcomer], spec, [*averages, False])
+    merged, error, lossy = _merge(xs, [*shares, newcomer], spec, [*averages, False])
     everyone = zip([*records, record], [*weights, newcomer], strict=True)
     taken_in = tuple(replace(m, weight=round(w, 15)) for m, w in everyone)
-    fixed = _fixed([source.history for source in sources], spec, weighting, error)
+    fixed = _fixed([source.history for source in sources], spec, weighting, lossy)
     method, noise = (spec.method, _noise(sources, shares, merged, spec)) if fixed is None else (None, None)
     history = History(taken_in, error, method, noise=_flat(noise), fixed=fixed)
     return _restored(Average(merged, history), spec)
@@ -194,8 +194,8 @@ def block(adapters: Sequence[Adapter], records: Sequence[Source], spec: MergeSpe
         return single(adapters[0], records[0], spec)
     method = METHODS[spec.method]
     weight = 1.0 / len(adapters) if method.weights == "mean" else 1.0
-    merged, error = _merge(adapters, [weight] * len(adapters), spec)
-    fixed = _fixed([], spec, "mean", error)
+    merged, error, lossy = _merge(adapters, [weight] * len(adapters), spec)
+    fixed = _fixed([], spec, "mean", lossy)
     history = History(
         tuple(replace(m, weight=weight) for m in records), error, spec.method if fixed is None else None, fixed=fixed
     )
@@ -219,20 +219,21 @@ def without(average: Average, digest: str, adapter: Adapter, spec: MergeSpec) ->
         left = "nothing of it" if rest.precision > 1 else f"a relative precision of {rest.precision:.0e}"
         raise NotReversible(f"the rest is so small beside it that rounding would leave {left}")
     equal = tuple(replace(m, weight=1.0 / len(remaining)) for m in remaining)
-    taken = Average(
-        CODECS[spec.encoding].round_trip(rest.adapter), History(equal, method=method, noise=_flat(rest.noise))
-    )
-    return _restored(taken, spec), rest.precision
+    stored, error, lossy = _stored(rest.adapter, spec)
+    history = History(equal, error, None if lossy else method, noise=() if lossy else _flat(rest.noise), fixed=lossy)
+    return _restored(Average(stored, history), spec), rest.precision
 
 
-def _fixed(sources: Sequence[History], spec: MergeSpec, weighting: Weighting, error: float) -> str | None:
-    """Why a merge is not an equal average, so that nothing can be taken out of it; None where it is one."""
+def _fixed(sources: Sequence[History], spec: MergeSpec, weighting: Weighting, lossy: str | None) -> str | None:
+    """Why a merge is not an equal average, so that nothing can be taken out of it; None where it is one. `lossy` is how
+    storing it left something out.
+    """
     if any(source.faithful is None for source in sources):
         return next((source.fixed for source in sources if source.fixed), UNRECORDED)
     if METHODS[spec.method].average is None:
         return f"merged by {spec.method}"
-    if error:
-        return f"cut to rank {spec.rank}"
+    if lossy:
+        return lossy
     if weighting == "half":
         return "folded with half weights"
     other = next((source.faithful for source in sources if source.faithful not in ("*", spec.method)), None)
@@ -282,8 +283,8 @@ def one_base(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 def _merge(
     adapters: Sequence[Adapter], weights: Sequence[float], spec: MergeSpec, averages: Sequence[bool] | None = None
-) -> tuple[Adapter, float]:
-    merged, error = merge_measured(
+) -> tuple[Adapter, float, str | None]:
+    merged, cut = merge_measured(
         one_base(adapters),
         weights,
         method=spec.method,
@@ -293,7 +294,17 @@ def _merge(
         **spec.parameters,
     )
     merged = replace(merged, dtype=spec.dtype or wider([x.dtype for x in adapters]))
-    return CODECS[spec.encoding].round_trip(merged), error
+    return _stored(merged, spec, cut)
+
+
+def _stored(adapter: Adapter, spec: MergeSpec, cut: float = 0.0) -> tuple[Adapter, float, str | None]:
+    """The adapter as it comes back from the disk, the relative error of it beside the one that was `cut`, and how
+    something was left out, in words.
+    """
+    codec = CODECS[spec.encoding]
+    stored, error = codec.round_trip(adapter, spec.quality)
+    lossy = f"cut to rank {spec.rank}" if cut else None if codec.invertible else f"stored in the encoding {codec.name}"
+    return stored, math.sqrt(1 - (1 - cut**2) * (1 - error**2)) if error else cut, lossy
 
 
 def _restored(average: Average, spec: MergeSpec) -> Average:

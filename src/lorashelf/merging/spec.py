@@ -26,6 +26,8 @@ class MergeSpec:
     seed: int = 0
     encoding: str = "peft"
     """How what is merged is stored: the name of a codec."""
+    quality: float = 0.99
+    """Predicted share of what an adapter does that a codec with loss keeps."""
     restore_norm: bool = False
     """Scale every merge of several adapters to their mean norm ‖ΔW‖."""
 
@@ -39,7 +41,7 @@ class MergeSpec:
 
     def document(self) -> dict[str, Any]:
         """As in a manifest and in shelf.toml, where the method is called `merge`; `peft` goes without saying."""
-        stored = {} if self.encoding == "peft" else {"encoding": self.encoding}
+        stored = {} if self.encoding == "peft" else {"encoding": self.encoding, "quality": self.quality}
         return {
             "merge": self.method,
             "parameters": dict(self.parameters),

@@ -138,7 +138,10 @@ def _stored(plan: Plan, rank: int | None = None, dtype: str | None = None) -> Pl
     """The plan with the sizes that its new objects would have if they were cut to a rank or stored in a dtype."""
 
     def size(slot: int, x: Adapter) -> int:
-        return plan.manifest.slot(slot).codec.encode(_hollow(x, rank or x.rank, dtype or x.dtype)).size
+        planned = plan.manifest.slot(slot)
+        if not planned.codec.invertible:  # its size does not follow from rank and dtype
+            return planned.object.bytes
+        return planned.codec.encode(_hollow(x, rank or x.rank, dtype or x.dtype)).size
 
     sizes = {slot: size(slot, x) for slot, x in plan.writes.items()}
 

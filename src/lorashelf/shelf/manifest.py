@@ -49,14 +49,15 @@ class StoredObject:
     @staticmethod
     def pending(adapter: Adapter, encoding: str) -> StoredObject:
         """What an adapter will be once it is written."""
+        encoded = CODECS[encoding].encode(adapter)
         return StoredObject(
             id=PENDING,
             rank=adapter.rank,
             dtype=adapter.dtype,
-            bytes=CODECS[encoding].encode(adapter).size,
+            bytes=encoded.size,
             encoding=encoding,
             squared_norms=tuple(squared_norms(adapter).values()),
-            sums=(0,) * (1 + 2 * len(adapter.modules)),
+            sums=(0,) * encoded.parts,
         )
 
 

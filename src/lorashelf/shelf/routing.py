@@ -3,24 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptShelf, NewerFormat
-from ..formats.peft import size_alone
+from .. import atomic
+from ..cache import cache_folder
+from ..errors import CorruptShelf, NewerFormat, UsageError
+from ..formats.codecs import CODECS
+from ..formats.peft import Peft, encode, size_alone, write_adapter
 from .manifest import Slot
 from .snapshot import Snapshot
 
+MOST_KEPT = 16  # PEFT folders of coded slots in the cache
+
 
 def route(snapshot: Snapshot, task: str, *, verify: bool = True) -> dict[str, Any]:
-    """`{task, slot, path, members}`: the PEFT folder that serves the task, its bytes checked unless `verify` is False.
+    """`{task, slot, path, members}`: the PEFT folder that serves the task, None if the slot is coded; its bytes checked
+    unless `verify` is False.
 
-    Raises UnknownName with the nearest names, CorruptShelf.
+    Raises UnknownName with the nearest names, CorruptShelf, NewerFormat.
     """
     slot, _ = snapshot.located(task)
+    _ = slot.codec
     if verify:
         snapshot.check_bytes(slot)
     return _answer(snapshot, task, slot)
+
+
+def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, verify: bool = True) -> dict[str, Any]:
+    """`route`, with a PEFT folder also where PEFT cannot load the slot's own: written to `output`, else kept in the
+    user's cache folder under the object's id, the latest MOST_KEPT of them, each checked before it is given out.
+
+    Raises as `route`, UsageError if `output` exists, DiskError.
+    """
+    answer = route(snapshot, task, verify=verify)
+    if output is not None:
+        write_adapter(snapshot.adapter(task), output)
+        return {**answer, "path": str(atomic.expanded(output).absolute())}
+    if answer["path"] is not None:
+        return answer
+    slot, _ = snapshot.located(task)
+    folder = cache_folder() / "routes"
+    for kept in folder.glob(f"{slot.object.id}.*"):
+        if CODECS[Peft.name].digest(kept) == kept.suffix.removeprefix("."):
+            os.utime(kept)
+            return {**answer, "path": str(kept)}
+        atomic.remove(kept)
+    path = folder / f"{slot.object.id}.{encode(snapshot.adapter(task)).digest()}"
+    with contextlib.suppress(UsageError):  # another process was faster
+        write_adapter(snapshot.adapter(task), path)
+    for old in sorted(folder.iterdir(), key=lambda each: -each.stat().st_mtime)[MOST_KEPT:]:
+        atomic.remove(old)
+    return {**answer, "path": str(path)}
 
 
 def routes(snapshot: Snapshot, *, verify: bool = True) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..errors import LorashelfError, NewerFormat, ShelfConfigError, UsageError
 from ..formats.codecs import CODECS
 from ..lora.adapter import WIDTHS, BaseId, base_faults
 from ..lora.given import as_texts
+from ..lora.quality import MOST_QUALITY
 from ..merging.methods import METHODS
 from ..merging.spec import MergeSpec
 from ..placement.policies import POLICIES, PlacementSpec
@@ -113,7 +114,7 @@ def specs(recipe: Mapping[str, Any]) -> tuple[PlacementSpec, MergeSpec]:
     return PlacementSpec(**placement), MergeSpec(**chosen)
 
 
-RECIPE = (*PlacementSpec().document(), *MergeSpec().document(), "encoding")
+RECIPE = (*PlacementSpec().document(), *MergeSpec().document(), "encoding", "quality")
 SECTIONS = {
     **{f.name: "budget" for f in fields(Budget)},
     **dict.fromkeys(RECIPE, "recipe"),
@@ -161,7 +162,7 @@ def write_toml(settings: Settings) -> bytes:
         _line("dtype", merge.dtype, "f32, f16 or bf16; without it, as the adapter"),
         f"seed = {merge.seed}",
         f"restore_norm = {str(merge.restore_norm).lower()}",
-        *([f'encoding = "{merge.encoding}"'] if merge.encoding != MergeSpec().encoding else []),
+        *([f'encoding = "{merge.encoding}"', f"quality = {merge.quality}"] if merge.encoding != "peft" else []),
     ]
     if merge.parameters:
         lines += ["", "[recipe.parameters]"]
@@ -238,6 +239,18 @@ def _section(
     return {key: value for key, value in section.items() if key in known}
 
 
+def _storing_faults(merge: MergeSpec) -> Iterator[tuple[str, str]]:
+    """What cannot be of how merges are stored, as (key, sentence)."""
+    if isinstance(merge.dtype, str) and merge.dtype not in WIDTHS:
+        yield "dtype", f"dtype is {merge.dtype!r}; choose from {', '.join(WIDTHS)}"
+    if not isinstance(merge.restore_norm, bool):
+        yield "restore_norm", f"restore_norm is {merge.restore_norm!r}; true or false"
+    elif merge.restore_norm and merge.encoding != "peft":
+        yield "restore_norm", f"restore_norm is for encoding 'peft'; {merge.encoding!r} scales by a rule of its own"
+    if type(merge.quality) not in (int, float) or not 0 < merge.quality <= MOST_QUALITY:
+        yield "quality", f"quality is {merge.quality!r}; a number above 0, at most {MOST_QUALITY}"
+
+
 def _faults(settings: Settings) -> list[tuple[str, str]]:
     budget, placement, merge = settings.budget, settings.placement, settings.merge
     faults = [
@@ -255,8 +268,7 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
     for name, value in named.items():
         if not isinstance(value, str) and not (name == "dtype" and value is None):
             faults.append((name, f"{name} is {value!r}, not a name"))
-    if isinstance(merge.dtype, str) and merge.dtype not in WIDTHS:
-        faults.append(("dtype", f"dtype is {merge.dtype!r}; choose from {', '.join(WIDTHS)}"))
+    faults += _storing_faults(merge)
     number = isinstance(placement.threshold, int | float) and type(placement.threshold) is not bool
     if placement.threshold != "auto" and not (number and abs(placement.threshold) <= 1):  # type: ignore[arg-type]
         faults.append(("threshold", f"threshold is {placement.threshold!r}; a number from -1 to 1, or 'auto'"))
@@ -265,8 +277,6 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
     names = [*([] if settings.base is None else [settings.base]), *settings.base_aliases]
     if not all(isinstance(item, str) and item.isprintable() and item.strip() for item in names):
         faults.append(("base", f"base or base_aliases {names!r} hold a name that is empty or not printable text"))
-    if not isinstance(merge.restore_norm, bool):
-        faults.append(("restore_norm", f"restore_norm is {merge.restore_norm!r}; true or false"))
     for name, check in (
         ("policy", lambda: POLICIES[placement.policy]),
         ("merge", lambda: METHODS[merge.method].checked(merge.parameters)),

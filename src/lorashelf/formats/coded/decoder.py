@@ -55,6 +55,7 @@ class Outline:
     def __init__(self, levels: Sequence[bytes], where: str | None = None) -> None:
         """Raise AdapterFormatError with `where` for levels that are damaged, lack those before or are malformed."""
         self._where = where
+        self.stored = tuple(levels)
         self._pending: list[_Pending] = []
         self._lock = threading.Lock()
         self._failed: AdapterFormatError | None = None
@@ -135,6 +136,11 @@ class CodedModules(Modules):
         counts = {path: max(len(found), 1) for path, found in outline.coded.items()}
         shapes = outline.description.shapes
         self._shapes = {path: Shape(shape.dout, counts[path], shape.din) for path, shape in shapes.items()}
+
+    @property
+    def levels(self) -> tuple[bytes, ...]:
+        """The levels that the modules are decoded from."""
+        return self._outline.stored
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
