@@ -26,6 +26,7 @@ import pytest
 from factory import BASE, assert_same_delta, make_adapter, peft_tensors, write_peft
 from lorashelf import (
     Adapter,
+    Clustering,
     Factors,
     LorashelfError,
     Shelf,
@@ -651,7 +652,7 @@ def test_another_shape_is_refused_whatever_the_base_is_called(shelf: Shelf, tmp_
         plan_cluster(
             Shelf.create(tmp_path / "empty.shelf", new_settings(2)).snapshot(),
             {"a": make_adapter(0), "b": read_adapter(tmp_path / "bad")},
-            method="random",
+            Clustering((("a",), ("b",)), "by hand"),
         )
     assert state(shelf.path) == before
 

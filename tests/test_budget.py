@@ -15,6 +15,7 @@ from lorashelf import (
     Factors,
     Modules,
     Shelf,
+    cluster,
     new_settings,
     plan_add,
     plan_cluster,
@@ -153,9 +154,11 @@ def test_a_shelf_that_is_full_already_goes_on_after_a_task_is_removed(tmp_path: 
 def test_clusters_leave_room_to_go_on(tmp_path: Path) -> None:
     named = {f"task-{i}": adapter(i) for i in range(4)}
 
+    found = cluster(named, 2, method="random")
+
     def clustered(name: str, **options: Any) -> Shelf:
         settings = new_settings(2, **options)
-        Shelf.create_with(tmp_path / name, settings, lambda snapshot: plan_cluster(snapshot, named, method="random"))
+        Shelf.create_with(tmp_path / name, settings, lambda snapshot: plan_cluster(snapshot, named, found))
         return Shelf(tmp_path / name)
 
     limit = int(2.5 * SIZE)

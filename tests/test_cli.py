@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from factory import assert_same_delta, make_adapter, tree, write_peft
-from lorashelf import Plan, Shelf, new_settings, plan_add, plan_cluster, read_adapter, write_adapter
+from lorashelf import Plan, Shelf, cluster, new_settings, plan_add, plan_cluster, read_adapter, write_adapter
 from lorashelf.cli import main
 from lorashelf.cli.app import MODULES
 from lorashelf.cli.output import Meter, cells
@@ -713,7 +713,8 @@ def test_home_is_found_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_adapter(make_adapter(1), "~/one")
     made = Shelf.create("~/s", new_settings(2))
     made.commit(plan_add(made.snapshot(), read_adapter("~/one"), "one"))
-    Shelf.create_with("~/c", new_settings(2), lambda s: plan_cluster(s, {"a": read_adapter("~/one")}, method="single"))
+    one = {"a": read_adapter("~/one")}
+    Shelf.create_with("~/c", new_settings(2), lambda s: plan_cluster(s, one, cluster(one, 1, method="single")))
     assert sorted(Shelf("~/s").snapshot().manifest.tasks) == ["one"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "one", "s"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from factory import assert_same_delta, tree
-from lorashelf import BaseId, Shelf, merge, plan_add, read_adapter, write_adapter
-from lorashelf.cli import main, output
+from lorashelf import PARTITIONERS, BaseId, Shelf, merge, plan_add, plan_set, read_adapter, write_adapter
+from lorashelf.cli import clustering, main, output
 from lorashelf.locks import sole
 from lorashelf.merging.average import scaled
 from lorashelf.models.hf import HFBackend
@@ -60,8 +61,29 @@ def test_the_document_and_the_shelf(house: Path, tmp_path: Path, capsys: pytest.
     assert document["loss"]["held_out"] > 0
     snapshot = Shelf(tmp_path / "s").snapshot()
     assert document["head"] == snapshot.head
+    cause = snapshot.manifest.cause
+    assert (cause["method"], cause["seed"]) == ("d2c", 0)
+    assert {name: document[name] for name in cause["search"]} == cause["search"]
+    options = ("iterations", "propose", "accept", "init", "restarts", "keep_best")
+    assert [cause["search"][name] for name in options] == [12, "uniform", "task", "random", 0, False]
+    assert cause["search"]["loss"].keys() == {"start", "search", "held_out"}
+    assert cause["search"]["evaluations"] == document["evaluations"]
+    assert cause["search"]["examples"].startswith("b2-")
+    backend = HFBackend.open(str(house / "base"), device="cpu")
+    model = cause["search"]["model"]
+    assert (model["name"], model["weights"]) == (str(house / "base"), backend.weights)
+    assert (model["dtype"], model["prompt"]) == (backend.dtype, backend.prompt_id)
+    shelf = Shelf(tmp_path / "s")
+    for number in range(3):  # the log keeps it when the state is gone
+        shelf.commit(plan_set(shelf.snapshot(), "qa-en", {"prompt": f"Mend {number}:"}))
+    assert shelf.log()[1]["search"] == cause["search"]
+    assert shelf.log()[1]["id"] not in shelf.snapshot().kept
+    with pytest.raises(SystemExit):
+        main(["log", str(tmp_path / "s")])
+    assert "d2c" in capsys.readouterr().out
+    snapshot = shelf.snapshot()
     assert (document["merge"], document["later_merge"]) == ("ties", "linear")
-    assert snapshot.manifest.tasks["qa-en"]["prompt"] == "Mend:"
+    assert snapshot.manifest.tasks["qa-de"]["prompt"] == "Mend:"
     assert snapshot.manifest.tasks["qa-en"]["max_new_tokens"] == 9
     assert snapshot.manifest.tasks["qa-en"]["type"] == "qa"
     assert list(tmp_path.iterdir()) == [tmp_path / "s"], "the journal goes once the shelf is there"
@@ -188,6 +210,21 @@ def test_a_later_fold_into_a_ties_block_is_a_running_average(
         assert (slot.history.method, slot.history.fixed) == (None, "merged by ties")
 
 
+def test_a_guided_search_asks_for_less(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = run(capsys, house, tmp_path / "a", "--iterations", 100)[1]
+    code, guided, _ = run(capsys, house, tmp_path / "b", "--iterations", 100, "--propose", "guided", "--restarts", 1)
+    assert code == 0
+    assert 0 < guided["proposals"] < plain["proposals"] == 100
+    assert guided["evaluations"] < plain["evaluations"]
+    assert Shelf(tmp_path / "b").snapshot().manifest.cause["search"]["propose"] == "guided"
+
+
+def test_the_defaults_of_the_command_are_those_of_the_method() -> None:
+    given = inspect.signature(clustering.cluster).parameters
+    for name, parameter in PARTITIONERS["d2c"].parameters.items():
+        assert given[name].default == parameter.default
+
+
 def test_a_named_journal_stays(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal = tmp_path / "j.jsonl"
     assert run(capsys, house, tmp_path / "a", "--journal", journal)[0] == 0
@@ -200,6 +237,7 @@ def test_a_named_journal_stays(house: Path, tmp_path: Path, capsys: pytest.Captu
     ("options", "said"),
     [
         (["--accept", "all"], "--accept is 'all'"),
+        (["--propose", "wild"], "--propose is 'wild'; choose from uniform, guided"),
         (["--init", "kmeans"], "--init is 'kmeans'"),
         (["--method", "d3c"], "did you mean 'd2c'?"),
         (["--base", "no/such/base/at all"], "is not there"),
@@ -217,7 +255,7 @@ def test_options_that_cannot_be(
     monkeypatch.chdir(tmp_path)
     code, document, _ = run(capsys, house, tmp_path / "s", *options)
     assert code in (2, 5)
-    assert said in document["error"]["message"]
+    assert said in f"{document['error']['message']} {document['error']['cure']}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -233,7 +271,7 @@ def test_examples_are_needed_and_every_lacking_task_is_named(
     with pytest.raises(SystemExit) as exit_:
         main(words)
     assert exit_.value.code == 2
-    assert "needs --examples" in capsys.readouterr().err
+    assert "partition method d2c needs --examples DIR" in capsys.readouterr().err
 
 
 def test_examples_that_do_not_fit_are_counted_or_refused(
@@ -312,6 +350,8 @@ def test_adapters_of_another_size_are_refused_before_the_search(
         ("--examples-per-task", "3"),
         ("--accept", "both"),
         ("--init", "agglomerative"),
+        ("--propose", "guided"),
+        ("--restarts", "0"),
         ("--keep-best",),
         ("--journal", "j"),
         ("--base", "x"),

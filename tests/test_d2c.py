@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from factory import make_adapter
-from lorashelf import Adapter, MergeSpec, merge
+from lorashelf import Adapter, Clustering, MergeSpec, merge
 from lorashelf.errors import UsageError
 from lorashelf.merging.blocks import merger
 from lorashelf.models.protocol import Loss, Pair, mean_loss
 from lorashelf.models.quadratic import QuadraticBackend
-from lorashelf.placement.d2c import Block, search
+from lorashelf.placement.d2c import Block, both_fall, search
 from lorashelf.result_store import ResultStore
 from lorashelf.search.block_loss import BlockLoss
 from lorashelf.search.cluster import cluster_by_loss
@@ -42,18 +42,18 @@ def sets_of(tasks: Iterable[str], count: int = 2) -> dict[str, ExampleSet]:
     return {task: ExampleSet(task, "Mend:", examples) for task in tasks}
 
 
-class Counting:
-    """QuadraticBackend that counts pairs, and can be told to stop after some."""
+class Counting(QuadraticBackend):
+    """One that counts pairs, and can be told to stop after some."""
 
     def __init__(self, targets: dict[str, Adapter], stop_after: int | None = None) -> None:
-        self._inner, self.pairs, self._stop_after = QuadraticBackend(targets), 0, stop_after
-        self.id = self._inner.id
+        super().__init__(targets)
+        self.pairs, self._stop_after = 0, stop_after
 
     def nll(self, pairs: Sequence[Pair]) -> list[list[Loss]]:
         if self._stop_after is not None and self.pairs >= self._stop_after:
             raise KeyboardInterrupt
         self.pairs += len(pairs)
-        return self._inner.nll(pairs)
+        return super().nll(pairs)
 
 
 def objective(adapters: dict[str, Adapter], backend: Counting | QuadraticBackend, **options: object) -> BlockLoss:
@@ -133,7 +133,7 @@ def total(adapters: dict[str, Adapter], blocks: Iterable[Iterable[str]]) -> floa
 def test_the_search_ends_where_no_single_move_helps(seed: int) -> None:
     adapters = related(seed)
     losses = objective(adapters, QuadraticBackend(adapters))
-    found = search(TASKS, 3, losses, iterations=400, seed=seed, accept="both")
+    found = search(TASKS, 3, losses, iterations=400, seed=seed, accept=both_fall)
     start = search(TASKS, 3, losses, iterations=0, seed=seed).blocks
     reached = total(adapters, found.blocks)
     assert reached < total(adapters, start)
@@ -150,7 +150,7 @@ def test_accepting_for_both_blocks_never_raises_the_total() -> None:
     losses = objective(adapters, QuadraticBackend(adapters))
     before = None
     for iterations in range(0, 60, 6):
-        found = search(TASKS, 3, losses, iterations=iterations, seed=2, accept="both")
+        found = search(TASKS, 3, losses, iterations=iterations, seed=2, accept=both_fall)
         now = total(adapters, found.blocks)
         assert before is None or now <= before
         before = now
@@ -170,9 +170,9 @@ def test_it_starts_where_it_is_told() -> None:
     losses = objective(adapters, QuadraticBackend(adapters))
     start = [TASKS[:2], TASKS[2:]]
     assert search(TASKS, 3, losses, iterations=0, start=start).blocks == (TASKS[:2], TASKS[2:])
-    with pytest.raises(UsageError, match="no partition"):
+    with pytest.raises(UsageError, match="not a partition"):
         search(TASKS, 3, losses, start=[TASKS[:2]])
-    with pytest.raises(UsageError, match="no partition"):
+    with pytest.raises(UsageError, match="not a partition"):
         search(TASKS, 1, losses, start=start)
 
 
@@ -216,6 +216,10 @@ def clustered(adapters: dict[str, Adapter], backend: Counting, journal: Path | N
     )
 
 
+def without_counts(clustering: Clustering) -> dict[str, Any]:
+    return {name: value for name, value in clustering.report.items() if name != "evaluations"}
+
+
 def test_an_interrupted_search_goes_on_from_its_journal(tmp_path: Path) -> None:
     adapters = related(4)
     whole = Counting(adapters)
@@ -225,8 +229,8 @@ def test_an_interrupted_search_goes_on_from_its_journal(tmp_path: Path) -> None:
         clustered(adapters, first, tmp_path / "j.jsonl")
     second = Counting(adapters)
     resumed = clustered(adapters, second, tmp_path / "j.jsonl")
-    assert resumed.found == expected.found
-    assert resumed.loss == expected.loss
+    assert resumed.blocks == expected.blocks
+    assert without_counts(resumed) == without_counts(expected)
     assert 0 < first.pairs < whole.pairs
     assert first.pairs + second.pairs == whole.pairs
 
@@ -239,7 +243,7 @@ def test_a_torn_last_line_is_measured_again(tmp_path: Path, torn: int) -> None:
     data = journal.read_bytes()
     journal.write_bytes(data[:-torn])
     backend = Counting(adapters)
-    assert clustered(adapters, backend, journal).found == expected.found
+    assert clustered(adapters, backend, journal).blocks == expected.blocks
     assert backend.pairs == 1
     assert sorted(journal.read_bytes().splitlines()) == sorted(data.splitlines())
 
@@ -270,7 +274,7 @@ def test_a_loss_of_another_shape_is_measured_again(
     for line in lines:
         journal.put(line["unit"], shape if line is lines[-1] else line["result"])
     backend = Counting(adapters)
-    assert clustered(adapters, backend, file).found == expected.found
+    assert clustered(adapters, backend, file).blocks == expected.blocks
     assert backend.pairs == 1
     assert caplog.text.count("of another shape") == 1
 
@@ -330,7 +334,7 @@ def test_the_journal_holds_what_was_measured(tmp_path: Path) -> None:
     settings, *losses = [json.loads(line)["unit"]["what"] for line in (tmp_path / "j.jsonl").read_text().splitlines()]
     assert settings == "settings"
     assert set(losses) == {"loss"}
-    assert len(losses) >= searched.distinct == searched.evaluations
+    assert len(losses) >= searched.report["losses"]["distinct"] == searched.report["evaluations"]
 
 
 # the losses of a clustering ------------------------------------------------------------------------------------------
@@ -341,10 +345,13 @@ def test_losses_on_the_examples_searched_with_and_on_others_are_reported() -> No
     backend = Counting(adapters)
     held_out = sets_of(adapters, count=5)
     recipe = MergeSpec(method=METHOD, seed=4)
-    searched = cluster_by_loss(adapters, 3, recipe, backend, sets_of(adapters), held_out=held_out, iterations=10)
-    mean = total(adapters, searched.found.blocks) / len(TASKS)
-    assert searched.loss == pytest.approx(mean, rel=1e-5)
-    assert searched.held_out == pytest.approx(mean, rel=1e-5)
+    searched = cluster_by_loss(adapters, 3, recipe, backend, sets_of(adapters), held_out=held_out, iterations=40)
+    mean = total(adapters, searched.blocks) / len(TASKS)
+    assert searched.report["loss"]["search"] == pytest.approx(mean, rel=1e-5)
+    assert searched.report["loss"]["held_out"] == pytest.approx(mean, rel=1e-5)
+    start = search(TASKS, 3, objective(adapters, backend), iterations=0, seed=4).blocks
+    assert searched.report["loss"]["start"] == pytest.approx(total(adapters, start) / len(TASKS), rel=1e-5)
+    assert searched.report["loss"]["search"] < searched.report["loss"]["start"]
 
 
 @pytest.mark.parametrize(("slots", "held_out"), [(2, False), (2, True), (20, True)])
@@ -389,10 +396,45 @@ def test_copies_are_merged_once() -> None:
     assert both == alone
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_registered_method_is_the_transcription(seed: int) -> None:
+    adapters, backend = related(seed), QuadraticBackend(related(seed))
+    spec = MergeSpec(METHOD, seed=seed)
+    found = cluster_by_loss(adapters, 3, spec, backend, sets_of(adapters), iterations=40)
+    moves, blocks = literal(adapters, sets_of(adapters), backend, 3, 40, seed)
+    assert list(found.blocks) == blocks
+    assert (found.method, found.seed) == ("d2c", seed)
+    assert (found.report["proposals"], found.report["accepted"]) == (40, len(moves))
+
+
+def test_what_decided_is_reported() -> None:
+    adapters = related(1)
+    backend, sets = QuadraticBackend(adapters), sets_of(adapters)
+    spec = MergeSpec(METHOD)
+
+    def report(examples: dict[str, ExampleSet] = sets, **options: Any) -> dict[str, Any]:
+        return dict(cluster_by_loss(adapters, 3, spec, backend, examples, iterations=3, **options).report)
+
+    plain = report()
+    assert plain["model"] == {
+        "name": backend.name,
+        "weights": backend.weights,
+        "dtype": backend.dtype,
+        "prompt": backend.prompt_id,
+    }
+    assert [plain[name] for name in ("iterations", "accept", "init", "propose", "restarts", "keep_best")] == [
+        *(3, "task", "random", "uniform", 0, False)
+    ]
+    assert report() == plain == report(dict(reversed(sets.items())))
+    assert report({**sets, "a": sets_of("a", 3)["a"]})["examples"] != plain["examples"]
+    assert report(accept="both")["accept"] == "both"
+    json.dumps(plain, allow_nan=False)
+
+
 def test_an_agglomerative_start_is_that_partition() -> None:
     from lorashelf.placement.partitioners import partition
 
     adapters = related(12)
     searched = clustered(adapters, Counting(adapters), init="agglomerative", iterations=0)
     expected = partition([adapters[t] for t in TASKS], 3, method="agglomerative")
-    assert [list(block) for block in searched.found.blocks] == [[TASKS[i] for i in block] for block in expected]
+    assert [list(block) for block in searched.blocks] == [[TASKS[i] for i in block] for block in expected]

@@ -495,13 +495,13 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[4])
 from crash.scenes import A, B
-from lorashelf import Shelf, new_settings, plan_cluster, write_adapter
+from lorashelf import Clustering, Shelf, new_settings, plan_cluster, write_adapter
 from lorashelf.errors import LorashelfError
 
 def planned(snapshot):
     print("planning", flush=True)
     sys.stdin.readline()
-    return plan_cluster(snapshot, {"a": A, "b": B}, method="single")
+    return plan_cluster(snapshot, {"a": A, "b": B}, Clustering((("a", "b"),), "single"))
 
 try:
     if sys.argv[1] == "init":

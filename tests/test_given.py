@@ -12,6 +12,7 @@ import pytest
 from factory import assert_same_delta, make_adapter
 from lorashelf import (
     Adapter,
+    Clustering,
     Shelf,
     combine,
     gram,
@@ -94,7 +95,7 @@ def test_weights_are_numbers(function: Callable[[Any, Any], Adapter]) -> None:
 )
 def test_cluster_takes_a_mapping(shelf: Shelf, wrong: Any, said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        plan_cluster(shelf.snapshot(), wrong, method="single")
+        plan_cluster(shelf.snapshot(), wrong, Clustering((("a",),), "by hand"))
     assert said in caught.value.what
 
 
@@ -104,7 +105,7 @@ def test_one_adapter_is_an_adapter_and_a_name_is_text(shelf: Shelf) -> None:
     with pytest.raises(TaskNameError, match="7 is not text"):
         plan_add(shelf.snapshot(), X, 7)  # type: ignore[arg-type]
     with pytest.raises(TaskNameError, match="7 is not text"):
-        plan_cluster(shelf.snapshot(), {7: X, "a": Y}, method="single")  # type: ignore[dict-item]
+        plan_cluster(shelf.snapshot(), {7: X, "a": Y}, Clustering((("a",),), "by hand"))  # type: ignore[dict-item]
     shelf.commit(plan_add(shelf.snapshot(), X, "a"))
     with pytest.raises(UsageError, match="not an Adapter"):
         plan_update(shelf.snapshot(), "a", "adapters/a")  # type: ignore[arg-type]

@@ -122,7 +122,7 @@ def test_a_parameter_named_density_has_the_range_that_its_annotation_gives() -> 
 def test_a_name_that_merge_takes_for_itself_is_refused_at_registration(name: str) -> None:
     scope: dict[str, Any] = {}
     exec(f"def rule(tensors, ws, draw, *, {name}: float = 1.0): return tensors[0]", scope)
-    with pytest.raises(TypeError, match=f"{name}: merge takes this name for itself"):
+    with pytest.raises(TypeError, match=f"{name}: its caller takes this name for itself"):
         merge_method(f"takes_{name}", space="delta", cites="nobody")(scope["rule"])
     assert f"takes_{name}" not in METHODS
 

@@ -19,6 +19,7 @@ from lorashelf import (
     METHODS,
     METRICS,
     Adapter,
+    Clustering,
     Modules,
     Shelf,
     combine,
@@ -205,7 +206,9 @@ def test_two_names_of_which_no_rule_says_whether_they_are_one_module_are_refused
         lambda: merge([x, y], method="linear"),
         lambda: plan_add(shelf_of(tmp_path / "s", x).snapshot(), y, "new"),
         lambda: plan_cluster(
-            Shelf.create(tmp_path / "c", new_settings(1)).snapshot(), {"a": x, "b": y}, method="single"
+            Shelf.create(tmp_path / "c", new_settings(1)).snapshot(),
+            {"a": x, "b": y},
+            Clustering((("a", "b"),), "by hand"),
         ),
         lambda: forecast({"a": x, "b": y}, [1], new_settings(1).merge),
         lambda: unmerge(x, y, 2, method="linear"),

@@ -25,6 +25,7 @@ import pytest
 
 from factory import make_adapter, write_peft
 from lorashelf import (
+    Clustering,
     LorashelfError,
     Shelf,
     atomic,
@@ -198,7 +199,7 @@ def test_a_bad_task_name_is_refused(shelf: Shelf, tmp_path: Path, name: str, fra
     empty = Shelf(tmp_path / "empty.shelf").snapshot()
     for attempt in (
         lambda: plan_add(shelf.snapshot(), adapter, name),
-        lambda: plan_cluster(empty, {"good": adapter, name: adapter}, method="random"),
+        lambda: plan_cluster(empty, {"good": adapter, name: adapter}, Clustering((("good",),), "by hand")),
     ):
         with pytest.raises(TaskNameError) as caught:
             attempt()
@@ -249,7 +250,7 @@ def test_two_ways_to_write_an_accent_are_one_name(shelf: Shelf, tmp_path: Path) 
         plan_cluster(
             Shelf(tmp_path / "empty.shelf").snapshot(),
             {composed: make_adapter(2), decomposed: make_adapter(3)},
-            method="random",
+            Clustering(((composed,),), "by hand"),
         )
 
 
@@ -277,7 +278,10 @@ def test_a_problem_type_that_is_no_text_is_refused(shelf: Shelf, tmp_path: Path,
     before = state(tmp_path)
     with pytest.raises(TaskNameError, match="is not printable text"):
         plan_cluster(
-            Shelf(tmp_path / "empty.shelf").snapshot(), {"x": make_adapter()}, method="single", types={"x": kind}
+            Shelf(tmp_path / "empty.shelf").snapshot(),
+            {"x": make_adapter()},
+            Clustering((("x",),), "by hand"),
+            types={"x": kind},
         )
     code, said = command("add", shelf.path, tmp_path / "third", "--type", kind)
     assert (code, ascii(kind) in said) == (2, True), said

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
@@ -11,10 +13,10 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 from factory import make_adapter
-from lorashelf import PARTITIONERS, Adapter, Factors, partition, partitioner, similarity
+from lorashelf import PARTITIONERS, Adapter, Clustering, Factors, cluster, gram, partition, partitioner, similarity
 from lorashelf.errors import MissingExtra, UnknownName, UsageError
 from lorashelf.lora.similarity import principal_coordinates, raw_gram
-from lorashelf.placement.partitioners import Partition, average_linkage
+from lorashelf.placement.partitioners import Losses, Partition, average_linkage, partition_method
 
 EVERY = pytest.mark.parametrize("method", sorted(PARTITIONERS))
 WITH_SKLEARN = ["agglomerative", "kmeans", "kmeans_svd"]
@@ -51,6 +53,24 @@ def assert_partition(blocks: Partition, count: int, k: int) -> None:
     assert sorted(i for block in blocks for i in block) == list(range(count))
 
 
+def split(xs: list[Adapter], k: int, *, method: str, seed: int = 0) -> Partition:
+    """`partition`, with losses and few iterations for the methods that ask for losses."""
+    if not PARTITIONERS[method].by_loss:
+        return partition(xs, k, method=method, seed=seed)
+    return partition(xs, k, method=method, seed=seed, losses=losses_of(xs), iterations=20)
+
+
+def losses_of(xs: list[Adapter]) -> Losses[int]:
+    """½ ‖ΔW_t − mean ΔW of the block‖², from the inner products."""
+    inner = gram(xs)
+
+    def losses(pairs: Sequence[tuple[frozenset[int], int]]) -> list[float]:
+        rows = [(sorted(block), task) for block, task in pairs]
+        return [(inner[np.ix_(b, b)].mean() - 2 * inner[t, b].mean() + inner[t, t]) / 2 for b, t in rows]
+
+    return losses
+
+
 @pytest.mark.parametrize("wrong", [[[0, 1]], [[0], [1], []], [[0], [1], [1, 2]], [[2], [0], [1]], [[0], [1], [2], [3]]])
 def test_the_check_of_a_partition_sees_a_wrong_one(wrong: Partition) -> None:
     assert_partition([[0, 2], [1]], 3, 3)
@@ -63,10 +83,11 @@ def test_the_check_of_a_partition_sees_a_wrong_one(wrong: Partition) -> None:
 def test_every_adapter_is_in_one_of_at_most_k_blocks(method: str, k: int) -> None:
     for seed in range(3):
         xs = family(7, seed)
-        blocks = partition(xs, k, method=method, seed=seed)
+        blocks = split(xs, k, method=method, seed=seed)
         assert_partition(blocks, 7, k)
-        assert partition(xs, k, method=method, seed=seed) == blocks
-    assert len(partition(family(7), k, method=method)) == (1 if method == "single" else k)
+        assert split(xs, k, method=method, seed=seed) == blocks
+    if not PARTITIONERS[method].by_loss:  # such a method may leave blocks empty
+        assert len(split(family(7), k, method=method)) == (1 if method == "single" else k)
 
 
 @EVERY
@@ -74,19 +95,19 @@ def test_every_adapter_is_in_one_of_at_most_k_blocks(method: str, k: int) -> Non
 def test_as_many_slots_as_adapters_give_each_its_own(method: str, count: int) -> None:
     own = [list(range(count))] if method == "single" else [[i] for i in range(count)]
     for k in (count, count + 3):
-        assert partition(family(count), k, method=method) == own
+        assert split(family(count), k, method=method) == own
 
 
 @EVERY
 def test_one_slot_holds_all(method: str) -> None:
-    assert partition(family(5), 1, method=method) == [[0, 1, 2, 3, 4]]
+    assert split(family(5), 1, method=method) == [[0, 1, 2, 3, 4]]
 
 
 @EVERY
 @pytest.mark.parametrize(("count", "k"), [(0, 2), (3, 0), (3, -1)])
 def test_no_adapters_or_no_slots_are_refused(method: str, count: int, k: int) -> None:
     with pytest.raises(UsageError, match=f"{count} adapters into {k} slots"):
-        partition(family(count), k, method=method)
+        split(family(count), k, method=method)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_names() -> None:
@@ -101,9 +122,9 @@ def test_duplicates_are_partitioned_without_a_warning(method: str, k: int) -> No
     for seed in range(5):
         for count in (6, 7, 8):
             xs = [make_adapter(10 * seed + i % 3) for i in range(count)]
-            assert_partition(partition(xs, k, method=method), count, k)
+            assert_partition(split(xs, k, method=method), count, k)
     twins = [make_adapter(0)] * 6
-    assert_partition(partition(twins, k, method=method), 6, k)
+    assert_partition(split(twins, k, method=method), 6, k)
 
 
 @pytest.mark.parametrize("method", WITH_SKLEARN)
@@ -217,12 +238,74 @@ def without_sklearn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 def test_without_scikit_learn_a_method_works_or_names_the_extra(method: str) -> None:
     if method in WITH_SKLEARN:
         with pytest.raises(MissingExtra, match="needs scikit-learn") as caught:
-            partition(family(4), 2, method=method)
+            split(family(4), 2, method=method)
         assert caught.value.extra == "cluster"
         assert "lorashelf[cluster]" in str(caught.value)
     else:
-        assert_partition(partition(family(4), 2, method=method), 4, 2)
-    assert len(partition(family(2), 2, method=method)) == (1 if method == "single" else 2)
+        assert_partition(split(family(4), 2, method=method), 4, 2)
+    assert len(split(family(2), 2, method=method)) == (1 if method == "single" else 2)
+
+
+def test_a_method_that_asks_for_losses_is_refused_without_them() -> None:
+    """Whoever clusters: the core, by names, or the command line (test_cluster_d2c.py)."""
+    xs = family(3)
+    for attempt in (
+        lambda: partition(xs, 2, method="d2c"),
+        lambda: cluster(dict(zip("abc", xs)), 2, method="d2c"),
+    ):
+        with pytest.raises(UsageError, match="partition method d2c needs --examples DIR") as caught:
+            attempt()
+        assert "cluster_by_loss" in str(caught.value.cure)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "said"),
+    [
+        ("d2c", {"iterations": -1}, "iterations is -1; it must be at least 0"),
+        ("d2c", {"accept": "all", "propose": "wild"}, "accept is 'all'; choose from task, both; propose is 'wild'"),
+        ("d2c", {"iteration": 3}, "partition method d2c has no parameter 'iteration'"),
+        ("random", {"iterations": 3}, "partition method random has no parameter 'iterations' (it has: none)"),
+    ],
+)
+def test_parameters_are_those_of_the_method(method: str, parameters: dict, said: str) -> None:
+    xs = family(3)
+    with pytest.raises(UsageError) as caught:
+        partition(xs, 2, method=method, losses=losses_of(xs), **parameters)
+    assert said in caught.value.what
+
+
+def test_a_method_of_ones_own_may_ask_for_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PARTITIONERS, "_entries", dict(PARTITIONERS._entries))
+
+    @partition_method("worst first", by_loss=True)
+    def worst_first(xs, k, seed, losses, watch, *, share: float = 0.5, side: Literal["left", "right"] = "left"):
+        from lorashelf.placement.partitioners import Partitioned
+
+        everyone = frozenset(range(len(xs)))
+        order = sorted(everyone, key=dict(zip(everyone, losses([(everyone, i) for i in everyone]))).get)
+        return Partitioned([sorted(order[:1]), sorted(order[1:])], {"share": share})
+
+    xs = [make_adapter(i) for i in range(4)]
+    found = cluster(dict(zip("abcd", xs)), 2, method="worst first", losses=lambda pairs: [ord(t) for _, t in pairs])
+    assert found == Clustering((("a",), ("b", "c", "d")), "worst first", 0, {"share": 0.5})
+    with pytest.raises(TypeError, match="losses: its caller takes this name for itself"):
+
+        @partition_method("another")
+        def another(xs, k, seed, given, watch, *, losses: Annotated[int, None] = 1): ...
+
+
+def test_names_and_indices_are_clustered_alike() -> None:
+    xs = planted([0, 1, 2] * 4)
+    names = [f"t{i:02}" for i in range(12)]
+    by_index = partition(xs, 3, method="d2c", seed=3, losses=losses_of(xs))
+
+    def losses(pairs: Sequence[tuple[frozenset[str], str]]) -> Sequence[float]:
+        return losses_of(xs)([(frozenset(map(names.index, block)), names.index(task)) for block, task in pairs])
+
+    shuffled = dict(sorted(zip(names, xs), key=lambda item: item[0][::-1]))
+    found = cluster(shuffled, 3, method="d2c", seed=3, losses=losses)
+    assert found.blocks == tuple(tuple(names[i] for i in block) for block in by_index)
+    assert (found.method, found.seed, found.report["proposals"]) == ("d2c", 3, 200)
 
 
 def test_a_partitioner_is_a_function_of_adapters_slots_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,17 @@ import pytest
 
 from crash.disk import in_memory, watched
 from factory import make_adapter, write_peft
-from lorashelf import Adapter, Shelf, new_settings, plan_add, plan_cluster, plan_remove, plan_update, read_adapter
+from lorashelf import (
+    Adapter,
+    Clustering,
+    Shelf,
+    new_settings,
+    plan_add,
+    plan_cluster,
+    plan_remove,
+    plan_update,
+    read_adapter,
+)
 from lorashelf.digest import canonical_json
 from lorashelf.errors import CorruptShelf, NewerFormat, NotReversible, ShelfNotFound
 from lorashelf.shelf.manifest import manifest_id
@@ -58,8 +68,9 @@ def how(report: dict[str, Any]) -> list[tuple[str, list[str], list[str]]]:
 
 
 def clustered(path: Path, **options: Any) -> Shelf:
+    all_in_one = Clustering((("a", "b", "c"),), "single")
     Shelf.create_with(
-        path, new_settings(1, **options), lambda snapshot: plan_cluster(snapshot, given("a", "b", "c"), method="single")
+        path, new_settings(1, **options), lambda snapshot: plan_cluster(snapshot, given("a", "b", "c"), all_in_one)
     )
     return Shelf(path)
 

@@ -22,6 +22,7 @@ if typing.TYPE_CHECKING:
     from .models.base_model import base_folder
     from .models.engines import ENGINES, open_model
     from .models.hf import HFBackend
+    from .placement.clustering import Clustering, cluster
     from .placement.partitioners import PARTITIONERS, partition, partitioner
     from .placement.policies import POLICIES, PlacementSpec, policy
     from .search.cluster import cluster_by_loss
@@ -46,6 +47,7 @@ _NAMES = {  # module → the names that are imported from it when one is asked f
     "models.base_model": ("base_folder",),
     "models.engines": ("ENGINES", "open_model"),
     "models.hf": ("HFBackend",),
+    "placement.clustering": ("Clustering", "cluster"),
     "placement.partitioners": ("PARTITIONERS", "partition", "partitioner"),
     "placement.policies": ("POLICIES", "PlacementSpec", "policy"),
     "search.cluster": ("cluster_by_loss",),
@@ -69,6 +71,7 @@ __all__ = [
     "Adapter",
     "BaseId",
     "Budget",
+    "Clustering",
     "Factors",
     "HFBackend",
     "LorashelfError",
@@ -85,6 +88,7 @@ __all__ = [
     "__version__",
     "base_folder",
     "candidates",
+    "cluster",
     "cluster_by_loss",
     "combine",
     "compress",

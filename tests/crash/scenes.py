@@ -15,6 +15,7 @@ from factory import make_adapter
 from lorashelf import (
     Adapter,
     Shelf,
+    cluster,
     new_settings,
     plan_add,
     plan_cluster,
@@ -115,7 +116,8 @@ def changed_after_an_undo(path: Path) -> None:
 
 def make_cluster(path: Path) -> None:
     named = {"a": A, "b": B, "c": C}
-    Shelf.create_with(path, new_settings(2), lambda snapshot: plan_cluster(snapshot, named, method="random"), clock)
+    found = cluster(named, 2, method="random")
+    Shelf.create_with(path, new_settings(2), lambda snapshot: plan_cluster(snapshot, named, found), clock)
 
 
 def make_empty(path: Path) -> None:

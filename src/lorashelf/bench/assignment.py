@@ -15,7 +15,8 @@ from ..lora.adapter import Adapter
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
 from ..models.protocol import Scores
-from ..placement.partitioners import partition
+from ..placement.clustering import cluster
+from ..placement.partitioners import PARTITIONERS
 from ..search.cluster import cluster_by_loss, drawn
 from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
@@ -92,9 +93,8 @@ def _clustered(cell: Cell, inputs: Inputs) -> list[list[str]]:
     if cell.method == BY_TYPE:
         by_type = sorted(names, key=lambda name: (inputs.tasks[name].type, name))
         return [list(group) for _, group in itertools.groupby(by_type, key=lambda name: inputs.tasks[name].type)]
-    xs = [inputs.adapters[name] for name in names]
-    blocks = partition(xs, cell.options["slots"], method=cell.method, seed=cell.options["seed"])
-    return [[names[i] for i in block] for block in blocks]
+    found = cluster(inputs.adapters, cell.options["slots"], method=cell.method, seed=cell.options["seed"])
+    return [list(block) for block in found.blocks]
 
 
 def _merged(cell: Cell, inputs: Inputs, blocks: Sequence[Sequence[str]], more: Mapping[str, Any]) -> Assignment:
@@ -126,17 +126,15 @@ def _searched(cell: Cell, inputs: Inputs) -> Assignment:
     sets, _ = drawn(
         inputs.tasks, inputs.adapters, backend.fitting, "train", options["examples_per_task"], options["seed"]
     )
-    searched = cluster_by_loss(
+    found = cluster_by_loss(
         inputs.adapters,
         options["slots"],
         _spec(cell),
         backend,
         sets,
-        iterations=options["iterations"],
-        accept=options["accept"],
-        init=options["init"],
+        method=cell.method,
         journal=inputs.folder / f"search-{cell.id}.jsonl",
         watch=inputs.watch,
+        **{name: options[name] for name in PARTITIONERS[cell.method].parameters},
     )
-    blocks = [list(block) for block in searched.found.blocks]
-    return _merged(cell, inputs, blocks, {"search": searched.document()})
+    return _merged(cell, inputs, found.blocks, {"search": dict(found.report)})

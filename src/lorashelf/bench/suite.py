@@ -31,7 +31,6 @@ from ..atomic import read_file
 from ..digest import canonical_json, digest
 from ..errors import LorashelfError, UsageError
 from ..merging import METHODS
-from ..placement.d2c import Accept
 from ..placement.partitioners import PARTITIONERS
 from ..placement.policies import POLICIES
 
@@ -47,16 +46,17 @@ BY_TYPE = "type"
 """The clustering with a block per problem type, which an oracle would know."""
 METHODS_OF: Mapping[How, Sequence[str]] = {
     "serve": ("base", "own"),
-    "cluster": (BY_TYPE, *PARTITIONERS),
+    "cluster": (BY_TYPE, *(name for name, method in PARTITIONERS.items() if not method.by_loss)),
     "arrive": tuple(POLICIES),
-    "search": ("d2c",),
+    "search": tuple(name for name, method in PARTITIONERS.items() if method.by_loss),
 }
 _COMMON: dict[str, Any] = {"slots": 5, "merge": "linear", "parameters": {}, "rank": None, "dtype": "f32", "seed": 0}
+_SEARCH = {name: p for method in METHODS_OF["search"] for name, p in PARTITIONERS[method].parameters.items()}
 _OPTIONS: Mapping[How, Mapping[str, Any]] = {
     "serve": {},
     "cluster": _COMMON,
     "arrive": {**_COMMON, "order": "random", "threshold": "auto"},
-    "search": {**_COMMON, "iterations": 200, "examples_per_task": 10, "accept": "task", "init": "random"},
+    "search": {**_COMMON, **{name: p.default for name, p in _SEARCH.items()}, "examples_per_task": 10},
 }
 """What a cell of each kind depends on, with the defaults; everything is stored in float32 unless `dtype` differs."""
 ORDERS = ("random", "worst", "name")
@@ -236,11 +236,11 @@ def _listed(value: Any) -> list[Any]:
 
 def _fault(name: str, value: Any) -> str | None:
     """What is wrong with the value of an option."""
+    if name in _SEARCH:
+        return _SEARCH[name].fault(value)
     choices: dict[str, Sequence[Any]] = {
         "dtype": ("f32", "f16", "bf16"),
         "order": ORDERS,
-        "accept": get_args(Accept),
-        "init": ("random", "agglomerative"),
         "merge": tuple(METHODS),
     }
     if name in choices:
@@ -252,5 +252,5 @@ def _fault(name: str, value: Any) -> str | None:
         return None if value == "auto" or number else f"threshold is {value!r}, neither 'auto' nor from -1 to 1"
     if name == "rank" and value is None:
         return None
-    least = 0 if name in ("seed", "iterations") else 1
+    least = 0 if name == "seed" else 1
     return None if type(value) is int and value >= least else f"{name} is {value!r}, not a whole number from {least}"

@@ -7,19 +7,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import atomic
-from ..errors import DiskError, ModelError, UnknownName, UsageError
+from ..errors import DiskError, ModelError, UsageError
 from ..locks import sole
 from ..lora.adapter import Adapter
 from ..merging import METHODS
 from ..merging.spec import MergeSpec
-from ..placement.d2c import Accept
-from ..placement.partitioners import PARTITIONERS
-from ..search.cluster import Searched, cluster_by_loss, drawn
+from ..placement.clustering import Clustering
+from ..placement.clustering import cluster as cluster_adapters
+from ..placement.partitioners import PARTITIONERS, PartitionMethod
+from ..search.cluster import cluster_by_loss, drawn
 from ..shelf import routing
 from ..shelf.plans import plan_cluster, together
 from ..shelf.settings import new_settings
@@ -31,20 +32,15 @@ from .output import counted, note, show, table
 if TYPE_CHECKING:
     from ..models.protocol import Scores
 
-D2C = "d2c"
-SEARCHES = {  # the options that only the search of d2c reads
-    "iterations": "--iterations",
+LOSSES = {  # the options that only methods read which ask for losses, beside their own parameters
     "per_task": "--examples-per-task",
-    "accept": "--accept",
-    "init": "--init",
-    "keep_best": "--keep-best",
     "journal": "--journal",
     "base_model": "--base",
     "device": "--device",
     "model_dtype": "--model-dtype",
     "template_arg": "--template-arg",
 }
-Init = Literal["random", "agglomerative"]
+PARAMETERS = {name: "--" + "-".join(name.split("_")) for method in PARTITIONERS.values() for name in method.parameters}
 
 
 def cluster(
@@ -54,7 +50,7 @@ def cluster(
     slots: arg.Slots,
     method: Annotated[
         str,
-        typer.Option("--method", help="d2c, agglomerative, kmeans, kmeans_svd, random or single.", show_default=False),
+        typer.Option("--method", help=f"One of {', '.join(sorted(PARTITIONERS))}.", show_default=False),
     ],
     merge: Annotated[
         str | None,
@@ -76,6 +72,13 @@ def cluster(
     ] = None,
     base_model: arg.Base = None,
     iterations: Annotated[int, typer.Option("--iterations", help="d2c: T, how many moves are tried.", min=0)] = 200,
+    propose: Annotated[
+        str,
+        typer.Option(
+            "--propose",
+            help="d2c: moves drawn uniformly, or guided: moves and swaps that bring like adapters together.",
+        ),
+    ] = "uniform",
     per_task: Annotated[
         int, typer.Option("--examples-per-task", help="d2c: n, drawn from the train split.", min=1)
     ] = 10,
@@ -85,6 +88,9 @@ def cluster(
     init: Annotated[
         str, typer.Option("--init", help="d2c: start from a random or an agglomerative partition.")
     ] = "random",
+    restarts: Annotated[
+        int, typer.Option("--restarts", help="d2c: further searches from random partitions; the best stays.", min=0)
+    ] = 0,
     keep_best: Annotated[
         bool, typer.Option("--keep-best", help="d2c: end at the least total loss seen; measures more.")
     ] = False,
@@ -111,7 +117,8 @@ def cluster(
 ) -> None:
     """Cluster many adapters into K slots at once, and merge each cluster."""
     check_vacant(output)
-    blocks = MergeSpec(merge or ("ties" if method == D2C else "linear"), parameters=arg.parameters(parameter))
+    chosen = PARTITIONERS[method]
+    blocks = MergeSpec(merge or chosen.merge, parameters=arg.parameters(parameter))
     METHODS[blocks.method].checked(blocks.parameters)
     settings = new_settings(
         slots,
@@ -131,58 +138,57 @@ def cluster(
         quality=quality,
     )
     blocks = replace(settings.merge, method=blocks.method, parameters=blocks.parameters)
-    _checked(method, examples, accept, init, arg.stated(context, SEARCHES))
+    parameters = {name: value for name, value in context.params.items() if name in chosen.parameters}
+    _check(chosen, examples, parameters, arg.stated(context, {**LOSSES, **PARAMETERS}))
     named = arg.read_named(adapters)
     arg.note_adapters(named)
     arg.note_untrained(named)
     together(named, settings, assume_base=assume_base)
     tasks = read_tasks(examples) if examples else {}
-    kept = journal or output.with_name(output.name + ".d2c.jsonl")
-    searched = None
-    if method == D2C:
-        options = {"iterations": iterations, "accept": accept, "init": init, "keep_best": keep_best, "journal": kept}
+    kept = journal or output.with_name(f"{output.name}.{method}.jsonl")
+    if chosen.by_loss:
+        backend = partial(_opened, base_model, device, model_dtype, template_arg)
         with _alone(kept):
-            backend = partial(_opened, base_model, device, model_dtype, template_arg)
-            searched = _searched(named, slots, blocks, tasks, per_task, backend, options)
+            clustering = _searched(named, slots, blocks, tasks, per_task, backend, method, kept, parameters)
+    else:
+        clustering = cluster_adapters(named, slots, method=method, seed=seed, **parameters)
     details = {name: fields_for(examples, name) for name in named} if examples else {}
-    found = searched.found if searched else None
     made, plan = Shelf.create_with(
         output,
         settings,
         lambda snapshot: plan_cluster(
             snapshot,
             named,
-            method=method,
-            found=found,
+            clustering,
             merge=blocks,
             types={name: task.type for name, task in tasks.items()},
             details=details,
             assume_base=assume_base,
         ),
     )
-    if searched and journal is None:
+    if chosen.by_loss and journal is None:
         atomic.remove(kept)
-    report = {**plan.report, **(searched.document() if searched else {})}
-    for slot, in_common in report["shared"].items():
+    for slot, in_common in plan.report["shared"].items():
         arg.note_few_shared(f"slot {slot}", in_common)
-    show({**report, "slots": routing.slot_documents(made), "head": made.head}, json, _clustered)
+    show({**plan.report, "slots": routing.slot_documents(made), "head": made.head}, json, _clustered)
 
 
-def _checked(method: str, examples: Path | None, accept: str, init: str, given: Sequence[str]) -> None:
-    """Refuse what the options of d2c cannot mean, before anything is read; `given` are those in the command."""
-    if method not in (D2C, *PARTITIONERS):
-        raise UnknownName("clustering method", method, [D2C, *PARTITIONERS])
-    if method != D2C and given:
-        what = f"--method {method} takes no {', '.join(given)}: only d2c reads {'it' if len(given) == 1 else 'them'}"
-        raise UsageError(what, cure="leave out what is not for this method, or give --method d2c")
-    faults = []
-    if method == D2C and examples is None:
-        faults.append("--method d2c needs --examples DIR")
-    for option, value, choices in (("--accept", accept, get_args(Accept)), ("--init", init, get_args(Init))):
-        if value not in choices:
-            faults.append(f"{option} is {value!r}; choose from {', '.join(choices)}")
+def _check(method: PartitionMethod, examples: Path | None, parameters: Mapping[str, Any], given: Sequence[str]) -> None:
+    """Refuse what the options cannot mean, before anything is read; `given` are those in the command."""
+    if unread := [option for option in given if option not in _read(method)]:
+        readers = sorted(name for name, other in PARTITIONERS.items() if set(unread) & _read(other))
+        what = f"--method {method.name} takes no {', '.join(unread)}: only {', '.join(readers)} reads "
+        cure = f"leave out what is not for this method, or give --method {readers[0]}"
+        raise UsageError(what + ("it" if len(unread) == 1 else "them"), cure=cure)
+    method.check_losses(examples is not None)
+    faults = [f"--{fault}" for name, value in parameters.items() if (fault := method.parameters[name].fault(value))]
     if faults:
         raise UsageError("; ".join(faults), cure="lorashelf cluster --help")
+
+
+def _read(method: PartitionMethod) -> set[str]:
+    """The options that a method reads."""
+    return {*(LOSSES.values() if method.by_loss else ()), *(PARAMETERS[name] for name in method.parameters)}
 
 
 def _searched(
@@ -192,12 +198,14 @@ def _searched(
     tasks: Mapping[str, Task],
     per_task: int,
     opened: Callable[[], Scores],
-    options: Mapping[str, Any],
-) -> Searched:
+    method: str,
+    journal: Path,
+    parameters: Mapping[str, Any],
+) -> Clustering:
     """The search, on examples of the train splits; the validation splits, where all have one, are reported on."""
     absent = sorted(set(named) - set(tasks))
     if absent:
-        cure = "a task folder a task, named as the task: NAME=ADAPTER names an adapter"
+        cure = "give a task folder per task, named as the task: NAME=ADAPTER names an adapter"
         raise UsageError(f"no examples for {', '.join(absent)}", cure=cure)
     backend = opened()
     backend.fits(named)
@@ -215,9 +223,11 @@ def _searched(
         spec,
         backend,
         sets,
+        method=method,
         held_out=others,
+        journal=journal,
         watch=lambda steps: counted(steps, lambda step: f"D2C: move {step + 1} of {len(steps)} is tried"),
-        **options,
+        **parameters,
     )
 
 
@@ -230,7 +240,7 @@ def _opened(name: str | None, device: str | None, dtype: str | None, template: S
 
 @contextlib.contextmanager
 def _alone(journal: Path) -> Iterator[None]:
-    """The journal is this search's alone; who interrupts is told that it stays. Raises UsageError, DiskError."""
+    """Keep the journal to this search; note that it stays after an interrupt. Raises UsageError, DiskError."""
     lock, cure = journal.with_name(journal.name + ".lock"), "wait until it is done, or name another --journal"
     with sole(lock, "another search writes into this journal", journal, cure):
         try:
@@ -252,9 +262,9 @@ def _clustered(document: dict[str, Any]) -> list[Any]:
         loss, counts = document["loss"], document["losses"]
         others = "" if loss["held_out"] is None else f", {loss['held_out']:.4f} on others"
         shown.append(
-            f"{document['accepted']} of {document['proposals']} moves taken; mean loss {loss['search']:.4f} on the "
-            f"examples searched with{others}\n{counts['asked']} losses asked for, {counts['distinct']} distinct, "
-            f"{document['evaluations']} measured in this run"
+            f"{document['accepted']} of {document['proposals']} moves taken; mean loss {loss['start']:.4f} before and "
+            f"{loss['search']:.4f} after on the examples searched with{others}\n{counts['asked']} losses asked for, "
+            f"{counts['distinct']} distinct, {document['evaluations']} measured in this run"
         )
     return shown
 

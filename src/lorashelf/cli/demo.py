@@ -20,6 +20,7 @@ import typer
 from ..errors import MissingExtra, UsageError
 from ..lora.adapter import Adapter
 from ..lora.similarity import similarity
+from ..placement.clustering import cluster
 from ..shelf import routing
 from ..shelf.arrival import plan_add
 from ..shelf.plans import plan_cluster
@@ -132,7 +133,7 @@ def _cluster(console: Console, named: Mapping[str, Adapter]) -> Blocks:
         made, _ = Shelf.create_with(
             Path(folder) / "clustered.shelf",
             new_settings(SLOTS),
-            lambda snapshot: plan_cluster(snapshot, named, method="agglomerative"),
+            lambda snapshot: plan_cluster(snapshot, named, cluster(named, SLOTS, method="agglomerative")),
         )
     console.print(table([">slot", "members"], [(slot.id, slot.members) for slot in made.manifest.slots]))
     return [slot.members for slot in made.manifest.slots]

@@ -41,7 +41,7 @@ Serving = Mapping[str, Adapter | None]
 
 
 def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, folder: Path, seed: int) -> None:
-    """Search with six examples a task, report on the other six; all methods merge `linear` into the same slots."""
+    """Search with six examples per task, report on the other six; all methods merge `linear` into the same slots."""
     tasks = read_tasks(examples)
     names = [name for name in DOZEN if name in zoo and name in tasks]
     adapters = {name: zoo[name] for name in names}
@@ -50,7 +50,7 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
     console.print(f"  {model.name}, {model.dtype}", markup=False)
     sets = {split: {name: tasks[name].examples(split) for name in names} for split in ("train", "validation")}
     spec = MergeSpec("linear", seed=seed)
-    searched = cluster_by_loss(
+    found = cluster_by_loss(
         adapters,
         SLOTS,
         spec,
@@ -66,12 +66,13 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
         "own adapter": adapters,
         "random": _serving(drawn, merger(adapters, spec)),
         "K-Merge++": _arrived(folder / "model.shelf", adapters, seed),
-        "D2C": _serving(searched.found.blocks, merger(adapters, spec)),
+        "D2C": _serving(found.blocks, merger(adapters, spec)),
     }
-    blocks = "  ·  ".join(" ".join(block) for block in searched.found.blocks)
+    blocks = "  ·  ".join(" ".join(block) for block in found.blocks)
+    report = found.report
     console.print(
-        f"  D2C: {len(searched.found.moves)} of {searched.found.proposals} moves taken; "
-        f"{searched.asked} losses asked for, {searched.evaluations} measured; slots: {blocks}",
+        f"  D2C: {report['accepted']} of {report['proposals']} moves taken; "
+        f"{report['losses']['asked']} losses asked for, {report['evaluations']} measured; slots: {blocks}",
         markup=False,
     )
     _loss_table(console, model, served, sets["validation"])
@@ -93,7 +94,7 @@ def _arrived(path: Path, adapters: Mapping[str, Adapter], seed: int) -> Serving:
 def _loss_table(
     console: Console, model: LanguageModel, served: Mapping[str, Serving], sets: Mapping[str, ExampleSet]
 ) -> None:
-    console.rule("Loss of the answers, nats a token (examples the search has not seen)", align="left")
+    console.rule("Loss of the answers, nats per token (examples the search has not seen)", align="left")
     losses: dict[str, list[float]] = {method: [] for method in served}
     for name in progress(list(sets), "  measuring"):
         found = model.nll([(serving[name], sets[name]) for serving in served.values()])

@@ -134,7 +134,7 @@ def _logged(entries: list[dict[str, Any]]) -> Any:
         rows.append(
             [
                 f"#{told['sequence']}",
-                *(str(told.get(column, "")) for column in columns),
+                *(str({"decision": told.get("method", ""), **told}.get(column, "")) for column in columns),
                 *([f"#{numbers[to]}" if to in numbers else to[:15]] if went else []),
                 told["id"][:15],
             ]

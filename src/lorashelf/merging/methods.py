@@ -9,9 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
 from ..registry import Registry
-from .parameters import Parameter, parameters_of
+from .parameters import Parameter, checked, parameters_of
 
 Tensor = NDArray[np.float32]
 Draw = Callable[[int], Any]  # adapter i → its np.random.Generator
@@ -49,16 +48,7 @@ class MergeMethod:
 
     def checked(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters with defaults filled in. Raises UsageError naming every unknown or unusable one."""
-        known = self.parameters
-        faults = [
-            f"{self.name} has no parameter {name!r} (it has: {', '.join(known) or 'none'})"
-            for name in params
-            if name not in known
-        ]
-        faults += [fault for name, value in params.items() if name in known and (fault := known[name].fault(value))]
-        if faults:
-            raise UsageError("; ".join(faults), cure="see docs/methods.md for the parameters of each method")
-        return {**{name: parameter.default for name, parameter in known.items()}, **params}
+        return checked(self.name, self.parameters, params, "see docs/methods.md for the parameters of each method")
 
 
 METHODS: Registry[MergeMethod] = Registry("merge method")

@@ -1,4 +1,4 @@
-"""What a merge method's parameters may be: read from the annotations of its rule, checked at every use."""
+"""What a method's parameters may be: read from the annotations of its rule, checked at every use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from ..errors import UsageError
 
 RESERVED = frozenset({"xs", "weights", "method", "rank", "seed", "watch"})
 """Names that `merge` takes for itself: a parameter of such a name could never be given."""
@@ -26,6 +28,9 @@ class Within:
     def __contains__(self, value: float) -> bool:
         return self.least <= value <= self.most
 
+    def __str__(self) -> str:
+        return f"at least {self.least:g}" if self.most == math.inf else f"from {self.least:g} to {self.most:g}"
+
 
 Fraction = Annotated[float, Within(0.0, 1.0)]
 """A share, from 0 to 1."""
@@ -33,7 +38,7 @@ Fraction = Annotated[float, Within(0.0, 1.0)]
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of a merge method: its name, its kind, its default and what else bounds it."""
+    """One parameter of a method: its name, its kind, its default and what else bounds it."""
 
     name: str
     kind: type
@@ -49,7 +54,7 @@ class Parameter:
         if not self._is_kind(value):
             return f"{self.name} is {value!r}, not {_KINDS[self.kind]}"
         if self.kind in (int, float) and value not in self.within:
-            return f"{self.name} is {value!r}; it must be from {self.within.least:g} to {self.within.most:g}"
+            return f"{self.name} is {value!r}; it must be {self.within}"
         return None
 
     def _is_kind(self, value: Any) -> bool:
@@ -58,31 +63,46 @@ class Parameter:
         return type(value) is self.kind
 
 
-def parameters_of(rule: Callable[..., Any]) -> Mapping[str, Parameter]:
+def parameters_of(
+    rule: Callable[..., Any], noun: str = "merge method", reserved: frozenset[str] = RESERVED
+) -> Mapping[str, Parameter]:
     """The keyword-only parameters of a rule, by name.
 
     Each is annotated as bool, int, float, str or a Literal of texts, a number optionally with its range
     (`Annotated[float, Within(0, 1)]`), and has a default. Raises TypeError naming every parameter that is not so, or
-    that bears a name which `merge` takes for itself.
+    that bears a `reserved` name, one which the caller of such rules takes for itself.
     """
     found: dict[str, Parameter] = {}
     faults: list[str] = []
-    hints = _hints(rule)
+    hints = _hints(rule, noun)
     for given in inspect.signature(rule).parameters.values():
         if given.kind is not given.KEYWORD_ONLY:
             continue
-        described = list(_faults(given, hints.get(given.name)))
+        described = list(_faults(given, hints.get(given.name), reserved))
         faults += [f"{given.name}: {fault}" for fault in described]
         if not described:
             found[given.name] = _parameter(given.name, hints[given.name], given.default)
             if fault := found[given.name].fault(given.default):
                 faults.append(f"the default of {fault}")
     if faults:
-        raise TypeError(f"{getattr(rule, '__name__', rule)} cannot be a merge method: " + "; ".join(faults))
+        raise TypeError(f"{getattr(rule, '__name__', rule)} cannot be a {noun}: " + "; ".join(faults))
     return MappingProxyType(found)
 
 
-def _hints(rule: Callable[..., Any]) -> dict[str, Any]:
+def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, Any], cure: str) -> dict[str, Any]:
+    """The given parameters with the defaults of the others. Raises UsageError naming every unknown or unusable one."""
+    faults = [
+        f"{owner} has no parameter {name!r} (it has: {', '.join(known) or 'none'})"
+        for name in given
+        if name not in known
+    ]
+    faults += [fault for name, value in given.items() if name in known and (fault := known[name].fault(value))]
+    if faults:
+        raise UsageError("; ".join(faults), cure=cure)
+    return {**{name: parameter.default for name, parameter in known.items()}, **given}
+
+
+def _hints(rule: Callable[..., Any], noun: str) -> dict[str, Any]:
     """The annotations of keyword-only parameters; those of the others may be for a type checker only."""
     spelled = inspect.get_annotations(rule)
     keywords = {p.name for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -91,13 +111,13 @@ def _hints(rule: Callable[..., Any]) -> dict[str, Any]:
         return get_type_hints(alone, globalns=getattr(rule, "__globals__", {}), include_extras=True)
     except NameError as error:
         raise TypeError(
-            f"{rule.__name__} cannot be a merge method: an annotation names what is not there: {error}"
+            f"{rule.__name__} cannot be a {noun}: an annotation names what is not there: {error}"
         ) from error
 
 
-def _faults(given: inspect.Parameter, hint: Any) -> Iterator[str]:
-    if given.name in RESERVED:
-        yield "merge takes this name for itself"
+def _faults(given: inspect.Parameter, hint: Any, reserved: frozenset[str]) -> Iterator[str]:
+    if given.name in reserved:
+        yield "its caller takes this name for itself"
     if given.default is given.empty:
         yield "it has no default"
     plain, *_ = get_args(hint) if get_origin(hint) is Annotated else (hint,)

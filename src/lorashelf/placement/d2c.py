@@ -1,108 +1,256 @@
 """D2C, clustering by what merges do to the loss of a few examples (arXiv 2601.17441, Algorithm 1): the search alone.
 
-From a random balanced partition, T times: draw a block that has a member, another block, and a task of the first; move
-the task if its loss under the merge of its new block is lower than under that of its old one.
+From a partition, T times: a proposer names a change of it, an acceptor asks for losses and takes the change or leaves
+it. The paper's search is `uniform_move` × `moved_falls`, from a random balanced partition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import Annotated, Generic, Literal
 
 import numpy as np
 
 from ..errors import UsageError, numbered
-from .partitioners import balanced
+from ..lora.adapter import Adapter
+from ..lora.algebra import Square, gram
+from ..merging.parameters import Within
+from .partitioners import Losses, Partition, Partitioned, Task, Watch, balanced, partition, partition_method
+from .surrogate import Surrogate
 
+ROUNDING = 1e-9  # times the number of tasks: no expectation
 Block = frozenset[str]
-Losses = Callable[[Sequence[tuple[Block, str]]], Sequence[float]]
-"""The loss of each task under the merge of its block, in nats a token."""
 Accept = Literal["task", "both"]
+Init = Literal["random", "agglomerative"]
+Propose = Literal["uniform", "guided"]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Where a search ended: the non-empty blocks, the moves it took as (iteration, task), and the proposals it made."""
+class Change(Generic[Task]):
+    """A step from one partition to another: the blocks that change, and the tasks that change their block."""
 
-    blocks: tuple[tuple[str, ...], ...]
-    moves: tuple[tuple[int, str], ...]
-    proposals: int
+    places: tuple[int, ...]
+    before: tuple[frozenset[Task], ...]
+    after: tuple[frozenset[Task], ...]
+    moved: tuple[Task, ...]
 
 
-def search(
-    tasks: Sequence[str],
-    k: int,
-    losses: Losses,
-    *,
-    iterations: int = 200,
-    seed: int = 0,
-    accept: Accept = "task",
-    start: Sequence[Sequence[str]] | None = None,
-    keep_best: bool = False,
-    watch: Callable[[Sequence[int]], Iterable[int]] = iter,
-) -> Found:
-    """Partition tasks into at most k blocks; iteration i draws from (seed, i), so equal losses give equal searches.
+Proposer = Callable[[Sequence[frozenset[Task]], np.random.Generator, Container[Change[Task]]], "Change[Task] | None"]
+"""(blocks, generator, changes refused so far) → a change, or None where there is nothing to propose any more."""
+Acceptor = Callable[[Change[Task], Losses[Task]], bool]
 
-    `accept` "task" is the paper's rule: the moved task's own loss must fall. "both": the summed loss of all members of
-    both blocks must. `start` replaces the random balanced partition. `keep_best` returns the partition of the lowest
-    total loss Σ_t ℓ(block of t, t) seen, at the cost of measuring every task after each move. With n ≤ k every task is
-    its own block. Raises UsageError for k < 1, no tasks, or a start that is no partition of them into k blocks.
+
+@dataclass(frozen=True, slots=True)
+class Found(Generic[Task]):
+    """Where a search ended: the non-empty blocks, the moves it took as (iteration, task), the proposals it made, and
+    the blocks it started from.
     """
-    names = sorted(tasks)
-    if k < 1 or not names:
-        what = f"{numbered(len(names), 'adapter')} into {numbered(k, 'slot')}"
-        raise UsageError(what, cure="give at least one adapter and one slot")
-    if len(names) <= k:
-        return Found(tuple((name,) for name in names), (), 0)
-    blocks = _started(names, k, seed, start)
-    best, lowest = list(blocks), _total(blocks, losses) if keep_best else 0.0
-    moves, proposals = [], 0
-    for i in watch(range(iterations if k > 1 else 0)):
-        old, new, task = proposal(blocks, np.random.default_rng([seed, i]))
-        proposals += 1
-        changed = {old: blocks[old] - {task}, new: blocks[new] | {task}}
-        if not _lower(blocks, changed, old, new, task, accept, losses):
-            continue
-        blocks = [changed.get(index, block) for index, block in enumerate(blocks)]
-        moves.append((i, task))
-        if keep_best and (total := _total(blocks, losses)) < lowest:
-            best, lowest = list(blocks), total
-    final = best if keep_best else blocks
-    return Found(tuple(sorted(tuple(sorted(block)) for block in final if block)), tuple(moves), proposals)
+
+    blocks: tuple[tuple[Task, ...], ...]
+    moves: tuple[tuple[int, Task], ...]
+    proposals: int
+    start: tuple[tuple[Task, ...], ...]
+
+    @property
+    def accepted(self) -> int:
+        """How many proposals were taken; a swap is one, of two moves."""
+        return len({iteration for iteration, _ in self.moves})
 
 
-def proposal(blocks: Sequence[Block], rng: np.random.Generator) -> tuple[int, int, str]:
+def moving(blocks: Sequence[frozenset[Task]], to: Mapping[Task, int]) -> Change[Task]:
+    """The change by which each task goes to the place of its new block."""
+    came: list[int] = [next(place for place, block in enumerate(blocks) if task in block) for task in to]
+    places = tuple(dict.fromkeys([*came, *to.values()]))
+    after = (blocks[here].difference(to) | {task for task, place in to.items() if place == here} for here in places)
+    return Change(places, tuple(blocks[place] for place in places), tuple(after), tuple(to))
+
+
+def uniform_move(
+    blocks: Sequence[frozenset[Task]], rng: np.random.Generator, refused: Container[Change[Task]] = ()
+) -> Change[Task]:
     """A move drawn uniformly: a block with members, another block (it may be empty), a task of the first."""
     filled = [index for index, block in enumerate(blocks) if block]
     old = filled[rng.integers(len(filled))]
     others = [index for index in range(len(blocks)) if index != old]
     new = others[rng.integers(len(others))]
     members = sorted(blocks[old])
-    return old, new, members[rng.integers(len(members))]
+    return moving(blocks, {members[rng.integers(len(members))]: new})
 
 
-def _started(names: list[str], k: int, seed: int, start: Sequence[Sequence[str]] | None) -> list[Block]:
+class Guided:
+    """Proposes the change, a move or a swap, of which the surrogate expects the most among those not refused; None once
+    it expects nothing of any.
+    """
+
+    def __init__(self, gram: Square) -> None:
+        """`gram` holds the adapters' inner products, (n, n); the tasks are their indices."""
+        self._surrogate = Surrogate(gram)
+
+    def __call__(
+        self, blocks: Sequence[frozenset[int]], rng: np.random.Generator, refused: Container[Change[int]] = ()
+    ) -> Change[int] | None:
+        """The most promising change; the generator is not drawn from."""
+        moves, swaps = self._surrogate.gains(blocks)
+        home = {task: place for place, block in enumerate(blocks) for task in block}
+        gains = np.concatenate([moves.ravel(), swaps.ravel()])
+        for index in np.argsort(-gains, kind="stable").tolist():
+            if gains[index] <= ROUNDING * len(moves):
+                break
+            if index < moves.size:
+                task, place = divmod(index, len(blocks))
+                to = {task: place}
+            else:
+                task, other = divmod(index - moves.size, len(moves))
+                to = {task: home[other], other: home[task]}
+            if (change := moving(blocks, to)) not in refused:
+                return change
+        return None
+
+
+def moved_falls(change: Change[Task], losses: Losses[Task]) -> bool:
+    """Whether the loss of what moves falls, strictly; of two tasks the sum. The paper's rule."""
+    pairs = [
+        (next(block for block in blocks if task in block), task)
+        for blocks in (change.before, change.after)
+        for task in change.moved
+    ]
+    return _falls(losses(pairs))
+
+
+def both_fall(change: Change[Task], losses: Losses[Task]) -> bool:
+    """Whether the summed loss of all members of the blocks that change falls, strictly."""
+    return _falls(losses([(b, task) for blocks in (change.before, change.after) for b in blocks for task in sorted(b)]))
+
+
+def _falls(values: Sequence[float]) -> bool:
+    """Whether the second half of the values has the lesser sum: the same tasks before and after."""
+    half = len(values) // 2
+    return sum(values[half:]) < sum(values[:half])
+
+
+ACCEPTORS: Mapping[Accept, Acceptor[int]] = MappingProxyType({"task": moved_falls, "both": both_fall})
+
+
+def search(
+    tasks: Sequence[Task],
+    k: int,
+    losses: Losses[Task],
+    *,
+    iterations: int = 200,
+    seed: int | tuple[int, ...] = 0,
+    propose: Proposer[Task] = uniform_move,
+    accept: Acceptor[Task] = moved_falls,
+    start: Sequence[Sequence[Task]] | None = None,
+    keep_best: bool = False,
+    watch: Watch = iter,
+) -> Found[Task]:
+    """Partition tasks into at most k blocks; iteration i draws from (seed, i), so equal losses give equal searches.
+
+    `start` replaces the random balanced partition. `keep_best` returns the partition of the lowest total loss
+    Σ_t ℓ(block of t, t) seen, at the cost of measuring every task after each move. With n ≤ k every task is its own
+    block. Raises UsageError for k < 1, no tasks, or a start that is not a partition of them into k blocks.
+    """
+    names = sorted(tasks)
+    if k < 1 or not names:
+        what = f"{numbered(len(names), 'adapter')} into {numbered(k, 'slot')}"
+        raise UsageError(what, cure="give at least one adapter and one slot")
+    if len(names) <= k:
+        own = tuple((name,) for name in names)
+        return Found(own, (), 0, own)
+    seeds: tuple[int, ...] = (seed,) if isinstance(seed, int) else seed
+    blocks = first = _started(names, k, seed, start)
+    best, lowest = blocks, total(blocks, losses) if keep_best else 0.0
+    moves: list[tuple[int, Task]] = []
+    refused: set[Change[Task]] = set()
+    proposals = 0
+    for i in watch(range(iterations if k > 1 else 0)):
+        change = propose(blocks, np.random.default_rng([*seeds, i]), refused)
+        if change is None:
+            break
+        proposals += 1
+        if not accept(change, losses):
+            refused.add(change)
+            continue
+        changed = dict(zip(change.places, change.after, strict=True))
+        blocks = [changed.get(place, block) for place, block in enumerate(blocks)]
+        moves += [(i, task) for task in change.moved]
+        if keep_best and (now := total(blocks, losses)) < lowest:
+            best, lowest = blocks, now
+    return Found(_filled(best if keep_best else blocks), tuple(moves), proposals, _filled(first))
+
+
+def total(blocks: Iterable[Iterable[Task]], losses: Losses[Task]) -> float:
+    """Σ_t ℓ(block of t, t)."""
+    return sum(losses([(frozenset(block), task) for block in blocks for task in sorted(block)]))
+
+
+def _filled(blocks: Iterable[Iterable[Task]]) -> tuple[tuple[Task, ...], ...]:
+    return tuple(sorted(tuple(sorted(block)) for block in blocks if block))
+
+
+def _started(
+    names: list[Task], k: int, seed: int | tuple[int, ...], start: Sequence[Sequence[Task]] | None
+) -> list[frozenset[Task]]:
     if start is None:
         labels = balanced(len(names), k, seed)
         return [frozenset(n for n, label in zip(names, labels, strict=True) if label == c) for c in range(k)]
     if sorted(name for block in start for name in block) != names or len(start) > k:
-        raise UsageError(f"the start is no partition of the {len(names)} tasks into {k} blocks")
-    return [*(frozenset(block) for block in start), *[Block()] * (k - len(start))]
+        what = f"the start is not a partition of the {len(names)} tasks into {k} blocks"
+        raise UsageError(what, cure="name every task once, in at most that many blocks")
+    blocks: list[frozenset[Task]] = [frozenset(block) for block in start]
+    return blocks + [frozenset() for _ in range(k - len(start))]
 
 
-def _lower(
-    blocks: Sequence[Block], changed: dict[int, Block], old: int, new: int, task: str, accept: Accept, losses: Losses
-) -> bool:
-    """Whether the move lowers the loss that `accept` names, strictly."""
-    if accept == "task":
-        before, after = losses([(blocks[old], task), (changed[new], task)])
-        return after < before
-    asked = [(block, t) for block in (blocks[old], blocks[new]) for t in sorted(block)]
-    asked += [(block, t) for block in (changed[old], changed[new]) for t in sorted(block)]
-    values = list(losses(asked))
-    return sum(values[len(values) // 2 :]) < sum(values[: len(values) // 2])
+@partition_method("d2c", by_loss=True, merge="ties")
+def d2c(
+    xs: Sequence[Adapter],
+    k: int,
+    seed: int,
+    losses: Losses[int],
+    watch: Watch,
+    *,
+    iterations: Annotated[int, Within(0)] = 200,
+    propose: Propose = "uniform",
+    accept: Accept = "task",
+    init: Init = "random",
+    restarts: Annotated[int, Within(0)] = 0,
+    keep_best: bool = False,
+) -> Partitioned:
+    """Algorithm 1 on the indices of the adapters; of several starts the one that ends at the lowest total loss.
 
-
-def _total(blocks: Iterable[Block], losses: Losses) -> float:
-    return sum(losses([(block, task) for block in blocks for task in sorted(block)]))
+    `init` is the first start, each restart is a random one. `propose` "guided" puts only those moves and swaps to the
+    model of which the geometry of the adapters promises something, the best first.
+    """
+    proposer: Proposer[int] = uniform_move if propose == "uniform" else Guided(gram(xs))
+    starts: list[Partition | None] = [None] * (restarts + 1)
+    if init == "agglomerative" and len(xs) > k:
+        starts[0] = partition(xs, k, method=init)
+    found = [
+        search(
+            range(len(xs)),
+            k,
+            losses,
+            iterations=iterations,
+            seed=(seed, number) if number else seed,
+            propose=proposer,
+            accept=ACCEPTORS[accept],
+            start=start,
+            keep_best=keep_best,
+            watch=watch,
+        )
+        for number, start in enumerate(starts)
+    ]
+    best = min(found, key=lambda each: total(each.blocks, losses)) if restarts else found[0]
+    report = {
+        "iterations": iterations,
+        "propose": propose,
+        "accept": accept,
+        "init": init,
+        "restarts": restarts,
+        "keep_best": keep_best,
+        "proposals": sum(each.proposals for each in found),
+        "accepted": sum(each.accepted for each in found),
+    }
+    return Partitioned([list(block) for block in best.blocks], report, [list(block) for block in found[0].start])

@@ -72,18 +72,21 @@ class BlockLoss:
                 self._journal.put(_unit((merged, task)), loss)
         return [self.known[key] for key in keys]
 
-    def on(self, examples: Mapping[str, ExampleSet], pairs: Iterable[tuple[Block, str]]) -> list[float]:
-        """The loss of each (block, task) on other examples; neither counted nor kept. A block is merged at most once.
+    def means(
+        self, blocks: Iterable[Sequence[str]], held_out: Mapping[str, ExampleSet] | None = None
+    ) -> tuple[float, float | None]:
+        """The mean loss over the tasks of blocks, and that on other examples, which are neither counted nor kept.
 
-        Raises what the backend raises.
+        Block by block, so that each is merged once. Raises what the backend raises.
         """
-        keys = [self._key(block, task) for block, task in pairs]
-        found = {
-            (block, task): loss
-            for block, tasks in _by_block(keys).items()
-            for task, loss in self._measured(block, tasks, examples)
-        }
-        return [found[key] for key in keys]
+        own: list[float] = []
+        others: list[float] = []
+        for block in blocks:
+            pairs = [(frozenset(block), task) for task in block]
+            own += self(pairs)
+            if held_out is not None:
+                others += (loss for _, loss in self._measured(self._key(pairs[0][0], block[0])[0], block, held_out))
+        return sum(own) / len(own), sum(others) / len(others) if others else None
 
     def _measured(
         self, block: tuple[str, ...], tasks: Sequence[str], examples: Mapping[str, ExampleSet]

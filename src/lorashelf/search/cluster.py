@@ -1,48 +1,25 @@
-"""Clustering by loss: the adapters, a few examples of each task and a backend in; a partition and what it cost out."""
+"""Clustering by loss: the adapters, a few examples of each task and a backend in; a clustering and what it cost out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+from unicodedata import normalize
 
+from ..digest import canonical_json, digest
 from ..errors import TaskDataError, UnknownName
 from ..lora.adapter import Adapter
-from ..merging.blocks import merger
+from ..merging.blocks import merger, named
 from ..merging.spec import MergeSpec
 from ..models.protocol import Scores
-from ..placement import d2c
-from ..placement.partitioners import partition
+from ..placement.clustering import Clustering, clustered
+from ..placement.partitioners import PARTITIONERS, Watch
 from ..tasks.folders import ExampleSet, Task
 from .block_loss import BlockLoss
 
 Fitting = Callable[[ExampleSet], tuple[ExampleSet, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Searched:
-    """A partition found by losses, the mean loss of the tasks under it, and what the search cost."""
-
-    found: d2c.Found
-    loss: float
-    """Mean over tasks on the examples searched with, in nats a token."""
-    held_out: float | None
-    """The same on other examples, None where a task has none."""
-    asked: int
-    distinct: int
-    evaluations: int
-    """How many losses a model measured in this run; the rest came from memory or the journal."""
-
-    def document(self) -> dict[str, Any]:
-        """As in the JSON answer of `cluster`."""
-        return {
-            "evaluations": self.evaluations,
-            "losses": {"asked": self.asked, "distinct": self.distinct},
-            "proposals": self.found.proposals,
-            "accepted": len(self.found.moves),
-            "loss": {"search": self.loss, "held_out": self.held_out},
-        }
 
 
 def cluster_by_loss(
@@ -52,45 +29,40 @@ def cluster_by_loss(
     backend: Scores,
     examples: Mapping[str, ExampleSet],
     *,
+    method: str = "d2c",
     held_out: Mapping[str, ExampleSet] | None = None,
-    iterations: int = 200,
-    accept: d2c.Accept = "task",
-    init: Literal["random", "agglomerative"] = "random",
-    keep_best: bool = False,
     journal: Path | None = None,
-    watch: Callable[[Sequence[int]], Iterable[int]] = iter,
-) -> Searched:
-    """D2C (arXiv 2601.17441, Algorithm 1) over adapters by task name, with the spec's method, rank, dtype and seed.
+    watch: Watch = iter,
+    **parameters: Any,
+) -> Clustering:
+    """Adapters by task name in at most k blocks, by what the spec's merges of them do to the loss of the examples.
 
-    `examples` are searched with, `held_out` only reported on. With a `journal` every loss is kept, and the same search
-    goes on from it. Raises UsageError if the journal is of another search, and what the backend raises.
+    D2C (arXiv 2601.17441) takes `iterations`, `propose`, `accept`, `init`, `restarts` and `keep_best`
+    (docs/methods.md). `examples` are searched with, `held_out` only reported on. With a `journal` every loss is kept,
+    and the same search goes on from it. The report holds the mean loss over tasks in nats per token (`start`, `search`
+    and `held_out`), how many losses were asked for, were distinct, and were measured in this run (`evaluations`), and
+    what they depend on: `examples` is the digest of the sets' digests, `model` the base's name, the fingerprint of its
+    weights, its dtype and the id of its prompt. Raises UsageError for
+    unknown parameters and for a journal of another search, and what the backend raises.
     """
-    options = {"k": k, "iterations": iterations, "accept": accept, "init": init, "keep_best": keep_best}
-    settings = {"recipe": spec.document(), **options}
-    objective = BlockLoss(adapters, examples, backend, merger(adapters, spec), settings=settings, journal=journal)
-    tasks, start = sorted(adapters), None
-    if init == "agglomerative" and len(tasks) > k:
-        indices = partition([adapters[task] for task in tasks], k, method=init)
-        start = [[tasks[i] for i in block] for block in indices]
-    found = d2c.search(
-        tasks,
-        k,
-        objective,
-        iterations=iterations,
-        seed=spec.seed,
-        accept=accept,
-        start=start,
-        keep_best=keep_best,
-        watch=watch,
-    )
-    asked, distinct, evaluations = objective.asked, len(objective.known), objective.measured
-    final, others = 0.0, 0.0
-    for block in found.blocks:  # both losses of a block, then the next: each is merged once
-        served = [(frozenset(block), task) for task in block]
-        final += sum(objective(served))
-        others += 0.0 if held_out is None else sum(objective.on(held_out, served))
-    mean_of_others = None if held_out is None else others / len(tasks)
-    return Searched(found, final / len(tasks), mean_of_others, asked, distinct, evaluations)
+    adapters = dict(sorted(named(adapters).items()))
+    sets = {normalize("NFC", task): examples_of for task, examples_of in examples.items()}
+    options = PARTITIONERS[method].checked(parameters)
+    settings = {"recipe": spec.document(), "k": k, "method": method, **options}
+    objective = BlockLoss(adapters, sets, backend, merger(adapters, spec), settings=settings, journal=journal)
+    found, start = clustered(adapters, k, method=method, seed=spec.seed, losses=objective, watch=watch, **options)
+    counts = {
+        "losses": {"asked": objective.asked, "distinct": len(objective.known)},
+        "evaluations": objective.measured,
+    }
+    others = None if held_out is None else {normalize("NFC", task): each for task, each in held_out.items()}
+    after, elsewhere = objective.means(found.blocks, others)  # first: what the start shares with it is known then
+    before, _ = objective.means(start)
+    loss = {"start": before, "search": after, "held_out": elsewhere}
+    digests = {task: sets[task].digest for task in adapters}
+    model = {"name": backend.name, "weights": backend.weights, "dtype": backend.dtype, "prompt": backend.prompt_id}
+    origin = {"examples": digest([canonical_json(digests)]), "model": model}
+    return replace(found, report={**found.report, **counts, "loss": loss, **origin})
 
 
 def drawn(

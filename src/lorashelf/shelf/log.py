@@ -15,6 +15,7 @@ from .manifest import Manifest
 
 FILE = "log.jsonl"
 _TOLD = ("operation", "task", "decision", "slot", "to", "time", "version")
+_OF_A_CLUSTERING = ("method", "seed", "merge", "parameters", "search")
 
 
 class History:
@@ -85,8 +86,9 @@ class History:
 
 
 def entry(identity: str, manifest: Manifest) -> dict[str, Any]:
-    """What the log keeps of a manifest: its id and its cause, without scores."""
-    cause = {name: value for name, value in manifest.cause.items() if name in _TOLD}
+    """What the log keeps of a manifest: its id and its cause, without scores; of a clustering also how it was found."""
+    told = _TOLD + (_OF_A_CLUSTERING if manifest.cause.get("operation") == "cluster" else ())
+    cause = {name: value for name, value in manifest.cause.items() if name in told}
     return {"id": identity, "sequence": manifest.sequence, **cause}
 
 

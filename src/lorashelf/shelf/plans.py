@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import NotReversible, UsageError
 from ..lora.adapter import Adapter, BaseId
@@ -15,15 +15,12 @@ from ..merging.average import Average, fold, one_base, single, source, without
 from ..merging.blocks import merge_block, named
 from ..merging.spec import MergeSpec
 from ..names import problem_type
-from ..placement.partitioners import partition
+from ..placement.clustering import Clustering
 from .budget import check_budget, shortage_of_room
 from .manifest import Plan, Slot
 from .planning import agreed_base, all_damage, common_base, kind_of, planned, storable
 from .settings import Settings
 from .snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from ..placement.d2c import Found
 
 _ANEW = "for a slot without it, remove the slot's other tasks as well and add their originals anew"
 MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold
@@ -174,19 +171,18 @@ def another(task: str, adapter: Adapter, digest: str) -> NotReversible:
 def plan_cluster(
     snapshot: Snapshot,
     adapters: Mapping[str, Adapter],
+    clustering: Clustering,
     *,
-    method: str,
-    found: Found | None = None,
     merge: MergeSpec | None = None,
     types: Mapping[str, str] | None = None,
     details: Mapping[str, Mapping[str, Any]] | None = None,
     assume_base: bool = False,
 ) -> Plan:
-    """Partition the adapters (task → adapter) into the shelf's K slots and merge each block; the shelf must be empty.
+    """Merge each block of a clustering of the adapters (task → adapter) into a slot; the shelf must be empty.
 
-    `found` is the partition of a search (d2c), in place of one by a registered `method`; `merge` says how
-    blocks are merged, by default as later adds are; `details` are stored with the tasks. Blocks are numbered by their
-    smallest task name. Raises TaskNameError, BaseMismatch, ShapeMismatch, OverBudget, UsageError.
+    `merge` says how blocks are merged, by default as later adds are; `details` are stored with the tasks. Blocks are
+    numbered by their smallest task name. Raises TaskNameError, BaseMismatch, ShapeMismatch, OverBudget, and UsageError
+    for a clustering of other tasks or into more blocks than the shelf has slots.
     """
     if snapshot.manifest.slots:
         raise UsageError("the shelf is not empty", where=str(snapshot.path), cure="cluster writes a new shelf")
@@ -195,11 +191,8 @@ def plan_cluster(
     named, base = together(adapters, settings, assume_base=assume_base)
     tasks, xs = list(named), one_base(list(named.values()))
     kinds = {task: kind_of(task, (types or {}).get(task)) for task in tasks}
-    if found is None:
-        indices = partition(xs, settings.budget.slots, method=method, seed=spec.seed)
-        blocks = [[tasks[i] for i in block] for block in indices]
-    else:
-        blocks = [list(block) for block in found.blocks]
+    clustering.check(tasks, settings.budget.slots)
+    blocks = sorted(sorted(block) for block in clustering.blocks)
     slots, writes = [], {}
     for slot_id, block in enumerate(blocks):
         new = merge_block(dict(zip(tasks, xs, strict=True)), kinds, block, spec)
@@ -215,14 +208,16 @@ def plan_cluster(
         },
         arrived=len(xs),
     )
-    cause = {"operation": "cluster", "method": method, "seed": spec.seed}
+    cause: dict[str, Any] = {"operation": "cluster", "method": clustering.method, "seed": clustering.seed}
     cause |= {"merge": spec.method, "parameters": dict(spec.parameters)}
+    cause |= {"search": dict(clustering.report)} if clustering.report else {}
     report = {
-        "partition": dict(sorted((task, slot_id) for slot_id, block in enumerate(blocks) for task in block)),
-        "method": method,
-        "seed": spec.seed,
-        "shared": {str(i): shared([named[task] for task in block]) for i, block in enumerate(blocks)},
         "evaluations": None,
+        **clustering.report,
+        "partition": dict(sorted((task, slot_id) for slot_id, block in enumerate(blocks) for task in block)),
+        "method": clustering.method,
+        "seed": clustering.seed,
+        "shared": {str(i): shared([named[task] for task in block]) for i, block in enumerate(blocks)},
         "merge": spec.method,
         "later_merge": settings.merge.method,
     }

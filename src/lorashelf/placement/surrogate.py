@@ -1,0 +1,64 @@
+"""What the geometry of adapters expects of a change of blocks, without a model.
+
+    f(B) = Σ_{t ∈ B} cos(ΔW_t, Σ_{u ∈ B} ΔW_u) = Σ_{t,u ∈ B} H_tu / √(Σ_{t,u ∈ B} G_tu)
+
+with G the adapters' inner products and H_tu = G_tu / √G_tt. Both sums are quadratic forms of the block's indicator, so
+what every move and every swap would do to Σ_B f(B) follows from G in O(n² K), no adapter being merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..lora.algebra import Square
+
+
+class Surrogate:
+    """Σ_B f(B) of partitions of n adapters, from their inner products (n, n)."""
+
+    def __init__(self, gram: Square) -> None:
+        norms = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+        inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)  # an untrained one is like no other
+        self._gram, self._cosines = gram, inverse[:, None] * gram
+
+    def gains(self, blocks: Sequence[frozenset[int]]) -> tuple[Square, Square]:
+        """What Σ_B f(B) would gain by moving task t to block c, (n, K), and by swapping t and u, (n, n) with t < u; −∞
+        where that is no change.
+        """
+        n = len(self._gram)
+        inside = np.zeros((n, len(blocks)))
+        for place, block in enumerate(blocks):
+            inside[sorted(block), place] = 1.0
+        own = inside.argmax(axis=1)
+        cosines, squares = _Form(self._cosines, inside, own), _Form(self._gram, inside, own)
+        fit = _ratio(cosines.now, squares.now)
+        left = _ratio(cosines.less, squares.less) - fit[own]
+        moves = _ratio(cosines.more, squares.more) - fit + left[:, None]
+        moves[np.arange(n), own] = -np.inf
+        here = _ratio(cosines.swapped, squares.swapped) - fit[own][:, None]  # of t's block, with u in the place of t
+        swaps = here + here.T
+        swaps[(own[:, None] == own) | ~np.triu(np.ones((n, n), bool), 1)] = -np.inf
+        return moves, swaps
+
+
+class _Form:
+    """xᵀ M x of every block's indicator x, and after one task joined, left, or took another's place."""
+
+    def __init__(self, matrix: Square, inside: Square, own: NDArray[np.intp]) -> None:
+        tasks = np.arange(len(matrix))
+        both, diagonal = matrix + matrix.T, np.diagonal(matrix)
+        linear = both @ inside  # (n, K): ∂/∂x_t
+        mine = linear[tasks, own]
+        self.now = np.einsum("tk,tk->k", inside, linear) / 2
+        self.less = self.now[own] - mine + diagonal
+        self.more = self.now + linear + diagonal[:, None]
+        self.swapped = self.less[:, None] + linear[:, own].T - both + diagonal
+
+
+def _ratio(sums: Square, squares: Square) -> Square:
+    """The quotient sums / √squares, 0 for a block that is empty or cancels."""
+    floor = 1e-12 * max(float(np.abs(squares).max(initial=0.0)), 1e-300)
+    return np.divide(sums, np.sqrt(np.maximum(squares, floor)), out=np.zeros_like(sums), where=squares > floor)
