@@ -122,10 +122,14 @@ def slope_within(options: Sequence[Options], bits: float) -> float:
 
 
 def slope_keeping(options: Sequence[Options], kept: float) -> float:
-    """The largest λ at which the adapters, with one more level, keep this share of energy on average, to 1 in 1000; the
-    least that is tried where none does.
+    """The largest λ at which the adapters, with one more level, keep this share of energy on average; what they lose
+    is met to 1 in 1000. The least λ that is tried where none does.
     """
-    return _turn(options, lambda _, share: share / len(options), kept)[0]
+
+    def fineness(share: float) -> float:
+        return 1 / max(1 - share, 1e-9)
+
+    return _turn(options, lambda _, share: fineness(share / len(options)), fineness(kept))[0]
 
 
 def _turn(options: Sequence[Options], measure: Callable[[float, float], float], goal: float) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from .record import framed
 from .stream import StreamWriter
 
 _TRIES = 8
+_SPARE = 0.9985  # of the bits that there is room for: estimates are that exact, as a rule
 _AS_CODED = 2**14
 
 
@@ -84,12 +85,12 @@ class Encoder:
             needed = self.size + len(least.level)
             what = f"{size} bytes are too few: what describes the adapter alone takes {needed}"
             raise UsageError(what, cure=f"give more than {needed} bytes")
-        options, bits = self.options(), 8.0 * (room - len(least.level))
+        options, bits = self.options(), _SPARE * 8.0 * (room - len(least.level))
         for _ in range(_TRIES):
             trial = self._trial(options.choose(slope_within([options], bits))[0])
             if len(trial.level) <= room:
                 return self._accept(trial)
-            bits = max(0.999 * bits - 8.0 * (len(trial.level) - room), 0.0)
+            bits = max(_SPARE * bits - 8.0 * (len(trial.level) - room), 0.0)
         return self._accept(least)
 
     def add_for(self, wanted: float) -> bytes:
@@ -125,7 +126,8 @@ class Encoder:
         u = _sides(self._x[0], {d: was.u for d, was in old}, coding.u)
         v = _sides(self._x[1], {d: was.v for d, was in old}, coding.v)
         found = {d: Direction(self._gains[d], u[d], v[d]) for d in (*(d for d, _ in old), *fresh)}
-        below = [self._gains[d] - (0 if d in self._first else self._gains[d - 1]) for d in fresh]
+        firsts = set(self._first)
+        below = [self._gains[d] - (0 if d in firsts else self._gains[d - 1]) for d in fresh]
         counts = np.bincount([self._owner[d] for d in fresh], minlength=len(self._spectra)).tolist()
         writer = StreamWriter()
         starts = [[side[d].chain[0] for d in fresh] for side in (u, v)]
@@ -134,7 +136,7 @@ class Encoder:
         write_lists(writer, Additions(counts, below, (starts[0], starts[1]), (ratios[0], ratios[1])))
         new = [(side[d], x[d]) for side, x in zip((u, v), self._x, strict=True) for d in fresh]
         write_entries(writer, new, [(now, was.indices) for side in moved for was, now in side if now is not was])
-        kept = self._kept(found)
+        kept = self.kept if self.levels and coding is self._coding else self._kept(found)
         base = None if self.levels else (self._top, self._description)
         body = head(kept, round(math.sqrt(restoration(kept)) * _AS_CODED), base) + writer.finished()
         return _Trial(framed(self.levels, body), coding, found, kept)
