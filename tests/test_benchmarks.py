@@ -20,7 +20,7 @@ import common
 common.SHAPES = {"q_proj": (64, 64), "k_proj": (16, 64)}  # bound before the benchmark takes them
 common.random_adapters.__defaults__ = (2, None)
 module = __import__(sys.argv.pop(1))
-module.COUNT = 4
+module.COUNT, module.COUNTS = 4, (2, 4)
 sys.exit(module.main())
 """
 
@@ -30,6 +30,7 @@ sys.exit(module.main())
     [
         pytest.param("add", "whole add / floor", marks=pytest.mark.long),
         ("matrix", "lorashelf.lora.similarity"),
+        ("slots", "the other stages"),
     ],
 )
 def test_a_benchmark_of_adapters_prints_its_table(name: str, row: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 
 from factory import assert_same_delta, make_adapter, tree, write_peft
-from lorashelf import Plan, Shelf, cluster, new_settings, plan_add, plan_cluster, read_adapter, write_adapter
+from lorashelf import Plan, Shelf, cluster, merge, new_settings, plan_add, plan_cluster, read_adapter, write_adapter
 from lorashelf.cli import main
 from lorashelf.cli.app import MODULES
 from lorashelf.cli.output import Meter, cells
-from lorashelf.errors import DiskError
+from lorashelf.errors import DiskError, UsageError
+from lorashelf.placement.partitioners import PARTITIONERS
 
 Run = Callable[..., tuple[int, Any]]
 
@@ -244,13 +246,13 @@ def test_a_decision_fits_the_terminal(
 
 def test_the_originals_are_named_once_and_only_where_they_help(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
     told = "keep the original adapters"
-    for merge, times in (("linear", 1), ("ties", 0)):
-        run("init", tmp_path / merge, "--slots", 1, "--policy", "kmerge", "--merge", merge)
+    for method, times in (("linear", 1), ("ties", 0)):
+        run("init", tmp_path / method, "--slots", 1, "--policy", "kmerge", "--merge", method)
         for words, expected in (([*zoo.values(), "--dry-run"], 0), ([zoo["a-x"]], 0), (list(zoo.values())[1:], times)):
-            assert run("add", tmp_path / merge, *words)[0] == 0
+            assert run("add", tmp_path / method, *words)[0] == 0
             assert run.stderr.count(told) == expected  # type: ignore[attr-defined]
-        slot = run("ls", tmp_path / merge)[1]["slots"][0]
-        document = run("remove", tmp_path / merge, "b-y", "--adapter", zoo["b-y"])[1]
+        slot = run("ls", tmp_path / method)[1]["slots"][0]
+        document = run("remove", tmp_path / method, "b-y", "--adapter", zoo["b-y"])[1]
         assert (slot["average"] is not None, document["removed"]) == ((True, "average") if times else (False, "route"))
 
 
@@ -615,7 +617,7 @@ def test_every_command_has_an_example_in_its_help(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["--help"])
     commands = re.findall(r"^│ (\w+)  ", capsys.readouterr().out, re.MULTILINE)
-    assert len(commands) == 24
+    assert len(commands) == sum(map(len, MODULES.values()))
     for command in commands:
         with pytest.raises(SystemExit):
             main([command, "--help"])
@@ -867,3 +869,69 @@ def test_a_fault_under_json_is_one_document_whatever_the_command(
     assert run.stderr.endswith(printed)  # type: ignore[attr-defined]
     assert len(error.get("cures", [])) == len(error.get("faults", []))
     assert list(tmp_path.iterdir()) == []
+
+
+EMPTY_PATHS: dict[str, list[str]] = {
+    "SHELF": ["ls", ""],
+    "SHELF of add": ["add", "", "adapter"],
+    "an output that is a folder": ["merge", "a", "-o", "", "--method", "svd"],
+    "an output that is a shelf": ["cluster", "a", "-o", "", "--slots", "1", "--method", "single"],
+    "an output that is training's": ["train", "a", "--output="],
+    "data": ["eval", "x", "--data", ""],
+    "a suite": ["bench", "run", ""],
+    "a file": ["compare", "a", "--plot", ""],
+}
+
+
+@pytest.mark.parametrize("words", EMPTY_PATHS.values(), ids=EMPTY_PATHS)
+def test_an_empty_path_is_not_the_current_folder(
+    words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, document = run(*words)
+    assert (code, document["error"]["kind"]) == (2, "usage")
+    assert "the path is empty" in document["error"]["message"]
+    assert document["error"]["cure"].startswith("give ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "mail="])
+def test_an_empty_adapter_is_not_the_current_folder(
+    text: str, shelf: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(zoo["a-x"])
+    before = tree(shelf)
+    code, document = run("add", shelf, text)
+    assert (code, document["error"]["message"]) == (2, f"there is no adapter in {text!r}")
+    assert tree(shelf) == before
+
+
+def test_a_missing_option_says_what_it_takes(zoo: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    code, document = run("cluster", *zoo.values(), "-o", tmp_path / "c", "--slots", 2)
+    assert (code, document["error"]["message"]) == (2, "Missing option '--method'.")
+    assert all(method in document["error"]["cure"] for method in PARTITIONERS)
+
+
+def test_undo_to_an_empty_id_is_refused(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+    run("add", shelf, zoo["a-x"])
+    before = tree(shelf)
+    code, document = run("undo", shelf, "--to", "")
+    assert (code, document["error"]["message"]) == (2, "the id of a kept manifest is empty")
+    assert document["error"]["cure"] == "give its beginning: lorashelf log SHELF"
+    assert tree(shelf) == before
+
+
+@pytest.mark.parametrize(("option", "value"), [("--rank", "0"), ("--weights", "nan,1")])
+def test_numbers_that_cannot_be_merged_with_have_a_cure(
+    option: str, value: str, zoo: dict[str, Path], tmp_path: Path, run: Run
+) -> None:
+    words = [zoo["a-x"], zoo["a-y"], "-o", tmp_path / "m", "--method", "linear"]
+    code, document = run("merge", *words, option, value)
+    assert code == 2
+    assert document["error"]["cure"]
+    with pytest.raises(UsageError) as caught:
+        merge([read_adapter(folder) for folder in words[:2]], [math.nan, 1.0], method="linear")
+    assert caught.value.cure == "give finite numbers, one per adapter"
+    with pytest.raises(UsageError) as caught:
+        merge([read_adapter(folder) for folder in words[:2]], method="linear", rank=0)
+    assert caught.value.cure == "give a rank of at least 1, or none for the method's own"

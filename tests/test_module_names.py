@@ -300,6 +300,8 @@ def test_adapters_that_share_no_module_are_merged_over_the_union_with_a_notice(
         document, said = run(capsys, *words)
         assert "0 of 2 modules in common" in said
         assert found(document) == none
+    for command in ("plan", "compare"):
+        assert "all of them: 0 of 2 modules in common" in run(capsys, command, attention, mlp)[1]
     both = combine([read_adapter(attention), read_adapter(mlp)], [0.5, 0.5])
     assert_same_delta(read_adapter(merged), both, 1e-5)
 
@@ -310,6 +312,8 @@ def test_adapters_of_one_kind_get_no_notice(tmp_path: Path, capsys: pytest.Captu
     document, said = run(capsys, "merge", few, more, "-o", tmp_path / "m", "--method", "cat")
     assert document["shared"] == {"modules": 2, "of": 2}
     assert "in common" not in said
+    for command in ("plan", "compare"):
+        assert "in common" not in run(capsys, command, few, more)[1]
 
 
 # names that training tools leave ------------------------------------------------------------------------------------

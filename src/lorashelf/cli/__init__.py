@@ -12,7 +12,7 @@ import typer
 
 from ..errors import AdapterError, LorashelfError, Unread, UsageError
 from ..execution import own_process
-from .app import application
+from .app import command_line
 from .output import print_json
 from .process import interrupted, notices_unread, open_streams, signals
 
@@ -46,7 +46,7 @@ def _run(words: list[str]) -> int:
 
 def _called(words: list[str]) -> int:
     """Call the command. Not by calling typer's: that takes the end of a pipe, Ctrl-C and SystemExit for its own."""
-    command = typer.main.get_command(application(words))
+    command = command_line(words)
     try:
         with signals(), command.make_context("lorashelf", list(words)) as context:
             command.invoke(context)
@@ -62,12 +62,21 @@ def _known(error: BaseException) -> LorashelfError:
     if isinstance(error, KeyboardInterrupt):
         return interrupted(error)
     if hasattr(error, "format_message"):
-        return UsageError(error.format_message(), cure="lorashelf --help, or lorashelf COMMAND --help")
+        return UsageError(error.format_message(), cure=_usage(error))
     sys.excepthook(type(error), error, error.__traceback__)
     bug = LorashelfError(f"this is a bug: {type(error).__name__}: {error}", cure="report it, with the lines above")
     if isinstance(error, SystemExit) and type(error.code) is int and error.code:
         return bug.amended(exit_code=error.code)
     return bug
+
+
+def _usage(error: Any) -> str:
+    """What helps with an error of typer's: what the parameter that lacks or is wrong stands for."""
+    parameter: Any = getattr(error, "param", None)
+    if not getattr(parameter, "help", None):
+        return "lorashelf --help, or lorashelf COMMAND --help"
+    name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else parameter.human_readable_name
+    return f"give {name}: {parameter.help}"
 
 
 def _fail(words: list[str], error: LorashelfError) -> int:

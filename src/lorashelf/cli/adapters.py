@@ -51,6 +51,7 @@ def compare(
         format_of(plot)
     named = arg.read_named(adapters)
     matrix = similarity(list(named.values()), metric=metric)
+    arg.note_few_shared("all of them", shared(list(named.values())), "has ΔW = 0 in the others")
     if plot is not None and (missing := draw_heatmap(list(named), matrix, metric, plot)):
         listed = " ".join(missing[:10]) + (" …" if len(missing) > 10 else "")
         note(f"no installed font has {listed}: {plot} shows boxes in their place")
@@ -76,6 +77,7 @@ def plan(
     watch = partial(counted, said=lambda count: f"planning {numbered(count, 'slot')}")
     rows = forecast(named, arg.slot_range(slots, len(named)), settings.merge, watch=watch)
     arg.note_untrained(named)
+    arg.note_few_shared("all of them", shared(list(named.values())))
     columns = [">slots", ">size", ">storage", ">error", ">norm ratio", ">similarity inside", ">between"]
     show(rows, json, lambda d: table(columns, [_forecast_row(row) for row in d]))
 

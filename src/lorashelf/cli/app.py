@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -47,20 +47,33 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
     asked = [name for name, commands in MODULES.items() if words and words[0] in commands]
     for name in asked or MODULES:
         import_module(f".{name}", __package__).enter(app)
-    for group in (app, *(info.typer_instance for info in app.registered_groups if info.typer_instance)):
-        for command in group.registered_commands:
-            command.callback = command.callback and _at_home(command.callback)
     return app
 
 
-def _at_home(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with ~ replaced in every path it is given: the shell does not do that in --option=~/path."""
+def command_line(words: Sequence[str] = ()) -> Any:
+    """The same as typer's command, to be called with these words. Its paths are read by `_path`."""
+    command = typer.main.get_command(application(words))
+    for each in _commands(command):
+        for parameter in each.params:
+            if parameter.type.name == "path":
+                parameter.type.convert = partial(_path, parameter.type.convert)
+    return command
 
-    @wraps(command)
-    def called(**values: Any) -> Any:
-        return command(**{name: expanded(v) if isinstance(v, Path) else v for name, v in values.items()})
 
-    return called
+def _commands(command: Any) -> Iterator[Any]:
+    """A command, and those below it."""
+    yield command
+    for each in getattr(command, "commands", {}).values():
+        yield from _commands(each)
+
+
+def _path(convert: Callable[..., Any], text: str | Path, parameter: Any, context: Any) -> Path:
+    """A path of the command line, with ~ replaced: the shell does not do that in --option=~/path. An empty one, as an
+    unset variable gives it, would be the current folder. Raises typer's BadParameter.
+    """
+    if not str(text):
+        raise typer.BadParameter("the path is empty", ctx=context, param=parameter)
+    return expanded(convert(text, parameter, context))
 
 
 def _print_version(wanted: bool) -> None:

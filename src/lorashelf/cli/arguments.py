@@ -121,7 +121,10 @@ def stated(context: typer.Context, options: Mapping[str, str]) -> list[str]:
 def named(text: str) -> tuple[str | None, str]:
     """The NAME of an ADAPTER argument NAME=ADAPTER, None without one, and the rest."""
     name, separator, rest = text.partition("=")
-    return (name, rest) if separator and not os.path.lexists(expanded(text)) else (None, text)
+    given, rest = (name, rest) if separator and not os.path.lexists(expanded(text)) else (None, text)
+    if not rest:
+        raise UsageError(f"there is no adapter in {text!r}", cure="give a PEFT folder, or NAME=FOLDER")
+    return given, rest
 
 
 def name_of(text: str, default: str | None = None) -> str:
@@ -201,11 +204,13 @@ def note_adapters(adapters: Mapping[str, Adapter]) -> None:
         note(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {notice}")
 
 
-def note_few_shared(name: str, shared: Mapping[str, int]) -> None:
-    """Warn where adapters that are merged have few modules in common."""
+def note_few_shared(
+    name: str, shared: Mapping[str, int], lacking: str = "is merged as if the others had not changed it"
+) -> None:
+    """Warn where adapters have few modules in common; `lacking` is what happens to a module of one of them alone."""
     if shared["modules"] < FEW * shared["of"]:
         count = f"{shared['modules']} of {shared['of']} modules in common"
-        note(f"{name}: {count}; a module of one adapter alone is merged as if the others had not changed it")
+        note(f"{name}: {count}; a module of one adapter alone {lacking}")
 
 
 def note_untrained(adapters: Mapping[str, Adapter]) -> None:

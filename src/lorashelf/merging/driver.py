@@ -65,7 +65,7 @@ def merge_measured(
     xs = as_adapters(xs)
     ws = _weights(xs, None if weights is None else as_numbers(weights), chosen)
     if rank is not None and rank < 1:
-        raise UsageError(f"rank is {rank}; it must be at least 1")
+        raise UsageError(f"rank is {rank}", cure="give a rank of at least 1, or none for the method's own")
     sources, xs = xs, fitting(xs)  # a mask is drawn by the source's digest
     paths = union(xs)
 
@@ -150,7 +150,7 @@ def _weights(xs: Sequence[Adapter], weights: Sequence[float] | None, method: Mer
         raise UsageError(what, cure="give one weight per adapter")
     bad = [w for w in weights if not math.isfinite(w)]
     if bad:
-        raise UsageError(f"weights {bad} are not finite numbers")
+        raise UsageError(f"weights {bad} are not finite numbers", cure="give finite numbers, one per adapter")
     return list(weights)
 
 

@@ -84,9 +84,11 @@ class Settings:
 
     def checked(self) -> Settings:
         """Itself, or UsageError naming every value that cannot be."""
-        faults = [fault for _, fault in self.faults()]
+        faults = self.faults()
         if faults:
-            raise UsageError("; ".join(faults))
+            keys = ", ".join(dict.fromkeys(key for key, _ in faults))
+            cure = f"give another value for {keys}: docs/format.md lists every key"
+            raise UsageError("; ".join(fault for _, fault in faults), cure=cure)
         return self
 
     def faults(self) -> list[tuple[str, str]]:

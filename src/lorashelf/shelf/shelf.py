@@ -232,7 +232,7 @@ class Shelf:
         with self.writing():
             snapshot = self.snapshot()
             line = snapshot.timeline
-            target = _find(snapshot, to) if to else _next(snapshot, operation)
+            target = _next(snapshot, operation) if to is None else _find(snapshot, to)
             moved = line.moved(target, snapshot.keep)
             restored = replace(
                 snapshot.kept[target],
@@ -542,6 +542,8 @@ def _next(snapshot: Snapshot, operation: str) -> str:
 
 def _find(snapshot: Snapshot, prefix: str) -> str:
     """The state that a kept manifest has, by a prefix of the manifest's id."""
+    if not prefix:
+        raise UsageError("the id of a kept manifest is empty", cure="give its beginning: lorashelf log SHELF")
     every = {**snapshot.kept, snapshot.head: snapshot.manifest}
     found = [identity for identity in every if identity.startswith(prefix)]
     if len(found) > 1:
