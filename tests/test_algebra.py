@@ -1,4 +1,4 @@
-"""The factor algebra against a dense float64 reference: products, sums, best approximations, on both of its paths."""
+"""The equations of the algebra against a dense float64 reference: products, sums, best approximations."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from lorashelf.lora import algebra
 PATHS = ("layers.0.q", "layers.0.v", "layers.1.q")
 SCALES = st.sampled_from([1.0, 2.0, 0.25, -1.5, 1e-3, 32.0])
 SEEDS = st.integers(0, 2**32 - 1)
-FACTORED = {"dout": 24, "din": 32}  # with ranks up to 4 the factored way costs less, whatever is multiplied
-DENSE = {"dout": 3, "din": 2}  # with ranks from 24 on the dense way does
 
 
 def random_factors(rng: np.random.Generator, rank: int, dout: int, din: int, scale: float = 1.0) -> Factors:
@@ -30,10 +28,6 @@ def random_factors(rng: np.random.Generator, rank: int, dout: int, din: int, sca
 def reference(f: Factors | None) -> np.ndarray:
     """ΔW in float64."""
     return np.zeros(1) if f is None else f.scale * (f.b.astype(np.float64) @ f.a.astype(np.float64))
-
-
-def reference_products(fs: list[Factors | None], gs: list[Factors | None]) -> np.ndarray:
-    return np.array([[float(np.sum(reference(f) * reference(g))) for g in gs] for f in fs])
 
 
 def best_approximation(delta: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
@@ -55,15 +49,6 @@ def families(draw: st.DrawFn) -> list[Adapter]:
             modules[path] = Factors(f.a, f.b * np.float32(draw(st.sampled_from([1, 1, 1, 0]))), f.scale)
         family.append(Adapter(Modules(modules)))
     return family
-
-
-def takes_dense_way(fs: list[Factors], monkeypatch: pytest.MonkeyPatch) -> bool:
-    taken = []
-    plain = algebra._dense_products
-    with monkeypatch.context() as patch:
-        patch.setattr(algebra, "_dense_products", lambda *given: taken.append(True) or plain(*given))
-        algebra.products(fs)
-    return bool(taken)
 
 
 # inner, norm, gram, combine -----------------------------------------------------------------------------------------
@@ -107,123 +92,7 @@ def test_a_wrong_scale_is_seen_by_the_reference() -> None:
         assert_same_delta(combine([x], [1.0]), wrong)
 
 
-# products -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("sizes", "ranks", "dense_way"), [(FACTORED, (1, 4), False), (DENSE, (24, 40), True)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-6)])
-@pytest.mark.parametrize("seed", range(5))
-def test_both_ways_of_products_agree_with_the_reference(
-    sizes: dict[str, int], ranks: tuple[int, int], dense_way: bool, dtype: type, tolerance: float, seed: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    rng = np.random.default_rng(seed)
-    fs = [random_factors(rng, int(rng.integers(*ranks)), **sizes, scale=float(rng.normal())) for _ in range(4)]
-    gs = [random_factors(rng, int(rng.integers(*ranks)), **sizes, scale=3.0) for _ in range(3)]
-    assert takes_dense_way(fs, monkeypatch) == dense_way
-    lengths = [np.linalg.norm(reference(f)) for f in fs], [np.linalg.norm(reference(g)) for g in gs]
-    for others, size in ((None, np.outer(lengths[0], lengths[0])), (gs, np.outer(*lengths))):
-        error = np.abs(algebra.products(fs, others, dtype) - reference_products(fs, others or fs))
-        assert np.all(error <= tolerance * size)
-        wrong = np.abs(algebra.products([*fs[1:], fs[0]], others, dtype) - reference_products(fs, others or fs))
-        assert np.any(wrong > 0.01 * size)
-
-
-@given(SEEDS, st.integers(1, 12), st.integers(1, 12), st.integers(1, 40), st.integers(1, 3))
-def test_the_factored_and_the_dense_way_give_the_same_products(
-    seed: int, dout: int, din: int, rank: int, others: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    left = [random_factors(rng, rank, dout, din) for _ in range(2)]
-    right = [random_factors(rng, rank + 1, dout, din) for _ in range(others)]
-    for gs in (left, right):
-        factored = algebra._factored_products(left, gs, np.float64)[0]
-        plain = algebra._dense_products(left, gs)
-        lengths = [[np.linalg.norm(reference(f)) for f in fs] for fs in (left, gs)]
-        # what cancels inside ⟨ΔW, ΔW'⟩ = Σ (BᵀB')∘(AA'ᵀ) is of the size of the factors, not of ΔW
-        factors = [[np.linalg.norm(f.a) * np.linalg.norm(f.b) for f in fs] for fs in (left, gs)]
-        assert np.all(np.abs(factored - plain) <= 1e-14 * np.outer(*factors) + 1e-12 * np.outer(*lengths))
-
-
-def test_many_adapters_are_multiplied_in_panels_with_the_same_result() -> None:
-    rng = np.random.default_rng(0)
-    fs = [random_factors(rng, rank, 40, 50, 0.5) for rank in (100, 7, 200, 300, 1, 90, 60)]
-    assert len(algebra._panels(algebra._offsets(fs))) > 2
-    expected = reference_products(fs, fs)
-    for others in (fs, list(fs)):
-        block, _ = algebra._factored_products(fs, others, np.float64)
-        np.testing.assert_allclose(block * 0.25, expected, rtol=1e-10, atol=1e-8)
-
-
-def test_dense_products_of_many_rows_are_summed_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(1)
-    fs = [random_factors(rng, 5, 17, 6) for _ in range(3)]
-    monkeypatch.setattr(algebra, "_BLOCK", 6 * 6 * 4)
-    heights, plain = [], algebra._dense_rows
-    monkeypatch.setattr(algebra, "_dense_rows", lambda fs, rows: heights.append(rows) or plain(fs, rows))
-    np.testing.assert_allclose(algebra._dense_products(fs, fs), reference_products(fs, fs), rtol=1e-10)
-    assert heights == [slice(start, start + 4) for start in (0, 4, 8, 12, 16)]
-
-
-@given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 30), st.integers(1, 30))
-def test_the_cheaper_way_is_taken(count: int, rank: int, dout: int, din: int) -> None:
-    """Multiplications, those of the dense way counted double for the memory that it moves."""
-    factored = (count * rank) ** 2 * (dout + din)
-    dense_way = 2 * (2 * count * rank * dout * din + 2 * count**2 * dout * din)
-    fs = [random_factors(np.random.default_rng(i), rank, dout, din) for i in range(count)]
-    with pytest.MonkeyPatch.context() as patch:
-        assert takes_dense_way(fs, patch) == (factored > dense_way)
-
-
-@given(st.integers(1, 60), st.integers(1, 30), st.integers(1, 30))
-def test_stacked_modules_take_the_way_that_single_ones_take(rank: int, dout: int, din: int) -> None:
-    fs = [random_factors(np.random.default_rng(i), rank, dout, din, 0.5) for i in range(3)]
-    stack = Adapter(Modules(dict(zip("abc", fs, strict=True)))).modules.stack("abc")
-    taken, plain = [], algebra._dense_products
-    for dtype, tolerance in ((np.float32, 2e-6), (np.float64, 1e-12)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(algebra, "_dense_products", lambda *given: taken.append(True) or plain(*given))
-            found = algebra.stack_squared_norms(stack, dtype)
-        np.testing.assert_allclose(found, [np.sum(reference(f) ** 2) for f in fs], rtol=tolerance)
-    dense_way = rank**2 * (dout + din) > 4 * (rank + 1) * dout * din
-    assert len(taken) == (6 if dense_way else 0)
-
-
-def cancelling(drift: float, seed: int) -> Factors:
-    """What PEFT makes of PiSSA: A = [A₁; A₀], B = [B₁, -B₀], the second half the first before training."""
-    rng = np.random.default_rng(seed)
-    a, b = rng.standard_normal((16, 256)), rng.standard_normal((256, 16))
-    moved = [side * (1 + drift * rng.standard_normal(side.shape)) for side in (a, b)]
-    return Factors(np.concatenate([moved[0], a]).astype("f4"), np.concatenate([moved[1], -b], axis=1).astype("f4"))
-
-
-@pytest.mark.parametrize("drift", [1e-1, 1e-2, 1e-3, 1e-4])
-def test_where_ranks_cancel_float32_is_not_trusted(drift: float) -> None:
-    fs = [cancelling(drift, 0), cancelling(drift, 1), random_factors(np.random.default_rng(2), 32, 256, 256)]
-    deltas = [f.b.astype("f8") @ f.a.astype("f8") for f in fs]
-    exact = np.array([[np.sum(x * y) for y in deltas] for x in deltas])
-    lengths = np.sqrt(np.diagonal(exact))
-    np.testing.assert_allclose(
-        algebra.products(fs, None, np.float32), exact, atol=1e-6 * np.outer(lengths, lengths).min()
-    )
-    xs = [Adapter(Modules({"m": f})) for f in fs]
-    for i, x in enumerate(xs):
-        assert algebra.squared_norms(x)["m"] == pytest.approx(exact[i, i], rel=1e-5)
-        inner_products, _, squared = algebra.row(x, xs, ["m"], np.float32)
-        np.testing.assert_allclose(
-            inner_products[0] / (lengths[i] * lengths), exact[i] / (lengths[i] * lengths), atol=2e-6
-        )
-        np.testing.assert_allclose(squared[0], lengths**2, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("side", "other"), [(1e-12, 1e-12), (1e-2, 1e-22), (1e-22, 1e-2), (1e-22, 1e6), (1e9, 1e9)])
-def test_energies_and_cosines_beyond_float32_s_range(side: float, other: float) -> None:
-    f = random_factors(np.random.default_rng(0), 4, 12, 16)
-    x = Adapter(Modules({"m": Factors(f.a * np.float32(side), f.b * np.float32(other))}))
-    exact = float(np.sum((x.modules["m"].b.astype("f8") @ x.modules["m"].a.astype("f8")) ** 2))
-    assert algebra.squared_norms(x)["m"] == pytest.approx(exact, rel=1e-5)
-    assert algebra.row(x, [x], ["m"], np.float32)[0][0, 0] == pytest.approx(exact, rel=1e-5)
-    assert algebra.products([x.modules["m"]] * 2, None, np.float32) == pytest.approx(np.full((2, 2), exact), rel=1e-5)
+# one module --------------------------------------------------------------------------------------------------------
 
 
 def test_the_update_of_a_huge_module_is_never_formed() -> None:
@@ -237,12 +106,35 @@ def test_the_update_of_a_huge_module_is_never_formed() -> None:
     assert inner(x, small) == pytest.approx(np.sum(values[:2] ** 2), rel=1e-6)
 
 
-def test_a_missing_module_is_a_zero_update() -> None:
-    f = random_factors(np.random.default_rng(0), 2, 3, 4)
-    table = algebra.products([None, f, None], [f, None])
-    np.testing.assert_allclose(table, [[0, 0], [np.sum(reference(f) ** 2), 0], [0, 0]], rtol=1e-6)
-    assert not algebra.products([None, None]).any()
-    assert not algebra.products([f], [None]).any()
+@given(SEEDS, st.integers(1, 12), st.integers(1, 12), st.integers(1, 40), st.integers(1, 40))
+def test_the_inner_product_of_a_module_is_that_of_the_dense_updates_at_any_rank(
+    seed: int, dout: int, din: int, rank: int, other: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    f, g = random_factors(rng, rank, dout, din, -1.5), random_factors(rng, other, dout, din, 0.25)
+    factors = [abs(x.scale) * np.linalg.norm(x.a) * np.linalg.norm(x.b) for x in (f, g)]
+    assert abs(algebra.module_inner(f, g) - np.sum(reference(f) * reference(g))) <= 1e-13 * np.prod(factors)
+    assert algebra.module_squared_norm(f) == pytest.approx(
+        np.sum(reference(f) ** 2), abs=1e-13 * float(factors[0]) ** 2
+    )
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_gram_and_row_of_a_module_are_its_inner_products_and_none_is_zero(count: int) -> None:
+    rng = np.random.default_rng(count)
+    fs = [random_factors(rng, int(rng.integers(1, 9)), 12, 16, float(rng.normal())) for _ in range(count)]
+    expected = np.array([[np.sum(reference(f) * reference(g)) for g in fs] for f in fs])
+    with_gaps = [None, *fs, None]
+    table = algebra.module_gram(with_gaps)
+    size = np.sqrt(np.outer(np.diagonal(expected), np.diagonal(expected)))
+    assert np.all(np.abs(table[1:-1, 1:-1] - expected) <= 1e-12 * size)
+    assert np.array_equal(table, table.T)
+    assert not table[[0, -1]].any()
+    inner, own, others = algebra.module_row(fs[0], with_gaps)
+    np.testing.assert_allclose(inner, table[1], atol=1e-12 * size.max())
+    np.testing.assert_allclose([own, *others], [expected[0, 0], *np.diagonal(table)], rtol=1e-12)
+    assert not algebra.module_gram([None, None]).any()
+    assert not algebra.module_row(None, with_gaps)[0].any()
 
 
 # compress, truncate, truncate_dense, singular_values ----------------------------------------------------------------

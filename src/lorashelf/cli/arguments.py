@@ -16,8 +16,8 @@ from ..errors import AdapterError, AdapterFormatError, Fault, MissingExtra, Task
 from ..formats.objects import CONFIG_FILE
 from ..formats.peft import read_adapter
 from ..lora.adapter import Adapter
-from ..lora.algebra import squared_norms
 from ..lora.alignment import FEW
+from ..lora.kernels import squared_norms
 from ..lora.similarity import similarity
 from ..placement.policies import median_similarity
 from .output import note

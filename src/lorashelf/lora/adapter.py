@@ -121,7 +121,7 @@ class Modules(Mapping[str, Factors]):
     """Module path → Factors, sorted by path; `shapes` and `scales` are known without reading a tensor."""
 
     squared_norms: Mapping[str, float] | None = None
-    """Module path → ‖ΔW‖², once it is known: `algebra.energies` keeps it here, and so does a shelf that has it."""
+    """Module path → ‖ΔW‖², once it is known: `kernels.squared_norms` keeps it here, and so does a shelf that has it."""
 
     def __init__(self, factors: Mapping[str, Factors]) -> None:
         self._factors = dict(sorted(factors.items()))
@@ -139,7 +139,8 @@ class Modules(Mapping[str, Factors]):
     def stack(self, paths: Sequence[str]) -> Stack:
         """Modules of one shape as arrays."""
         fs = [self[path] for path in paths]
-        return Stack(np.stack([f.a for f in fs]), np.stack([f.b for f in fs]), np.array([f.scale for f in fs]))
+        a, b = np.stack([f.a for f in fs], dtype=np.float32), np.stack([f.b for f in fs], dtype=np.float32)
+        return Stack(a, b, np.array([f.scale for f in fs]))
 
     def __getitem__(self, path: str) -> Factors:
         return self._factors[path]

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from ..execution import each
 from ..registry import Registry
+from . import kernels
 from .adapter import Adapter
-from .algebra import Square, Vector, products, row, runs, union
+from .algebra import Square, Vector, module_gram, module_row, union
 from .alignment import aligned
 from .given import as_adapters
 
-Metric = Callable[[Sequence[Adapter], "Sequence[Adapter] | None"], Square]
+Similarity = Callable[[Sequence[Adapter], "Sequence[Adapter] | None"], Square]
 OfModule = Callable[[Square, Square, NDArray[np.float64]], Square]  # ⟨·,·⟩, and ‖·‖² of both sides that broadcast to it
-METRICS: Registry[Metric] = Registry("metric")
+METRICS: Registry[Similarity] = Registry("metric")
 
 
 def similarity(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, metric: str = "cosine") -> Square:
@@ -33,12 +34,12 @@ def similarity(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, metri
     return METRICS[metric](both[: len(xs)], None if ys is None else both[len(xs) :])
 
 
-def _metric(function: Metric) -> Metric:
+def _registered(function: Similarity) -> Similarity:
     METRICS.add(function.__name__, function)
     return function
 
 
-@_metric
+@_registered
 def cosine(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
     """Mean over modules of cos(vec ΔW, vec ΔW'), in [-1, 1].
 
@@ -50,10 +51,10 @@ def cosine(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square
         norms = np.sqrt(left * right)
         return np.clip(np.divide(inner, norms, out=np.zeros_like(inner), where=norms > 0), -1.0, 1.0)
 
-    return _module_mean(xs, ys, of_module, np.float32)
+    return _module_mean(xs, ys, of_module)
 
 
-@_metric
+@_registered
 def l2(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
     """Mean over modules of 1 / (1 + ‖ΔW − ΔW'‖_F), in (0, 1], on scaled ΔW; a module that one side lacks is ΔW = 0
     there.
@@ -65,10 +66,10 @@ def l2(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
         distance: Square = np.sqrt(np.where(squared <= rounding, 0.0, squared))
         return 1.0 / (1.0 + distance)
 
-    return _module_mean(xs, ys, of_module, np.float64)
+    return _module_mean(xs, ys, of_module, exact=True)  # a difference of numbers that may be equal
 
 
-@_metric
+@_registered
 def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, quantile: float = 0.8) -> Square:
     """Cosine between SVD features of the raw factors (MBC, arXiv 2405.11157; mttl's `svd_similarity`).
 
@@ -85,18 +86,18 @@ def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, 
 
 
 def _module_mean(
-    xs: Sequence[Adapter],
-    ys: Sequence[Adapter] | None,
-    of_module: OfModule,
-    dtype: type[np.float32] | type[np.float64],
+    xs: Sequence[Adapter], ys: Sequence[Adapter] | None, of_module: OfModule, *, exact: bool = False
 ) -> Square:
-    """Mean of a per-module score over the modules that either side of a pair has."""
+    """Mean of a per-module score over the modules that either side of a pair has; by kernels, or `exact` by the
+    equations.
+    """
     if ys is not None:
-        return np.stack([_one_against(x, ys, of_module, dtype) for x in xs]) if xs else np.zeros((0, len(ys)))
+        return np.stack([_one_against(x, ys, of_module, exact) for x in xs]) if xs else np.zeros((0, len(ys)))
     total, count = np.zeros((len(xs), len(xs))), np.zeros((len(xs), len(xs)))
+    gram = module_gram if exact else kernels.gram
     for path in union(xs):  # few large products: BLAS has threads of its own, and memory counts
         fs = [x.modules.get(path) for x in xs]
-        inner = products(fs, None, dtype)
+        inner = gram(fs)
         own = np.maximum(np.diagonal(inner), 0.0)
         has = np.array([f is not None for f in fs])
         present = has[:, None] | has
@@ -105,21 +106,26 @@ def _module_mean(
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 
-def _one_against(
-    x: Adapter, ys: Sequence[Adapter], of_module: OfModule, dtype: type[np.float32] | type[np.float64]
-) -> Vector:
+def _one_against(x: Adapter, ys: Sequence[Adapter], of_module: OfModule, exact: bool) -> Vector:
     """The means of one adapter against many, (m,): many small products, runs of modules side by side."""
+    row = _exact_row if exact else kernels.row
 
     def scored(paths: Sequence[str]) -> tuple[Vector, NDArray[np.int_]]:
-        inner, own, others = row(x, ys, paths, dtype)
+        inner, own, others = row(x, ys, paths)
         present = np.array([paths[0] in x.modules or paths[0] in y.modules for y in ys])
         return np.where(present, of_module(inner, own[:, None], others).sum(axis=0), 0.0), len(paths) * present
 
     total, count = np.zeros(len(ys)), np.zeros(len(ys))
-    for scores, present in each(scored, runs([x, *ys])):
+    for scores, present in each(scored, kernels.runs([x, *ys])):
         total += scores
         count += present
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+
+
+def _exact_row(x: Adapter, ys: Sequence[Adapter], paths: Sequence[str]) -> tuple[Square, Vector, Square]:
+    rows = [module_row(x.modules.get(path), [y.modules.get(path) for y in ys]) for path in paths]
+    inner, own, others = zip(*rows, strict=True)
+    return np.stack(inner), np.array(own), np.stack(others)
 
 
 def raw_gram(xs: Sequence[Adapter], quantile: float = 0.0) -> Square:

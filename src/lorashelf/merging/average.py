@@ -11,8 +11,9 @@ import numpy as np
 from ..errors import AdapterFormatError, NotReversible
 from ..formats.codecs import CODECS
 from ..lora.adapter import Adapter, BaseId, Factors, wider
-from ..lora.algebra import compress, norm, squared_norms
+from ..lora.algebra import compress, norm
 from ..lora.alignment import Renamed, aligned
+from ..lora.kernels import squared_norms
 from .driver import merge_measured
 from .inverse import Noise, noise_of, unmerge
 from .methods import METHODS

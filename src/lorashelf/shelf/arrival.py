@@ -10,9 +10,9 @@ from typing import Any
 from ..errors import OverBudget, TaskNameError, UsageError
 from ..execution import beside
 from ..lora.adapter import Adapter
-from ..lora.algebra import squared_norms
 from ..lora.alignment import shared
 from ..lora.given import as_adapter
+from ..lora.kernels import squared_norms
 from ..lora.similarity import similarity
 from ..merging.average import Average, Source, fold, single, source
 from ..names import task_name

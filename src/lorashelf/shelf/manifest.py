@@ -16,7 +16,7 @@ from ..formats.codec import Codec
 from ..formats.codecs import CODECS
 from ..formats.objects import Stored
 from ..lora.adapter import WIDTHS, Adapter, BaseId
-from ..lora.algebra import squared_norms
+from ..lora.kernels import squared_norms
 from ..merging.average import Average, History, Source
 from ..names import on_one_line
 from .settings import FORMAT

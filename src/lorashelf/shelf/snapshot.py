@@ -16,7 +16,7 @@ from ..errors import AdapterFormatError, CorruptShelf, DiskError, StaleShelf, Un
 from ..execution import at_once
 from ..formats.safetensors import DAMAGED
 from ..lora.adapter import Adapter
-from ..lora.algebra import squared_norms_hold
+from ..lora.kernels import squared_norms_hold
 from ..merging.average import Average
 from .log import FILE as LOG
 from .log import History
