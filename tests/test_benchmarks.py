@@ -11,6 +11,7 @@ import pytest
 
 from factory import make_adapter
 from lorashelf import write_adapter
+from lorashelf.bench.suite import read_suite
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -42,11 +43,25 @@ def test_a_benchmark_of_adapters_prints_its_table(name: str, row: str, tmp_path:
     assert "target " in found.stdout
 
 
-@pytest.mark.parametrize("name", ["drift", "auto_threshold"])
-def test_a_suite_without_a_model_prints_its_table(name: str, tmp_path: Path) -> None:
+def test_the_drift_of_averages_is_measured_per_dtype(tmp_path: Path) -> None:
     for seed, task in enumerate(("gec-de", "gec-en", "qa-de")):
         write_adapter(make_adapter(seed), tmp_path / task)
-    words = [sys.executable, str(ROOT / "suites" / f"{name}.py"), "--zoo", str(tmp_path)]
+    words = [sys.executable, str(ROOT / "suites" / "drift.py"), "--zoo", str(tmp_path)]
     table = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     rows = [line for line in table.splitlines() if line.startswith("| ")]
-    assert len(rows) == {"drift": 1 + 3, "auto_threshold": 1 + 16}[name]
+    assert len(rows) == 1 + 3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "suites").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_suite_can_be_read_and_its_folders_are_there(path: Path) -> None:
+    suite = read_suite(path)
+    assert len({cell.id for cell in suite.cells}) == len(suite.cells) > 0
+    assert all(folder.is_dir() for folder in (suite.adapters, suite.data) if folder is not None)
+
+
+def test_the_thresholds_suite_compares_auto_with_constants_and_none() -> None:
+    cells = read_suite(ROOT / "suites" / "thresholds.toml").cells
+    tried = {cell.options["threshold"] for cell in cells if cell.method == "kmerge++"}
+    assert tried == {"auto", 0.008, 0.012, 0.015, 0.020, 0.028}
+    assert {cell.options["order"] for cell in cells if cell.how == "arrive"} == {"random", "worst"}
+    assert len([cell for cell in cells if cell.method == "kmerge"]) == 6
