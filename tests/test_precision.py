@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorashelf.errors import ModelError
 from lorashelf.models import precision
 from lorashelf.models.base_model import open_base
 from lorashelf.models.precision import GAIN, ROUNDS, bfloat16_gain
@@ -37,6 +38,19 @@ def test_every_architecture_names_its_sizes(
     monkeypatch.setattr(precision, "bfloat16_gain", lambda *sizes: asked.append(sizes) or 1.0)
     open_base(str(tiny_base(tmp_path / "base", architecture)), device="cpu")
     assert asked == [(16, 64 if architecture == "gpt2" else 24)]
+
+
+@pytest.mark.parametrize("hidden", ['"x"', "-1", "null"])
+def test_a_damaged_configuration_is_an_error_of_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_tiles: None, hidden: str
+) -> None:
+    monkeypatch.setattr(precision, "bfloat16_gain", None)
+    base = tiny_base(tmp_path / "base")
+    text = (base / "config.json").read_text()
+    assert '"hidden_size": 16' in text
+    (base / "config.json").write_text(text.replace('"hidden_size": 16', f'"hidden_size": {hidden}'))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        open_base(str(base), device="cpu")
 
 
 def test_nothing_is_measured_where_the_answer_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

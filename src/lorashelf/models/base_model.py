@@ -57,9 +57,7 @@ def open_base(
     source, shown = _source(name)
     folder = dequantised(source) if source.suffix == ".gguf" else source
     chosen = device_of(device)
-    with loading(shown, folder):
-        config = transformers.AutoConfig.from_pretrained(folder)
-    kind = dtype_of(dtype, chosen, config)
+    kind = dtype_of(dtype, chosen, folder)
     with loading(shown, folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     template = template_of(tokenizer, template_arguments or {})

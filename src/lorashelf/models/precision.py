@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
@@ -25,30 +26,41 @@ def device_of(wanted: str | None) -> str:
     return wanted or (there[0] if there else "cpu")
 
 
-def dtype_of(wanted: str | None, device: str, config: Any) -> Any:
+def dtype_of(wanted: str | None, device: str, folder: Path) -> Any:
     """The named dtype, else the fastest that is safe: bfloat16 on CUDA and on CPUs where it pays, float32 elsewhere.
 
-    `config` is the base's configuration. Raises UsageError.
+    `folder` is where the base lies, or its hub id. Raises UsageError.
     """
     torch, _ = libraries()
     dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
     if wanted is not None and wanted not in dtypes:
         raise UsageError(f"dtype {wanted!r} is unknown", cure=f"choose from {', '.join(dtypes)}")
     native = partial(torch.cuda.is_bf16_supported, including_emulation=False)
-    pays = {"cuda": native, "cpu": partial(_pays_on_cpu, config)}.get(device.partition(":")[0])
+    pays = {"cuda": native, "cpu": partial(_pays_on_cpu, folder)}.get(device.partition(":")[0])
     return dtypes[wanted or ("bf16" if pays is not None and pays() else "f32")]
 
 
-def _pays_on_cpu(config: Any) -> bool:
+def _pays_on_cpu(folder: Path) -> bool:
     """Whether bfloat16 is worth it: where the CPU has tile units it is, elsewhere that is measured."""
     torch, _ = libraries()
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name
     if tiles is not None and tiles():
         return True
-    text = config.get_text_config()
-    hidden = text.hidden_size
-    inner = getattr(text, "intermediate_size", None)
-    return bfloat16_gain(hidden, inner if isinstance(inner, int) else 4 * hidden) >= GAIN
+    sizes = _sizes(folder)
+    return sizes is not None and bfloat16_gain(*sizes) >= GAIN
+
+
+def _sizes(folder: Path) -> tuple[int, int] | None:
+    """The sizes of a base's widest layers; None where its configuration names none: loading says why."""
+    _, transformers = libraries()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder).get_text_config()
+        hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None)
+    except Exception:  # a damaged file makes the libraries below raise errors of any kind
+        return None
+    if type(hidden) is not int or hidden < 1:
+        return None
+    return hidden, inner if type(inner) is int and inner > 0 else 4 * hidden
 
 
 def bfloat16_gain(hidden: int, inner: int) -> float:
