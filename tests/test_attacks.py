@@ -752,7 +752,7 @@ def test_an_empty_base_is_accepted_with_a_warning(shelf: Shelf, tmp_path: Path, 
     folder = write_peft(tmp_path / "x", make_adapter(1), base_model_name_or_path=base)
     code, said = command("add", shelf.path, folder)
     assert code == 0
-    assert "names no base model" in said
+    assert "does not name a base model" in said
     assert shelf.snapshot().manifest.base.name == BASE  # type: ignore[union-attr]
 
 

@@ -105,7 +105,7 @@ def test_a_budget_too_small_for_an_empty_shelf_is_refused(tmp_path: Path, run: R
 
 def test_sizes_are_printed_in_the_unit_that_fits(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
     run("init", tmp_path / "s", "--slots", 2, "--bytes", "1.6MB")
-    assert "would take 0 B, the shelf takes 0 B; on disk" in run("ls", tmp_path / "s", as_json=False)[1]
+    assert "would need 0 B, the shelf needs 0 B; on disk" in run("ls", tmp_path / "s", as_json=False)[1]
     run("add", tmp_path / "s", zoo["a-x"])
     text = run("ls", tmp_path / "s", as_json=False)[1]
     assert "budget 1.60 MB" in text
@@ -262,7 +262,7 @@ def test_plain_files_among_the_folders_are_passed_over(
     (tmp_path / "zoo" / "README.md").write_text("about")
     given = sorted((tmp_path / "zoo").iterdir())
     assert run("add", shelf, *given)[0] == 0
-    assert "README.md: passed over" in run.stderr  # type: ignore[attr-defined]
+    assert "README.md: ignored" in run.stderr  # type: ignore[attr-defined]
     assert sorted(run("route", shelf)[1]) == sorted(zoo)
     for words in (["compare"], ["plan"], ["merge", "--method", "svd", "-o", tmp_path / "m"]):
         assert run(words[0], *given, *words[1:])[0] == 0
@@ -342,9 +342,9 @@ def test_ls_counts_slots_tasks_and_bytes(shelf: Path, zoo: dict[str, Path], run:
     assert listing["head"] == (shelf / "HEAD").read_text().strip()
     assert listing["adapters"] == 4
     text = run("ls", shelf, as_json=False)[1]
-    assert "4 adapters would take" in text
+    assert "4 adapters would need" in text
     run("remove", shelf, "b-y")
-    assert "4 adapters (3 tasks routed) would take" in run("ls", shelf, as_json=False)[1]
+    assert "4 adapters (3 tasks routed) would need" in run("ls", shelf, as_json=False)[1]
 
 
 @pytest.mark.parametrize("policy", ["kmerge", "all"])
@@ -789,11 +789,11 @@ def test_one_is_singular(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None
     assert "1 free slot, " in run("init", tmp_path / "s", "--slots", 1, as_json=False)[1]
     run("add", tmp_path / "s", zoo["a-x"])
     text = run("ls", tmp_path / "s", as_json=False)[1]
-    assert "1 adapter would take" in text
+    assert "1 adapter would need" in text
     assert "with 1 state of history" in text
     assert "1 of 1 slot filled" in text
     run("add", tmp_path / "s", zoo["a-y"])
-    assert "2 adapters would take" in run("ls", tmp_path / "s", as_json=False)[1]
+    assert "2 adapters would need" in run("ls", tmp_path / "s", as_json=False)[1]
     code, document = run("threshold", zoo["a-x"].parent / "a-x")
     assert "0 adapters here" in document["error"]["message"]
     code, document = run("merge", zoo["a-x"], "-o", tmp_path / "m", "--method", "svd", "--weights", "1,2")
@@ -828,7 +828,7 @@ def test_a_folder_of_task_files_that_holds_nothing_for_a_task_is_told(
     (tmp_path / "tasks" / "a-x").mkdir(parents=True)
     (tmp_path / "tasks" / "a-x" / "task.toml").write_text('prompt = "Mend:"\n')
     assert run("add", shelf, *zoo.values(), "--task-file", tmp_path / "tasks")[0] == 0
-    assert "tasks holds nothing for a-y, b-x, b-y\n" in run.stderr  # type: ignore[attr-defined]
+    assert "tasks has no task file for a-y, b-x, b-y\n" in run.stderr  # type: ignore[attr-defined]
 
 
 EVERY = sorted({name for names in MODULES.values() for name in names} - {"demo", "bench"})  # neither has --json

@@ -56,7 +56,7 @@ def test_output_that_cannot_be_written_is_an_error_and_commits_stay(
     assert "Traceback" not in done.stderr
     reason = "No space left on device" if redirect == ">/dev/full" else "Bad file descriptor"
     assert f"cannot write: {reason}\n  where: standard output\n" in done.stderr
-    assert "what was committed stays" in done.stderr
+    assert "committed changes are kept" in done.stderr
     changed = shelf.snapshot().head != before or (tmp_path / "new" / "HEAD").exists()
     assert changed == (words in WRITES)
     assert shelf.verify() == []
@@ -161,7 +161,7 @@ def test_a_signal_ends_any_command_with_its_number(shelf: Shelf, tmp_path: Path,
     begun.send_signal(getattr(signal, name))
     out, err = begun.communicate(timeout=30)
     assert begun.returncode == 128 + getattr(signal, name)
-    assert err == "lorashelf: interrupted; what was committed stays\n"
+    assert err == "lorashelf: interrupted; committed changes are kept\n"
     assert json.loads(out)["error"]["kind"] == "interrupted"
     with Shelf(shelf.path).writing():  # no lock is left
         pass

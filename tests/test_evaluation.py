@@ -741,7 +741,7 @@ def test_another_base_name_is_warned_of_and_a_declared_one_is_not(
         caplog.clear()
     write_adapter(replace(adapter, base=BaseId("")), tmp_path / "unknown" / "a-en")
     run(tmp_path / "unknown", *common, "--loss-only")
-    assert "names no base model" in run.stderr  # type: ignore[attr-defined]
+    assert "does not name a base model" in run.stderr  # type: ignore[attr-defined]
 
 
 def test_a_prompt_that_an_adapter_was_not_trained_under_is_said(

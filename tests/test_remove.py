@@ -135,8 +135,8 @@ def test_a_base_in_the_settings_outlasts_the_adapters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("slots", "fault"),
     [
-        ("0..3", "has 0 slots; at least 1 is needed"),
-        ("2,0", "has 0 slots"),
+        ("0..3", "contains 0; the least number of slots is 1"),
+        ("2,0", "contains 0"),
         ("8..1", "runs backwards"),
         ("a..b", "is not a number, a list or a range"),
         ("9" * 5000, "is not a number, a list or a range"),

@@ -162,7 +162,7 @@ def test_clusters_and_forecasts_leave_it_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("idle", "said"),
-    [(untrained(1), "idle: untrained, ΔW is 0 in every module"), (untrained(1, "q_proj"), "idle: 2 of 4 modules are")],
+    [(untrained(1), "idle: untrained (ΔW is 0 in every module)"), (untrained(1, "q_proj"), "idle: 2 of 4 modules are")],
 )
 def test_every_command_that_averages_warns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], idle: Adapter, said: str
