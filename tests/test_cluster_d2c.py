@@ -135,7 +135,7 @@ def test_a_second_search_in_one_journal_is_refused(
     with sole(tmp_path / "s.d2c.jsonl.lock", "held", tmp_path, "wait"):
         code, document, _ = run(capsys, house, tmp_path / "s")
     assert code == 2
-    assert "another search writes into this journal" in document["error"]["message"]
+    assert "another search is writing to this journal" in document["error"]["message"]
     assert run(capsys, house, tmp_path / "s")[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 

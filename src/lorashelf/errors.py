@@ -26,7 +26,7 @@
     │   └── OutOfMemory           5  memory ended, on any device
     ├── TaskDataError         5  a task folder cannot be read or used
     ├── Interrupted         130  Ctrl-C, SIGTERM or SIGHUP after part of the work; `done` says which
-    └── Unread              141  whoever reads standard output went away
+    └── Unread              141  the reader of standard output has closed the pipe
 
 The number is the exit status of the command line. All faults of one adapter are raised at once, in `faults`; each
 brings its own cure, and `cure` holds the distinct ones, a line for each.

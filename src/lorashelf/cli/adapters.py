@@ -32,7 +32,7 @@ def show_adapter(
     ],
     json: arg.Json = False,
 ) -> None:
-    """What an adapter is: modules, ranks, scales, norms, and the energy kept at lower ranks."""
+    """Show an adapter: modules, ranks, scales, norms, and the energy that lower ranks keep."""
     read = arg.read_one(adapter)
     arg.note_adapters({arg.name_of(adapter): read})
     show(describe(read), json, _described)
@@ -44,7 +44,7 @@ def compare(
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw a clustered heat map (png, svg or pdf).")] = None,
     json: arg.Json = False,
 ) -> None:
-    """How alike adapters are, pair by pair."""
+    """Compare adapters pair by pair: how similar they are."""
     if plot is not None:
         from ..report.heatmap import draw_heatmap, format_of
 
@@ -69,7 +69,7 @@ def plan(
     assume_base: arg.AssumeBase = False,
     json: arg.Json = False,
 ) -> None:
-    """What K slots would cost and keep, for several K; nothing is written."""
+    """Print what K slots would cost and keep, for several K; write nothing."""
     named = arg.read_named(adapters)
     settings = new_settings(1, merge=merge, parameters=arg.parameters(parameter), rank=rank, dtype=dtype)
     if assume_base:
@@ -89,7 +89,7 @@ def threshold(
     ],
     json: arg.Json = False,
 ) -> None:
-    """The threshold of K-Merge++ from held-out adapters: their median pairwise similarity."""
+    """Print a threshold for K-Merge++: the median pairwise similarity of held-out adapters."""
     named = arg.adapters_in(folder)
     matrix = similarity(list(named.values()))
     pairs = matrix[np.triu_indices(len(named), 1)]
@@ -103,7 +103,7 @@ def merge_adapters(
     adapters: arg.Adapters,
     output: Annotated[Path, typer.Option("-o", "--output", help="The PEFT folder to write.", show_default=False)],
     method: Annotated[str, typer.Option("--method", help="Merge method (docs/methods.md).", show_default=False)],
-    weights: Annotated[str | None, typer.Option("--weights", help="One weight an adapter: W,W,…")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="One weight per adapter: W,W,…")] = None,
     rank: arg.Rank = None,
     dtype: arg.Dtype = None,
     parameter: arg.Parameters = None,
@@ -212,6 +212,6 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the commands of this module."""
+    """Register the commands of this module."""
     for name, (command, example) in _COMMANDS.items():
         app.command(name, epilog=f"Example:  {example}", rich_help_panel="Adapters")(command)

@@ -1,4 +1,4 @@
-"""What the commands take: options shared by several, and ADAPTER arguments."""
+"""The arguments of the commands: options shared by several, and ADAPTER arguments."""
 
 from __future__ import annotations
 
@@ -35,14 +35,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Parameters = Annotated[
     list[str] | None, typer.Option("-p", "--parameter", help="A parameter of the merge method.", metavar="KEY=VALUE")
 ]
-Slots = Annotated[int, typer.Option("--slots", help="K, how many adapters there is room for.", show_default=False)]
+Slots = Annotated[int, typer.Option("--slots", help="K, the number of slots.", show_default=False)]
 Base = Annotated[
     str | None,
-    typer.Option("--base", help="The base model: hub id, folder or GGUF file; default SmolLM2 if its package is here."),
+    typer.Option(
+        "--base", help="The base model: hub id, folder or GGUF file; default: SmolLM2, if its package is installed."
+    ),
 ]
-Device = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first there is.")]
+Device = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first available.")]
 ModelDtype = Annotated[
-    str | None, typer.Option("--model-dtype", help="f32, f16 or bf16 for the base; default: the fastest that is safe.")
+    str | None,
+    typer.Option("--model-dtype", help="Dtype of the base: f32, f16 or bf16; default: the fastest safe one."),
 ]
 TemplateArgs = Annotated[
     list[str] | None,
@@ -53,21 +56,19 @@ TemplateArgs = Annotated[
     ),
 ]
 Merge = Annotated[str, typer.Option("--merge", help="Merge method (docs/methods.md).")]
-Rank = Annotated[int | None, typer.Option("--rank", help="Cap the rank stored; never pads.")]
+Rank = Annotated[int | None, typer.Option("--rank", help="Cap on the stored rank; ranks are never padded.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Storage dtype: f32, f16 or bf16.")]
 Threshold = Annotated[
     str | None,
     typer.Option("--threshold", help="For kmerge++: a similarity, or 'auto', the default.", show_default=False),
 ]
 HeldOut = Annotated[Path | None, typer.Option("--held-out", help="Adapters whose median similarity is the threshold.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is drawn.")]
-Keep = Annotated[int, typer.Option("--keep", help="How many other states undo and redo reach.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]
+Keep = Annotated[int, typer.Option("--keep", help="Number of other states that undo and redo can reach.")]
 Aliases = Annotated[
     list[str] | None, typer.Option("--base-alias", help="Another name of the same base model.", metavar="NAME")
 ]
-AssumeBase = Annotated[
-    bool, typer.Option("--assume-base", help="Accept another base name; shapes are checked all the same.")
-]
+AssumeBase = Annotated[bool, typer.Option("--assume-base", help="Accept another base name; shapes are still checked.")]
 Encoding = Annotated[
     str,
     typer.Option("--encoding", help="How slots are stored: peft, or coded (few bytes; `route` writes PEFT folders)."),
@@ -107,13 +108,13 @@ Bytes = Annotated[
         "--bytes",
         parser=byte_count,
         metavar="SIZE",
-        help="Room for everything under the shelf, at rest: 1600000, 1.6MB, 1.5MiB.",
+        help="Limit for all files of the shelf at rest: 1600000, 1.6MB, 1.5MiB.",
     ),
 ]
 
 
 def stated(context: typer.Context, options: Mapping[str, str]) -> list[str]:
-    """Which of the options (parameter → option) stand in the command, whatever their values."""
+    """The options (parameter → option) that the command line gives, whatever their values."""
     sources = {option: context.get_parameter_source(name) for name, option in options.items()}
     return [option for option, source in sources.items() if source is not None and source.name != "DEFAULT"]
 
@@ -165,7 +166,7 @@ def read_each(texts: Sequence[str], task: str | None = None) -> list[tuple[str, 
     folders = [text for text in texts if not expanded(text).is_file()]
     for text in texts if folders else ():
         if text not in folders:
-            note(f"{text}: passed over; it is a file, and an adapter is a folder")
+            note(f"{text}: ignored: it is a file, and an adapter is a folder")
     found: list[tuple[str, Adapter]] = []
     faults: list[Fault] = []
     for text in folders or texts:
@@ -177,7 +178,7 @@ def read_each(texts: Sequence[str], task: str | None = None) -> list[tuple[str, 
                 raise
             faults += [reason.at(name) for reason in error.reasons]
     if faults:
-        raise AdapterFormatError(faults, cure="mend or leave out these adapters; lorashelf show ADAPTER says more")
+        raise AdapterFormatError(faults, cure="fix or leave out these adapters; lorashelf show ADAPTER prints more")
     return found
 
 
@@ -189,15 +190,17 @@ def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
     by_name = dict(found)
     if len(by_name) < len(found):
         repeated = [name for name in by_name if sum(other == name for other, _ in found) > 1]
-        raise TaskNameError(f"task names given twice: {', '.join(repeated)}", cure="name them apart: NAME=ADAPTER")
+        raise TaskNameError(
+            f"task names given twice: {', '.join(repeated)}", cure="give each its own name: NAME=ADAPTER"
+        )
     return by_name
 
 
 def note_adapters(adapters: Mapping[str, Adapter]) -> None:
-    """Warn of adapters that name no base, and of what their folders hold that is not kept; each once for all."""
+    """Print notices: adapters without the name of a base, and what is not kept of their folders; like ones once."""
     alike: dict[str, list[str]] = {}
     for name, adapter in adapters.items():
-        nameless = () if adapter.base.name else ("its config names no base model; only shapes can be checked",)
+        nameless = () if adapter.base.name else ("its config does not name a base model; only shapes can be checked",)
         for notice in (*nameless, *adapter.notices):
             alike.setdefault(notice, []).append(name)
     for notice, names in alike.items():
@@ -214,13 +217,13 @@ def note_few_shared(
 
 
 def note_untrained(adapters: Mapping[str, Adapter]) -> None:
-    """Warn of adapters and modules whose ΔW is 0."""
+    """Print a notice for adapters and modules whose ΔW is 0."""
     for name, adapter in adapters.items():
         idle = sum(not energy for energy in squared_norms(adapter).values())
         if idle == len(adapter.modules):
-            note(f"{name}: untrained, ΔW is 0 in every module: it changes nothing, and is left out of averages")
+            note(f"{name}: untrained (ΔW is 0 in every module): it changes nothing, and is left out of averages")
         elif idle:
-            note(f"{name}: {idle} of {len(adapter.modules)} modules are untrained, ΔW is 0: left out of averages")
+            note(f"{name}: {idle} of {len(adapter.modules)} modules are untrained (ΔW is 0) and left out of averages")
 
 
 def adapters_in(folder: Path) -> dict[str, Adapter]:
@@ -286,7 +289,7 @@ def slot_range(text: str, most: int) -> list[int]:
     except ValueError:
         raise UsageError(f"--slots {text!r} is not a number, a list or a range", cure=cure) from None
     if min(ends) < 1:
-        raise UsageError(f"--slots {text!r} has {min(ends)} slots; at least 1 is needed", cure=cure)
+        raise UsageError(f"--slots {text!r} contains {min(ends)}; the least number of slots is 1", cure=cure)
     if match and ends[0] > ends[1]:
         raise UsageError(f"--slots {text!r} runs backwards", cure=f"give {ends[1]}..{ends[0]}")
     return list(range(ends[0], min(ends[1], max(ends[0], most)) + 1)) if match else ends

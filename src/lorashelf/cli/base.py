@@ -1,4 +1,4 @@
-"""The base model of a command: opened, and what is waited for printed while that takes time."""
+"""Open the base model of a command, with a notice while that takes time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_named(
     template: Sequence[str] | None,
     learns: bool = True,
 ) -> C:
-    """The model that a command's options name, with the capability that the command needs.
+    """Open the model that a command's options name, with the capability that the command needs.
 
     Where losses are measured or learned from (`learns`), the system turn that is left out of the prompt is named.
     """
@@ -47,7 +47,7 @@ def note_system_turn(template: Template) -> None:
 
 @contextlib.contextmanager
 def explained(name: str | None) -> Iterator[None]:
-    """Print that a model is being loaded: at once on a terminal, else when it takes longer than a second."""
+    """Print that a model is being loaded: at once on a terminal, else after a second."""
     text = f"loading the base model{f' {name}' if name else ''} …"
     timer = threading.Timer(0.0 if sys.stderr.isatty() else PATIENCE, note, [text])
     timer.daemon = True

@@ -22,23 +22,23 @@ from .output import counted, duration, note, show, table
 
 SuitePath = Annotated[Path, typer.Argument(help="A suite's TOML file.", metavar="SUITE", show_default=False)]
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="Where results are kept; default: SUITE.results beside it.")
+    Path | None, typer.Option("-o", "--output", help="Folder of the results; default: SUITE.results beside the suite.")
 ]
 
 
 def run(
     suite: SuitePath,
     adapters: Annotated[
-        Path | None, typer.Option("--adapters", help="A PEFT folder per task; default: what the suite names.")
+        Path | None, typer.Option("--adapters", help="Folder with a PEFT folder per task; default: the suite's.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="A task folder per task; default: what the suite names.")
+        Path | None, typer.Option("--data", help="Folder with a task folder per task; default: the suite's.")
     ] = None,
     output: Output = None,
     device: arg.Device = None,
     json: arg.Json = False,
 ) -> None:
-    """Measure what is not measured yet; interrupt it at any time, or run it in several processes at once."""
+    """Measure the cells that are not measured yet. Can be interrupted at any time, and run in several processes."""
     from ..models.protocol import Scores
     from . import base
 
@@ -55,13 +55,13 @@ def run(
 
 
 def status(suite: SuitePath, output: Output = None, json: arg.Json = False) -> None:
-    """Which cells are measured, which are being measured, and how long the rest may take."""
+    """Print which cells are measured or being measured, and the estimated time for the rest."""
     opened = read_suite(suite)
     show(standing(opened, output or opened.folder), json, _standing)
 
 
 def results_table(suite: SuitePath, output: Output = None, json: arg.Json = False) -> None:
-    """The results as a Markdown table with 95 % intervals."""
+    """Print the results as a Markdown table with 95 % intervals."""
     opened = read_suite(suite)
     results = read_results(opened, output or opened.folder)
     show(page.rows(opened, results), json, lambda _: page.table(opened, results))
@@ -96,7 +96,7 @@ def _inputs(suite: Suite, adapters: Path | None, data: Path | None) -> tuple[dic
     absent = sorted(set(wanted) - set(both))
     if absent or not wanted:
         what = f"no adapter or no examples for {', '.join(absent) or 'any task'}"
-        raise UsageError(what, where=f"{folder}, {examples}", cure="an adapter's folder bears its task's name")
+        raise UsageError(what, where=f"{folder}, {examples}", cure="give an adapter's folder the name of its task")
     named = arg.read_named([f"{name}={folder / name}" for name in wanted])
     return named, {name: tasks[name] for name in wanted}
 
@@ -117,7 +117,7 @@ def _standing(document: dict[str, Any]) -> list[Any]:
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the group of this module."""
+    """Register the group of this module."""
     group = typer.Typer(
         name="bench", help="Experiments as data: suites in TOML, results in JSON.", no_args_is_help=True
     )

@@ -1,4 +1,4 @@
-"""The command that clusters: K slots from many adapters at once, with or without examples."""
+"""The command `cluster`: K slots from many adapters, with or without examples."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PARAMETERS = {name: "--" + "-".join(name.split("_")) for method in PARTITIONERS.
 def cluster(
     context: typer.Context,
     adapters: arg.Adapters,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to make.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to create.", show_default=False)],
     slots: arg.Slots,
     method: Annotated[
         str,
@@ -56,8 +56,8 @@ def cluster(
         str | None,
         typer.Option(
             "--merge",
-            help="Merge method of the clusters (docs/methods.md), default linear, with d2c ties; and of later adds, "
-            "but linear where it does not average.",
+            help="Merge method of the clusters (docs/methods.md), default linear, for d2c ties; and of later adds, "
+            "which use linear if it does not average.",
             show_default=False,
         ),
     ] = None,
@@ -67,35 +67,38 @@ def cluster(
         Path | None,
         typer.Option(
             "--examples",
-            help="Task folders named as the adapters: d2c searches on their examples; all methods store prompts.",
+            help="Task folders named like the adapters: d2c searches on their examples; all methods store prompts.",
         ),
     ] = None,
     base_model: arg.Base = None,
-    iterations: Annotated[int, typer.Option("--iterations", help="d2c: T, how many moves are tried.", min=0)] = 200,
+    iterations: Annotated[int, typer.Option("--iterations", help="d2c: T, the number of moves to try.", min=0)] = 200,
     propose: Annotated[
         str,
         typer.Option(
             "--propose",
-            help="d2c: moves drawn uniformly, or guided: moves and swaps that bring like adapters together.",
+            help="d2c: moves drawn uniformly, or guided: moves and swaps that bring similar adapters together.",
         ),
     ] = "uniform",
     per_task: Annotated[
-        int, typer.Option("--examples-per-task", help="d2c: n, drawn from the train split.", min=1)
+        int,
+        typer.Option("--examples-per-task", help="d2c: n, the number of examples drawn from each train split.", min=1),
     ] = 10,
     accept: Annotated[
-        str, typer.Option("--accept", help="d2c: whose loss must fall: the moved task's, or of all in both blocks.")
+        str,
+        typer.Option(
+            "--accept", help="d2c: the loss that must fall: of the moved task (task), or of both blocks (both)."
+        ),
     ] = "task",
-    init: Annotated[
-        str, typer.Option("--init", help="d2c: start from a random or an agglomerative partition.")
-    ] = "random",
+    init: Annotated[str, typer.Option("--init", help="d2c: the first partition: random or agglomerative.")] = "random",
     restarts: Annotated[
-        int, typer.Option("--restarts", help="d2c: further searches from random partitions; the best stays.", min=0)
+        int, typer.Option("--restarts", help="d2c: further searches from random partitions; the best is kept.", min=0)
     ] = 0,
     keep_best: Annotated[
-        bool, typer.Option("--keep-best", help="d2c: end at the least total loss seen; measures more.")
+        bool, typer.Option("--keep-best", help="d2c: end at the lowest total loss found; measures more.")
     ] = False,
     journal: Annotated[
-        Path | None, typer.Option("--journal", help="d2c: where losses are kept; default OUTPUT.d2c.jsonl until done.")
+        Path | None,
+        typer.Option("--journal", help="d2c: the file of measured losses; default: OUTPUT.d2c.jsonl until done."),
     ] = None,
     device: arg.Device = None,
     model_dtype: arg.ModelDtype = None,
@@ -115,7 +118,7 @@ def cluster(
     quality: arg.Quality = 0.99,
     json: arg.Json = False,
 ) -> None:
-    """Cluster many adapters into K slots at once, and merge each cluster."""
+    """Cluster many adapters into K slots, and merge each cluster."""
     check_vacant(output)
     chosen = PARTITIONERS[method]
     blocks = MergeSpec(merge or chosen.merge, parameters=arg.parameters(parameter))
@@ -202,7 +205,7 @@ def _searched(
     journal: Path,
     parameters: Mapping[str, Any],
 ) -> Clustering:
-    """The search, on examples of the train splits; the validation splits, where all have one, are reported on."""
+    """Search on examples of the train splits; also report on the validation splits, if every task has one."""
     absent = sorted(set(named) - set(tasks))
     if absent:
         cure = "give a task folder per task, named as the task: NAME=ADAPTER names an adapter"
@@ -241,13 +244,13 @@ def _opened(name: str | None, device: str | None, dtype: str | None, template: S
 @contextlib.contextmanager
 def _alone(journal: Path) -> Iterator[None]:
     """Keep the journal to this search; note that it stays after an interrupt. Raises UsageError, DiskError."""
-    lock, cure = journal.with_name(journal.name + ".lock"), "wait until it is done, or name another --journal"
-    with sole(lock, "another search writes into this journal", journal, cure):
+    lock, cure = journal.with_name(journal.name + ".lock"), "wait until it is done, or give another --journal"
+    with sole(lock, "another search is writing to this journal", journal, cure):
         try:
             yield
         except (ModelError, DiskError, KeyboardInterrupt):
             if journal.exists():
-                note(f"the losses measured so far are kept in {journal}: the same command goes on from there")
+                note(f"the losses measured so far are in {journal}: run the same command again to continue")
             raise
         finally:
             atomic.remove(lock)  # before it is released: whoever comes then makes one of his own
@@ -270,6 +273,6 @@ def _clustered(document: dict[str, Any]) -> list[Any]:
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the command of this module."""
+    """Register the command of this module."""
     example = "Example:  lorashelf cluster adapters/* -o my.shelf --slots 5 --method d2c --examples tasks/"
     app.command(epilog=example, rich_help_panel="The shelf")(cluster)

@@ -26,16 +26,19 @@ def compress(
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)],
     budget: Annotated[
         int | None,
-        typer.Option("--bytes", parser=arg.byte_count, metavar="SIZE", help="Size of the file at most: 18000, 18kB."),
+        typer.Option("--bytes", parser=arg.byte_count, metavar="SIZE", help="Largest size of the file: 18000, 18kB."),
     ] = None,
     percent: Annotated[
-        float | None, typer.Option("--percent", help="The same in percent of the adapter's values in 16 bits.")
+        float | None, typer.Option("--percent", help="The size as a percentage of the adapter in 16 bits.")
     ] = None,
     quality: Annotated[
-        float | None, typer.Option("--quality", help="Predicted share of the gain in loss to keep, 0 to 1.")
+        float | None, typer.Option("--quality", help="The predicted share of the gain in loss to keep, 0 to 1.")
     ] = None,
     levels: Annotated[
-        int, typer.Option("--levels", help="Levels at most; each prefix of them is a coarser adapter.", min=1, max=255)
+        int,
+        typer.Option(
+            "--levels", help="Largest number of levels; every prefix of them is a coarser adapter.", min=1, max=255
+        ),
     ] = LEVELS,
     json: arg.Json = False,
 ) -> None:
@@ -62,9 +65,9 @@ def compress(
 
 
 def extract(
-    file: Annotated[Path, typer.Argument(help="A file of `compress`.", metavar="FILE", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="A file written by `compress`.", metavar="FILE", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="The PEFT folder to write.", show_default=False)],
-    levels: Annotated[int | None, typer.Option("--levels", help="Only the first so many levels.")] = None,
+    levels: Annotated[int | None, typer.Option("--levels", help="Use only this many levels, from the first.")] = None,
     dtype: arg.Dtype = None,
     json: arg.Json = False,
 ) -> None:
@@ -117,6 +120,6 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the commands of this module."""
+    """Register the commands of this module."""
     for name, (command, example) in _COMMANDS.items():
         app.command(name, epilog=f"Example:  {example}", rich_help_panel="Adapters")(command)

@@ -41,18 +41,18 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Order of arrival.")] = 0,
     zoo: Annotated[Path, typer.Option("--zoo", help="A folder of PEFT folders.")] = Path("examples/zoo"),
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where the shelf goes; default: a new temporary folder.")
+        Path | None, typer.Option("-o", "--output", help="Folder of the shelf; default: a new temporary folder.")
     ] = None,
     llm: Annotated[
-        bool, typer.Option("--llm/--no-llm", help="Also on a language model (minutes); without: seconds, no torch.")
+        bool, typer.Option("--llm/--no-llm", help="Also run a language model (minutes); without it: seconds, no torch.")
     ] = True,
     examples: Annotated[
         Path | None, typer.Option("--examples", help="Task folders; default: examples/fewshot.", show_default=False)
     ] = None,
 ) -> None:
-    """Show the whole story on real adapters: the shelf in seconds, then a language model's losses and answers."""
+    """Show lorashelf on real adapters: the shelf in seconds, then losses and answers of a language model."""
     if examples is not None and not llm:
-        raise UsageError("--examples is for the language model", cure="leave it or --no-llm out")
+        raise UsageError("--examples is for the language model", cure="leave out --examples or --no-llm")
     if not zoo.is_dir():
         cure = "run it in a checkout of lorashelf, or give --zoo a folder of PEFT folders of one base"
         raise UsageError("the demo's adapters are not here", where=str(zoo), cure=cure)
@@ -69,12 +69,12 @@ def demo(
     online = [slot.members for slot in shelf.snapshot().manifest.slots]
     _shelf_table(console, shelf.snapshot(), named, matrix)
     offline = _offline(console, named)
-    console.rule("Do problem types gather?", align="left")
+    console.rule("Do slots follow problem types?", align="left")
     _purities(console, {"online, K-Merge++": online, **offline}, list(named), seed)
     _route_and_undo(console, shelf, order[-1])
     if llm:
         _on_a_model(console, named, examples or Path("examples/fewshot"), seed)
-    console.rule("Yours to try", align="left")
+    console.rule("Try it yourself", align="left")
     program = "lorashelf" if shutil.which("lorashelf") else sys.argv[0]
     for command in ("ls", "log", "route", "verify", "undo"):
         console.print(f"  {program} {command} {shelf.path}", markup=False)
@@ -88,7 +88,7 @@ def _on_a_model(console: Console, named: Mapping[str, Adapter], examples: Path, 
         with tempfile.TemporaryDirectory(prefix="lorashelf-") as folder:
             show_model(console, named, examples, Path(folder), seed)
     except UsageError as error:
-        console.rule("On a language model: not here", align="left")
+        console.rule("On a language model: not installed", align="left")
         console.print(f"  {error.what}: {error.cure}", markup=False)
 
 
@@ -191,5 +191,5 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the command of this module."""
+    """Register the command of this module."""
     app.command(epilog="Example:  lorashelf demo --seed 3", rich_help_panel="Start here")(demo)

@@ -71,7 +71,7 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
     blocks = "  ·  ".join(" ".join(block) for block in found.blocks)
     report = found.report
     console.print(
-        f"  D2C: {report['accepted']} of {report['proposals']} moves taken; "
+        f"  D2C: {report['accepted']} of {report['proposals']} moves accepted; "
         f"{report['losses']['asked']} losses asked for, {report['evaluations']} measured; slots: {blocks}",
         markup=False,
     )

@@ -1,4 +1,4 @@
-"""`lorashelf eval`: what a shelf, a folder of adapters or the bare base is worth on tasks."""
+"""`lorashelf eval`: measure a shelf, a folder of adapters or the bare base on tasks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def evaluation(
     target: Annotated[
         Path | None,
         typer.Argument(
-            help="A shelf, or a folder of PEFT folders named as the tasks; none: the bare base.",
+            help="A shelf, or a folder of PEFT folders named like the tasks; without it: the bare base.",
             metavar="[SHELF|ADAPTERS_DIR]",
             show_default=False,
         ),
@@ -51,15 +51,17 @@ def evaluation(
         typer.Option("--own", help="The tasks' own adapters: an earlier result, or a folder of adapters to measure."),
     ] = None,
     zero_shot: Annotated[Path | None, typer.Option("--zero-shot", help="An earlier result of the bare base.")] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Only these: a,b,…")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Only these tasks: a,b,…")] = None,
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "validation",
-    limit: Annotated[int | None, typer.Option("--limit", help="At most so many examples a task, drawn.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Largest number of examples per task, drawn by the seed.")
+    ] = None,
     seed: arg.Seed = 0,
     loss_only: Annotated[bool, typer.Option("--loss-only", help="Measure losses; generate nothing.")] = False,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write the table to this file as well.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Keep result and predictions here; an interrupted run goes on from it."),
+        typer.Option("-o", "--output", help="Folder for result and predictions; an interrupted run resumes from it."),
     ] = None,
     device: arg.Device = None,
     model_dtype: arg.ModelDtype = None,
@@ -291,6 +293,6 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the command of this module."""
+    """Register the command of this module."""
     example = "Example:  lorashelf eval my.shelf --data tasks --own adapters --zero-shot zero.json -o out"
     app.command("eval", epilog=example, rich_help_panel="Language model")(evaluation)

@@ -1,4 +1,4 @@
-"""Commands that make a shelf and fill it: init, add."""
+"""Commands that create a shelf and fill it: init, add."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def init(
     quality: arg.Quality = 0.99,
     json: arg.Json = False,
 ) -> None:
-    """Make an empty shelf of K slots."""
+    """Create an empty shelf of K slots."""
     limit = arg.threshold(threshold, held_out, policy)
     settings = new_settings(
         slots,
@@ -84,7 +84,7 @@ def add(
         typer.Option("--task-file", help="The task.toml to store with a task, or a folder of task folders."),
     ] = None,
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Leave out tasks that are on the shelf with the same adapter.")
+        bool, typer.Option("--skip-existing", help="Skip tasks that are on the shelf with the same adapter.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would happen; change nothing.")] = False,
     assume_base: arg.AssumeBase = False,
@@ -92,7 +92,7 @@ def add(
 ) -> None:
     """Put adapters on the shelf, in order: each opens a free slot or is folded into the nearest.
 
-    All of them are read before the first is added. After an interrupt, --skip-existing goes on.
+    All of them are read before the first is added. After an interrupt, --skip-existing continues.
     """
     report: dict[str, Any] = {"added": []} | ({"skipped": []} if skip_existing else {})
     with _reporting(report, shelf, dry_run):
@@ -141,7 +141,7 @@ def _details(names: Sequence[str], task_file: Path | None) -> dict[str, Mapping[
 
     found: dict[str, Mapping[str, Any]] = {name: fields_for(task_file, name) for name in names}
     if without := [name for name, fields in found.items() if not fields]:
-        note(f"{task_file} holds nothing for {', '.join(without)}")
+        note(f"{task_file} has no task file for {', '.join(without)}")
     return found
 
 
@@ -242,6 +242,6 @@ _EXAMPLES: dict[Callable[..., None], str] = {
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the commands of this module."""
+    """Register the commands of this module."""
     for command, example in _EXAMPLES.items():
         app.command(epilog=f"Example:  {example}", rich_help_panel="The shelf")(command)

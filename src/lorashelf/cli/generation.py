@@ -1,4 +1,4 @@
-"""The command that answers with the shelf: generate."""
+"""The command `generate`: answer a text with a slot of the shelf."""
 
 from __future__ import annotations
 
@@ -30,23 +30,26 @@ def generate(
         str | None, typer.Argument(help="A task on the shelf; not with --auto.", metavar="[TASK]", show_default=False)
     ] = None,
     text: Annotated[
-        str | None, typer.Argument(help="What is to be answered; none: stdin.", metavar="[TEXT]", show_default=False)
+        str | None, typer.Argument(help="The text to answer; without it: stdin.", metavar="[TEXT]", show_default=False)
     ] = None,
     base: arg.Base = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="The instruction, in place of the stored one.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The instruction, instead of the stored one.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="Most tokens of the answer; default: as stored, else 64.")
+        int | None,
+        typer.Option(
+            "--max-new-tokens", help="Largest number of tokens of the answer; default: the stored one, else 64."
+        ),
     ] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Choose the task from the text; needs --examples.")] = False,
     examples: Annotated[
-        Path | None, typer.Option("--examples", help="Task folders whose train.jsonl show what each task is.")
+        Path | None, typer.Option("--examples", help="Task folders; their train.jsonl are examples of the tasks.")
     ] = None,
     device: arg.Device = None,
     dtype: arg.ModelDtype = None,
     template_arg: arg.TemplateArgs = None,
     json: arg.Json = False,
 ) -> None:
-    """Answer a text with the slot that serves its task; the answer appears as it is written."""
+    """Answer a text with the slot that serves its task; the answer is printed as it is generated."""
     reads = Shelf(shelf)
     snapshot = reads.snapshot()
     task, text = _positionals(snapshot, task, text, auto)
@@ -77,7 +80,7 @@ def _positionals(snapshot: Snapshot, task: str | None, text: str | None, auto: b
         raise UsageError("--auto chooses the task", cure="give the text alone, or leave --auto out")
     if not auto and task is None:
         raise UsageError(
-            "no task is named", cure=f"the shelf has {', '.join(sorted(snapshot.manifest.tasks)) or 'none'}"
+            "no task is given", cure=f"the shelf has {', '.join(sorted(snapshot.manifest.tasks)) or 'none'}"
         )
     return (None, task) if auto else (task, text)
 
@@ -125,6 +128,6 @@ def _tell(pieces: Iterable[str]) -> None:
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the command of this module."""
+    """Register the command of this module."""
     example = 'lorashelf generate my.shelf qa-de "…"  ·  lorashelf generate my.shelf my-email < notes.txt'
     app.command(epilog=f"Example:  {example}", rich_help_panel="Language model")(generate)

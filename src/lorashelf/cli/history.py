@@ -18,7 +18,7 @@ from .output import show, table
 
 
 def log(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
-    """Every operation since the shelf was made; `to` is the state that an undo or a redo led to."""
+    """List every operation since the shelf was created; `to` is the state that an undo or a redo led to."""
     show(Shelf(shelf).log(), json, _logged)
 
 
@@ -36,16 +36,16 @@ def verify(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
 def undo(
     shelf: arg.ShelfPath,
     to: Annotated[
-        str | None, typer.Option("--to", help="A kept manifest's id, or its beginning; default: the one before.")
+        str | None, typer.Option("--to", help="The id of a kept manifest, or its beginning; default: the previous one.")
     ] = None,
     json: arg.Json = False,
 ) -> None:
-    """Go back to the state before; redo takes it back, until the next change."""
+    """Go back to the previous state; redo reverts this, until the next change."""
     _restore(shelf, json, lambda opened: opened.undo(to))
 
 
 def redo(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
-    """Go forward again to the state that the latest undo left."""
+    """Go forward to the state that the latest undo left."""
     _restore(shelf, json, Shelf.redo)
 
 
@@ -77,11 +77,11 @@ def repair(
     shelf: arg.ShelfPath,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="An original to make damaged slots from.", metavar="TASK=ADAPTER"),
+        typer.Option("--adapter", help="An original adapter, to restore damaged slots from.", metavar="TASK=ADAPTER"),
     ] = None,
     json: arg.Json = False,
 ) -> None:
-    """Put a damaged shelf right: its files, and its slots from originals and kept states; what is lost is unrouted."""
+    """Repair a damaged shelf: its files, and its slots from originals and kept states; lost tasks are unrouted."""
     opened = Shelf(shelf)
     originals = dict(arg.read_named(adapter)) if adapter else {}
     document = mended.repair(opened, originals)
@@ -99,8 +99,8 @@ def _repaired(document: dict[str, Any], shelf: Path) -> Iterator[str]:
         came = {
             "rewritten": "its bytes are restored" + (f" from the originals of {given}" if given else ""),
             "merged": f"merged anew from {'' if slot['state'] is None else state + ' and '}the originals of {given}",
-            "earlier": f"back at {state}",
-            "none": "nothing sound is left",
+            "earlier": f"restored to {state}",
+            "none": "no undamaged copy is left",
         }[slot["how"]]
         tasks = {"serves": slot["tasks"], "no longer routed": slot["unrouted"]}
         told = "; ".join(f"{what}: {', '.join(names)}" for what, names in tasks.items() if names)
@@ -112,11 +112,11 @@ def _repaired(document: dict[str, Any], shelf: Path) -> Iterator[str]:
     yield from document["problems"]
     if document["states"]:
         yield f"{numbered(len(document['states']), 'damaged state')} no longer kept"
-    yield "ok" if document["ok"] else "not all could be put right"
+    yield "ok" if document["ok"] else "not everything could be repaired"
 
 
 def gc(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
-    """Delete what a killed command left behind."""
+    """Delete the remains of a killed command."""
     opened = Shelf(shelf)
     gone = opened.gc()
     document = {"head": opened.snapshot().head, "deleted": gone}
@@ -177,6 +177,6 @@ _EXAMPLES: dict[Callable[..., None], str] = {
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the commands of this module."""
+    """Register the commands of this module."""
     for command, example in _EXAMPLES.items():
         app.command(epilog=f"Example:  {example}", rich_help_panel="The shelf")(command)

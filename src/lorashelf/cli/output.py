@@ -33,7 +33,7 @@ def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
             print_parts(shown if isinstance(shown, list) else [shown])
         sys.stdout.flush()
     except DiskError as error:
-        what = f"the command is done, but its answer is lost: {error.what}"
+        what = f"the command is done, but its output is lost: {error.what}"
         raise error.amended(what=what) from error.__cause__
 
 

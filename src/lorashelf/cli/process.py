@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 def interrupted(stop: KeyboardInterrupt, cure: str | None = None) -> Interrupted:
     """The error of an interrupt: its exit code is 128 and the signal's number, 130 for Ctrl-C."""
     code = 128 + getattr(stop, "signum", signal.SIGINT)
-    return Interrupted("interrupted; what was committed stays", cure=cure).amended(exit_code=code)
+    return Interrupted("interrupted; committed changes are kept", cure=cure).amended(exit_code=code)
 
 
 @contextlib.contextmanager
@@ -70,8 +70,8 @@ class _Output(io.FileIO):
         except OSError as error:
             self.failed = True
             if error.errno == errno.EPIPE:
-                raise Unread("whoever reads standard output went away") from error
-            cure = "send the output elsewhere, or free some space; what was committed stays"
+                raise Unread("the reader of standard output has closed the pipe") from error
+            cure = "send the output elsewhere, or free some space; committed changes are kept"
             what = f"cannot write: {os.strerror(error.errno or 0)}"
             raise DiskError(what, where="standard output", cure=cure) from error
 

@@ -1,4 +1,4 @@
-"""The command that changes what is stored with a task, and the settings of a shelf: set."""
+"""The command `set`: change what is stored with a task, or the settings of a shelf."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def _whole(text: str) -> int:
 def set_(
     shelf: arg.ShelfPath,
     task: Annotated[
-        str | None, typer.Argument(help="A task on the shelf; none: the shelf.", metavar="[TASK]", show_default=False)
+        str | None,
+        typer.Argument(help="A task on the shelf; without it: the shelf.", metavar="[TASK]", show_default=False),
     ] = None,
     task_file: Annotated[
         Path | None, typer.Option("--task-file", help="The task.toml to store with the task, or its folder.")
@@ -43,25 +44,33 @@ def set_(
     language: Annotated[str | None, typer.Option("--language", help="The task's language.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="The task's metric.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="Most tokens of an answer to the task.")
+        int | None, typer.Option("--max-new-tokens", help="Largest number of tokens of an answer.")
     ] = None,
-    slots: Annotated[int | None, typer.Option("--slots", help="K, how many adapters there is room for.")] = None,
+    slots: Annotated[int | None, typer.Option("--slots", help="K, the number of slots.")] = None,
     bytes: Annotated[
         Any,
-        typer.Option("--bytes", parser=_or_none(arg.byte_count), metavar="SIZE", help="Room at rest; none: no limit."),
+        typer.Option(
+            "--bytes",
+            parser=_or_none(arg.byte_count),
+            metavar="SIZE",
+            help="Limit for all files at rest; none: no limit.",
+        ),
     ] = None,
-    keep: Annotated[int | None, typer.Option("--keep", help="How many other states undo and redo reach.")] = None,
+    keep: Annotated[
+        int | None, typer.Option("--keep", help="Number of other states that undo and redo can reach.")
+    ] = None,
     policy: Annotated[str | None, typer.Option("--policy", help="How later adapters are placed.")] = None,
     threshold: arg.Threshold = None,
     merge: Annotated[str | None, typer.Option("--merge", help="Merge method of later adds.")] = None,
     parameter: arg.Parameters = None,
     rank: Annotated[
-        Any, typer.Option("--rank", parser=_or_none(_whole), metavar="INT", help="Cap the rank stored; none: no cap.")
+        Any,
+        typer.Option("--rank", parser=_or_none(_whole), metavar="INT", help="Cap on the stored rank; none: no cap."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Storage dtype: f32, f16, bf16; none: as the adapter.")
+        str | None, typer.Option("--dtype", help="Storage dtype: f32, f16, bf16; none: the adapter's own.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of whatever is drawn.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.")] = None,
     restore_norm: Annotated[
         bool | None, typer.Option("--restore-norm/--no-restore-norm", help="Scale merged slots to the mean norm.")
     ] = None,
@@ -70,12 +79,12 @@ def set_(
         float | None, typer.Option("--quality", help="With coded: the predicted share of each adapter that is kept.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base-name", help="Accept only adapters of this base model; none: of any.")
+        str | None, typer.Option("--base-name", help="Accept only adapters of this base model; none: any.")
     ] = None,
     base_alias: arg.Aliases = None,
     json: arg.Json = False,
 ) -> None:
-    """Change what is stored with a task (undo takes it back), or the settings of a shelf (in its shelf.toml)."""
+    """Change what is stored with a task (undo reverts it), or the settings of a shelf (in its shelf.toml)."""
     given = {"prompt": prompt, "type": type, "language": language, "metric": metric, "max_new_tokens": max_new_tokens}
     fields = {name: value for name, value in given.items() if value is not None}
     settings = {
@@ -98,7 +107,7 @@ def set_(
     changes = {name: None if value == NONE else value for name, value in settings.items() if value is not None}
     if task is None:
         if fields or task_file:
-            raise UsageError("these are fields of a task, and none is named", cure="lorashelf set SHELF TASK …")
+            raise UsageError("these are fields of a task, and no task is given", cure="lorashelf set SHELF TASK …")
         _set_shelf(shelf, changes, json)
     else:
         if changes:
@@ -123,7 +132,7 @@ def _set_task(shelf: Path, task: str, task_file: Path | None, fields: dict[str, 
 
 def _set_shelf(shelf: Path, changes: dict[str, Any], json: bool) -> None:
     if not changes:
-        raise UsageError("nothing to set", cure="give a setting, as --keep 3; or a task and its fields")
+        raise UsageError("nothing to set", cure="give a setting, such as --keep 3; or a task and its fields")
     opened = Shelf(shelf)
     with opened.writing():
         before = opened.snapshot()
@@ -147,6 +156,6 @@ def _word(value: Any) -> str:
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the command of this module."""
+    """Register the command of this module."""
     example = 'lorashelf set my.shelf qa-de --prompt "Answer."  ·  lorashelf set my.shelf --keep 3 --bytes 80MB'
     app.command("set", epilog=f"Example:  {example}", rich_help_panel="The shelf")(set_)

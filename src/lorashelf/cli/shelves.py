@@ -1,4 +1,4 @@
-"""Commands on a shelf that stands: update, remove, route, ls."""
+"""Commands on a filled shelf: update, remove, route, ls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def update(
     adapter: Annotated[str, typer.Argument(help="The new PEFT folder.", metavar="ADAPTER", show_default=False)],
     was: Annotated[
         str | None,
-        typer.Option("--was", help="The adapter it replaces (needed in a shared slot).", metavar="OLD_ADAPTER"),
+        typer.Option("--was", help="The adapter to replace (needed in a shared slot).", metavar="OLD_ADAPTER"),
     ] = None,
     assume_base: arg.AssumeBase = False,
     json: arg.Json = False,
@@ -44,11 +44,11 @@ def remove(
     shelf: arg.ShelfPath,
     task: Task,
     adapter: Annotated[
-        str | None, typer.Option("--adapter", help="The original, to take it out of a shared slot's average.")
+        str | None, typer.Option("--adapter", help="The original adapter, to take it out of a shared slot's average.")
     ] = None,
     json: arg.Json = False,
 ) -> None:
-    """Take a task off the shelf."""
+    """Remove a task from the shelf."""
     opened = Shelf(shelf)
     original = arg.read_one(adapter) if adapter is not None else None
     with opened.writing():
@@ -65,7 +65,7 @@ def remove(
 def route(
     shelf: arg.ShelfPath,
     task: Annotated[
-        str | None, typer.Argument(help="A task on the shelf; none: all.", metavar="[TASK]", show_default=False)
+        str | None, typer.Argument(help="A task on the shelf; without it: all.", metavar="[TASK]", show_default=False)
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Check the bytes of the folder against their hash.")
@@ -91,7 +91,7 @@ def route(
 
 
 def ls(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
-    """The slots, what they hold, and what that saves."""
+    """List the slots, their tasks, and the bytes saved."""
     show(Shelf(shelf).read(routing.listing), json, _listed)
 
 
@@ -106,8 +106,8 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     room = f", budget {size(document['budget']['bytes'])}" if document["budget"]["bytes"] else ""
     return [
         table([">slot", ">rank", "dtype", ">size", ">merged", "members"], rows),
-        f"{numbered(document['adapters'], 'adapter')}{routed} would take {size(apart)}, "
-        f"the shelf takes {size(held)}{share}; "
+        f"{numbered(document['adapters'], 'adapter')}{routed} would need {size(apart)}, "
+        f"the shelf needs {size(held)}{share}; "
         f"on disk, with {numbered(document['budget']['keep'], 'state')} of history, {size(document['bytes'])}{room}; "
         f"{len(rows)} of {numbered(document['budget']['slots'], 'slot')} filled",
     ]
@@ -126,6 +126,6 @@ _EXAMPLES: dict[Callable[..., None], str] = {
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the commands of this module."""
+    """Register the commands of this module."""
     for command, example in _EXAMPLES.items():
         app.command(epilog=f"Example:  {example}", rich_help_panel="The shelf")(command)

@@ -1,4 +1,4 @@
-"""The command that trains: task folders in, one PEFT folder a task out."""
+"""The command `train`: from task folders to one PEFT folder per task."""
 
 from __future__ import annotations
 
@@ -28,45 +28,54 @@ def train(
     ],
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="Where DIR/TASK goes; a cut-off run goes on there.", show_default=False),
+        typer.Option(
+            "-o", "--output", help="Folder for the adapters; an interrupted run resumes there.", show_default=False
+        ),
     ],
     base: Annotated[
         str | None, typer.Option("--base", help="Hub id, folder or GGUF file; default: SmolLM2 if installed.")
     ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", help="LoRA rank; default: 32 from 1000 examples, else 8.")
+        int | None, typer.Option("--rank", help="LoRA rank; default: 32 from 1000 examples on, else 8.")
     ] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha; default: four times the rank.")] = None,
     dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout.")] = 0.05,
     target: Annotated[
         list[str] | None, typer.Option("--target", help="A layer's name; default: the attention's linear layers.")
     ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Peak rate; default: by the steps, 1e-3 at 50.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="How many steps; default: by the examples.")] = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Or how often each example is seen.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Examples a step; default: 8, fewer of few.")] = None,
-    warmup: Annotated[int, typer.Option("--warmup", help="Steps of rising rate, at most a fifth.")] = 5,
-    patience: Annotated[int, typer.Option("--patience", help="Stop after so many validations without gain.")] = 3,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Peak learning rate; default: by the steps, 1e-3 at 50.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Number of steps; default: by the examples.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="Instead of --steps: passes over the examples.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Examples per step; default: 8, fewer for small data.")
+    ] = None,
+    warmup: Annotated[int, typer.Option("--warmup", help="Warm-up steps, at most a fifth of all.")] = 5,
+    patience: Annotated[int, typer.Option("--patience", help="Stop after this many validations without gain.")] = 3,
     validation_limit: Annotated[
-        int, typer.Option("--validation-limit", help="Validation examples used, drawn by the seed; 0: no early stop.")
+        int,
+        typer.Option("--validation-limit", help="Number of validation examples, drawn by the seed; 0: no early stop."),
     ] = 24,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", help="Leave out examples of more tokens; default: the context.")
+        int | None, typer.Option("--max-length", help="Leave out examples with more tokens; default: the context.")
     ] = None,
     seed: arg.Seed = 0,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the stored file: f32, f16 or bf16.")] = "f16",
+    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of the stored file: f32, f16 or bf16.")] = "f16",
     device: Annotated[
-        str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first there is.")
+        str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first available.")
     ] = None,
     model_dtype: Annotated[
         str | None,
-        typer.Option("--model-dtype", help="f32, f16 or bf16 for the base; default: the fastest that is safe."),
+        typer.Option("--model-dtype", help="Dtype of the base: f32, f16 or bf16; default: the fastest safe one."),
     ] = None,
     template_arg: arg.TemplateArgs = None,
     json: arg.Json = False,
 ) -> None:
-    """Train a LoRA adapter for every task, on the answers only; run it again to go on after an interrupt."""
+    """Train a LoRA adapter for every task, on the answers only. After an interrupt, run it again to resume."""
     if not validation_limit and arg.stated(context, {"patience": "--patience"}):
         raise UsageError("without validation nothing is stopped early", cure="leave --patience out")
     settings = TrainSettings(
@@ -91,14 +100,14 @@ def train(
         model = open_base(base, device=device, dtype=model_dtype, template_arguments=arguments)
     note_system_turn(model.template)
     lessons = prepare(tasks, model, settings)
-    note(f"rank, steps and rate are scaled to the data where no option gives them (the papers: {PAPERS})")
+    note(f"rank, steps and rate are scaled to the data where no option sets them (the papers: {PAPERS})")
     for lesson in lessons:
         note(lesson.told)
     with Meter(sum(lesson.curriculum.steps for lesson in lessons)) as meter:
         records = train_into(output, lessons, model, watch=_telling(lessons, meter))
     for name, record in records.items():
         if record["improved"] is False:
-            note(f"{name}: the validation loss is not below the bare base's; more data, or another --lr")
+            note(f"{name}: the validation loss is not below the bare base's; try more data, or another --lr")
     document = {"output": str(output), "tasks": records}
     show(
         document,
@@ -115,7 +124,7 @@ def _chosen(tasks: dict[str, Task], names: Sequence[str] | None) -> dict[str, Ta
 
 
 def _telling(lessons: Sequence[TrainingJob], meter: Meter) -> Watch:
-    """A watch that shows where all the lessons together stand."""
+    """A watch that prints the progress of all jobs together."""
     lengths = [lesson.curriculum.steps for lesson in lessons]
     before = dict(zip([lesson.task for lesson in lessons], accumulate([0, *lengths]), strict=False))
     latest: dict[str, float] = {}
@@ -150,6 +159,6 @@ def _trained(records: dict[str, dict[str, Any]]) -> Any:
 
 
 def enter(app: typer.Typer) -> None:
-    """Enter the command of this module."""
+    """Register the command of this module."""
     example = "lorashelf train tasks/ --base HuggingFaceTB/SmolLM2-135M-Instruct -o adapters/"
     app.command("train", epilog=f"Example:  {example}", rich_help_panel="Language model")(train)
