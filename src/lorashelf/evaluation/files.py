@@ -1,7 +1,7 @@
 """An evaluation on the disk: its document, its predictions to be read, a table for spreadsheets.
 
 FOLDER/result.json                  the JSON document of `eval`
-FOLDER/predictions/<task>.jsonl     a line an example: input, prediction, output, references, nll, tokens
+FOLDER/predictions/<task>.jsonl     a line per example: input, prediction, output, references, nll, tokens
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ..errors import AdapterFormatError, ShapeMismatch
 
 Matrix = NDArray[np.float32]
 WIDTHS: Mapping[str, int] = MappingProxyType({"f32": 4, "f16": 2, "bf16": 2})
-"""Storage dtype → bytes a value."""
+"""Storage dtype → bytes per value."""
 
 
 @cache

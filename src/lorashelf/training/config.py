@@ -26,7 +26,7 @@ VALIDATIONS = 8  # how often a run looks at the validation split
 class TrainSettings:
     """What a training is asked for. None is scaled to the data (`Hyperparameters.of`), `alpha` to 4 times the rank.
 
-    `targets` None are the linear layers of the base's attention; `rate` is the peak; `batch` counts examples a step;
+    `targets` None are the linear layers of the base's attention; `rate` is the peak; `batch` counts examples per step;
     `patience` counts validations without a lower loss; `dtype` is that of the stored file. Raises UsageError with all
     faults.
     """

@@ -1,4 +1,4 @@
-"""Training: task folders in, one PEFT adapter a task out, each with a record of how it came about.
+"""Training: task folders in, one PEFT adapter per task out, each with a record of its training.
 
 A run can be cut off at any moment: finished tasks stand complete in the output folder, the one in work has its state
 in `.training/`, and the same call goes on from there to the same weights. Needs the extra `llm`.
@@ -293,7 +293,7 @@ class _Run:
         return Trained(adapter, record)
 
     def _losses(self) -> list[dict[str, Any]]:
-        """The losses over time, in nats a token: of training since the entry before, and of validation."""
+        """The losses over time, in nats per token: of training since the entry before, and of validation."""
         c, past = self.lesson.curriculum, self.past
         looks = dict(past.looks)
         marks = sorted({*range(c.every, past.step + 1, c.every), past.step})

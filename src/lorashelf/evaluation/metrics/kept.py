@@ -21,7 +21,7 @@ def normalised(scores: Mapping[str, float], own: Mapping[str, float]) -> tuple[f
 def loss_kept(
     loss: Mapping[str, float], own: Mapping[str, float], zero: Mapping[str, float]
 ) -> tuple[float | None, list[str]]:
-    """Mean over tasks of (zero-shot − loss) / (zero-shot − own), where own beats zero-shot by ≥ 0.02 nats a token.
+    """Mean over tasks of (zero-shot − loss) / (zero-shot − own), where own beats zero-shot by ≥ 0.02 nats per token.
     And the tasks left out, sorted; a task without an own or a zero-shot loss is one.
 
     >>> loss_kept({"qa": 1.5, "sum": 2.0}, {"qa": 1.0, "sum": 1.99}, {"qa": 2.0, "sum": 2.0})
