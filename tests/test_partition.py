@@ -16,7 +16,8 @@ from factory import make_adapter
 from lorashelf import PARTITIONERS, Adapter, Clustering, Factors, cluster, gram, partition, partitioner, similarity
 from lorashelf.errors import MissingExtra, UnknownName, UsageError
 from lorashelf.lora.similarity import principal_coordinates, raw_gram
-from lorashelf.placement.partitioners import Losses, Partition, average_linkage, partition_method
+from lorashelf.placement.partition_methods import Losses, Partition, partition_method
+from lorashelf.placement.partitioners import average_linkage
 
 EVERY = pytest.mark.parametrize("method", sorted(PARTITIONERS))
 WITH_SKLEARN = ["agglomerative", "kmeans", "kmeans_svd"]
@@ -279,7 +280,7 @@ def test_a_method_of_ones_own_may_ask_for_losses(monkeypatch: pytest.MonkeyPatch
 
     @partition_method("worst first", by_loss=True)
     def worst_first(xs, k, seed, losses, watch, *, share: float = 0.5, side: Literal["left", "right"] = "left"):
-        from lorashelf.placement.partitioners import Partitioned
+        from lorashelf.placement.partition_methods import Partitioned
 
         everyone = frozenset(range(len(xs)))
         order = sorted(everyone, key=dict(zip(everyone, losses([(everyone, i) for i in everyone]))).get)

@@ -19,7 +19,8 @@ from ..merging import METHODS
 from ..merging.spec import MergeSpec
 from ..placement.clustering import Clustering
 from ..placement.clustering import cluster as cluster_adapters
-from ..placement.partitioners import PARTITIONERS, PartitionMethod
+from ..placement.partition_methods import PartitionMethod
+from ..placement.partitioners import PARTITIONERS
 from ..search.cluster import cluster_by_loss, drawn
 from ..shelf import routing
 from ..shelf.plans import plan_cluster, together

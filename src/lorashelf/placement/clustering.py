@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import UsageError, numbered
 from ..lora.adapter import Adapter
 from ..merging.blocks import named
-from .partitioners import Losses, Watch, partitioned
+from .partition_methods import Losses, Watch
+from .partitioners import partitioned
 
 
 @dataclass(frozen=True, slots=True)

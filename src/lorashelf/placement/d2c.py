@@ -17,7 +17,7 @@ from ..errors import UsageError, numbered
 from ..lora.adapter import Adapter
 from ..lora.algebra import Square, gram
 from ..merging.parameters import Within
-from .partitioners import Losses, Partition, Partitioned, Task, Watch, balanced, partition, partition_method
+from .partition_methods import Losses, Partition, Partitioned, Task, Watch, balanced, partition, partition_method
 from .surrogate import Surrogate
 
 ROUNDING = 1e-9  # times the number of tasks: no expectation

@@ -16,7 +16,8 @@ from ..lora.alignment import fitting
 from ..lora.similarity import similarity
 from ..merging.average import block, one_base, source
 from ..merging.spec import MergeSpec
-from ..placement.partitioners import average_linkage, blocks
+from ..placement.partition_methods import blocks
+from ..placement.partitioners import average_linkage
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from ..merging.blocks import merger, named
 from ..merging.spec import MergeSpec
 from ..models.protocol import Scores
 from ..placement.clustering import Clustering, clustered
-from ..placement.partitioners import PARTITIONERS, Watch
+from ..placement.partition_methods import Watch
+from ..placement.partitioners import PARTITIONERS
 from ..tasks.folders import ExampleSet, Task
 from .block_loss import BlockLoss
 
