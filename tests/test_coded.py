@@ -235,14 +235,26 @@ def test_the_quality_asked_for_is_reached_with_few_bytes_to_spare(wanted: float)
     assert quality(cheaper.kept) < wanted
 
 
-def test_too_few_bytes_are_refused_with_the_number_that_would_do() -> None:
-    with pytest.raises(UsageError, match="40 bytes are too few") as raised:
-        Encoder(adapter()).add_within(40)
-    needed = int(re.findall(r"more than (\d+) bytes", raised.value.cure or "")[0])
+@pytest.mark.parametrize("size", [1, 40, 110])
+def test_too_few_bytes_are_refused_with_the_number_that_would_do(size: int) -> None:
+    with pytest.raises(UsageError, match=f"{size} bytes are too few") as raised:
+        Encoder(adapter()).add_within(size)
+    needed = int(re.findall(r"at least (\d+) bytes", raised.value.cure or "")[0])
     encoder = Encoder(adapter())
     encoder.add_within(needed)
-    assert encoder.size <= needed
-    assert decode(encoder.levels).shapes
+    assert size < encoder.size <= needed
+    assert encoder.kept > 0
+
+
+@pytest.mark.parametrize("size", [1500, 3000, 6000])
+def test_no_level_of_a_file_is_too_small_for_a_direction(size: int) -> None:
+    """One wide module: a 400th of its bytes holds none."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((8, 3000)).astype(np.float32), rng.standard_normal((3000, 8)).astype(np.float32)
+    encoder = Encoder(Adapter(Modules({"h.0.up_proj": Factors(a, b * 0.5 ** np.arange(8, dtype=np.float32))})))
+    encode_within(encoder, size)
+    assert encoder.size <= size
+    assert inspect(encoder.levels)[2][0].directions >= 1
 
 
 def test_a_quality_beyond_the_finest_level_is_refused_with_one_that_would_do() -> None:

@@ -26,6 +26,7 @@ from .stream import StreamWriter
 _TRIES = 8
 _SPARE = 0.9985  # of the bits that there is room for: estimates are that exact, as a rule
 _AS_CODED = 2**14
+_ANY = 1e-6  # a quality that any direction has
 
 
 class _Trial(NamedTuple):
@@ -65,8 +66,8 @@ class Encoder:
 
     @property
     def least(self) -> int:
-        """The bytes of one more level that adds nothing."""
-        return len(self._trial(self._coding).level)
+        """The bytes of the smallest base level that is worth writing."""
+        return len((self._for(_ANY) if self._owner else self._trial(self._coding)).level)
 
     def options(self) -> Options:
         """What one more level may add; for `slope_within`, also of several adapters."""
@@ -78,20 +79,23 @@ class Encoder:
 
     def add_within(self, size: int) -> bytes:
         """One more level, as fine as it can be with all levels in at most `size` bytes. Raises UsageError if there is
-        none so small.
+        none so small; a base level that codes nothing of a trained adapter is none.
         """
         least, room = self._trial(self._coding), size - self.size
-        if len(least.level) > room:
-            needed = self.size + len(least.level)
-            what = f"{size} bytes are too few: what describes the adapter alone takes {needed}"
-            raise UsageError(what, cure=f"give more than {needed} bytes")
         options, bits = self.options(), _SPARE * 8.0 * (room - len(least.level))
-        for _ in range(_TRIES):
+        trial = least
+        for _ in range(_TRIES if bits > 0 else 0):
             trial = self._trial(options.choose(slope_within([options], bits))[0])
             if len(trial.level) <= room:
-                return self._accept(trial)
-            bits = max(_SPARE * bits - 8.0 * (len(trial.level) - room), 0.0)
-        return self._accept(least)
+                break
+            bits, trial = max(_SPARE * bits - 8.0 * (len(trial.level) - room), 0.0), least
+        if self._owner and not trial.found:
+            trial = self._for(_ANY)
+        if len(trial.level) > room:
+            needed = self.size + len(trial.level)
+            what = f"{size} bytes are too few: what describes the adapter and its first direction take {needed}"
+            raise UsageError(what, cure=f"give at least {needed} bytes")
+        return self._accept(trial)
 
     def add_for(self, wanted: float) -> bytes:
         """One more level, as coarse as it can be with a predicted quality of all levels of at least `wanted`. Raises

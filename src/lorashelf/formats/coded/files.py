@@ -15,7 +15,7 @@ LEVELS = 6
 
 def _ladder(encoder: Encoder, size: int, levels: int) -> list[int]:
     """The sizes of a file's prefixes, each half the next: 1/400 of the adapter's bytes at least, mostly values."""
-    least, sizes = max(encoder.adapter.parameters // 200, 4 * encoder.least), [size]
+    least, sizes = max(encoder.adapter.parameters // 200, 2 * encoder.least), [size]
     while len(sizes) < levels and sizes[0] // 2 >= least:
         sizes.insert(0, sizes[0] // 2)
     return sizes
