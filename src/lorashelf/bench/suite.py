@@ -74,7 +74,7 @@ class Cell:
     priority: int = 1
 
     def document(self) -> dict[str, Any]:
-        """What tells this cell from others; its measure and priority do not."""
+        """What distinguishes this cell from others; its measure and priority do not."""
         return {"how": self.how, "method": self.method, **self.options}
 
     @property

@@ -21,7 +21,7 @@ __all__ = ["main"]
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, else the error's exit code (see errors.py); 128 and the signal's number
-    when interrupted, 141 when whoever reads stdout went away.
+    when interrupted, 141 when the reader of stdout has closed the pipe.
     """
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     own_process()

@@ -254,7 +254,7 @@ def _alone(journal: Path) -> Iterator[None]:
                 note(f"the losses measured so far are in {journal}: run the same command again to continue")
             raise
         finally:
-            atomic.remove(lock)  # before it is released: whoever comes then makes one of his own
+            atomic.remove(lock)  # before it is released: the next process creates its own
 
 
 def _clustered(document: dict[str, Any]) -> list[Any]:

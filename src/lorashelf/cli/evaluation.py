@@ -96,7 +96,7 @@ class Served:
     storage: float | None = None
     aliases: frozenset[str] = frozenset()
     trained: Mapping[str, str] = field(default_factory=dict)
-    """Task → the prompt rendering its adapter was trained under, where a training record says it."""
+    """Task → the prompt rendering its adapter was trained under, where a training record states it."""
 
     def under(self, base: str) -> Mapping[str, Adapter | None]:
         """The adapters, renamed to this base where the shelf declares the name another of its own."""

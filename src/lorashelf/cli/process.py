@@ -121,6 +121,6 @@ def _text(raw: io.FileIO, like: TextIO | None) -> TextIO:
 
 
 def notices_unread() -> bool:
-    """Whether whoever reads standard error went away."""
+    """Whether the reader of standard error has closed the pipe."""
     raw = getattr(getattr(sys.stderr, "buffer", None), "raw", None)
     return isinstance(raw, _Notices) and raw.unread

@@ -156,7 +156,7 @@ def split(path: str) -> tuple[tuple[str, ...], str]:
 
 
 def age(path: str) -> tuple[bool, ...]:
-    """What tells the later of two spellings of one module, by comparison: the one into which transformers renames."""
+    """What marks the later of two spellings of one module, by comparison: the one into which transformers renames."""
     parts = path.split(".")
     pairs = set(itertools.pairwise(parts))
     return (

@@ -20,7 +20,7 @@ from sklearn.metrics import silhouette_score
 from ..lora.algebra import Square, Vector
 from .fonts import families
 
-UNSIGNED = {"l2"}  # metrics in (0, 1], of which 0 is no middle
+UNSIGNED = {"l2"}  # metrics in (0, 1], whose middle is not 0
 NUMBERED = 12  # up to so many adapters a cell holds its number
 INK, PALE, GREY = "#222222", "#666666", "#c4c4c4"
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])

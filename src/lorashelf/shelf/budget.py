@@ -35,7 +35,7 @@ class Shortage:
 
 
 def check_budget(snapshot: Snapshot, plan: Plan) -> None:
-    """Raise OverBudget unless the plan's result fits into the slots and the bytes; the error says what would help."""
+    """Raise OverBudget unless the plan's result fits into the slots and the bytes; the error names what would help."""
     budget = snapshot.settings.budget
     if len(plan.manifest.slots) > budget.slots:
         raise OverBudget(

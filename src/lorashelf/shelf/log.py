@@ -49,7 +49,7 @@ class History:
         return len(whole) + len(added)
 
     def entries(self) -> list[dict[str, Any]]:
-        """The lines as documents, oldest first. Raises CorruptShelf for what is no entry, OSError."""
+        """The lines as documents, oldest first. Raises CorruptShelf for a line that is not an entry, OSError."""
         if not self.path.exists():
             return []
         atomic.no_links(self.path)
@@ -59,7 +59,7 @@ class History:
             told = read_line(text)
             if told is None:
                 cure = f"lorashelf repair {self.path.parent}"
-                raise CorruptShelf(f"line {number} of {FILE} is no log entry", where=str(self.path), cure=cure)
+                raise CorruptShelf(f"line {number} of {FILE} is not a log entry", where=str(self.path), cure=cure)
             found.append(told)
         return found
 

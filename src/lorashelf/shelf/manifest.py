@@ -341,7 +341,7 @@ def manifest_id(data: bytes) -> str:
 class Plan:
     """A commit that has not happened: the manifest to be (its new objects PENDING), and the adapters to write per slot.
 
-    `report` is what the command that made it tells its caller. A refused plan has the parent's content and commits
+    `report` is the document of the command that made it. A refused plan has the parent's content and commits
     nothing.
     """
 

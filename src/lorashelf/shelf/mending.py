@@ -55,7 +55,7 @@ def _manifest(path: Path) -> Manifest | None:
 
 
 def _bytes(path: Path) -> bytes | None:
-    """What a file holds; None for a link, for what is no file, and for what cannot be read but by permission."""
+    """The content of a file; None for a link, for anything but a file, and if it cannot be read but by permission."""
     if path.is_symlink():
         return None
     try:

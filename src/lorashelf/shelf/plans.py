@@ -180,7 +180,7 @@ def plan_cluster(
 ) -> Plan:
     """Merge each block of a clustering of the adapters (task → adapter) into a slot; the shelf must be empty.
 
-    `merge` says how blocks are merged, by default as later adds are; `details` are stored with the tasks. Blocks are
+    `merge` states how blocks are merged, by default as later adds are; `details` are stored with the tasks. Blocks are
     numbered by their smallest task name. Raises TaskNameError, BaseMismatch, ShapeMismatch, OverBudget, and UsageError
     for a clustering of other tasks or into more blocks than the shelf has slots.
     """

@@ -272,7 +272,7 @@ class Snapshot:
 
 
 def _key(slot: Slot) -> object:
-    """What tells objects apart, those that are not written yet too."""
+    """What distinguishes objects, including those not written yet."""
     return slot.object.id if slot.object.id != PENDING else (slot.id, slot.history.merged)
 
 
