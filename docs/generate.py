@@ -118,7 +118,7 @@ def methods(text: str) -> str:
     for name, method in sorted(METHODS.items(), key=lambda item: (item[1].space, item[0])):
         parameters = ", ".join(f"`{p.name}={p.default}`" for p in method.parameters.values()) or "–"
         weights = "1/n" if method.weights == "mean" else "1"
-        laws = ["yes" if law else "–" for law in (method.gauge, method.duplicate, method.average is not None)]
+        laws = ["yes" if law else "–" for law in (method.gauge, method.duplicate, method.mean_power is not None)]
         rows.append(f"| `{name}` | {method.space} | {weights} | {' | '.join(laws)} | {parameters} | {method.cites} |")
     table = "<!-- generated: methods -->\n" + "\n".join(rows) + "\n<!-- end -->"
     return re.sub(r"<!-- generated: methods -->.*?<!-- end -->", lambda _: table, text, flags=re.DOTALL)

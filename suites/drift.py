@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorashelf import Adapter, MergeSpec, combine, merge, norm, read_adapter, write_adapter
-from lorashelf.merging.average import Average, fold, single, source, without
+from lorashelf.merging.average import Average, alone, fold, source, without
 
 FOLDS = 40
 
@@ -44,15 +44,15 @@ def main() -> None:
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for dtype in ("f32", "f16", "bf16"):
         spec = MergeSpec(dtype=dtype)
-        average = stored(single(xs[0], records[0], spec))
+        average = stored(alone(xs[0], records[0], spec))
         drifts = {}
         for n in range(1, FOLDS):
             average = stored(fold([average], xs[n], records[n], spec))
             if n + 1 in (2, 10, FOLDS):
                 drifts[n + 1] = distance(average.adapter, merge(xs[: n + 1], method="linear"))
             if n + 1 == 2:
-                alone, _ = without(average, records[1].digest, xs[1], spec)
-                pair = distance(alone.adapter, xs[0])
+                one, _ = without(average, records[1].digest, xs[1], spec)
+                pair = distance(one.adapter, xs[0])
         rest, said = without(average, records[-1].digest, xs[-1], spec)
         taken = distance(rest.adapter, merge(xs[:-1], method="linear"))
         assert not math.isnan(taken)

@@ -29,12 +29,12 @@ from lorashelf.errors import NotReversible
 from lorashelf.formats.peft import rounded
 from lorashelf.lora.adapter import WIDTHS
 from lorashelf.lora.algebra import trained
-from lorashelf.merging.average import Average, History, Source, block, fold, one_base, scaled, single, source, without
+from lorashelf.merging.average import Average, History, Source, alone, block, fold, one_base, scaled, source, without
 from lorashelf.merging.average import _restored as restored
 from lorashelf.merging.spec import MergeSpec
 from lorashelf.shelf.manifest import PENDING, Slot
 
-AVERAGES = [name for name, method in METHODS.items() if method.average is not None]
+AVERAGES = [name for name, method in METHODS.items() if method.mean_power is not None]
 LINEAR = MergeSpec(method="linear")
 SUM = MergeSpec(method="magnitude_prune_svd", parameters={"density": 1.0}, rank=12)  # exactly w ΔW + w' ΔW'
 CAT = MergeSpec(method="cat")
@@ -45,7 +45,7 @@ def record(x: Adapter) -> Source:
 
 
 def opened(x: Adapter, recipe: MergeSpec = LINEAR) -> Average:
-    return single(x, record(x), recipe)
+    return alone(x, record(x), recipe)
 
 
 def folded(xs: Sequence[Adapter], recipe: MergeSpec = LINEAR, average: Any = "mean") -> Average:
@@ -298,7 +298,7 @@ def odd_adapter(rng: np.random.Generator, dtype: str) -> Adapter:
 
 def true_average(xs: Sequence[Adapter], method: str) -> dict[str, Any]:
     """ΔW of the equal average of the originals, in float64; untrained modules take no part."""
-    power, modules = METHODS[method].average, {}
+    power, modules = METHODS[method].mean_power, {}
     for path in {path for x in xs for path, f in x.modules.items() if trained(f)}:
         fs = [x.modules[path] for x in xs if path in x.modules and trained(x.modules[path])]
         rank = max(f.shape.rank for f in fs)

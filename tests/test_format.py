@@ -51,7 +51,7 @@ def clock() -> datetime:
 
 
 @patch("lorashelf.shelf.shelf.VERSION", "0.1.0")
-@patch("lorashelf.shelf.planning.VERSION", "0.1.0")
+@patch("lorashelf.shelf.plan_parts.VERSION", "0.1.0")
 def golden_shelf(path: Path) -> Shelf:
     """Two orthogonal adapters of one 2×3 module in one slot; every sum is exact, so no machine rounds apart."""
     shelf = Shelf.create(path, new_settings(1, policy="kmerge"), clock)

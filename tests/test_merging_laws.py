@@ -39,7 +39,7 @@ from lorashelf.merging import MergeMethod, Within, merge_measured, unmerge
 from lorashelf.merging.parameters import parameters_of
 
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
-AVERAGES = [m for m in METHODS.values() if m.average is not None]
+AVERAGES = [m for m in METHODS.values() if m.mean_power is not None]
 AVERAGE = pytest.mark.parametrize("method", AVERAGES, ids=[m.name for m in AVERAGES])
 UNPRUNED = {  # what a method with a density is at density 1
     "magnitude_prune": "linear",
@@ -482,7 +482,7 @@ def test_modules_side_by_side_merge_to_the_same_bytes(method: MergeMethod, monke
     monkeypatch.setattr(driver, "each", lambda f, items, workers: threads.append(workers) or each(f, items, 3))
     together = merge_measured(xs, method=method.name, rank=2, seed=5)
     assert (together[0].digest, together[1]) == (alone[0].digest, alone[1])
-    assert threads == [1 if method.average is not None else WORKERS]
+    assert threads == [1 if method.mean_power is not None else WORKERS]
 
 
 @EVERY
@@ -587,7 +587,7 @@ def test_a_registered_method_is_offered_to_merge_and_a_taken_name_is_not() -> No
 
 
 def roots_summed(xs: list[Adapter], power: float) -> Adapter:
-    """n**-power · Σ of the √s-scaled factors on A and on B, in float64: what a method with that `average` promises."""
+    """n**-power · Σ of the √s-scaled factors on A and on B, in float64: what a method of that `mean_power` does."""
     modules = {}
     for path in sorted(set().union(*(x.shapes for x in xs))):
         fs = [x.modules[path] for x in xs if path in x.shapes]
@@ -613,7 +613,7 @@ def test_an_equal_average_is_a_power_of_n_times_the_summed_factors_where_declare
     xs = mixed(0)
     result = merge(xs, [1 / 3] * 3, method=method.name)
     powers = [p for p in (0.5, 1.0) if difference(result, roots_summed(xs, p)) <= SAME]
-    assert powers == ([] if method.average is None else [method.average])
+    assert powers == ([] if method.mean_power is None else [method.mean_power])
 
 
 @AVERAGE
@@ -645,7 +645,7 @@ def test_unmerge_inverts_a_fold_within_the_precision_it_reports(method: MergeMet
         for index in (0, count - 1):
             staying = [x for i, x in enumerate(xs) if i != index]
             rest, _, precision = unmerge(slot, xs[index], [norm(x) for x in staying], method=method.name)
-            true = roots_summed(staying, method.average)
+            true = roots_summed(staying, method.mean_power)
             measured = difference(true, rest)
             assert measured <= precision <= 30 * measured
             assert difference(true, slot) > 5 * precision
@@ -656,7 +656,7 @@ def test_unmerge_of_another_adapter_misses_by_far_more_than_its_precision(method
     xs = alike(0, 4)
     staying = [norm(x) for x in xs[1:]]
     rest, _, precision = unmerge(folded(xs, method.name), make_adapter(99), staying, method=method.name)
-    assert difference(roots_summed(xs[1:], method.average), rest) > 1e4 * precision
+    assert difference(roots_summed(xs[1:], method.mean_power), rest) > 1e4 * precision
 
 
 @AVERAGE
@@ -664,7 +664,7 @@ def test_unmerge_takes_a_dominant_adapter_out_and_says_what_that_costs(method: M
     xs = [make_adapter(0, scale=1e4), make_adapter(1), make_adapter(2)]
     staying = [norm(x) for x in xs[1:]]
     rest, _, precision = unmerge(folded(xs, method.name), xs[0], staying, method=method.name)
-    measured = difference(roots_summed(xs[1:], method.average), rest)
+    measured = difference(roots_summed(xs[1:], method.mean_power), rest)
     assert precision > 20 * unmerge(folded(xs[1:], method.name), xs[1], staying[1:], method=method.name).precision
     assert measured <= precision <= 30 * measured
 
@@ -695,7 +695,7 @@ def test_unmerge_leaves_an_untrained_rest_untrained(method: MergeMethod, dtype: 
 def test_only_an_average_can_be_taken_apart(method: MergeMethod) -> None:
     xs = alike(0, 2)
     merged = merge(xs, method=method.name)
-    if method.average is None:
+    if method.mean_power is None:
         with pytest.raises(NotReversible, match="cannot be taken apart"):
             unmerge(merged, xs[0], [norm(xs[1])], method=method.name)
     else:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorashelf.errors import MissingExtra, UnknownName, UsageError
-from lorashelf.evaluation.metrics import METRICS, Metric, Score, edits, loss_kept, metric, normalised, scored
+from lorashelf.evaluation.metrics import TASK_METRICS, Metric, Score, edits, loss_kept, metric, normalised, scored
 from lorashelf.evaluation.metrics.metric import Vector, answers
 from lorashelf.tasks.folders import Example, read_tasks
 
@@ -49,7 +49,7 @@ def total(which: Metric, examples: Sequence[Example], predictions: Sequence[str]
 
 
 def test_the_metrics_are_those_that_tasks_name() -> None:
-    assert set(METRICS) == {task.metric for task in TASKS.values()}
+    assert set(TASK_METRICS) == {task.metric for task in TASKS.values()}
 
 
 def test_an_unknown_metric_names_the_nearest() -> None:
@@ -437,7 +437,7 @@ TEXTS = st.one_of(st.text(max_size=12), st.text(st.sampled_from("aé 猫が好�
 
 
 @pytest.mark.parametrize("language", [*LANGUAGES, ""])
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", sorted(TASK_METRICS))
 @settings(max_examples=12)
 @given(source=TEXTS, said=TEXTS, right=TEXTS)
 def test_any_text_has_a_score(name: str, language: str, source: str, said: str, right: str) -> None:
@@ -449,7 +449,7 @@ def test_any_text_has_a_score(name: str, language: str, source: str, said: str, 
 def test_white_space_and_composition_do_not_count() -> None:
     """e + U+0301 is é, and a line break is a blank, in source, answer and prediction."""
     assert answers(Example("x", "cafe\u0301  noir", ("café noir", "thé\n"))) == ["café noir", "thé"]
-    for name in METRICS:
+    for name in TASK_METRICS:
         assert score(name, "fr", "x y", " cafe\u0301\nau  lait ", "café au lait") == 100
 
 
@@ -561,8 +561,8 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocker())
 from lorashelf.errors import MissingExtra
-from lorashelf.evaluation.metrics import METRICS, metric
-for name in METRICS:
+from lorashelf.evaluation.metrics import TASK_METRICS, metric
+for name in TASK_METRICS:
     for language in {LANGUAGES}:
         try:
             metric(name, language)
@@ -575,7 +575,7 @@ for name in METRICS:
 def test_a_missing_package_names_the_install_line() -> None:
     run = [sys.executable, "-W", "error", "-c", BLOCKED]
     said = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(said) == len(METRICS) * len(LANGUAGES)
+    assert len(said) == len(TASK_METRICS) * len(LANGUAGES)
     works = [f"f1 {language} works" for language in LANGUAGES if language not in ("ja", "zh")]
     assert [line for line in said if line.endswith("works")] == works
     cures = [line.split("|") for line in said if not line.endswith("works")]

@@ -345,7 +345,7 @@ def test_what_is_merged_has_one_alpha_for_all_ranks(method: str, tmp_path: Path)
     }
     xs = read_all(trained(configs), tmp_path / "saved", list(configs))
     held = {"merged": merge(xs, method=method)}
-    if METHODS[method].average is not None:
+    if METHODS[method].mean_power is not None:
         held["rest"] = unmerge(held["merged"], xs[2], [norm(x) for x in xs[:2]], method=method).adapter
         assert len({shape.rank for shape in held["rest"].shapes.values()}) > 1
     for name, adapter in held.items():

@@ -26,7 +26,7 @@ from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import Example, ExampleSet, Task, read_tasks
 from lorashelf.training import trainer as trainee_module
 from lorashelf.training.config import Hyperparameters, TrainSettings
-from lorashelf.training.job import prepare
+from lorashelf.training.job import training_jobs
 from lorashelf.training.run import LOCK, RECORD_FILE, STATE_FOLDER, Moment, train, train_into
 from lorashelf.training.trainer import LoraTrainer, target_layers
 from tiny_base import ARCHITECTURES, tiny_base
@@ -290,12 +290,12 @@ def test_too_long_examples_are_left_out_and_counted(base: BaseModel) -> None:
     task = make_task()
     long = Example("one " + "fig " * 200, "ONE FIG")
     task = replace(task, splits={name: (*s, long) for name, s in task.splits.items()})
-    (lesson,) = prepare({task.name: task}, base, QUICK)
+    (lesson,) = training_jobs({task.name: task}, base, QUICK)
     assert lesson.dropped == {"train": 1, "validation": 1}
     assert long not in (*lesson.train.examples, *lesson.validation.examples)
     assert "12 examples (1 train too long, 1 validation too long)" in lesson.told
     assert train(task, base, replace(QUICK, steps=1)).record["dropped"] == {"train": 1, "validation": 1}
-    (shorter,) = prepare({task.name: task}, base, replace(QUICK, max_length=47))
+    (shorter,) = training_jobs({task.name: task}, base, replace(QUICK, max_length=47))
     assert 0 < len(shorter.train.examples) < 12
 
 
@@ -358,7 +358,7 @@ def test_a_killed_run_goes_on_from_its_last_validation(base: BaseModel, tmp_path
 
 def test_a_folder_of_tasks_is_trained_once(base: BaseModel, tmp_path: Path) -> None:
     tasks = {name: make_task(name) for name in ("a", "b", "c")}
-    lessons = prepare(tasks, base, replace(QUICK, steps=3))
+    lessons = training_jobs(tasks, base, replace(QUICK, steps=3))
     out = tmp_path / "new" / "out"
     with pytest.raises(KeyboardInterrupt):
         train_into(out, lessons, base, watch=lambda m: stopping_at(2)(m) if m.task == "b" else None)
@@ -389,12 +389,15 @@ def test_another_training_in_the_same_folder_is_refused_and_named(base: BaseMode
     tasks = {name: make_task(name) for name in ("a", "b", "c")}
     with pytest.raises(KeyboardInterrupt):
         train_into(
-            tmp_path, prepare(tasks, base, short), base, watch=lambda m: stopping_at(2)(m) if m.task == "b" else None
+            tmp_path,
+            training_jobs(tasks, base, short),
+            base,
+            watch=lambda m: stopping_at(2)(m) if m.task == "b" else None,
         )
     (tmp_path / "c").mkdir()
     changed = {**tasks, "a": make_task("a", train=9)}
     with pytest.raises(UsageError) as caught:
-        train_into(tmp_path, prepare(changed, base, replace(short, rate=1e-3)), base)
+        train_into(tmp_path, training_jobs(changed, base, replace(short, rate=1e-3)), base)
     told = str(caught.value)
     assert "a was trained with other training data" in told
     assert "b was trained with rate 0.05, now 0.001" in told
@@ -429,7 +432,7 @@ def test_a_state_that_cannot_be_read_is_named(base: BaseModel, tmp_path: Path, c
     (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(UsageError, match="cannot be read"):
         train(make_task(), base, QUICK, state=tmp_path / "state.pt")
-    lessons = prepare({"a": make_task("a")}, base, QUICK)
+    lessons = training_jobs({"a": make_task("a")}, base, QUICK)
     (tmp_path / "out" / STATE_FOLDER).mkdir(parents=True)
     (tmp_path / "out" / STATE_FOLDER / "a.pt").write_bytes(content)
     with pytest.raises(UsageError, match="cannot be read"):
@@ -441,7 +444,7 @@ def test_a_state_that_cannot_be_read_is_named(base: BaseModel, tmp_path: Path, c
 def test_a_record_of_another_shape_is_no_finished_task(
     base: BaseModel, tmp_path: Path, lacking: str, value: object
 ) -> None:
-    lessons = prepare({"a": make_task("a")}, base, replace(QUICK, steps=1))
+    lessons = training_jobs({"a": make_task("a")}, base, replace(QUICK, steps=1))
     train_into(tmp_path, lessons, base)
     record = json.loads((tmp_path / "a" / RECORD_FILE).read_text())
     changed = {**record, lacking: value} if value else {k: v for k, v in record.items() if k != lacking}
@@ -461,7 +464,7 @@ def test_two_trainings_into_one_folder_are_not_run_at_once(base: BaseModel, data
             program = [sys.executable, "-m", "lorashelf", *map(str, words)]
             refused.append(subprocess.run(program, capture_output=True, text=True))
 
-    train_into(out, prepare(read_tasks(data), base, TrainSettings(rank=2, steps=2)), base, watch=other)
+    train_into(out, training_jobs(read_tasks(data), base, TrainSettings(rank=2, steps=2)), base, watch=other)
     assert refused[0].returncode == 2
     assert json.loads(refused[0].stdout)["error"]["message"].startswith("another training writes into this folder")
     assert sorted(path.name for path in out.iterdir()) == [LOCK, "calm-en", "loud-en"]
@@ -475,7 +478,7 @@ def test_every_task_that_cannot_be_trained_is_named(base: BaseModel) -> None:
     tasks = {"a": make_task("a"), "b": make_task("b", splits={"test": (Example("x", "y"),)})}
     tasks["c"] = make_task("c", splits={"train": (Example("x" * 600, "y"),)})
     with pytest.raises(TaskDataError) as caught:
-        prepare(tasks, base)
+        training_jobs(tasks, base)
     assert caught.value.faults == (
         "b: there are no training examples (train.jsonl)",
         "c: all 1 training examples are too long",
@@ -484,9 +487,9 @@ def test_every_task_that_cannot_be_trained_is_named(base: BaseModel) -> None:
 
 def test_a_target_that_the_base_lacks_is_named(base: BaseModel) -> None:
     with pytest.raises(UsageError, match="c_attn") as caught:
-        prepare({"a": make_task()}, base, replace(QUICK, targets=("q_proj", "c_attn")))
+        training_jobs({"a": make_task()}, base, replace(QUICK, targets=("q_proj", "c_attn")))
     assert "q_proj" in str(caught.value.cure)
-    (lesson,) = prepare({"a": make_task()}, base, replace(QUICK, targets=("mlp.down_proj",)))
+    (lesson,) = training_jobs({"a": make_task()}, base, replace(QUICK, targets=("mlp.down_proj",)))
     assert lesson.targets == ["down_proj"]
     assert list(train(make_task(), base, replace(QUICK, steps=1, targets=("down_proj",))).adapter.modules) == [
         "model.layers.0.mlp.down_proj",
@@ -568,7 +571,7 @@ def test_where_memory_ends_examples_are_taken_one_by_one(
 def test_without_peft_the_extra_is_named(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtra, match="peft"):
-        prepare({"a": make_task()}, base)
+        training_jobs({"a": make_task()}, base)
     with pytest.raises(MissingExtra):
         trainee_module.peft_library()
 
@@ -594,7 +597,7 @@ def test_peft_loads_what_is_written(architecture: str, tmp_path: Path) -> None:
     folder = tiny_base(tmp_path / "tiny", architecture, chat=architecture == "llama")
     opened = open_base(str(folder), dtype="f32", device="cpu")
     task = make_task()
-    (lesson,) = prepare({"a": replace(task, name="a")}, opened, replace(QUICK, steps=4))
+    (lesson,) = training_jobs({"a": replace(task, name="a")}, opened, replace(QUICK, steps=4))
     train_into(tmp_path / "out", [lesson], opened)
     assert lesson.targets == (
         ["c_attn", "c_proj"] if architecture == "gpt2" else ["k_proj", "o_proj", "q_proj", "v_proj"]

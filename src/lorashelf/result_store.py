@@ -76,11 +76,11 @@ class ResultStore:
         self._size = data.rfind(b"\n") + 1
         faulty = []
         for number, line in enumerate(data[: self._size].split(b"\n")[:-1], 1):
-            entry = _entry(line)
-            if entry is None:
+            record = _record(line)
+            if record is None:
                 faulty.append(number)
             else:
-                self._results[canonical_json(entry["unit"])] = entry["result"]
+                self._results[canonical_json(record["unit"])] = record["result"]
         if faulty:
             shown = ", ".join(map(str, faulty[:5])) + (", …" if len(faulty) > 5 else "")
             _logger.warning("%s: lines that are damaged or not of this program are passed over: %s", path, shown)
@@ -119,14 +119,14 @@ def _make(folder: Path) -> None:
 
 
 def _line(unit: Any, result: Any) -> bytes:
-    entry = {"digest": digest([canonical_json([unit, result])]), "unit": unit, "result": result}
-    return canonical_json(entry) + b"\n"
+    record = {"digest": digest([canonical_json([unit, result])]), "unit": unit, "result": result}
+    return canonical_json(record) + b"\n"
 
 
-def _entry(line: bytes) -> dict[str, Any] | None:
+def _record(line: bytes) -> dict[str, Any] | None:
     """What a line says; None unless it is whole and of this program."""
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        entry: dict[str, Any] = json.loads(line)
-        if line + b"\n" == _line(entry["unit"], entry["result"]):
-            return entry
+        record: dict[str, Any] = json.loads(line)
+        if line + b"\n" == _line(record["unit"], record["result"]):
+            return record
     return None

@@ -13,7 +13,7 @@ from ..errors import UnknownName, UsageError, numbered
 from ..models.base_model import open_base
 from ..tasks.folders import Task, read_tasks
 from ..training.config import PAPERS, TrainSettings
-from ..training.job import TrainingJob, prepare
+from ..training.job import TrainingJob, training_jobs
 from ..training.run import Moment, Watch, train_into
 from . import arguments as arg
 from .base import explained, note_system_turn
@@ -99,7 +99,7 @@ def train(
     with explained(base):
         model = open_base(base, device=device, dtype=model_dtype, template_arguments=arguments)
     note_system_turn(model.template)
-    lessons = prepare(tasks, model, settings)
+    lessons = training_jobs(tasks, model, settings)
     note(f"rank, steps and rate are scaled to the data where no option sets them (the papers: {PAPERS})")
     for lesson in lessons:
         note(lesson.told)

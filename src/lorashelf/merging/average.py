@@ -123,7 +123,7 @@ def source(task: str, kind: str, adapter: Adapter) -> Source:
     return Source(task, kind, adapter.digest, 1.0, adapter.rank, adapter.parameters, adapter.dtype, size)
 
 
-def single(adapter: Adapter, record: Source, spec: MergeSpec) -> Average:
+def alone(adapter: Adapter, record: Source, spec: MergeSpec) -> Average:
     """The adapter alone, as the spec stores it: `dtype`, and the rank cut to `rank`."""
     stored = replace(adapter, dtype=spec.dtype or adapter.dtype)
     cut = 0.0
@@ -148,7 +148,7 @@ def fold(
     """
     sources = [source for source in sources if source.history.trained]  # untrained ones take no part
     if not sources:
-        return single(adapter, record, spec)
+        return alone(adapter, record, spec)
     *held, adapter = aligned([*(source.adapter for source in sources), adapter])
     sources = [_under(source, x) for source, x in zip(sources, held, strict=True)]
     records = [m for source in sources for m in source.history.merged]
@@ -192,7 +192,7 @@ def block(adapters: Sequence[Adapter], records: Sequence[Source], spec: MergeSpe
             first.setdefault(m.digest, (x, m))
     adapters, records = [x for x, _ in first.values()], [m for _, m in first.values()]
     if len(adapters) == 1:
-        return single(adapters[0], records[0], spec)
+        return alone(adapters[0], records[0], spec)
     method = METHODS[spec.method]
     weight = 1.0 / len(adapters) if method.weights == "mean" else 1.0
     merged, error, lossy = _merge(adapters, [weight] * len(adapters), spec)
@@ -231,7 +231,7 @@ def _fixed(sources: Sequence[History], spec: MergeSpec, weighting: Weighting, lo
     """
     if any(source.faithful is None for source in sources):
         return next((source.fixed for source in sources if source.fixed), UNRECORDED)
-    if METHODS[spec.method].average is None:
+    if METHODS[spec.method].mean_power is None:
         return f"merged by {spec.method}"
     if lossy:
         return lossy
@@ -243,7 +243,7 @@ def _fixed(sources: Sequence[History], spec: MergeSpec, weighting: Weighting, lo
 
 def _noise(sources: Sequence[Average], shares: Sequence[float], merged: Adapter, spec: MergeSpec) -> Noise | None:
     """The noise after a fold of averages; None where it is that of a sum which grew, in one dtype, fold by fold."""
-    power = METHODS[spec.method].average or 0.0
+    power = METHODS[spec.method].mean_power or 0.0
     usual = (source.noise is None and source.adapter.dtype == merged.dtype for source in sources)
     if all(usual) and not _cancels(sources, shares, merged, power):
         return None

@@ -87,7 +87,7 @@ def merge_measured(
     values = Counter[str]()
     for x in xs:
         values.update({path: s.rank * (s.dout + s.din) for path, s in x.shapes.items()})
-    workers = WORKERS if chosen.average is None and max(values.values(), default=0) >= _LARGE else 1
+    workers = WORKERS if chosen.mean_power is None and max(values.values(), default=0) >= _LARGE else 1
     modules: dict[str, Factors] = {}
     dropped = kept = 0.0
     with contextlib.closing(each(merged, paths, workers)) as results:

@@ -23,7 +23,7 @@ Signs = Literal["total", "frequency"]
 DARE = "DARE, arXiv 2311.03099"
 
 
-@merge_method("linear", space="factors", cites=f"{PEFT}; K-Merge's released code", average=0.5)
+@merge_method("linear", space="factors", cites=f"{PEFT}; K-Merge's released code", mean_power=0.5)
 def linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw) -> Tensor:
     """Σ wᵢ Xᵢ, on A with w = sgn(w s)√|w s| and on B with √|w s|: n² cross terms, and ΔW keeps about the norm of one
     adapter.
@@ -31,7 +31,7 @@ def linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw) -> Tensor:
     return _weighted_sum(tensors, weights)
 
 
-@merge_method("factor_mean", space="factors", cites=KMERGE, weighting="plain", average=1.0, duplicate=True)
+@merge_method("factor_mean", space="factors", cites=KMERGE, weighting="plain", mean_power=1.0, duplicate=True)
 def factor_mean(tensors: Sequence[Tensor], weights: Tensor, draw: Draw) -> Tensor:
     """Σ wᵢ √sᵢ Xᵢ on A and on B: the mean of the factors, read literally; ΔW shrinks with n."""
     return _weighted_sum(tensors, weights)

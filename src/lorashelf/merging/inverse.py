@@ -1,6 +1,6 @@
 """Taking an adapter out of an equal average, and how much of the rest rounding has left.
 
-X stands for a side (A or B) of one module, multiplied by √|s|; p is the method's `average`.
+X stands for a side (A or B) of one module, multiplied by √|s|; p is the method's `mean_power`.
 
     stored    M = n^-p Σ X + errors            errors: one rounding per fold, each of at most u |M| + a subnormal's step
     rest      (n - 1)^-p (n^p M - X_removed)   the same errors, now beside what is left
@@ -70,7 +70,7 @@ def unmerge(
     no larger than the noise are cleared, for cosine would take them for an adapter; the precision counts what they may
     have held. Raises NotReversible for a method that does not average.
     """
-    power = METHODS[method].average
+    power = METHODS[method].mean_power
     if power is None:
         raise NotReversible(f"a merge by {method} cannot be taken apart", cure="use linear or factor_mean")
     merged, removed = aligned([merged, removed], spelling="first")  # that of the noise

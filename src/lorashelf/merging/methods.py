@@ -33,9 +33,9 @@ class MergeMethod:
     weighting: Literal["root", "plain"]
     """In factor space: √|w s| multiplies what the rule sums (PEFT), or √s goes into the tensors first and w multiplies.
     """
-    average: float | None
-    """For a rule that sums: merging n with weight 1/n equals n**-average · Σ of the √s-scaled tensors, on A and on B;
-    so it can be inverted.
+    mean_power: float | None
+    """For a rule that sums: merging n with weight 1/n equals n**-mean_power · Σ of the √s-scaled tensors, on A and on
+    B; so it can be inverted.
     """
     duplicate: bool
     """Whether n copies of one adapter with the default weights merge into that adapter."""
@@ -62,7 +62,7 @@ def merge_method(
     weights: Literal["mean", "unary"] = "mean",
     rank: Literal["max", "sum"] = "max",
     weighting: Literal["root", "plain"] = "root",
-    average: float | None = None,
+    mean_power: float | None = None,
     duplicate: bool = False,
     gauge: bool = False,
     random: bool = False,
@@ -82,7 +82,7 @@ def merge_method(
                 weights=weights,
                 rank=rank,
                 weighting=weighting,
-                average=average,
+                mean_power=mean_power,
                 duplicate=duplicate,
                 gauge=gauge,
                 random=random,

@@ -14,13 +14,13 @@ from ..lora.alignment import shared
 from ..lora.given import as_adapter
 from ..lora.kernels import squared_norms
 from ..lora.similarity import similarity
-from ..merging.average import Average, Source, fold, single, source
+from ..merging.average import Average, Source, alone, fold, source
 from ..names import task_name
 from ..placement import policies
 from ..placement.actions import Action, Candidate, Effect, Fold, Open, Refuse, folds, nearest
 from .budget import Shortage, check_budget, shortage_of_room
 from .manifest import Manifest, Plan, Slot
-from .planning import agreed_base, all_damage, kind_of, planned, storable
+from .plan_parts import agreed_base, all_damage, kind_of, planned, storable
 from .snapshot import Snapshot
 
 MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold
@@ -187,7 +187,7 @@ class Arrival:
         return self.plans[action]
 
     def _opened(self, action: Open) -> Plan:
-        return self._arrived(action, single(self.adapter, self.record, self.snapshot.settings.merge))
+        return self._arrived(action, alone(self.adapter, self.record, self.snapshot.settings.merge))
 
     def _folded(self, action: Fold) -> Plan:
         into = action.sources or (action.slot,)

@@ -11,14 +11,14 @@ from ..errors import NotReversible, UsageError
 from ..lora.adapter import Adapter, BaseId
 from ..lora.alignment import shared
 from ..lora.given import as_adapter
-from ..merging.average import Average, fold, one_base, single, source, without
+from ..merging.average import Average, alone, fold, one_base, source, without
 from ..merging.blocks import merge_block, named
 from ..merging.spec import MergeSpec
 from ..names import problem_type
 from ..placement.clustering import Clustering
 from .budget import check_budget, shortage_of_room
 from .manifest import Plan, Slot
-from .planning import agreed_base, all_damage, common_base, kind_of, planned, storable
+from .plan_parts import agreed_base, all_damage, common_base, kind_of, planned, storable
 from .settings import Settings
 from .snapshot import Snapshot
 
@@ -47,7 +47,7 @@ def plan_update(
     record = source(task, details["type"], adapter)
     precision = None
     if slot.members == (task,) or (slot.history.digests == {details["digest"]} and not _copies(snapshot, slot, task)):
-        new = single(adapter, record, spec)
+        new = alone(adapter, record, spec)
     else:
         new, precision = _remaining(snapshot, slot, task, was)
         if record.norm and adapter.digest not in {m.digest for m in new.history.merged}:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..errors import LorashelfError, NotReversible
 from ..lora.adapter import Adapter
-from ..merging.average import Average, Source, block, fold, single
+from ..merging.average import Average, Source, alone, block, fold
 from ..merging.spec import WEIGHTINGS, MergeSpec
 from ..version import VERSION
 from .manifest import PENDING_TIME, Manifest, Plan, Slot
@@ -188,7 +188,7 @@ def _from_originals(
                 for m in rest:
                     adapter, record = given[m.digest], replace(m, weight=1.0)
                     if held is None:
-                        held = single(adapter, record, spec)
+                        held = alone(adapter, record, spec)
                     else:
                         held = fold([held.plain], adapter, record, spec, weighting)
                 yield Mended("merged", new=held, state=state, given=tuple(m.task for m in rest))

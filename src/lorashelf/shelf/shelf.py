@@ -33,7 +33,7 @@ from ..formats.objects import Stored
 from ..locks import WriterLock
 from ..lora.adapter import Adapter
 from ..version import VERSION
-from . import log, mending
+from . import log, repair_records
 from .budget import check_budget
 from .manifest import PENDING, PENDING_TIME, Manifest, Plan, Slot, manifest_id
 from .settings import FILE, Settings, config_error, edited_toml, read_toml, write_toml
@@ -282,10 +282,10 @@ class Shelf:
             return settings
 
     def mend(self) -> list[str]:
-        """Put right what a shelf has beside its objects (see `mending.mend`); what was done, in sentences."""
+        """Put right what a shelf has beside its objects (see `repair_records.mend`); what was done, in sentences."""
         with self._lock.held(LOCK_SECONDS):
             self._make_folders()
-            return mending.mend(self.path)
+            return repair_records.mend(self.path)
 
     def rewrite(self, adapters: Iterable[tuple[Adapter, Codec]]) -> None:
         """Write the objects of these adapters by their codecs where they are damaged or gone. Raises DiskError."""

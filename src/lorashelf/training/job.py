@@ -60,7 +60,9 @@ class TrainingJob:
         )
 
 
-def prepare(tasks: Mapping[str, Task], base: BaseModel, settings: TrainSettings | None = None) -> list[TrainingJob]:
+def training_jobs(
+    tasks: Mapping[str, Task], base: BaseModel, settings: TrainSettings | None = None
+) -> list[TrainingJob]:
     """What would be trained, before anything is: for every task the examples that fit, and how it will be taught.
 
     Raises MissingExtra, UsageError for targets that the base lacks, TaskDataError naming every task that cannot be

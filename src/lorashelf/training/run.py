@@ -28,7 +28,7 @@ from ..models.protocol import mean_loss
 from ..tasks.folders import Task
 from ..version import VERSION
 from .config import TrainSettings
-from .job import TrainingJob, prepare
+from .job import TrainingJob, training_jobs
 from .trainer import LoraTrainer
 
 RECORD_FILE = "training.json"
@@ -71,7 +71,7 @@ def train(
     With `state`, a file that need not exist yet, a run that was cut off goes on from it; it is kept up to date and left
     behind. Raises MissingExtra, TaskDataError, UsageError (also for a state begun otherwise), ModelError.
     """
-    (lesson,) = prepare({task.name: task}, base, settings)
+    (lesson,) = training_jobs({task.name: task}, base, settings)
     return taught(lesson, base, watch=watch, state=state)
 
 
@@ -113,7 +113,7 @@ def _taught_into(
 def taught(
     lesson: TrainingJob, base: BaseModel, *, watch: Watch | None = None, state: str | Path | None = None
 ) -> Trained:
-    """Train a prepared lesson; as `train`."""
+    """Train one job; as `train`."""
     begun = _read_state(Path(state)) if state is not None and Path(state).exists() else None
     if begun is not None and (changes := _changes(lesson, begun["identity"])):
         raise UsageError("; ".join(changes), where=str(state), cure="delete it to begin anew")

@@ -11,11 +11,11 @@ A task without a metric has its loss alone. Nothing here imports a metric's pack
 from . import edits, rouge, token_f1
 from .bootstrap import Score, scored
 from .kept import loss_kept, normalised
-from .metric import FORMULAS, METRICS, Metric, measure, metric
+from .metric import FORMULAS, TASK_METRICS, Metric, measure, metric
 
 __all__ = [
     "FORMULAS",
-    "METRICS",
+    "TASK_METRICS",
     "Metric",
     "Score",
     "edits",

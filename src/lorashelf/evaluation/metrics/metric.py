@@ -36,14 +36,14 @@ FORMULAS.add("mean", lambda sums: 100.0 * float(sums[0] / sums[1]))
 
 
 Maker = Callable[[str], Metric]
-METRICS: Registry[Maker] = Registry("metric")
+TASK_METRICS: Registry[Maker] = Registry("metric")
 
 
 def measure(name: str) -> Callable[[Maker], Maker]:
     """Register a function of the language ('' where it is unknown) as metric `name`."""
 
     def register(make: Maker) -> Maker:
-        METRICS.add(name, make)
+        TASK_METRICS.add(name, make)
         return make
 
     return register
@@ -54,7 +54,7 @@ def metric(name: str, language: str) -> Metric:
 
     Raises UnknownName, MissingExtra (`metrics`).
     """
-    return METRICS[name](language.replace("_", "-").partition("-")[0].lower())
+    return TASK_METRICS[name](language.replace("_", "-").partition("-")[0].lower())
 
 
 def mean_of(label: str, score: Callable[[str, str], float]) -> Metric:

@@ -1,4 +1,4 @@
-"""Put right what a shelf has beside its objects: manifests, HEAD, shelf.toml, the log; docs/format.md, "Repair".
+"""Repair of what a shelf has beside its objects: manifests, HEAD, shelf.toml, the log; docs/format.md, "Repair".
 
 What cannot be read is not deleted but set aside as NAME.damaged, except for manifests, which are named by their bytes.
 """
