@@ -115,7 +115,7 @@ def test_an_interrupted_search_is_taken_up(
     code, document, said = run(capsys, house, tmp_path / "s")
     assert (code, document["error"]["kind"]) == (130, "interrupted")
     assert [p.name for p in tmp_path.iterdir() if p.name != "whole"] == ["s.d2c.jsonl"]
-    assert f"kept in {tmp_path / 's.d2c.jsonl'}" in said
+    assert f"the losses measured so far are in {tmp_path / 's.d2c.jsonl'}" in said
     monkeypatch.setattr(HFBackend, "nll", measure)
     before = tree(tmp_path)
     code, document, _ = run(capsys, house, tmp_path / "s", "--accept", "both")
