@@ -845,7 +845,7 @@ def test_bad_requests_end_before_the_model_is_opened(
     monkeypatch.setattr("lorashelf.cli.base.open_model", None)
     code, document = run(*common, *words)
     assert (code, document["error"]["kind"] in ("usage", "unknown_name")) == (2, True)
-    assert said in document["error"]["message"]
+    assert said in f"{document['error']['message']}\n{document['error']['cure']}"
 
 
 def test_a_missing_package_is_named_before_the_model_is_opened(
