@@ -14,6 +14,7 @@ import pytest
 from factory import make_adapter
 from lorashelf import Shelf, new_settings, plan_add, plan_update
 from lorashelf.errors import CorruptShelf, StaleShelf
+from lorashelf.formats import peft
 from lorashelf.serving.generate import service
 from lorashelf.shelf import routing
 from lorashelf.shelf.snapshot import Snapshot
@@ -153,3 +154,23 @@ def test_while_another_process_commits_without_a_pause_every_reader_is_answered(
         finally:
             writer.kill()
     assert shelf.verify() == []
+
+
+def test_a_config_that_a_commit_deletes_while_it_is_read_is_a_stale_shelf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two reads of a stored config."""
+    shelf = standing(tmp_path)
+    snapshot = shelf.snapshot()
+    slot = snapshot.manifest.slots[0]
+
+    def gone(folder: Path) -> int:
+        monkeypatch.setattr(peft, "_config_sum", original)
+        for seed in (7, 8, 9):
+            shelf.commit(plan_update(shelf.snapshot(), slot.members[0], adapter(seed)))
+        return original(folder)
+
+    original = peft._config_sum
+    monkeypatch.setattr(peft, "_config_sum", gone)
+    with pytest.raises(StaleShelf):
+        snapshot.stored(slot)

@@ -66,7 +66,7 @@ def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:
         cure = "wait until whatever writes the file is done, then run the command again"
         faults.append(f"{CONFIG_FILE} changed while the adapter was read", cure)
     if config is not None and tensors is not None and guard is not None:
-        guard.check(0, tensors.header, crc32(atomic.read_file(folder / CONFIG_FILE)))
+        guard.check(0, tensors.header, _config_sum(folder))
     if faults or config is None or tensors is None:
         raise AdapterFormatError(faults.listed(), where=str(folder))
     stored = sorted({STORED[tensors[name].dtype] for pair in halves.values() for name in pair.values()})
@@ -288,6 +288,14 @@ def _read_config(folder: Path, faults: Faults, *, stored: bool = False) -> dict[
         return None
     faults.extend(config_faults(config, stored=stored))
     return config
+
+
+def _config_sum(folder: Path) -> int:
+    """CRC-32 of a stored config. Raises AdapterFormatError where it has gone since it was read."""
+    try:
+        return crc32(atomic.read_file(folder / CONFIG_FILE))
+    except OSError as error:
+        raise AdapterFormatError([f"{CONFIG_FILE} cannot be read: {error.strerror}"], where=str(folder)) from error
 
 
 def _encodable(document: Any) -> bool:
