@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import NotReversible, UsageError
 from ..lora.adapter import Adapter, BaseId
@@ -15,12 +15,14 @@ from ..merging.average import Average, alone, fold, one_base, source, without
 from ..merging.blocks import merge_block, named
 from ..merging.spec import MergeSpec
 from ..names import problem_type
-from ..placement.clustering import Clustering
 from .budget import check_budget, shortage_of_room
 from .manifest import Plan, Slot
 from .plan_parts import agreed_base, all_damage, common_base, kind_of, planned, storable
 from .settings import Settings
 from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from ..placement.clustering import Clustering
 
 _ANEW = "for a slot without it, remove the slot's other tasks as well and add their originals anew"
 MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold

@@ -15,9 +15,6 @@ from ...lora.adapter import Adapter
 from ..codec import Codec
 from ..objects import Stored, length
 from ..safetensors import Lost
-from .decoder import CodedModules, decode
-from .encoder import Encoder
-from .files import encode_for
 
 _LEVEL = re.compile(r"level-(\d+)\.lsc")
 
@@ -56,12 +53,17 @@ class CodedFolder(Codec):
 
     def encode(self, adapter: Adapter) -> Levels:
         """The levels that the adapter was decoded from. Raises TypeError for one that was not."""
-        if not isinstance(adapter.modules, CodedModules):
+        levels = getattr(adapter.modules, "levels", None)
+        if levels is None:
             raise TypeError("only what `round_trip` or `open` returned has levels")
-        return Levels(adapter.modules.levels)
+        return Levels(levels)
 
     def round_trip(self, adapter: Adapter, quality: float) -> tuple[Adapter, float]:
         """The adapter coded for a predicted quality, and decoded. Raises UsageError where no code is so fine."""
+        from .decoder import decode
+        from .encoder import Encoder
+        from .files import encode_for
+
         encoder = Encoder(adapter)
         decoded = decode(encode_for(encoder, quality))
         return decoded, math.sqrt(max(1.0 - encoder.kept, 0.0))
@@ -72,6 +74,8 @@ class CodedFolder(Codec):
             levels = [atomic.read_file(path) for path in self.paths(folder)]
         except OSError as error:
             raise AdapterFormatError([f"a level cannot be read: {error.strerror}"], where=str(folder)) from error
+        from .decoder import decode
+
         return decode(levels, str(folder))
 
     def names(self, folder: Path) -> Sequence[str]:
