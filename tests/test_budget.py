@@ -124,7 +124,9 @@ def test_every_cure_that_a_refusal_names_works(tmp_path: Path, case: str) -> Non
         shelf, planned = refused(tmp_path / option, case)
         configured(shelf, option, value)
         assert carried_out(shelf, planned) is None, (option, value)
-        assert shelf.snapshot().bytes <= shelf.snapshot().settings.budget.bytes  # type: ignore[operator]
+        limit = shelf.snapshot().settings.budget.bytes
+        assert limit is not None
+        assert shelf.snapshot().bytes <= limit
 
 
 @pytest.mark.parametrize("case", CASES)

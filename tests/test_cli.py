@@ -9,12 +9,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from command import Command
 from factory import assert_same_delta, make_adapter, tree, write_peft
 from lorashelf import Plan, Shelf, cluster, merge, new_settings, plan_add, plan_cluster, read_adapter, write_adapter
 from lorashelf.cli import main
@@ -23,21 +22,10 @@ from lorashelf.cli.output import Meter, cells
 from lorashelf.errors import DiskError, UsageError
 from lorashelf.placement.partitioners import PARTITIONERS
 
-Run = Callable[..., tuple[int, Any]]
-
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("add", shelf, …) → (exit code, the JSON document on stdout)."""
-
-    def call(*words: object, as_json: bool = True) -> tuple[int, Any]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(word) for word in words] + (["--json"] if as_json else []))
-        printed = capsys.readouterr()
-        call.stderr = printed.err  # type: ignore[attr-defined]
-        return int(exit_.value.code or 0), json.loads(printed.out) if as_json else printed.out
-
-    return call
+def run(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)
 
 
 @pytest.fixture
@@ -49,13 +37,13 @@ def zoo(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path, run: Run) -> Path:
+def shelf(tmp_path: Path, run: Command) -> Path:
     path = tmp_path / "my.shelf"
     assert run("init", path, "--slots", 2, "--policy", "kmerge")[0] == 0
     return path
 
 
-def test_init_prints_what_was_made_and_refuses_an_existing_path(tmp_path: Path, run: Run) -> None:
+def test_init_prints_what_was_made_and_refuses_an_existing_path(tmp_path: Path, run: Command) -> None:
     code, document = run("init", tmp_path / "s", "--slots", 3, "--threshold", "0.02", "--dtype", "bf16")
     assert code == 0
     assert document["slots"] == 3
@@ -81,20 +69,20 @@ def test_init_prints_what_was_made_and_refuses_an_existing_path(tmp_path: Path, 
         ("5000B", 5000),
     ],
 )
-def test_a_size_has_a_unit_or_is_bytes(tmp_path: Path, run: Run, text: str, count: int) -> None:
+def test_a_size_has_a_unit_or_is_bytes(tmp_path: Path, run: Command, text: str, count: int) -> None:
     assert run("init", tmp_path / "s", "--slots", 2, "--bytes", text)[0] == 0
     assert run("ls", tmp_path / "s")[1]["budget"]["bytes"] == count
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "0.1B", "1.6M", "1,6MB", "MB", "1e6", "nan", "1.6 M B"])
-def test_what_is_not_a_size_is_refused(tmp_path: Path, run: Run, text: str) -> None:
+def test_what_is_not_a_size_is_refused(tmp_path: Path, run: Command, text: str) -> None:
     code, document = run("init", tmp_path / "s", "--slots", 2, "--bytes", text)
     assert (code, document["error"]["kind"]) == (2, "usage")
     assert "1.6MB" in document["error"]["cure"]
     assert not (tmp_path / "s").exists()
 
 
-def test_a_budget_too_small_for_an_empty_shelf_is_refused(tmp_path: Path, run: Run) -> None:
+def test_a_budget_too_small_for_an_empty_shelf_is_refused(tmp_path: Path, run: Command) -> None:
     code, document = run("init", tmp_path / "s", "--slots", 2, "--bytes", 10)
     assert (code, document["error"]["kind"]) == (4, "over_budget")
     need = int(re.search(r"takes (\d+) bytes", document["error"]["message"])[1])  # type: ignore[index]
@@ -103,7 +91,7 @@ def test_a_budget_too_small_for_an_empty_shelf_is_refused(tmp_path: Path, run: R
     assert sum(map(len, tree(tmp_path / "s").values())) <= need + 8  # the budget itself is written down twice
 
 
-def test_sizes_are_printed_in_the_unit_that_fits(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_sizes_are_printed_in_the_unit_that_fits(tmp_path: Path, zoo: dict[str, Path], run: Command) -> None:
     run("init", tmp_path / "s", "--slots", 2, "--bytes", "1.6MB")
     assert "would need 0 B, the shelf needs 0 B; on disk" in run("ls", tmp_path / "s", as_json=False)[1]
     run("add", tmp_path / "s", zoo["a-x"])
@@ -113,7 +101,7 @@ def test_sizes_are_printed_in_the_unit_that_fits(tmp_path: Path, zoo: dict[str, 
     assert f"{run('ls', tmp_path / 's')[1]['slots'][0]['bytes'] / 1000:.1f} kB" in text
 
 
-def test_add_tells_decision_slot_scores_members_and_head(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_add_tells_decision_slot_scores_members_and_head(shelf: Path, zoo: dict[str, Path], run: Command) -> None:
     assert run("add", shelf, zoo["a-x"])[1]["added"][0] | {"head": ""} == {
         "task": "a-x",
         "decision": "open",
@@ -136,7 +124,9 @@ def test_add_tells_decision_slot_scores_members_and_head(shelf: Path, zoo: dict[
     assert third["head"] == (shelf / "HEAD").read_text().strip()
 
 
-def test_add_takes_many_in_order_and_stops_at_the_first_refusal(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_add_takes_many_in_order_and_stops_at_the_first_refusal(
+    tmp_path: Path, zoo: dict[str, Path], run: Command
+) -> None:
     size = sum(f.stat().st_size for f in zoo["a-x"].iterdir())
     run("init", tmp_path / "small", "--slots", 4, "--bytes", 2 * size + 20000)
     large = write_peft(tmp_path / "large", make_adapter(7, rank=200))
@@ -147,7 +137,7 @@ def test_add_takes_many_in_order_and_stops_at_the_first_refusal(tmp_path: Path, 
 
 
 def test_every_folder_is_read_before_anything_is_added(
-    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:
     before = tree(shelf)
     (zoo["b-y"] / "adapter_model.safetensors").write_bytes(b"cut off")
@@ -163,7 +153,7 @@ def test_every_folder_is_read_before_anything_is_added(
 
 
 def test_what_was_added_before_a_fault_is_in_the_error_document(
-    shelf: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+    shelf: Path, zoo: dict[str, Path], run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = Shelf.commit
 
@@ -181,7 +171,7 @@ def test_what_was_added_before_a_fault_is_in_the_error_document(
 
 
 def test_add_always_prints_one_document_of_one_form(
-    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:
     many = list(zoo.values())
     for words in ([many[0]], many[1:], [many[0]], ["a=b=c"], [f"={many[0]}"], [tmp_path / "absent"]):
@@ -193,7 +183,7 @@ def test_add_always_prints_one_document_of_one_form(
 
 
 def test_add_skip_existing_goes_on_after_an_interrupt(
-    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:
     run("add", shelf, zoo["a-x"], zoo["a-y"])
     code, document = run("add", shelf, *zoo.values())
@@ -244,25 +234,27 @@ def test_a_decision_fits_the_terminal(
     assert all(cells(line) <= width for line in lines)
 
 
-def test_the_originals_are_named_once_and_only_where_they_help(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_the_originals_are_named_once_and_only_where_they_help(
+    tmp_path: Path, zoo: dict[str, Path], run: Command
+) -> None:
     told = "keep the original adapters"
     for method, times in (("linear", 1), ("ties", 0)):
         run("init", tmp_path / method, "--slots", 1, "--policy", "kmerge", "--merge", method)
         for words, expected in (([*zoo.values(), "--dry-run"], 0), ([zoo["a-x"]], 0), (list(zoo.values())[1:], times)):
             assert run("add", tmp_path / method, *words)[0] == 0
-            assert run.stderr.count(told) == expected  # type: ignore[attr-defined]
+            assert run.stderr.count(told) == expected
         slot = run("ls", tmp_path / method)[1]["slots"][0]
         document = run("remove", tmp_path / method, "b-y", "--adapter", zoo["b-y"])[1]
         assert (slot["average"] is not None, document["removed"]) == ((True, "average") if times else (False, "route"))
 
 
 def test_plain_files_among_the_folders_are_passed_over(
-    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:
     (tmp_path / "zoo" / "README.md").write_text("about")
     given = sorted((tmp_path / "zoo").iterdir())
     assert run("add", shelf, *given)[0] == 0
-    assert "README.md: ignored" in run.stderr  # type: ignore[attr-defined]
+    assert "README.md: ignored" in run.stderr
     assert sorted(run("route", shelf)[1]) == sorted(zoo)
     for words in (["compare"], ["plan"], ["merge", "--method", "svd", "-o", tmp_path / "m"]):
         assert run(words[0], *given, *words[1:])[0] == 0
@@ -272,7 +264,7 @@ def test_plain_files_among_the_folders_are_passed_over(
 
 
 def test_a_refusal_is_exit_4_with_no_slot_and_the_head_unchanged(
-    tmp_path: Path, zoo: dict[str, Path], run: Run
+    tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:
     run("init", tmp_path / "tiny", "--slots", 2, "--bytes", 3000)
     before = tree(tmp_path / "tiny")
@@ -289,7 +281,9 @@ def test_a_refusal_is_exit_4_with_no_slot_and_the_head_unchanged(
     assert {k: v for k, v in tree(tmp_path / "tiny").items() if k != "lock"} == before
 
 
-def test_dry_run_changes_nothing_and_goes_on_from_its_own_plans(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_dry_run_changes_nothing_and_goes_on_from_its_own_plans(
+    shelf: Path, zoo: dict[str, Path], run: Command
+) -> None:
     before = tree(shelf)
     code, planned = run("add", shelf, *zoo.values(), "--dry-run")
     assert code == 0
@@ -301,7 +295,7 @@ def test_dry_run_changes_nothing_and_goes_on_from_its_own_plans(shelf: Path, zoo
         assert dry["scores"] == pytest.approx(real["scores"], abs=1e-6)
 
 
-def test_route_prints_the_folder_that_serves_a_task(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_route_prints_the_folder_that_serves_a_task(shelf: Path, zoo: dict[str, Path], run: Command) -> None:
     run("add", shelf, zoo["a-x"])
     code, answer = run("route", shelf, "a-x")
     assert code == 0
@@ -313,7 +307,7 @@ def test_route_prints_the_folder_that_serves_a_task(shelf: Path, zoo: dict[str, 
 
 
 @pytest.mark.parametrize("name", [":id:-en", ":cat:", "[bold]x"])
-def test_a_name_is_printed_as_it_is(tmp_path: Path, run: Run, name: str) -> None:
+def test_a_name_is_printed_as_it_is(tmp_path: Path, run: Command, name: str) -> None:
     shelf = tmp_path / f"{name}.shelf"
     run("init", shelf, "--slots", 1)
     assert run("add", shelf, write_peft(tmp_path / "one"), "--task", name)[0] == 0
@@ -323,15 +317,15 @@ def test_a_name_is_printed_as_it_is(tmp_path: Path, run: Run, name: str) -> None
         assert name in run(command, shelf, as_json=False)[1]
 
 
-def test_an_unknown_task_names_the_nearest(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_an_unknown_task_names_the_nearest(shelf: Path, zoo: dict[str, Path], run: Command) -> None:
     run("add", shelf, zoo["a-x"])
     code, document = run("route", shelf, "a-z")
     assert code == 2
     assert "a-x" in document["error"]["cure"]
-    assert document["error"]["message"] in run.stderr  # type: ignore[attr-defined]
+    assert document["error"]["message"] in run.stderr
 
 
-def test_ls_counts_slots_tasks_and_bytes(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_ls_counts_slots_tasks_and_bytes(shelf: Path, zoo: dict[str, Path], run: Command) -> None:
     run("add", shelf, *zoo.values())
     code, listing = run("ls", shelf)
     assert code == 0
@@ -349,7 +343,7 @@ def test_ls_counts_slots_tasks_and_bytes(shelf: Path, zoo: dict[str, Path], run:
 
 @pytest.mark.parametrize("policy", ["kmerge", "all"])
 def test_ls_compares_files_with_files_and_counts_an_adapter_once(
-    tmp_path: Path, zoo: dict[str, Path], run: Run, policy: str
+    tmp_path: Path, zoo: dict[str, Path], run: Command, policy: str
 ) -> None:
     shelf = tmp_path / "s.shelf"
     run("init", shelf, "--slots", 2, "--policy", policy)
@@ -367,7 +361,7 @@ def test_ls_compares_files_with_files_and_counts_an_adapter_once(
 
 
 def test_update_replaces_alone_and_in_a_shared_slot(
-    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:
     run("add", shelf, zoo["a-x"], zoo["a-y"], zoo["b-x"])
     new = write_peft(tmp_path / "new", make_adapter(99))
@@ -390,7 +384,7 @@ def test_update_replaces_alone_and_in_a_shared_slot(
     assert_same_delta(read_adapter(run("route", shelf, alone["members"][0])[1]["path"]), make_adapter(99))
 
 
-def test_remove_says_how_far_it_went(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_remove_says_how_far_it_went(shelf: Path, zoo: dict[str, Path], run: Command) -> None:
     run("add", shelf, *zoo.values())
     slots = run("ls", shelf)[1]["slots"]
     big = max(slots, key=lambda s: len(s["members"]))
@@ -410,7 +404,7 @@ def test_remove_says_how_far_it_went(shelf: Path, zoo: dict[str, Path], run: Run
     assert run("verify", shelf)[0] == 0
 
 
-def test_remove_with_another_adapter_is_refused(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_remove_with_another_adapter_is_refused(shelf: Path, zoo: dict[str, Path], run: Command) -> None:
     run("add", shelf, *zoo.values())
     before = tree(shelf)
     code, document = run("remove", shelf, "a-x", "--adapter", zoo["b-y"])
@@ -420,7 +414,7 @@ def test_remove_with_another_adapter_is_refused(shelf: Path, zoo: dict[str, Path
 
 
 def test_undo_and_redo_tell_what_they_did_and_the_log_where_they_went(
-    shelf: Path, zoo: dict[str, Path], run: Run
+    shelf: Path, zoo: dict[str, Path], run: Command
 ) -> None:
     run("add", shelf, zoo["a-x"], zoo["b-x"])
     full = run("ls", shelf)[1]["slots"]
@@ -445,7 +439,7 @@ def test_undo_and_redo_tell_what_they_did_and_the_log_where_they_went(
 
 
 def test_undo_says_which_tasks_are_served_otherwise(
-    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:
     run("add", shelf, zoo["a-x"], zoo["a-y"])
     run("update", shelf, "a-x", write_peft(tmp_path / "new", make_adapter(99)))
@@ -459,7 +453,7 @@ def test_undo_says_which_tasks_are_served_otherwise(
     assert f"back: b-x; changed: {', '.join(t for t in document['changed'] if t != 'b-x')};" in text
 
 
-def test_undo_to_a_state_that_is_not_kept_is_refused(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_undo_to_a_state_that_is_not_kept_is_refused(shelf: Path, zoo: dict[str, Path], run: Command) -> None:
     first = (shelf / "HEAD").read_text().strip()
     run("add", shelf, *zoo.values())
     code, document = run("undo", shelf, "--to", first)
@@ -468,7 +462,7 @@ def test_undo_to_a_state_that_is_not_kept_is_refused(shelf: Path, zoo: dict[str,
 
 
 def test_cluster_writes_a_shelf_and_numbers_blocks_by_their_first_task(
-    tmp_path: Path, zoo: dict[str, Path], run: Run
+    tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:
     output = tmp_path / "c.shelf"
     code, document = run("cluster", *zoo.values(), "-o", output, "--slots", 2, "--method", "random", "--seed", 3)
@@ -484,7 +478,7 @@ def test_cluster_writes_a_shelf_and_numbers_blocks_by_their_first_task(
     assert tree(tmp_path) == before
 
 
-def test_a_failed_cluster_leaves_nothing(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_a_failed_cluster_leaves_nothing(tmp_path: Path, zoo: dict[str, Path], run: Command) -> None:
     before = tree(tmp_path)
     words = [*zoo.values(), "-o", tmp_path / "c", "--slots", 2, "--method", "random"]
     code, document = run("cluster", *words, "--bytes", 2000)
@@ -495,7 +489,7 @@ def test_a_failed_cluster_leaves_nothing(tmp_path: Path, zoo: dict[str, Path], r
     assert sorted(p.name for p in tmp_path.iterdir()) == ["zoo"]
 
 
-def test_compare_show_plan_and_threshold(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_compare_show_plan_and_threshold(tmp_path: Path, zoo: dict[str, Path], run: Command) -> None:
     code, document = run("compare", *zoo.values())
     assert (code, document["names"], document["metric"]) == (0, list(zoo), "cosine")
     assert [row[i] for i, row in enumerate(document["matrix"])] == pytest.approx([1.0] * 4)
@@ -514,21 +508,21 @@ def test_compare_show_plan_and_threshold(tmp_path: Path, zoo: dict[str, Path], r
     )
 
 
-def test_plan_forecasts_what_cluster_then_does(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_plan_forecasts_what_cluster_then_does(tmp_path: Path, zoo: dict[str, Path], run: Command) -> None:
     row = run("plan", *zoo.values(), "--slots", "2")[1][0]
     document = run("cluster", *zoo.values(), "-o", tmp_path / "c", "--slots", 2, "--method", "agglomerative")[1]
     assert sorted(row["blocks"]) == sorted(slot["members"] for slot in document["slots"])
     assert row["bytes"] == sum(slot["bytes"] for slot in document["slots"])
 
 
-def test_compare_draws_a_heat_map(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_compare_draws_a_heat_map(tmp_path: Path, zoo: dict[str, Path], run: Command) -> None:
     for suffix in ("png", "svg"):
         assert run("compare", *zoo.values(), "--plot", tmp_path / f"map.{suffix}")[0] == 0
         assert (tmp_path / f"map.{suffix}").stat().st_size > 1000
     assert run("compare", *zoo.values(), "--plot", tmp_path / "map.xyz")[0] == 2
 
 
-def test_merge_writes_a_folder(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_merge_writes_a_folder(tmp_path: Path, zoo: dict[str, Path], run: Command) -> None:
     words = [*zoo.values(), "-o", tmp_path / "m", "--method", "ties", "-p", "density=0.3", "--dtype", "f16"]
     code, document = run("merge", *words)
     assert (code, document["dtype"]) == (0, "f16")
@@ -539,7 +533,7 @@ def test_merge_writes_a_folder(tmp_path: Path, zoo: dict[str, Path], run: Run) -
     assert not (tmp_path / "n").exists()
 
 
-def test_task_file_is_stored_with_the_task(shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_task_file_is_stored_with_the_task(shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command) -> None:
     (tmp_path / "task.toml").write_text(
         'type = "gec"\nlanguage = "de"\nprompt = "Mend:"\nmetric = "f0.5"\nmax_new_tokens = 96\n'
     )
@@ -555,7 +549,7 @@ def test_task_file_is_stored_with_the_task(shelf: Path, tmp_path: Path, zoo: dic
     assert "max_new_tokens" in document["error"]["message"]
 
 
-def test_the_same_adapter_again_is_only_routed(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_the_same_adapter_again_is_only_routed(shelf: Path, zoo: dict[str, Path], run: Command) -> None:
     run("add", shelf, zoo["a-x"])
     code, document = run("add", shelf, f"copy={zoo['a-x']}")
     (item,) = document["added"]
@@ -568,20 +562,20 @@ def test_the_same_adapter_again_is_only_routed(shelf: Path, zoo: dict[str, Path]
 @pytest.mark.parametrize(
     "words", [["nonsense"], ["init"], ["init", "x", "--slots", "many"], ["add", "x", "y", "--no-such-option"]]
 )
-def test_usage_errors_are_exit_2_with_a_document(words: list[str], run: Run) -> None:
+def test_usage_errors_are_exit_2_with_a_document(words: list[str], run: Command) -> None:
     code, document = run(*words)
     assert code == 2
     assert document["error"]["kind"] == "usage"
 
 
-def test_a_path_without_a_shelf(tmp_path: Path, run: Run) -> None:
+def test_a_path_without_a_shelf(tmp_path: Path, run: Command) -> None:
     code, document = run("ls", tmp_path / "nowhere")
     assert code == 4
     assert "init" in document["error"]["cure"]
 
 
 def test_hub_ids_come_from_the_local_cache(
-    shelf: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    shelf: Path, tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub.constants
 
@@ -625,7 +619,9 @@ def test_every_command_has_an_example_in_its_help(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("second", ["one=", "a\tb=", "../x="])
-def test_names_are_looked_at_before_anything_is_added(shelf: Path, zoo: dict[str, Path], run: Run, second: str) -> None:
+def test_names_are_looked_at_before_anything_is_added(
+    shelf: Path, zoo: dict[str, Path], run: Command, second: str
+) -> None:
     head = (shelf / "HEAD").read_text()
     code, document = run("add", shelf, f"one={zoo['a-x']}", f"{second}{zoo['a-y']}")
     assert (code, document["error"]["kind"]) == (2, "task_name")
@@ -633,7 +629,7 @@ def test_names_are_looked_at_before_anything_is_added(shelf: Path, zoo: dict[str
 
 
 def test_interrupted_is_130_with_a_document(
-    shelf: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+    shelf: Path, zoo: dict[str, Path], run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lorashelf.cli.filling
 
@@ -677,7 +673,7 @@ def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_path_of_two_parts_without_the_hub_s_library(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -686,13 +682,13 @@ def test_a_path_of_two_parts_without_the_hub_s_library(
     assert document["error"]["cure"] == "give an existing folder, or pip install 'lorashelf[llm]'"
 
 
-def test_version(run: Run) -> None:
+def test_version(run: Command) -> None:
     assert re.fullmatch(r"lorashelf \d+\.\d+\.\d+\n", run("--version", as_json=False)[1])
 
 
 @pytest.mark.parametrize("where", ["argument", "name", "option", "task file", "output"])
 def test_home_is_found_in_every_path(
-    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch, where: str
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "task.toml").write_text('prompt = "Mend:"\n')
@@ -735,7 +731,7 @@ def test_home_is_found_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(
-    tmp_path: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, zoo: dict[str, Path], run: Command, monkeypatch: pytest.MonkeyPatch,
     command: str, options: list[str], said: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -754,7 +750,7 @@ def test_an_option_that_would_be_ignored_is_refused(
     ],
 )
 def test_add_refuses_what_it_would_ignore(
-    shelf: Path, zoo: dict[str, Path], run: Run, words: list[str], said: str
+    shelf: Path, zoo: dict[str, Path], run: Command, words: list[str], said: str
 ) -> None:
     before = tree(shelf)
     code, document = run("add", shelf, zoo["a-x"], *words)
@@ -767,7 +763,7 @@ def test_add_refuses_what_it_would_ignore(
 
 @pytest.mark.parametrize("command", ["merge", "plan", "cluster", "add"])
 def test_adapters_of_several_bases_are_all_named_with_a_cure_that_works(
-    tmp_path: Path, shelf: Path, run: Run, command: str
+    tmp_path: Path, shelf: Path, run: Command, command: str
 ) -> None:
     bases = {"a": "acme/one", "b": "acme/two", "c": "acme/two", "d": "acme/three"}
     folders = [write_peft(tmp_path / "in" / name, make_adapter(1, base=base)) for name, base in bases.items()]
@@ -785,7 +781,7 @@ def test_adapters_of_several_bases_are_all_named_with_a_cure_that_works(
     assert run(command, *words[command], "--assume-base")[0] == 0
 
 
-def test_one_is_singular(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_one_is_singular(tmp_path: Path, zoo: dict[str, Path], run: Command) -> None:
     assert "1 free slot, " in run("init", tmp_path / "s", "--slots", 1, as_json=False)[1]
     run("add", tmp_path / "s", zoo["a-x"])
     text = run("ls", tmp_path / "s", as_json=False)[1]
@@ -812,23 +808,23 @@ def test_one_is_singular(tmp_path: Path, zoo: dict[str, Path], run: Run) -> None
     ],
 )
 def test_no_option_is_ignored(
-    tmp_path: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch, words: str, said: str
+    tmp_path: Path, zoo: dict[str, Path], run: Command, monkeypatch: pytest.MonkeyPatch, words: str, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
     code, text = run(*words.split(), as_json=False)
     assert (code, text) == (2, "")
-    assert said in run.stderr  # type: ignore[attr-defined]
+    assert said in run.stderr
     assert tree(tmp_path) == before
 
 
 def test_a_folder_of_task_files_that_holds_nothing_for_a_task_is_told(
-    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Run
+    shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:
     (tmp_path / "tasks" / "a-x").mkdir(parents=True)
     (tmp_path / "tasks" / "a-x" / "task.toml").write_text('prompt = "Mend:"\n')
     assert run("add", shelf, *zoo.values(), "--task-file", tmp_path / "tasks")[0] == 0
-    assert "tasks has no task file for a-y, b-x, b-y\n" in run.stderr  # type: ignore[attr-defined]
+    assert "tasks has no task file for a-y, b-x, b-y\n" in run.stderr
 
 
 EVERY = sorted({name for names in MODULES.values() for name in names} - {"demo", "bench"})  # neither has --json
@@ -850,7 +846,7 @@ WANTED: dict[str, list[str]] = {  # what each command wants, none of it there
 @pytest.mark.parametrize("command", EVERY)
 @pytest.mark.parametrize("fault", ["nothing is there", "an unknown option", "an argument lacks"])
 def test_a_fault_under_json_is_one_document_whatever_the_command(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, command: str, fault: str
+    tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch, command: str, fault: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = WANTED.get(command, ["gone"])
@@ -866,7 +862,7 @@ def test_a_fault_under_json_is_one_document_whatever_the_command(
     printed = f"lorashelf: {error['message']}\n"
     printed += f"  where: {error['where']}\n" if error["where"] else ""
     printed += "".join(f"  cure:  {line}\n" for line in error["cure"].splitlines())
-    assert run.stderr.endswith(printed)  # type: ignore[attr-defined]
+    assert run.stderr.endswith(printed)
     assert len(error.get("cures", [])) == len(error.get("faults", []))
     assert list(tmp_path.iterdir()) == []
 
@@ -885,7 +881,7 @@ EMPTY_PATHS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("words", EMPTY_PATHS.values(), ids=EMPTY_PATHS)
 def test_an_empty_path_is_not_the_current_folder(
-    words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, document = run(*words)
@@ -897,22 +893,22 @@ def test_an_empty_path_is_not_the_current_folder(
 
 @pytest.mark.parametrize("text", ["", "mail="])
 def test_an_empty_adapter_is_not_the_current_folder(
-    text: str, shelf: Path, zoo: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+    text: str, shelf: Path, zoo: dict[str, Path], run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(zoo["a-x"])
     before = tree(shelf)
     code, document = run("add", shelf, text)
-    assert (code, document["error"]["message"]) == (2, f"there is no adapter in {text!r}")
+    assert (code, document["error"]["message"]) == (2, f"{text!r} names no adapter")
     assert tree(shelf) == before
 
 
-def test_a_missing_option_says_what_it_takes(zoo: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_a_missing_option_says_what_it_takes(zoo: dict[str, Path], run: Command, tmp_path: Path) -> None:
     code, document = run("cluster", *zoo.values(), "-o", tmp_path / "c", "--slots", 2)
     assert (code, document["error"]["message"]) == (2, "Missing option '--method'.")
     assert all(method in document["error"]["cure"] for method in PARTITIONERS)
 
 
-def test_undo_to_an_empty_id_is_refused(shelf: Path, zoo: dict[str, Path], run: Run) -> None:
+def test_undo_to_an_empty_id_is_refused(shelf: Path, zoo: dict[str, Path], run: Command) -> None:
     run("add", shelf, zoo["a-x"])
     before = tree(shelf)
     code, document = run("undo", shelf, "--to", "")
@@ -923,7 +919,7 @@ def test_undo_to_an_empty_id_is_refused(shelf: Path, zoo: dict[str, Path], run: 
 
 @pytest.mark.parametrize(("option", "value"), [("--rank", "0"), ("--weights", "nan,1")])
 def test_numbers_that_cannot_be_merged_with_have_a_cure(
-    option: str, value: str, zoo: dict[str, Path], tmp_path: Path, run: Run
+    option: str, value: str, zoo: dict[str, Path], tmp_path: Path, run: Command
 ) -> None:
     words = [zoo["a-x"], zoo["a-y"], "-o", tmp_path / "m", "--method", "linear"]
     code, document = run("merge", *words, option, value)

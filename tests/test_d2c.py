@@ -56,11 +56,11 @@ class Counting(QuadraticBackend):
         return super().nll(pairs)
 
 
-def objective(adapters: dict[str, Adapter], backend: Counting | QuadraticBackend, **options: object) -> BlockLoss:
+def objective(adapters: dict[str, Adapter], backend: Counting | QuadraticBackend, **options: Any) -> BlockLoss:
     def merged(block: Sequence[str]) -> Adapter:
         return merge([adapters[t] for t in block], method=METHOD) if len(block) > 1 else adapters[block[0]]
 
-    return BlockLoss(adapters, sets_of(adapters), backend, merged, **options)  # type: ignore[arg-type]
+    return BlockLoss(adapters, sets_of(adapters), backend, merged, **options)
 
 
 def literal(adapters, examples, backend, k, iterations, seed, wrong=False):
@@ -203,7 +203,7 @@ def test_no_slots_are_refused(slots: int) -> None:
 # the journal ---------------------------------------------------------------------------------------------------------
 
 
-def clustered(adapters: dict[str, Adapter], backend: Counting, journal: Path | None = None, **options: object):
+def clustered(adapters: dict[str, Adapter], backend: Counting, journal: Path | None = None, **options: Any):
     recipe = MergeSpec(method=METHOD, seed=4)
     return cluster_by_loss(
         adapters,
@@ -212,7 +212,7 @@ def clustered(adapters: dict[str, Adapter], backend: Counting, journal: Path | N
         backend,
         sets_of(adapters),
         journal=journal,
-        **{"iterations": 40, **options},  # type: ignore[arg-type]
+        **{"iterations": 40, **options},
     )
 
 

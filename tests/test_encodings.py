@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from factory import assert_same_delta, make_adapter, write_peft
 from lorashelf import (
@@ -102,7 +103,10 @@ TASKS = ("a", "b", "c")
 def wide(seed: int) -> Adapter:
     """Large enough that values, not descriptions, are what takes bytes."""
     rng = np.random.default_rng(seed)
-    side = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+
+    def side(*shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal(shape, dtype=np.float32)
+
     pairs = {f"m.{i}": Factors(side(4, 192), side(160, 4)) for i in range(4)}
     return Adapter(Modules(pairs), BaseId("acme/tiny"), "f16")
 

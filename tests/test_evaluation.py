@@ -8,7 +8,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from command import Command
 from factory import tree
 from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, new_settings, plan_add, read_adapter, write_adapter
-from lorashelf.cli import main, output
+from lorashelf.cli import output
 from lorashelf.errors import MissingExtra, TaskNameError, UsageError
-from lorashelf.evaluation import compare as module
-from lorashelf.evaluation.compare import Evaluation, Measured, Unit, evaluate, metrics_of, prepare
+from lorashelf.evaluation import measure as module
+from lorashelf.evaluation.compare import Evaluation, Measured
 from lorashelf.evaluation.files import COLUMNS, read_result, write_result
+from lorashelf.evaluation.measure import Unit, evaluate, metrics_of, prepare
 from lorashelf.evaluation.metrics import loss_kept, metric, normalised, scored
 from lorashelf.formats.peft import encode
 from lorashelf.models.base_model import EMBEDDED
@@ -38,7 +40,6 @@ ROOT = Path(__file__).parent.parent
 NEW_TOKENS = 8
 CONTEXT = 160
 METRICS = {"a-en": "f1", "b-en": "rouge_l", "c-xx": None}
-Run = Callable[..., tuple[int, Any]]
 
 
 def tiny_adapter(seed: int, base: str, width: int = 16) -> Adapter:
@@ -127,18 +128,9 @@ class Counting:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """run(…) → (exit code, the JSON document on stdout); run.stderr is what stood there."""
-    monkeypatch.setattr("lorashelf.cli.base.PATIENCE", 600.0)  # slow machines would say what they wait for
-
-    def call(*words: object, as_json: bool = True) -> tuple[int, Any]:
-        with pytest.raises(SystemExit) as exit_:
-            main(["eval", *map(str, words)] + (["--json"] if as_json else []))
-        printed = capsys.readouterr()
-        call.stderr = printed.err  # type: ignore[attr-defined]
-        return int(exit_.value.code or 0), json.loads(printed.out) if as_json else printed.out
-
-    return call
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.setattr("lorashelf.cli.base.PATIENCE", 600.0)  # slow machines would print what they wait for
+    return Command(capsys, "eval")
 
 
 @pytest.fixture
@@ -265,7 +257,7 @@ def test_tasks_of_one_adapter_come_together_though_it_was_read_for_each(world: W
 
 
 def test_losses_need_no_model_that_answers() -> None:
-    """A metric does, and that is said before anything is measured."""
+    """A metric needs answers; the refusal comes before anything is measured."""
     own = {"a": tiny_adapter(0, "quadratic")}
     task = Task("a", "Do:", "a", "en", "f1", splits={"validation": (Example("u", "u"),)})
     model = QuadraticBackend(own)
@@ -302,7 +294,7 @@ def test_any_backend_will_do_and_its_optimum_has_loss_zero() -> None:
 # the JSON document ---------------------------------------------------------------------------------------------------
 
 
-def test_the_document_keeps_the_contract(world: World, run: Run, common: list[object]) -> None:
+def test_the_document_keeps_the_contract(world: World, run: Command, common: list[object]) -> None:
     code, document = run(*common)
     assert code == 0
     assert {"tasks", "average", "normalised", "storage"} <= document.keys()
@@ -319,11 +311,11 @@ def test_the_document_keeps_the_contract(world: World, run: Run, common: list[ob
     assert (document["split"], document["limit"], document["seed"]) == ("validation", None, 0)
 
 
-def test_a_shelf_serves_each_task_by_its_slot(world: World, run: Run, common: list[object], tmp_path: Path) -> None:
+def test_a_shelf_serves_each_task_by_its_slot(world: World, run: Command, common: list[object], tmp_path: Path) -> None:
     code, document = run(world.shelf, *common)
     assert code == 0
     snapshot = Shelf(world.shelf).snapshot()
-    served = {name: snapshot.stored(snapshot.manifest.slot_of(name)) for name in METRICS}  # type: ignore[arg-type]
+    served = {name: snapshot.adapter(name) for name in METRICS}
     direct = world.evaluation(served).document()
     assert document["tasks"] == direct["tasks"]
     held = sum(slot.object.bytes for slot in snapshot.manifest.slots)
@@ -334,7 +326,7 @@ def test_a_shelf_serves_each_task_by_its_slot(world: World, run: Run, common: li
 
 
 def test_tasks_that_the_target_lacks_are_named_and_left_out(
-    world: World, run: Run, common: list[object], tmp_path: Path
+    world: World, run: Command, common: list[object], tmp_path: Path
 ) -> None:
     write_adapter(world.own["b-en"], tmp_path / "some" / "b-en")
     code, document = run(tmp_path / "some", *common, "--loss-only")
@@ -348,7 +340,7 @@ def test_tasks_that_the_target_lacks_are_named_and_left_out(
     assert run(tmp_path / "some" / "b-en", *common, "--loss-only")[1]["tasks"] == document["tasks"]
 
 
-def test_limit_draws_the_examples_that_the_task_draws(world: World, run: Run, common: list[object]) -> None:
+def test_limit_draws_the_examples_that_the_task_draws(world: World, run: Command, common: list[object]) -> None:
     _, document = run(*common, "--tasks", "a-en, c-xx", "--limit", 2, "--seed", 5, "--loss-only")
     drawn = world.tasks["a-en"].examples("validation", 2, 5)
     assert document["tasks"]["a-en"]["examples"] == drawn.digest
@@ -360,7 +352,7 @@ def test_limit_draws_the_examples_that_the_task_draws(world: World, run: Run, co
 
 
 def test_s_and_loss_kept_are_those_of_the_documents(
-    world: World, run: Run, common: list[object], tmp_path: Path
+    world: World, run: Command, common: list[object], tmp_path: Path
 ) -> None:
     _, zero = run(*common, "-o", tmp_path / "zero")
     _, own = run(world.adapters, *common, "-o", tmp_path / "own")
@@ -377,11 +369,11 @@ def test_s_and_loss_kept_are_those_of_the_documents(
     assert entry["S"] == pytest.approx(by_hand[0])
     a = entry["zero_shot_loss"] - entry["loss"]
     assert entry["loss_kept"] == pytest.approx(a / (entry["zero_shot_loss"] - entry["own_loss"]))
-    assert run.stderr == ""  # type: ignore[attr-defined]
+    assert run.stderr == ""
 
 
 def test_own_adapters_may_be_measured_in_the_same_run(
-    world: World, run: Run, common: list[object], tmp_path: Path
+    world: World, run: Command, common: list[object], tmp_path: Path
 ) -> None:
     _, document = run(world.shelf, *common, "--own", world.adapters, "-o", tmp_path / "out")
     own = world.evaluation(world.own).document()
@@ -394,12 +386,12 @@ def test_own_adapters_may_be_measured_in_the_same_run(
 
 
 def test_without_own_nothing_is_normalised_and_zero_shot_alone_is_said_to_be_of_no_use(
-    world: World, run: Run, common: list[object], tmp_path: Path
+    world: World, run: Command, common: list[object], tmp_path: Path
 ) -> None:
     run(*common, "--loss-only", "-o", tmp_path / "zero")
     _, document = run(world.shelf, *common, "--loss-only", "--zero-shot", tmp_path / "zero")
     assert document["normalised"] is None
-    assert "need the tasks' own adapters (--own)" in run.stderr  # type: ignore[attr-defined]
+    assert "need the tasks' own adapters (--own)" in run.stderr
 
 
 def own_document(world: World) -> dict[str, Any]:
@@ -585,7 +577,7 @@ def test_a_result_of_another_shape_is_measured_again_with_a_notice(
 
 
 def test_ctrl_c_keeps_what_is_done(
-    world: World, run: Run, common: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, run: Command, common: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     plain = HFBackend.nll
@@ -601,7 +593,7 @@ def test_ctrl_c_keeps_what_is_done(
     code, document = run(*words)
     assert code == 130
     assert document["error"]["kind"] == "interrupted"
-    assert "4 results are kept" in run.stderr  # type: ignore[attr-defined]
+    assert "4 results are kept" in run.stderr
     assert not (tmp_path / "out" / "result.json").exists()
     code, document = run(*words)
     assert code == 0
@@ -611,11 +603,11 @@ def test_ctrl_c_keeps_what_is_done(
     calls.append(None)
     calls.append(None)
     assert run(world.adapters, *common)[0] == 130
-    assert "with -o FOLDER" not in run.stderr  # type: ignore[attr-defined]  # nothing was done yet
+    assert "with -o FOLDER" not in run.stderr  # nothing was done yet
 
 
 def test_an_output_folder_of_something_else_is_refused_and_unchanged(
-    world: World, run: Run, common: list[object], tmp_path: Path
+    world: World, run: Command, common: list[object], tmp_path: Path
 ) -> None:
     for folder in (world.shelf, world.data):
         before = tree(folder)
@@ -634,7 +626,7 @@ def test_an_output_folder_of_something_else_is_refused_and_unchanged(
 
 
 def test_predictions_can_be_read_and_none_is_stale(
-    world: World, run: Run, common: list[object], tmp_path: Path
+    world: World, run: Command, common: list[object], tmp_path: Path
 ) -> None:
     out = tmp_path / "deep" / "out"
     _, document = run(world.adapters, *common, "-o", out)
@@ -654,7 +646,7 @@ def test_predictions_can_be_read_and_none_is_stale(
     assert list(read_result(out)["tasks"]) == ["a-en"]
 
 
-def test_csv_has_a_row_a_task(world: World, run: Run, common: list[object], tmp_path: Path) -> None:
+def test_csv_has_a_row_a_task(world: World, run: Command, common: list[object], tmp_path: Path) -> None:
     _, document = run(world.shelf, *common, "--own", world.adapters, "--csv", tmp_path / "t.csv")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "t.csv").read_text())))
     assert list(rows[0]) == list(COLUMNS)
@@ -667,7 +659,7 @@ def test_csv_has_a_row_a_task(world: World, run: Run, common: list[object], tmp_
         assert run(*common, "--csv", path)[0] == 2
 
 
-def test_the_table_for_people(world: World, run: Run, common: list[object], tmp_path: Path) -> None:
+def test_the_table_for_people(world: World, run: Command, common: list[object], tmp_path: Path) -> None:
     zero = tmp_path / "zero"
     assert run(*common, "-o", zero)[0] == 0
     words = [world.shelf, *common, "--own", world.adapters, "--zero-shot", zero]
@@ -725,7 +717,7 @@ def test_the_table_fits_eighty_columns_and_groups_what_is_left_out(capsys: pytes
 
 
 def test_another_base_name_is_warned_of_and_a_declared_one_is_not(
-    world: World, run: Run, common: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    world: World, run: Command, common: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter = replace(world.own["a-en"], base=BaseId("acme/original"))
     write_adapter(adapter, tmp_path / "adapters" / "a-en")
@@ -741,11 +733,11 @@ def test_another_base_name_is_warned_of_and_a_declared_one_is_not(
         caplog.clear()
     write_adapter(replace(adapter, base=BaseId("")), tmp_path / "unknown" / "a-en")
     run(tmp_path / "unknown", *common, "--loss-only")
-    assert "does not name a base model" in run.stderr  # type: ignore[attr-defined]
+    assert "does not name a base model" in run.stderr
 
 
 def test_a_prompt_that_an_adapter_was_not_trained_under_is_said(
-    world: World, run: Run, common: list[object], tmp_path: Path
+    world: World, run: Command, common: list[object], tmp_path: Path
 ) -> None:
     here = world.backend.base.template.id
     records = {"a-en": {"settings": {"prompt": "pr-other"}}, "b-en": {"settings": {"prompt": here}}, "c-xx": []}
@@ -755,21 +747,21 @@ def test_a_prompt_that_an_adapter_was_not_trained_under_is_said(
     for words in ([tmp_path / "adapters"], [world.shelf, "--own", tmp_path / "adapters"]):
         assert run(*words, *common, "--loss-only")[0] == 0
         said = f"a-en: trained under the prompt rendering pr-other, measured under {here}"
-        assert run.stderr.strip() == said  # type: ignore[attr-defined]
+        assert run.stderr.strip() == said
 
 
 def test_progress_is_told_with_the_time_left(
-    world: World, run: Run, common: list[object], monkeypatch: pytest.MonkeyPatch
+    world: World, run: Command, common: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "TELLING", 0.0)
     run(*common)
-    lines = run.stderr.splitlines()  # type: ignore[attr-defined]
+    lines = run.stderr.splitlines()
     assert lines[0] == "measuring: loss of a-en  (0 of 5)"
     assert re.fullmatch(r"measuring: loss of c-xx  \(4 of 5, \d+ s left\)", lines[4])
 
 
 def test_an_adapter_of_other_sizes_is_refused_before_anything_is_measured(
-    world: World, run: Run, common: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, run: Command, common: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_adapter(tiny_adapter(0, str(world.base), width=64), tmp_path / "adapters" / "b-en")
     write_adapter(world.own["a-en"], tmp_path / "adapters" / "a-en")
@@ -840,7 +832,7 @@ def test_all_faults_of_the_data_are_named_at_once() -> None:
     ],
 )
 def test_bad_requests_end_before_the_model_is_opened(
-    run: Run, common: list[object], monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+    run: Command, common: list[object], monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     monkeypatch.setattr("lorashelf.cli.base.open_model", None)
     code, document = run(*common, *words)
@@ -849,7 +841,7 @@ def test_bad_requests_end_before_the_model_is_opened(
 
 
 def test_a_missing_package_is_named_before_the_model_is_opened(
-    run: Run, common: list[object], monkeypatch: pytest.MonkeyPatch
+    run: Command, common: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(name: str, language: str) -> None:
         raise MissingExtra("a ROUGE score", "rouge-score", "metrics")
@@ -862,7 +854,7 @@ def test_a_missing_package_is_named_before_the_model_is_opened(
 
 
 def test_a_shelf_without_any_of_the_tasks_is_refused(
-    world: World, run: Run, common: list[object], tmp_path: Path
+    world: World, run: Command, common: list[object], tmp_path: Path
 ) -> None:
     shelf = Shelf.create(tmp_path / "other", new_settings(1))
     shelf.commit(plan_add(shelf.snapshot(), world.own["a-en"], "elsewhere"))
@@ -882,7 +874,7 @@ def test_a_name_that_no_file_can_bear_is_not_written(tmp_path: Path) -> None:
 # the real small model ------------------------------------------------------------------------------------------------
 
 
-def test_real_adapters_of_smollm2(tmp_path: Path, run: Run) -> None:
+def test_real_adapters_of_smollm2(tmp_path: Path, run: Command) -> None:
     """Two of the project's own adapters on two of its own examples each: they beat the bare base."""
     words = ["--data", ROOT / "examples/fewshot", "--tasks", "qa-es,qa-it", "--limit", 2, "--model-dtype", "f32"]
     _, zero = run(*words, "--loss-only", "-o", tmp_path / "zero")
@@ -891,7 +883,7 @@ def test_real_adapters_of_smollm2(tmp_path: Path, run: Run) -> None:
     )
     assert code == 0
     assert document["base"] == EMBEDDED
-    told = [line for line in run.stderr.splitlines() if not line.endswith("left)")]  # type: ignore[attr-defined]
+    told = [line for line in run.stderr.splitlines() if not line.endswith("left)")]
     (notice,) = told  # beside progress, where the machine is slow
     assert notice.startswith("the chat template's own system turn is left out of the prompt: ")
     for name in ("qa-es", "qa-it"):

@@ -50,7 +50,7 @@ def clock() -> datetime:
     return datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 
 
-@patch("lorashelf.shelf.shelf.VERSION", "0.1.0")
+@patch("lorashelf.shelf.creation.VERSION", "0.1.0")
 @patch("lorashelf.shelf.plan_parts.VERSION", "0.1.0")
 def golden_shelf(path: Path) -> Shelf:
     """Two orthogonal adapters of one 2×3 module in one slot; every sum is exact, so no machine rounds apart."""

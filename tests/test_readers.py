@@ -17,6 +17,8 @@ from lorashelf.errors import CorruptShelf, StaleShelf
 from lorashelf.formats import peft
 from lorashelf.serving.generate import service
 from lorashelf.shelf import routing
+from lorashelf.shelf.folder import ShelfFolder
+from lorashelf.shelf.log import History
 from lorashelf.shelf.snapshot import Snapshot
 
 
@@ -51,7 +53,7 @@ def at_first(monkeypatch: pytest.MonkeyPatch, place: tuple[type, str], act: Call
     monkeypatch.setattr(*place, meanwhile)
 
 
-PLACES = [(Shelf, "_snapshot"), (Shelf, "_manifest"), (Snapshot, "problems"), (Snapshot, "slot_path")]
+PLACES = [(Shelf, "_snapshot"), (ShelfFolder, "manifest"), (Snapshot, "problems"), (Snapshot, "slot_path")]
 
 
 @pytest.mark.parametrize("commits", [1, 3])
@@ -61,7 +63,7 @@ def test_verify_finds_a_sound_shelf_sound_whatever_is_committed_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any, keep: int, commits: int
 ) -> None:
     shelf = standing(tmp_path, keep)
-    where = (type(shelf._history), "entries") if place == "log" else place
+    where = (History, "entries") if place == "log" else place
     at_first(monkeypatch, where, lambda: rewrite(shelf, tuple(range(10, 10 + commits))))
     assert shelf.verify() == []
 
@@ -88,7 +90,7 @@ READERS: dict[str, Callable[[Snapshot], Any]] = {
 }
 
 
-@pytest.mark.parametrize("place", [(Shelf, "_snapshot"), (Shelf, "_manifest"), (Snapshot, "slot_path")], ids=str)
+@pytest.mark.parametrize("place", [(Shelf, "_snapshot"), (ShelfFolder, "manifest"), (Snapshot, "slot_path")], ids=str)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_reader_answers_from_the_new_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, place: Any

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from command import Command
 from factory import make_adapter, tree
 from lorashelf import Shelf, new_settings, plan_add, plan_set
-from lorashelf.cli import main
 from lorashelf.errors import ShelfConfigError, UnknownName, UsageError
-
-Run = Callable[..., tuple[int, Any]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def command(*words: object) -> tuple[int, Any]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, words), "--json"])
-        return int(ended.value.code or 0), json.loads(capsys.readouterr().out)
-
-    return command
+def run(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)
 
 
 @pytest.fixture
@@ -44,7 +33,7 @@ def shelf(tmp_path: Path) -> Shelf:
 
 
 def test_what_is_stored_with_a_task_is_changed_by_a_commit_that_undo_takes_back(
-    shelf: Shelf, run: Run, tmp_path: Path
+    shelf: Shelf, run: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "task.toml").write_text('prompt = "Answer."\nlanguage = "de"\nmax_new_tokens = 12\n')
     words = ["--task-file", tmp_path / "task.toml", "--prompt", "Antworte.", "--type", "answers", "--metric", "f1"]
@@ -71,7 +60,7 @@ def test_what_is_stored_with_a_task_is_changed_by_a_commit_that_undo_takes_back(
     assert shelf.snapshot().manifest.slots == before.manifest.slots
 
 
-def test_all_fields_that_cannot_be_are_named_and_nothing_changes(shelf: Shelf, run: Run) -> None:
+def test_all_fields_that_cannot_be_are_named_and_nothing_changes(shelf: Shelf, run: Command) -> None:
     before = tree(shelf.path)
     code, document = run("set", shelf.path, "qa-de", "--prompt", " ", "--max-new-tokens", 0)
     assert code == 2
@@ -95,7 +84,7 @@ def test_a_field_that_is_stored_already_is_no_change(shelf: Shelf) -> None:
 # settings of the shelf
 
 
-def test_settings_are_written_and_what_a_person_wrote_stays(shelf: Shelf, run: Run) -> None:
+def test_settings_are_written_and_what_a_person_wrote_stays(shelf: Shelf, run: Command) -> None:
     head, before = shelf.snapshot().head, (shelf.path / "shelf.toml").read_text()
     code, document = run("set", shelf.path, "--slots", 5, "--bytes", "1.6MB", "--rank", 8, "--base-alias", "acme/b")
     assert code == 0
@@ -138,7 +127,7 @@ def test_a_shelf_toml_in_another_hand_is_edited_too(shelf: Shelf, text: str) -> 
     assert shelf.verify() == []
 
 
-def test_all_settings_that_cannot_be_are_named_at_once_and_nothing_changes(shelf: Shelf, run: Run) -> None:
+def test_all_settings_that_cannot_be_are_named_at_once_and_nothing_changes(shelf: Shelf, run: Command) -> None:
     before = tree(shelf.path)
     code, document = run("set", shelf.path, "--slots", 0, "--keep", -1, "--dtype", "f8", "--policy", "best")
     assert code == 2

@@ -13,7 +13,7 @@ from .version import VERSION
 
 if typing.TYPE_CHECKING:
     from .errors import LorashelfError
-    from .evaluation.compare import evaluate
+    from .evaluation.measure import evaluate
     from .formats.peft import read_adapter, write_adapter
     from .lora.adapter import Adapter, BaseId, Factors, Modules
     from .lora.algebra import combine, compress, gram, inner, norm
@@ -38,7 +38,7 @@ if typing.TYPE_CHECKING:
 __version__ = VERSION
 _NAMES = {  # module → the names that are imported from it when one is asked for
     "errors": ("LorashelfError",),
-    "evaluation.compare": ("evaluate",),
+    "evaluation.measure": ("evaluate",),
     "formats.peft": ("read_adapter", "write_adapter"),
     "lora.adapter": ("Adapter", "BaseId", "Factors", "Modules"),
     "lora.algebra": ("combine", "compress", "gram", "inner", "norm"),

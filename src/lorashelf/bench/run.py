@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import atomic
 from ..errors import UsageError
-from ..evaluation.compare import prepare
+from ..evaluation.measure import prepare
 from ..locks import sole
 from ..lora.adapter import Adapter, wider
 from ..models.protocol import Scores

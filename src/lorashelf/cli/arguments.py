@@ -124,7 +124,7 @@ def named(text: str) -> tuple[str | None, str]:
     name, separator, rest = text.partition("=")
     given, rest = (name, rest) if separator and not os.path.lexists(expanded(text)) else (None, text)
     if not rest:
-        raise UsageError(f"there is no adapter in {text!r}", cure="give a PEFT folder, or NAME=FOLDER")
+        raise UsageError(f"{text!r} names no adapter", cure="give a PEFT folder, or NAME=FOLDER")
     return given, rest
 
 

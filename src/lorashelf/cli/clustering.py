@@ -23,9 +23,10 @@ from ..placement.partition_methods import PartitionMethod
 from ..placement.partitioners import PARTITIONERS
 from ..search.cluster import cluster_by_loss, drawn
 from ..shelf import routing
+from ..shelf.creation import check_vacant
 from ..shelf.plans import plan_cluster, together
 from ..shelf.settings import new_settings
-from ..shelf.shelf import Shelf, check_vacant
+from ..shelf.shelf import Shelf
 from ..tasks.folders import Task, fields_for, read_tasks
 from . import arguments as arg
 from .output import counted, note, show, table

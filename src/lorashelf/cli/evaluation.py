@@ -16,8 +16,9 @@ import typer
 
 from ..atomic import read_file
 from ..errors import LorashelfError, UnknownName, UsageError, numbered
-from ..evaluation.compare import Evaluation, Unit, metrics_of, prepare
+from ..evaluation.compare import Evaluation
 from ..evaluation.files import FILE, read_result, write_csv, write_result
+from ..evaluation.measure import Unit, metrics_of, prepare
 from ..formats.objects import CONFIG_FILE
 from ..lora.adapter import Adapter, BaseId
 from ..models.protocol import Scores

@@ -139,7 +139,7 @@ def _on_hub(name: str) -> None:
         what = f"the base model {name!r} cannot be loaded: the hub has none of this name that this user may read"
         cure = "check the spelling; for a private or gated one log in (hf auth login)"
         raise ModelError(what, where=where, cure=cure) from error
-    except Exception as error:  # the libraries below raise errors of any kind
+    except Exception as error:  # the hub client lets errors of its HTTP library through, whichever that is
         what = f"the base model {name!r} cannot be loaded: the hub cannot be reached ({error})"
         cure = f"check the spelling; download it once (hf download {name}), or give a folder or a GGUF file"
         raise ModelError(what, where=where, cure=cure) from error

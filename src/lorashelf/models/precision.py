@@ -56,7 +56,7 @@ def _sizes(folder: Path) -> tuple[int, int] | None:
     try:
         config = transformers.AutoConfig.from_pretrained(folder).get_text_config()
         hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None)
-    except Exception:  # a damaged file makes the libraries below raise errors of any kind
+    except Exception:  # of a damaged configuration transformers raises any kind; loading it reports what is wrong
         return None
     if type(hidden) is not int or hidden < 1:
         return None

@@ -20,10 +20,10 @@ from ..errors import MissingExtra
 from ..lora.adapter import Adapter
 from ..lora.algebra import Square
 from ..lora.similarity import principal_coordinates, raw_gram, similarity
-from . import d2c  # noqa: F401  registers itself
+from .d2c import d2c
 from .partition_methods import PARTITIONERS, Partition, balanced, partition, partitioned, partitioner
 
-__all__ = ["PARTITIONERS", "Partition", "balanced", "partition", "partitioned", "partitioner"]
+__all__ = ["PARTITIONERS", "Partition", "balanced", "d2c", "partition", "partitioned", "partitioner"]
 STARTS = 10
 COPIES = 1e-3  # points nearer than this share of the largest norm are copies, apart by rounding only
 

@@ -6,8 +6,9 @@ import json
 import math
 import struct
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from typing import Any
 
 from ..digest import canonical_json, digest, is_digest
@@ -26,6 +27,7 @@ _PACKED = {"energies": "d", "noise": "d", "sums": "I"}  # keys of a slot that ar
 _KEYS = _PACKED.keys() | {"slot", "object", "rank", "dtype", "bytes", "merged", "members", "error", "average"}
 _KEYS |= {"restored", "encoding", "worn", "fixed"}
 PENDING_TIME = "0000-00-00T00:00:00Z"
+Clock = Callable[[], datetime]
 _STATES = ("undo", "redo", "ended")
 MOST_DECODED = 16
 
@@ -330,6 +332,17 @@ def _unpacked(text: str, code: str) -> tuple[Any, ...]:
 
 
 _decoded: dict[str, Manifest] = {}
+
+
+def now() -> datetime:
+    """The present time, UTC."""
+    return datetime.now(timezone.utc)
+
+
+def stamp(clock: Clock) -> str:
+    """The time of a clock as a manifest has it: UTC, in seconds, always of one length."""
+    time = clock().astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return time if len(time) == len(PENDING_TIME) else PENDING_TIME
 
 
 def manifest_id(data: bytes) -> str:

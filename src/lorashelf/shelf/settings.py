@@ -253,6 +253,10 @@ def _storing_faults(merge: MergeSpec) -> Iterator[tuple[str, str]]:
         yield "quality", f"quality is {merge.quality!r}; a number above 0, at most {MOST_QUALITY}"
 
 
+def _is_threshold(value: Any) -> bool:
+    return value == "auto" or (type(value) in (int, float) and abs(value) <= 1)
+
+
 def _faults(settings: Settings) -> list[tuple[str, str]]:
     budget, placement, merge = settings.budget, settings.placement, settings.merge
     faults = [
@@ -271,8 +275,7 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
         if not isinstance(value, str) and not (name == "dtype" and value is None):
             faults.append((name, f"{name} is {value!r}, not a name"))
     faults += _storing_faults(merge)
-    number = isinstance(placement.threshold, int | float) and type(placement.threshold) is not bool
-    if placement.threshold != "auto" and not (number and abs(placement.threshold) <= 1):  # type: ignore[arg-type]
+    if not _is_threshold(placement.threshold):
         faults.append(("threshold", f"threshold is {placement.threshold!r}; a number from -1 to 1, or 'auto'"))
     if not isinstance(merge.parameters, Mapping):
         faults.append(("parameters", f"parameters is {merge.parameters!r}, not a table"))

@@ -110,8 +110,11 @@ class Snapshot:
         with self._standing():
             with refusals(self.path, "read"):
                 path = self.slot_path(slot)
+
+            def lost(what: str) -> CorruptShelf:
+                return self._corrupt([_damaged(slot, what)], path)
+
             try:
-                lost = lambda what: self._corrupt([_damaged(slot, what)], path)  # noqa: E731
                 adapter = slot.codec.open(path, slot.object.sums, lost)
             except AdapterFormatError as error:
                 raise self._corrupt([_damaged(slot, "; ".join(error.faults))], path) from error

@@ -1,0 +1,229 @@
+"""Measuring: the losses and answers of tasks under their adapters, each checked before a model is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import MissingExtra, TaskNameError, UnknownName, UsageError
+from ..lora.adapter import Adapter
+from ..models.protocol import Answers, Loss, Scores, capable
+from ..names import task_name
+from ..result_store import ResultStore
+from ..shelf.settings import LARGEST
+from ..tasks.folders import ExampleSet, Task
+from .compare import Evaluation, Measured
+from .metrics import Metric, metric, scored
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is measured at once, and kept in the journal: the losses or the answers of a task under an adapter."""
+
+    what: str
+    task: Task
+    adapter: Adapter | None
+    examples: ExampleSet
+
+    def key(self, backend: Scores) -> dict[str, Any]:
+        """Everything that the result depends on."""
+        return {
+            "what": self.what,
+            "task": self.task.name,
+            "adapter": self.adapter.digest if self.adapter else None,
+            "examples": self.examples.digest,
+            "base": backend.name,
+            "prompt": backend.prompt_id,
+            "backend": backend.id,
+            "max_new_tokens": self.task.max_new_tokens if self.what == "answers" else None,
+        }
+
+    def fits(self, result: Any) -> bool:
+        """Whether a result has the shape of what `measured` gives."""
+        if not isinstance(result, list) or len(result) != len(self.examples.examples):
+            return False
+        if self.what == "answers":
+            return all(isinstance(answer, str) for answer in result)
+        return all(isinstance(loss, list) and len(loss) == 2 and _is_loss(*loss) for loss in result)
+
+    def measured(self, backend: Scores) -> list[Any]:
+        """[nll, tokens] of each example, or its answer."""
+        if self.what == "loss":
+            return [list(loss) for loss in backend.nll([(self.adapter, self.examples)])[0]]
+        texts = [example.input for example in self.examples.examples]
+        most, instruction = self.task.max_new_tokens, self.examples.instruction
+        return capable(backend, Answers).answers(self.adapter, instruction, texts, max_new_tokens=most)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A task that can be measured: checked, with its examples that fit and its metric."""
+
+    task: Task
+    adapter: Adapter | None
+    examples: ExampleSet
+    dropped: int
+    metric: Metric | None
+
+    def units(self) -> list[Unit]:
+        """Its losses, and its answers if it has a metric."""
+        kinds = ["loss", "answers"] if self.metric else ["loss"]
+        return [Unit(what, self.task, self.adapter, self.examples) for what in kinds]
+
+
+def metrics_of(
+    tasks: Mapping[str, Task],
+    *,
+    split: str = "validation",
+    limit: int | None = None,
+    seed: int = 0,
+    loss_only: bool = False,
+) -> dict[str, Metric | None]:
+    """Each task's metric, None for the loss alone; all that can be checked without a model.
+
+    Raises MissingExtra, or UsageError naming every task without such a split, without examples, of unknown metric.
+    """
+    faults = []
+    if limit is not None and limit < 1:
+        faults.append(f"limit is {limit}, not at least 1")
+    if not 0 <= seed <= LARGEST:
+        faults.append(f"seed is {seed}, not 0 to 2^53 − 1")
+    missing: list[MissingExtra] = []
+    found: dict[str, Metric | None] = {}
+    for name, task in sorted(tasks.items()):
+        try:
+            task_name(name)
+        except TaskNameError as error:
+            faults.append(error.what)
+        if not task.splits.get(split):
+            faults.append(f"{name}: no examples in split {split!r} (it has {', '.join(task.splits) or 'none'})")
+        try:
+            found[name] = metric(task.metric, task.language) if task.metric and not loss_only else None
+        except UnknownName as error:
+            faults.append(f"{name}: {error.what} ({error.cure})")
+        except MissingExtra as error:
+            missing.append(error)
+    if faults:
+        raise _cannot_start([*faults, *(f"{error.what}: {error.cure}" for error in missing)])
+    if missing:
+        raise missing[0]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An evaluation that can begin: every task checked, and with it what was left out."""
+
+    ready: Sequence[Ready]
+    settings: Mapping[str, Any]
+    left_out: Mapping[str, str]
+
+    def measured(
+        self,
+        backend: Scores,
+        journal: ResultStore | None = None,
+        watch: Callable[[Sequence[Unit]], Iterable[Unit]] | None = None,
+    ) -> Evaluation:
+        """The evaluation; see `evaluate`."""
+        journal = ResultStore() if journal is None else journal
+        missing = [unit for r in self.ready for unit in r.units() if journal.get(unit.key(backend), unit.fits) is None]
+        for unit in missing if watch is None else watch(missing):
+            journal.put(unit.key(backend), unit.measured(backend))
+        tasks, notes = {}, []
+        for r in sorted(self.ready, key=lambda r: r.task.name):
+            name, count = r.task.name, len(r.task.splits[self.settings["split"]])
+            tasks[name] = _measured(r, [journal.get(u.key(backend)) for u in r.units()], self.settings["seed"])
+            if r.dropped:
+                beyond = f"{r.dropped} of {count} examples are longer than the model's context"
+                notes.append(f"{name}: {beyond}: left out")
+        return Evaluation(tasks, self.settings, self.left_out, tuple(notes))
+
+
+def prepare(
+    backend: Scores,
+    adapters: Mapping[str, Adapter | None],
+    tasks: Mapping[str, Task],
+    *,
+    split: str = "validation",
+    limit: int | None = None,
+    seed: int = 0,
+    loss_only: bool = False,
+) -> Prepared:
+    """Everything that `evaluate` checks before it measures; tasks of one adapter (a slot's) come together.
+
+    Raises as `metrics_of`; UsageError if no task has both an adapter and data, or for tasks none of whose examples fits
+    the context; ShapeMismatch.
+    """
+    names = sorted(adapters.keys() & tasks.keys())
+    if not names:
+        have, want = ", ".join(sorted(adapters)) or "none", ", ".join(sorted(tasks)) or "none"
+        raise UsageError(f"no task in common: adapters {have}; data {want}", cure="a task's folder bears its name")
+    options: dict[str, Any] = {"split": split, "limit": limit, "seed": seed, "loss_only": loss_only}
+    metrics = metrics_of({name: tasks[name] for name in names}, **options)
+    if any(metrics.values()):
+        capable(backend, Answers)
+    ready, faults = [], []
+    for name in names:
+        fitting, dropped = backend.fitting(tasks[name].examples(split))
+        if not fitting.examples:
+            faults.append(f"{name}: all {dropped} examples are longer than the model's context")
+        ready.append(Ready(tasks[name], adapters[name], fitting.drawn(limit, seed), dropped, metrics[name]))
+    if faults:
+        raise _cannot_start(faults)
+    served: dict[Any, list[str]] = {}
+    for name in names:
+        served.setdefault(_identity(adapters[name]), []).append(name)
+    together = {", ".join(group): adapters[group[0]] for group in served.values()}
+    backend.fits({label: adapter for label, adapter in together.items() if adapter is not None})
+    ready.sort(key=lambda r: (served[_identity(r.adapter)], r.task.name))
+    base = {"base": backend.name, "prompt": backend.prompt_id, "backend": backend.id}
+    without = dict.fromkeys(tasks.keys() - adapters.keys(), "no adapter of this name")
+    without |= dict.fromkeys(adapters.keys() - tasks.keys(), "no data")
+    return Prepared(ready, base | options, dict(sorted(without.items())))
+
+
+def evaluate(
+    backend: Scores,
+    adapters: Mapping[str, Adapter | None],
+    tasks: Mapping[str, Task],
+    *,
+    split: str = "validation",
+    limit: int | None = None,
+    seed: int = 0,
+    loss_only: bool = False,
+    journal: ResultStore | None = None,
+    watch: Callable[[Sequence[Unit]], Iterable[Unit]] | None = None,
+) -> Evaluation:
+    """Measure every task that has an adapter (None: the bare base) and data; see `compare` for the equations.
+
+    `limit` draws that many examples of the split by (seed, task); `seed` also draws the bootstrap. What the journal
+    holds is not measured again; `watch` wraps the units that are. Raises as `prepare`, ModelError, DiskError.
+    """
+    prepared = prepare(backend, adapters, tasks, split=split, limit=limit, seed=seed, loss_only=loss_only)
+    return prepared.measured(backend, journal, watch)
+
+
+def _identity(adapter: Adapter | None) -> Any:
+    """What tasks that one adapter serves have in common, also where it was read several times."""
+    return None if adapter is None else (adapter.digest, adapter.base)
+
+
+def _measured(ready: Ready, results: Sequence[Any], seed: int) -> Measured:
+    losses = tuple(Loss(float(nll), tokens) for nll, tokens in results[0])
+    digest = ready.adapter.digest if ready.adapter else None
+    plain = Measured(ready.task, digest, ready.examples, ready.dropped, losses)
+    if ready.metric is None:
+        return plain
+    score = scored(ready.metric, ready.examples.examples, results[1], seed=seed)
+    return replace(plain, answers=tuple(results[1]), score=score)
+
+
+def _is_loss(nll: Any, tokens: Any) -> bool:
+    return type(nll) in (int, float) and math.isfinite(nll) and type(tokens) is int and tokens > 0
+
+
+def _cannot_start(faults: Sequence[str]) -> UsageError:
+    shown = "".join(f"\n  - {fault}" for fault in faults)
+    return UsageError(f"the evaluation cannot start:{shown}", cure="mend these, or choose others: --tasks, --split")
