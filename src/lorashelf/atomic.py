@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .errors import CorruptShelf, DiskError
+from .errors import CorruptShelf, DiskError, UsageError
 
 TICK = 11_000_000  # ns: file systems set a file's times by a clock that ticks every 1 to 10 ms
 _STAGING = ".lorashelf-"
@@ -104,6 +104,12 @@ def is_vacant(path: Path) -> bool:
     """Whether a new folder can take this path: nothing is there, or an empty folder. Raises DiskError."""
     with refusals(path, "read"):
         return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+
+
+def check_output(path: Path, noun: str = "folder") -> None:
+    """Raise UsageError unless a new folder, or a new file, can take this path."""
+    if not is_vacant(path) or (noun == "file" and path.is_dir()):
+        raise UsageError("the output exists already", where=str(path), cure=f"choose another {noun} or delete it")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..atomic import is_vacant
+from ..atomic import check_output
 from ..errors import UsageError, numbered
 from ..formats.peft import write_adapter
 from ..lora.algebra import norm
@@ -112,8 +112,7 @@ def merge_adapters(
     json: arg.Json = False,
 ) -> None:
     """Merge adapters into one PEFT folder."""
-    if not is_vacant(output):
-        raise UsageError("the output exists already", where=str(output), cure="choose another folder or delete it")
+    check_output(output)
     checked = new_settings(
         1, merge=method, parameters=arg.parameters(parameter), rank=rank, dtype=dtype, seed=seed
     ).merge

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..atomic import is_vacant
+from ..atomic import check_output
 from ..errors import UsageError
 from ..formats.coded.decoder import decode, inspect
 from ..formats.coded.encoder import Encoder
@@ -49,8 +49,7 @@ def compress(
         raise UsageError(f"--percent {percent:g} is not above 0 and at most 100", cure="for example --percent 5")
     if quality is not None and not 0 <= quality <= 1:
         raise UsageError(f"--quality {quality:g} is not between 0 and 1", cure="for example --quality 0.95")
-    if not is_vacant(output) or output.is_dir():
-        raise UsageError("the output exists already", where=str(output), cure="choose another file or delete it")
+    check_output(output, "file")
     read = arg.read_one(adapter)
     arg.note_adapters({arg.name_of(adapter): read})
     arg.note_untrained({arg.name_of(adapter): read})

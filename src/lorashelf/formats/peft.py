@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .. import atomic
 from ..digest import Hasher, digest
-from ..errors import AdapterFormatError, Fault, UsageError
+from ..errors import AdapterFormatError, Fault
 from ..execution import following
 from ..faults import Faults
 from ..lora.adapter import WIDTHS, Adapter, BaseId, Factors, Matrix, Modules, Shape, Stack, numpy_dtype
@@ -91,8 +91,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[st
     `rank_pattern`. Raises UsageError if the path exists, AdapterFormatError if a value overflows the dtype, DiskError.
     """
     folder = atomic.expanded(path)
-    if not atomic.is_vacant(folder):
-        raise UsageError("the output exists already", where=str(folder), cure="choose another folder or delete it")
+    atomic.check_output(folder)
     atomic.make_parents(folder)
     atomic.sweep_staging(folder.parent)
     with atomic.staging(folder.parent) as staged:

@@ -13,11 +13,21 @@ from typing import Annotated, Generic, Literal
 
 import numpy as np
 
-from ..errors import UsageError, numbered
+from ..errors import UsageError
 from ..lora.adapter import Adapter
 from ..lora.algebra import Square, gram
 from ..merging.parameters import Within
-from .partition_methods import Losses, Partition, Partitioned, Task, Watch, balanced, partition, partition_method
+from .partition_methods import (
+    Losses,
+    Partition,
+    Partitioned,
+    Task,
+    Watch,
+    balanced,
+    check_counts,
+    partition,
+    partition_method,
+)
 from .surrogate import Surrogate
 
 ROUNDING = 1e-9  # times the number of tasks: no expectation
@@ -153,9 +163,7 @@ def search(
     block. Raises UsageError for k < 1, no tasks, or a start that is not a partition of them into k blocks.
     """
     names = sorted(tasks)
-    if k < 1 or not names:
-        what = f"{numbered(len(names), 'adapter')} into {numbered(k, 'slot')}"
-        raise UsageError(what, cure="give at least one adapter and one slot")
+    check_counts(len(names), k)
     if len(names) <= k:
         own = tuple((name,) for name in names)
         return Found(own, (), 0, own)

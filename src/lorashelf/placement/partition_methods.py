@@ -95,10 +95,15 @@ def partitioned(
     chosen, xs = PARTITIONERS[method], as_adapters(xs)
     chosen.check_losses(losses is not None)
     options = chosen.checked(parameters)
-    if k < 1 or not xs:
-        what = f"{numbered(len(xs), 'adapter')} into {numbered(k, 'slot')}"
-        raise UsageError(what, cure="give at least one adapter and one slot")
+    check_counts(len(xs), k)
     return chosen.rule(xs, k, seed, losses, watch, **options)
+
+
+def check_counts(n: int, k: int) -> None:
+    """Raise UsageError unless there is something to partition, and a block for it."""
+    if k < 1 or not n:
+        what = f"{numbered(n, 'adapter')} into {numbered(k, 'slot')}"
+        raise UsageError(what, cure="give at least one adapter and one slot")
 
 
 def blocks(effective: Sequence[bool], k: int, label: Callable[[list[int]], Sequence[int]]) -> Partition:

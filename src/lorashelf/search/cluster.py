@@ -43,8 +43,8 @@ def cluster_by_loss(
     and the same search goes on from it. The report holds the mean loss over tasks in nats per token (`start`, `search`
     and `held_out`), how many losses were asked for, were distinct, and were measured in this run (`evaluations`), and
     what they depend on: `examples` is the digest of the sets' digests, `model` the base's name, the fingerprint of its
-    weights, its dtype and the id of its prompt. Raises UsageError for
-    unknown parameters and for a journal of another search, and what the backend raises.
+    weights, its dtype and the id of its prompt. Raises UsageError for unknown parameters and for a journal of another
+    search, and what the backend raises.
     """
     adapters = dict(sorted(named(adapters).items()))
     sets = {normalize("NFC", task): examples_of for task, examples_of in examples.items()}

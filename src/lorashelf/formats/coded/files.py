@@ -38,8 +38,7 @@ def encode_for(encoder: Encoder, wanted: float, levels: int = LEVELS) -> list[by
 
 def write_coded(levels: Sequence[bytes], path: Path) -> None:
     """Write levels as a file that appears whole or not at all. Raises UsageError if the path exists, DiskError."""
-    if not atomic.is_vacant(path) or path.is_dir():
-        raise UsageError("the output exists already", where=str(path), cure="choose another file or delete it")
+    atomic.check_output(path, "file")
     atomic.make_parents(path)
     atomic.sweep_staging(path.parent)
     with atomic.staging(path.parent) as staged:
