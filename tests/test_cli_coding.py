@@ -6,22 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from command import Command
 from factory import make_adapter, tree, write_peft
 from lorashelf import norm, read_adapter
 from lorashelf.lora.algebra import combine
-from test_cli import Run, run
+from test_cli import run
 
 __all__ = ["run"]
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 
 
 @pytest.fixture
-def coded(tmp_path: Path, run: Run) -> Path:
+def coded(tmp_path: Path, run: Command) -> Path:
     assert run("compress", ZOO / "gec-de", "-o", tmp_path / "a.lsc", "--percent", 5)[0] == 0
     return tmp_path / "a.lsc"
 
 
-def test_compress_reports_what_the_file_is_worth(tmp_path: Path, run: Run) -> None:
+def test_compress_reports_what_the_file_is_worth(tmp_path: Path, run: Command) -> None:
     code, document = run("compress", ZOO / "gec-de", "-o", tmp_path / "a.lsc", "--bytes", "20kB")
     assert code == 0
     assert document["bytes"] == (tmp_path / "a.lsc").stat().st_size <= 20_000
@@ -35,7 +36,7 @@ def test_compress_reports_what_the_file_is_worth(tmp_path: Path, run: Run) -> No
         assert document[name] == values[-1]
 
 
-def test_extract_writes_the_adapter_that_compress_coded(coded: Path, tmp_path: Path, run: Run) -> None:
+def test_extract_writes_the_adapter_that_compress_coded(coded: Path, tmp_path: Path, run: Command) -> None:
     code, document = run("extract", coded, "-o", tmp_path / "back")
     assert code == 0
     x, y = read_adapter(ZOO / "gec-de"), read_adapter(tmp_path / "back")
@@ -45,7 +46,7 @@ def test_extract_writes_the_adapter_that_compress_coded(coded: Path, tmp_path: P
     assert 1 - document["energy_kept"] - 0.01 <= lost <= 1 - document["energy_kept"] + 0.1  # it is scaled up
 
 
-def test_extract_takes_the_first_levels_alone(coded: Path, tmp_path: Path, run: Run) -> None:
+def test_extract_takes_the_first_levels_alone(coded: Path, tmp_path: Path, run: Command) -> None:
     whole = run("extract", coded, "-o", tmp_path / "whole")[1]
     one = run("extract", coded, "-o", tmp_path / "one", "--levels", 1, "--dtype", "f32")[1]
     assert one["levels"] == whole["levels"][:1]
@@ -53,7 +54,7 @@ def test_extract_takes_the_first_levels_alone(coded: Path, tmp_path: Path, run: 
     assert read_adapter(tmp_path / "one").dtype == "f32"
 
 
-def test_a_cut_file_gives_the_levels_before_the_cut_as_its_cure_says(coded: Path, tmp_path: Path, run: Run) -> None:
+def test_a_cut_file_gives_the_levels_before_the_cut_as_its_cure_says(coded: Path, tmp_path: Path, run: Command) -> None:
     count = len(run("extract", coded, "-o", tmp_path / "whole")[1]["levels"])
     coded.write_bytes(coded.read_bytes()[:-100])
     code, document = run("extract", coded, "-o", tmp_path / "back")
@@ -77,7 +78,7 @@ def test_a_cut_file_gives_the_levels_before_the_cut_as_its_cure_says(coded: Path
     ],
 )
 def test_a_request_that_cannot_be_met_changes_nothing(
-    options: list[object], message: str, tmp_path: Path, run: Run
+    options: list[object], message: str, tmp_path: Path, run: Command
 ) -> None:
     folder = write_peft(tmp_path / "a", make_adapter())
     before = tree(tmp_path)
@@ -88,7 +89,7 @@ def test_a_request_that_cannot_be_met_changes_nothing(
     assert tree(tmp_path) == before
 
 
-def test_neither_command_replaces_what_is_there(coded: Path, tmp_path: Path, run: Run) -> None:
+def test_neither_command_replaces_what_is_there(coded: Path, tmp_path: Path, run: Command) -> None:
     before = tree(tmp_path)
     assert run("compress", ZOO / "gec-de", "-o", coded, "--percent", 5)[0] == 2
     (tmp_path / "taken").mkdir()
@@ -99,13 +100,13 @@ def test_neither_command_replaces_what_is_there(coded: Path, tmp_path: Path, run
 
 
 @pytest.mark.parametrize("count", [0, 99])
-def test_levels_that_are_not_there_are_refused(count: int, coded: Path, tmp_path: Path, run: Run) -> None:
+def test_levels_that_are_not_there_are_refused(count: int, coded: Path, tmp_path: Path, run: Command) -> None:
     code, document = run("extract", coded, "-o", tmp_path / "back", "--levels", count)
     assert code == 2
     assert "give 1 to" in document["error"]["cure"]
 
 
-def test_extract_names_a_file_that_is_something_else(tmp_path: Path, run: Run) -> None:
+def test_extract_names_a_file_that_is_something_else(tmp_path: Path, run: Command) -> None:
     code, document = run("extract", ZOO / "gec-de" / "adapter_config.json", "-o", tmp_path / "back")
     assert code == 3
     assert "it does not begin as a level does" in document["error"]["message"]
@@ -114,7 +115,7 @@ def test_extract_names_a_file_that_is_something_else(tmp_path: Path, run: Run) -
     assert "cannot be read" in document["error"]["message"]
 
 
-def test_people_get_a_table(tmp_path: Path, run: Run) -> None:
+def test_people_get_a_table(tmp_path: Path, run: Command) -> None:
     code, text = run("compress", ZOO / "gec-de", "-o", tmp_path / "a.lsc", "--quality", 0.9, as_json=False)
     assert code == 0
     assert "predicted quality" in text
