@@ -146,7 +146,7 @@ def test_white_space_before_an_answer_is_written_by_the_model_and_is_not_shown(t
         ("{{ raise_exception('no such turns') }}", {}, ModelError, "no such turns"),
         ("{{ undefined.name }}", {}, ModelError, "undefined"),
         ("{% if %}", {}, ModelError, "TemplateSyntaxError"),
-        ("the same for all", {}, ModelError, "does not spell turns"),
+        ("the same for all", {}, ModelError, "does not render the turns"),
         ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", {}, ModelError, "2⟨query⟩"),
         ({"tools": chat.GEMMA, "rag": chat.CHATML}, {}, UsageError, "--template-arg chat_template=rag"),
         ({"tools": chat.GEMMA, "rag": chat.CHATML}, {"chat_template": "rga"}, UnknownName, "'rag'"),

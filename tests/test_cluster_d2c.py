@@ -240,7 +240,7 @@ def test_a_named_journal_stays(house: Path, tmp_path: Path, capsys: pytest.Captu
         (["--propose", "wild"], "--propose is 'wild'; choose from uniform, guided"),
         (["--init", "kmeans"], "--init is 'kmeans'"),
         (["--method", "d3c"], "did you mean 'd2c'?"),
-        (["--base", "no/such/base/at all"], "is not there"),
+        (["--base", "no/such/base/at all"], "does not exist"),
         (["--examples", "."], "no task folder here"),
     ],
 )

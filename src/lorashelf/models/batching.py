@@ -9,16 +9,16 @@ from typing import Any
 
 from .loading import libraries
 
-MOST_PADDING = 0.1  # share of a batch's positions
-_CALL = 24  # positions that one forward pass costs beside its own, in balance with padding
+MOST_PADDING = 0.1  # of a batch's positions
+_CALL = 24  # fixed cost of a forward pass, in positions: weighed against padding
 
 
 def cheapest_batches(
     lengths: Sequence[int], labels: Sequence[int], positions: int, most_labels: int
 ) -> list[list[int]]:
-    """Indices of texts in batches of similar length: the cheapest cut of the sorted texts, at most a tenth padding.
+    """Return indices of texts in batches of similar length: the cheapest cut of the sorted texts, ≤ 10 % padding.
 
-    A batch has at most that many positions, padding included, and that many labels, unless it is of one text.
+    A batch has at most `positions` positions, padding included, and `most_labels` labels, unless it holds one text.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     best = [0.0, *[math.inf] * len(order)]
@@ -40,7 +40,7 @@ def cheapest_batches(
 
 
 def largest_batches(lengths: Sequence[int], positions: int) -> list[list[int]]:
-    """Indices of texts in batches by length, each as large as so many positions allow."""
+    """Return indices of texts in batches by length, each as large as `positions` allows."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if not batches or (len(batches[-1]) + 1) * lengths[i] > positions:
@@ -50,7 +50,7 @@ def largest_batches(lengths: Sequence[int], positions: int) -> list[list[int]]:
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, device: Any, left: bool = False) -> tuple[Any, Any]:
-    """(n, longest) token ids and the mask of what is not padding; the pad token may be any: it is masked."""
+    """Return (n, longest) token ids and the mask of what is not padding; any token can pad, since it is masked."""
     torch, _ = libraries()
     longest = max(map(len, rows))
     gaps = [longest - len(row) for row in rows]

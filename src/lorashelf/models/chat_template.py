@@ -1,7 +1,7 @@
 """Chat templates: how a tokenizer spells a user turn, the answer to it and the end of the turn.
 
-The template is rendered with marks in place of the texts; what stands between the marks is the spelling. The result is
-held against a training row (one user turn and its answer) as transformers renders it, and what differs is named.
+The template is rendered with marks in place of the texts; the text between the marks is the spelling. The result is
+compared with a training row (one user turn and its answer) as transformers renders it, and differences are reported.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 
 
 def template_of(tokenizer: Any, arguments: Mapping[str, Any] = _NO_ARGUMENTS) -> Template:
-    """How a tokenizer's chat template spells a user turn and its answer, without the system turn it adds by itself.
+    """Return how a tokenizer's chat template spells a user turn and its answer, without the default system turn.
 
     `arguments` go to the template (enable_thinking=False; chat_template="rag" chooses a named one). Without a chat
-    template: instruction, input, end of text. Raises UsageError for arguments that the template does not take, and
-    where none of several named templates is the default; ModelError where the template cannot render a conversation.
+    template: instruction, input, end of text. Raises UsageError for arguments that the template does not take or
+    if none of several named templates is the default; ModelError if the template cannot render a conversation.
     """
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     if not tokenizer.chat_template:
         if arguments:
             what = f"the base has no chat template that could take {', '.join(arguments)}"
-            raise UsageError(what, where=tokenizer.name_or_path, cure="leave --template-arg out")
+            raise UsageError(what, where=tokenizer.name_or_path, cure="omit --template-arg")
         begins = bos if bos and tokenizer("x").input_ids[0] == tokenizer.bos_token_id else ""
         return Template(begins, "\n", eos)
     chat = _Chat(tokenizer, _checked(tokenizer, arguments))
@@ -48,7 +48,7 @@ def template_of(tokenizer: Any, arguments: Mapping[str, Any] = _NO_ARGUMENTS) ->
         raise chat.unspelled(row)
     middle, tail = written.split(_ANSWER)
     turn = _turn(chat, before, between, tail)
-    if between.startswith(middle):  # a thought that a row does not have is not opened
+    if between.startswith(middle):  # do not open a thought that a training row does not have
         between = middle
     opening = middle.removeprefix(between) if middle.startswith(between) else ""
     made = Template(
@@ -65,9 +65,9 @@ def template_of(tokenizer: Any, arguments: Mapping[str, Any] = _NO_ARGUMENTS) ->
 
 
 def _compared(made: Template, chat: _Chat, before: str) -> Template:
-    """With what differs from the template's own prompt or training row, the system turn aside, as its `difference`.
+    """Set `difference` to what differs from the template's own prompt or training row, the system turn aside.
 
-    White space behind the end of the turn is no difference: nothing is learned or read after it.
+    White space after the end of the turn does not count: nothing is learned or read after it.
     """
     for query, answer in ((_QUERY, _ANSWER), (_PADDED.format(_QUERY), _PADDED.format(_ANSWER))):
         asked = f"{made.before}{query.strip() if made.trims_query else query}{made.between}"
@@ -80,7 +80,7 @@ def _compared(made: Template, chat: _Chat, before: str) -> Template:
 
 
 def _differing(theirs: str, ours: str) -> list[str]:
-    """What one text has and the other lacks, piece by piece: `- ` of theirs, `+ ` of ours."""
+    """Return a diff of two texts, piece by piece: `- ` only in theirs, `+ ` only in ours."""
     a, b = _PIECES.findall(theirs), _PIECES.findall(ours)
     lines = []
     for kind, i, j, k, m in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
@@ -91,7 +91,7 @@ def _differing(theirs: str, ours: str) -> list[str]:
 
 
 class _Turn(NamedTuple):
-    """A user turn without a system turn: what a conversation begins with, the turn's header, the end of an answer."""
+    """A user turn without a system turn: the conversation's start, the turn's header, the end of an answer."""
 
     begins: str
     header: str
@@ -99,34 +99,34 @@ class _Turn(NamedTuple):
 
     @property
     def before(self) -> str:
-        """All that stands before the user's text."""
+        """All text before the user's."""
         return self.begins + self.header
 
 
 def _turn(chat: _Chat, before: str, between: str, tail: str) -> _Turn:
-    """The spelling of a user turn, from a conversation that has a second one; `tail` is what ends a row.
+    """Return the spelling of a user turn, from a conversation with a second user turn; `tail` ends a training row.
 
-    Nothing is left out where the same text also stands before a system turn that the caller gives ([gMASK]<sop>, the
-    BOS token), or where the template takes no second turn.
+    Nothing is removed if the same text also precedes a system turn given by the caller ([gMASK]<sop>, the
+    BOS token), or if the template does not take a second turn.
     """
-    told = chat.attempted(("user", _QUERY), ("assistant", _ANSWER), ("user", _LATER))
-    if told is None:
+    rendered = chat.attempted(("user", _QUERY), ("assistant", _ANSWER), ("user", _LATER))
+    if rendered is None:
         return _Turn("", before, tail)
-    if any(told.count(mark) != 1 for mark in (_ANSWER, _LATER)) or told.index(_ANSWER) > told.index(_LATER):
-        raise chat.unspelled(told)
-    gap, later = told.split(_ANSWER)[1].split(_LATER)
+    if any(rendered.count(mark) != 1 for mark in (_ANSWER, _LATER)) or rendered.index(_ANSWER) > rendered.index(_LATER):
+        raise chat.unspelled(rendered)
+    gap, later = rendered.split(_ANSWER)[1].split(_LATER)
     header, end = _header(chat, before, gap, tail)
     begins = before.removesuffix(header)
     explicit = chat.attempted(("system", _SYSTEM), ("user", _QUERY))
     if before.endswith(header) and (explicit is None or explicit.startswith(begins)):
         return _Turn(begins, header, end)
     if later != between:
-        raise chat.unspelled(told)
+        raise chat.unspelled(rendered)
     return _Turn(_before_system(begins, explicit or "", header, chat.bos), header, end)
 
 
 def _header(chat: _Chat, before: str, gap: str, tail: str) -> tuple[str, str]:
-    """The gap between an answer and the next query, cut into the next turn's header and the answer's end."""
+    """Return the gap between an answer and the next query, cut into the next turn's header and the answer's end."""
     ends = [end for end in (tail, tail.removesuffix(chat.eos)) if gap.startswith(end)]
     for end in ends:
         if before.endswith(gap[len(end) :]):
@@ -140,7 +140,7 @@ def _header(chat: _Chat, before: str, gap: str, tail: str) -> tuple[str, str]:
 
 
 def _before_system(begins: str, explicit: str, header: str, bos: str) -> str:
-    """What of a conversation's beginning is not yet the system turn: it stands before a given system turn as well."""
+    """Return the part of a conversation's beginning that also precedes a given system turn."""
     shared = next((i for i, (a, b) in enumerate(zip(begins, explicit)) if a != b), min(len(begins), len(explicit)))
     for start in (header.replace("user", "system").replace("USER", "SYSTEM"), header):
         if start and start in begins[:shared]:
@@ -149,22 +149,22 @@ def _before_system(begins: str, explicit: str, header: str, bos: str) -> str:
 
 
 class _Chat:
-    """A tokenizer's chat template under its arguments. Whatever the template raises is a ModelError."""
+    """A tokenizer's chat template with its arguments. Whatever the template raises becomes a ModelError."""
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]) -> None:
         self._tokenizer, self._arguments = tokenizer, arguments
         self.bos, self.eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
 
     def render(self, query: str) -> str:
-        """What a model reads that is to answer one user turn."""
+        """Return the prompt for an answer to one user turn."""
         return self._rendered([("user", query)], True)
 
     def row(self, query: str, answer: str) -> str:
-        """A training row: a user turn and its answer."""
+        """Return a training row: a user turn and its answer."""
         return self._rendered([("user", query), ("assistant", answer)], False)
 
     def attempted(self, *turns: tuple[str, str]) -> str | None:
-        """A conversation that is to be answered; None where the template takes no such one."""
+        """Return the prompt for an answer to a conversation; None if the template cannot render it."""
         try:
             return self._rendered(turns, True)
         except ModelError:
@@ -175,21 +175,21 @@ class _Chat:
         options = {"tokenize": False, "add_generation_prompt": ask}
         try:
             text: str = self._tokenizer.apply_chat_template(messages, **options, **self._arguments)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise anything
             roles = ", ".join(message["role"] for message in messages)
             what = f"the chat template cannot render a conversation ({roles}): {type(error).__name__}: {error}"
-            cure = "give what it needs with --template-arg NAME=VALUE, or choose another base"
+            cure = "give the arguments that it needs with --template-arg NAME=VALUE, or choose another base"
             raise ModelError(what, where=self._tokenizer.name_or_path, cure=cure) from error
         return text
 
     def unspelled(self, rendered: str) -> ModelError:
-        """The error of a template that does not write texts one after the other as they are given."""
-        what = f"the chat template does not spell turns one after the other: {rendered!r}"
+        """Return the error of a template that does not render the turns in order, with their texts as given."""
+        what = f"the chat template does not render the turns in order, with their texts as given: {rendered!r}"
         return ModelError(what, where=self._tokenizer.name_or_path, cure="choose another base")
 
 
 def _checked(tokenizer: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, and where there is but one named template its name. Raises UsageError, UnknownName."""
+    """Return the arguments, and the template's name if only one is named. Raises UsageError, UnknownName."""
     where, named = tokenizer.name_or_path, tokenizer.chat_template
     given = dict(arguments)
     if isinstance(named, dict):
@@ -202,12 +202,12 @@ def _checked(tokenizer: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
             raise UnknownName("chat template", str(given[NAMED]), sorted(named), where=where)
         text = named[given.get(NAMED, "default")]
     elif NAMED in given:
-        raise UsageError("the base has one chat template, without a name", where=where, cure=f"leave {NAMED} out")
+        raise UsageError("the base has one chat template, without a name", where=where, cure=f"omit {NAMED}")
     else:
         text = named
     ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
     unknown = [n for n in arguments if n != NAMED and (n in ours or not re.search(rf"\b{re.escape(n)}\b", text))]
     if unknown:
-        what = f"the chat template takes no argument {' or '.join(map(repr, unknown))}"
+        what = f"the chat template does not take the argument {' or '.join(map(repr, unknown))}"
         raise UsageError(what, where=where, cure="give names that the template uses, as in enable_thinking=false")
     return given

@@ -1,4 +1,4 @@
-"""Greedy decoding: the one loop that streams and batches of answers are written by."""
+"""Greedy decoding: one loop for streams and for batches of answers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def greedy(
     pad: int,
     step: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[list[int | None]]:
-    """The next token of every query, each the likeliest, at most `count` times; None where an answer has ended.
+    """Yield the likeliest next token of every query, at most `count` times; None where an answer has ended.
 
-    `ended` says of the tokens written for a query whether the last one ends the answer. Every forward pass happens
-    inside a block of `step`, which is left before the tokens are given out.
+    `ended` takes the tokens generated for a query and returns whether the last one ends the answer. Every forward pass
+    runs inside a block of `step`, which is left before the tokens are yielded.
     """
     torch, _ = libraries()
     read, mask = padded(queries, pad, model.device, left=True)

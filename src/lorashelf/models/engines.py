@@ -22,7 +22,7 @@ class Engine(Protocol):
         dtype: str | None,
         template_arguments: Mapping[str, Any] | None,
     ) -> Model:
-        """The model."""
+        """Open the model."""
         ...
 
 
@@ -64,10 +64,10 @@ def open_model(
     """Open a base model by hub id, folder or GGUF file; None is SmolLM2-135M-Instruct from its package.
 
     `engine` is one of ENGINES; `capability` is the protocol that the model must have (Scores, Answers, Embeds).
-    `device` is cuda, mps or cpu (default: the first there is), `dtype` f32, f16 or bf16 (default: the fastest that is
-    safe); `template_arguments` go to its chat template (enable_thinking=False). Raises UnknownName for an engine,
+    `device` is cuda, mps or cpu (default: the first available), `dtype` f32, f16 or bf16 (default: the fastest that is
+    safe); `template_arguments` go to the chat template (enable_thinking=False). Raises UnknownName for an engine,
     MissingExtra, UsageError without a default base, for arguments that the template does not take and for a capability
-    that the engine lacks, ModelError naming what was tried.
+    that the engine lacks, ModelError naming the path or id tried.
     """
     opened = ENGINES[engine](name, device=device, dtype=dtype, template_arguments=template_arguments)
     return capable(opened, capability)

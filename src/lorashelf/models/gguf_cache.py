@@ -1,9 +1,9 @@
-"""A GGUF file's weights as transformers loads them: float32 safetensors in the cache folder, by the file's content.
+"""A GGUF file's weights as transformers loads them: float32 safetensors in the cache folder, keyed by file digest.
 
     CACHE/NAME-DIGEST/              weights, configuration and tokenizer; CONTENTS lists its files and their sizes
-    CACHE/digests/…json             a source's digest, which holds while its path, size, times and inode are the same
+    CACHE/digests/…json             a source's digest, valid while its path, size, times and inode are unchanged
 
-A folder takes its name when everything in it is on the disk. One without CONTENTS, or with other files, is made again.
+A folder gets its final name once everything in it is on disk. One without CONTENTS, or with other files, is rebuilt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DIGESTS = "digests"
 
 
 def dequantised(file: Path) -> Path:
-    """The folder with a GGUF file's weights and its tokenizer, made once by one process.
+    """Return the folder with a GGUF file's weights and tokenizer, built once by one process.
 
     Raises MissingExtra, ModelError for a file that cannot be read, DiskError.
     """
@@ -43,21 +43,21 @@ def dequantised(file: Path) -> Path:
     with atomic.refusals(lock.path):
         lock.acquire(math.inf)
     try:
-        if not _is_whole(folder):  # nobody made it meanwhile
+        if not _is_whole(folder):  # no other process built it meanwhile
             _make(file, folder)
     finally:
-        atomic.remove(lock.path)  # before it is released: who waits for it makes a new one
+        atomic.remove(lock.path)  # before the release: a waiting process creates a new one
         lock.release()
     return folder
 
 
 def cached(file: Path) -> Path:
-    """Where a GGUF file's weights are kept, by its whole content: two fine-tunes of a base differ in that only."""
+    """Return the cache folder of a GGUF file, keyed by its whole content: all that two fine-tunes may differ in."""
     return cache_folder() / f"{file.stem}-{source_digest(file).removeprefix('b2-')[:16]}"
 
 
 def source_digest(file: Path) -> str:
-    """The digest of a file's content, from memory while the file is unchanged."""
+    """Return the digest of a file's content, cached while the file is unchanged."""
     path = os.path.realpath(file)
     kept = cache_folder() / DIGESTS / f"{digest([os.fsencode(path)]).removeprefix('b2-')[:32]}.json"
     with open(atomic.open_file(file), "rb") as handle:
@@ -68,8 +68,8 @@ def source_digest(file: Path) -> str:
                 return str(known["digest"])
         still = time.time_ns() - max(state["mtime_ns"], state["ctime_ns"]) > atomic.TICK
         found = digest(iter(lambda: handle.read(1 << 22), b""))
-        if still and state == _state(path, handle.fileno()):  # else the same times may stand for other content
-            with contextlib.suppress(DiskError):  # where nothing can be kept, it is read again next time
+        if still and state == _state(path, handle.fileno()):  # else the same times may belong to other content
+            with contextlib.suppress(DiskError):  # without a cache, the file is hashed again next time
                 atomic.make_parents(kept)
                 document = json.dumps({**state, "digest": found}).encode()
                 atomic.replace_file(kept, document, kept.parent)
@@ -77,14 +77,14 @@ def source_digest(file: Path) -> str:
 
 
 def _state(path: str, handle: int) -> dict[str, Any]:
-    """What changes when a file's content does."""
+    """Return the file's attributes that change with its content."""
     found = os.fstat(handle)
     state = {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns}
     return {"path": os.fsencode(path).hex(), **state, "inode": found.st_ino, "device": found.st_dev}
 
 
 def _make(file: Path, folder: Path) -> None:
-    """Write the folder beside its name, make it durable, and put it in the place of what is there."""
+    """Write the folder under a temporary name, make it durable, and replace the one there."""
     atomic.sweep_staging(folder.parent)
     with atomic.staging(folder.parent) as staged:
         _convert(file, staged)
@@ -98,7 +98,7 @@ def _make(file: Path, folder: Path) -> None:
 def _convert(file: Path, folder: Path) -> None:
     torch, transformers = libraries()
     with loading(file.name, file), no_gguf_bar():
-        config = getattr(transformers, "GgufConfig", None)  # older versions know no other way than dequantising
+        config = getattr(transformers, "GgufConfig", None)  # older versions always dequantise
         options = {"quantization_config": config(dequantize=True)} if config else {}
         model = whole_model(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
         model.save_pretrained(folder)
@@ -106,7 +106,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a folder holds the files that CONTENTS lists, each of its size."""
+    """Return whether a folder holds the files listed in CONTENTS, each of the recorded size."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sizes = json.loads(atomic.read_file(folder / CONTENTS))["files"]
         return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())

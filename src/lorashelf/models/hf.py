@@ -1,4 +1,4 @@
-"""The engine `hf`: transformers' model of a base, with an adapter's factors on its linear layers."""
+"""The engine `hf`: a base model in transformers, with an adapter's factors on its linear layers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .protocol import LanguageModel, Loss, Pair
 from .tokens import Tokenisation, Tokens
 
 LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32
-_ANSWERED = 4  # times as many positions as `batch` in a batch of answers, whose logits are at one position per row
-DEPTH = 2 / 3  # of the layers, where representations tell tasks apart best: docs/results.md
-HELD = 8  # adapters
+_ANSWERED = 4  # a batch of answers has this many times `batch` positions: it needs logits at one position per row only
+DEPTH = 2 / 3  # of the layers: representations there separate tasks best (docs/results.md)
+HELD = 8  # adapters kept on the device
 
 
 class HFBackend(LanguageModel):
     """A base model that measures, answers and represents texts, with any adapter on it.
 
-    `batch` is the most positions of one forward pass, `adapters` how many stay where the base is. Threads may share it:
-    they take turns, one forward pass at a time.
+    `batch` is the most positions in one forward pass, `adapters` how many are kept on the base's device. Threads may
+    share a backend: they take turns, one forward pass at a time.
     """
 
     def __init__(self, base: BaseModel, *, batch: int | None = None, adapters: int = HELD) -> None:
@@ -40,7 +40,7 @@ class HFBackend(LanguageModel):
         self.base = base
         self.batch = batch or (2048 if base.model.device.type == "cpu" else 16384)
         self.positions = {"tokens": 0, "padding": 0}
-        """What the forward passes of `nll` saw so far: tokens, and padding beside them."""
+        """Positions in the forward passes of `nll` so far: tokens, and padding."""
         ends = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
         context = getattr(base.model.config, "max_position_embeddings", None)
@@ -60,7 +60,7 @@ class HFBackend(LanguageModel):
         """Open a base model by hub id, folder or GGUF file. Raises as `open_base`."""
         return cls(open_base(name, device=device, dtype=dtype, template_arguments=template_arguments))
 
-    # what it is ---------------------------------------------------------------------------------------------------
+    # identity -----------------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ class HFBackend(LanguageModel):
 
     @property
     def weights(self) -> str:
-        """A fingerprint of the base's weights: two files may bear one name."""
+        """A fingerprint of the base's weights: two files may share a name."""
         return self._weights
 
     @property
@@ -88,23 +88,23 @@ class HFBackend(LanguageModel):
         return self.text.context
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
-        """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
+        """Raise ShapeMismatch naming every adapter whose sizes differ from the base's; warn if only names differ."""
         self.adapters.fits(adapters)
 
     # losses -------------------------------------------------------------------------------------------------------
 
     def fitting(self, examples: ExampleSet, longest: int | None = None) -> tuple[ExampleSet, int]:
-        """The examples that fit with their answers into the context, or `longest` tokens, and how many do not."""
+        """Return the examples that fit into the context (or `longest` tokens) with their answers; count the others."""
         return self.text.fitting(examples, longest)
 
     def tokens(self, examples: ExampleSet, example: Example) -> Tokens:
-        """The token ids of query and answer, apart: as they are read and written in generation."""
+        """Return the token ids of the query and of the answer, tokenised separately, as in generation."""
         return self.text.tokens(examples, example)
 
     def nll(self, pairs: Sequence[Pair]) -> list[list[Loss]]:
-        """−log p(answer | query) of every example of every pair, in nats, and the answer's tokens with the end of turn.
+        """Return −log p(answer | query) in nats and the answer's tokens, end of turn included, per example and pair.
 
-        Batches hold examples of one pair, sorted by length, and depend on nothing else. Raises ShapeMismatch for an
+        A batch holds examples of one pair, sorted by length, and depends on nothing else. Raises ShapeMismatch for an
         adapter of another base, ModelError for an example beyond the context and for a loss that is not finite.
         """
         return [self._losses(adapter, examples) for adapter, examples in pairs]
@@ -126,7 +126,7 @@ class HFBackend(LanguageModel):
         return losses
 
     def batches(self, tokens: Sequence[Tokens]) -> list[list[int]]:
-        """Indices in batches of similar length, whose logits at the answers stay below LOGIT_BYTES."""
+        """Return indices in batches of similar length whose logits at the answers stay below LOGIT_BYTES."""
         lengths = [len(query) + len(answer) for query, answer in tokens]
         labels = max(1, LOGIT_BYTES // (4 * self.base.model.config.get_text_config().vocab_size))
         return cheapest_batches(lengths, [len(answer) for _, answer in tokens], self.batch, labels)
@@ -137,9 +137,9 @@ class HFBackend(LanguageModel):
         return self.sums(row, losses, len(batch))
 
     def token_losses(self, batch: Sequence[Tokens]) -> tuple[Any, Any]:
-        """For every answer token of a batch, in order: which example it is of, and its −log p in float32.
+        """Return, for every answer token of a batch in order, its example's index and its −log p in float32.
 
-        The model's head sees these positions only. Outside inference mode the losses can be differentiated.
+        The model's head computes these positions only. Outside inference mode the losses can be differentiated.
         """
         torch, model = self._torch, self.base.model
         ids, mask = padded([query + answer for query, answer in batch], self.text.pad, model.device)
@@ -153,7 +153,7 @@ class HFBackend(LanguageModel):
         return row, torch.nn.functional.cross_entropy(logits.float(), ids[row, column], reduction="none")
 
     def sums(self, row: Any, losses: Any, count: int) -> list[float]:
-        """Token losses summed by example, in float64."""
+        """Return token losses summed by example, in float64."""
         sums = self._torch.zeros(count, dtype=self._torch.float64, device="cpu")
         return [float(x) for x in sums.index_add_(0, row.cpu(), losses.detach().cpu().double())]
 
@@ -169,7 +169,7 @@ class HFBackend(LanguageModel):
     def answers(
         self, adapter: Adapter | None, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64
     ) -> list[str]:
-        """The greedy answers to texts under one instruction, without the end of the turn; the context ends them too."""
+        """Return the greedy answers to texts under one instruction, up to the end of the turn or of the context."""
         self.adapters.check(adapter)
         queries = [self.text.query(instruction, text) for text in texts]
         rooms = [self.text.room(query, max_new_tokens) for query in queries]
@@ -188,27 +188,27 @@ class HFBackend(LanguageModel):
     def stream(
         self, adapter: Adapter | None, instruction: str, text: str, *, max_new_tokens: int = 64
     ) -> Iterator[str]:
-        """The greedy answer in pieces, as they are written; a letter of several tokens is in one piece.
+        """Return an iterator over the greedy answer, piece by piece; a character of several tokens is in one piece.
 
-        Raises at once ShapeMismatch, and ModelError for a text beyond the context.
+        Raises, before the first piece, ShapeMismatch, and ModelError for a text beyond the context.
         """
         self.adapters.check(adapter)
         query = self.text.query(instruction, text)
         room = self.text.room(query, max_new_tokens)
         if room < 1:
-            where = f"{len(query)} tokens with the instruction; the model's context is {self.context}"
-            raise ModelError("the text is too long to be answered", where=where, cure="shorten it")
+            where = f"{len(query)} tokens with the instruction; the model's context is {self.context} tokens"
+            raise ModelError("the text is too long to answer", where=where, cure="shorten it")
         return self.text.pieces(self._one_by_one(adapter, room, query))
 
     def _one_by_one(self, adapter: Adapter | None, count: int, query: Sequence[int]) -> Iterator[int]:
-        """The tokens of one answer as they are written. Raises ModelError where memory ends."""
+        """Yield the tokens of one answer as they are generated. Raises OutOfMemory."""
         with within_memory("out of memory", self.name, "shorten the text"):
             for (token,) in self._steps(adapter, count, [query]):
                 if token is not None:
                     yield token
 
     def _written(self, adapter: Adapter | None, count: int, queries: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The tokens of each query's answer."""
+        """Return the tokens of each query's answer."""
         rows: list[list[int]] = [[] for _ in queries]
         for step in self._steps(adapter, count, queries):
             for row, token in zip(rows, step, strict=True):
@@ -225,14 +225,14 @@ class HFBackend(LanguageModel):
 
     @property
     def embedding_id(self) -> str:
-        """What `embed` depends on beside the texts."""
+        """Identifies all that `embed` depends on besides the texts."""
         return f"{self.id} text at {DEPTH:.3f}"
 
     def embed(self, texts: Sequence[str], depth: float = DEPTH) -> Matrix:
-        """(n, d) float32: each text's mean hidden state after that share of the bare base's layers.
+        """Return (n, d) float32: each text's mean hidden state after `depth`, a share of the bare base's layers.
 
-        The text stands in a user turn without an instruction; the mean is over its own tokens, as many as the context
-        holds.
+        The text is a user turn without an instruction; the mean is over the text's own tokens, as many as fit into
+        the context.
         """
         before = self.text.encoded(self.template.before)
         rows = [[*before, *self.text.encoded(text)][: self.context] for text in texts]

@@ -1,4 +1,4 @@
-"""Adapters on a base's linear layers: y + (x Aᵀ)(s Bᵀ) by a hook behind each; the base is never changed."""
+"""Adapters on a base's linear layers: a forward hook on each adds (x Aᵀ)(s Bᵀ); the base is never changed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _Hook = Callable[[Any, tuple[Any, ...], Any], Any]
 
 
 class AdapterPool:
-    """Adapters as tensors where the base is: those asked for last, at most `most`, one per digest.
+    """The most recently used adapters as tensors on the base's device: at most `most`, one per digest.
 
-    The base computes with one of them inside a block of `on_base`, for one thread at a time. Between blocks nothing is
-    left on the base, and one that stays in the pool costs no copy when it is asked for again.
+    The base computes with one of them inside a block of `on_base`, for one thread at a time. Between blocks no hook
+    is left on the base. Using an adapter that is in the pool copies nothing.
     """
 
     def __init__(self, base: BaseModel, most: int) -> None:
@@ -37,10 +37,10 @@ class AdapterPool:
         self._fused = any(name.endswith(".experts") and _is_fused(layer) for name, layer in self._layers.items())
         self._held: OrderedDict[str, dict[str, _Hook]] = OrderedDict()
         self.uploads = 0
-        """How often an adapter was put where the base is."""
+        """How many times an adapter was copied to the base's device."""
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
-        """Raise ShapeMismatch naming every adapter that is not of this base's sizes; warn where only names differ."""
+        """Raise ShapeMismatch naming every adapter whose sizes differ from the base's; warn if only names differ."""
         alike: dict[Fault, list[str]] = {}
         for name, adapter in adapters.items():
             for fault in self._faults(adapter):
@@ -53,15 +53,15 @@ class AdapterPool:
             _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self._base.name, ", ".join(others))
 
     def check(self, adapter: Adapter | None) -> None:
-        """Raise ShapeMismatch, naming every module that the base lacks or has in another size."""
+        """Raise ShapeMismatch naming every module that the base lacks or has in another size."""
         if adapter is not None and adapter.digest not in self._held and (faults := self._faults(adapter)):
             raise ShapeMismatch(faults, where=f"base {self._base.name}")
 
     @contextmanager
     def on_base(self, adapter: Adapter | None) -> Iterator[None]:
-        """Let the base compute with an adapter behind its linear layers in the block; None is the bare base.
+        """Put an adapter on the base's linear layers for the block; None is the bare base.
 
-        Another thread that asks for the same base waits. Raises ShapeMismatch, OutOfMemory.
+        Other threads that use the same base wait. Raises ShapeMismatch, OutOfMemory.
         """
         with self._base.lock:
             hooks = {} if adapter is None else self._hooks(adapter)
@@ -75,7 +75,7 @@ class AdapterPool:
                     handle.remove()
 
     def _hooks(self, adapter: Adapter) -> dict[str, _Hook]:
-        """Module path → hook, from the pool or new in it; where memory ends, all others leave it first."""
+        """Return module path → hook, from the pool or added to it; if memory runs out, the pool is emptied first."""
         if adapter.digest not in self._held:
             self.check(adapter)
             while len(self._held) >= self._most:
@@ -91,7 +91,7 @@ class AdapterPool:
         return self._held[adapter.digest]
 
     def _uploaded(self, adapter: Adapter) -> dict[str, _Hook]:
-        """Hooks with Aᵀ and s Bᵀ of every module where the base is. Raises OutOfMemory."""
+        """Return hooks with Aᵀ and s Bᵀ of every module on the base's device. Raises OutOfMemory."""
         kind = {"dtype": self._base.model.dtype, "device": self._base.model.device}
         make, hooks = self._torch.tensor, {}
         with within_memory("out of memory for an adapter", self._base.name, "free memory, or give a smaller base"):
@@ -101,13 +101,13 @@ class AdapterPool:
         return hooks
 
     def _faults(self, adapter: Adapter) -> list[Fault]:
-        """What does not fit, like modules with one fault together."""
+        """Return what does not fit; modules with the same fault are listed together."""
         faults, cure = Faults(), f"give the base model it was trained on ({adapter.base})"
         for path, (dout, _, din) in respelled(adapter, self._linear).shapes.items():
             layer = self._layers.get(path)
             there = None if layer is None else sizes(layer)
             if there is None and self._fused and re.search(r"\.experts\.\d+\.", path):
-                faults.append("the base keeps its experts in one tensor, which no linear layer reaches", _PEFT, at=path)
+                faults.append("the base keeps its experts in one tensor, not in linear layers", _PEFT, at=path)
             elif there is None:
                 faults.append("the base has no linear layer of this name", cure, at=path)
             elif there != (dout, din):
@@ -116,7 +116,7 @@ class AdapterPool:
 
 
 def _added(a: Any, b: Any) -> _Hook:
-    """A hook that adds (x a) b to a layer's output, a (din, r), b (r, dout)."""
+    """Return a hook that adds (x a) b to a layer's output: a (din, r), b (r, dout)."""
 
     def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         x = inputs[0].reshape(-1, a.shape[0])
@@ -126,17 +126,17 @@ def _added(a: Any, b: Any) -> _Hook:
 
 
 def _first_of(names: Sequence[str], noun: str) -> str:
-    """The first name, and how many more there are."""
+    """Return the first name and the number of others."""
     return names[0] + (f" and {len(names) - 1} more {noun}" if len(names) > 1 else "")
 
 
 def _is_fused(experts: Any) -> bool:
-    """Whether experts are parameters of three dimensions, as transformers 5 keeps them."""
+    """Return whether experts are three-dimensional parameters, as in transformers 5."""
     return any(weight.ndim == 3 for weight in experts.parameters(recurse=False))
 
 
 def sizes(layer: Any) -> tuple[int, int] | None:
-    """(dout, din) of a linear layer (torch's, quantised ones, GPT-2's Conv1D), None for any other."""
+    """Return (dout, din) of a linear layer (torch's, a quantised one, GPT-2's Conv1D); None for any other layer."""
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return layer.out_features, layer.in_features
     if type(layer).__name__ == "Conv1D":
@@ -146,7 +146,7 @@ def sizes(layer: Any) -> tuple[int, int] | None:
 
 @contextmanager
 def head_at(model: Any, row: Any, column: Any) -> Iterator[None]:
-    """The head sees only the positions (row, column): logits become (1, n, vocabulary), whatever the model does."""
+    """Restrict the head to the positions (row, column) in the block: logits become (1, n, vocabulary)."""
 
     def gather(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0][row, column].unsqueeze(0), *inputs[1:])

@@ -1,4 +1,4 @@
-"""Transformers, loading a model: without progress bars, whole or not at all, and with errors of our own."""
+"""Loading a model with transformers: without progress bars, complete or not at all, and with our own errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import MissingExtra, ModelError
 
 
 def libraries() -> tuple[Any, Any]:
-    """The modules torch and transformers. Raises MissingExtra."""
+    """Return the modules torch and transformers. Raises MissingExtra."""
     try:
         import torch
         import transformers
@@ -23,7 +23,7 @@ def libraries() -> tuple[Any, Any]:
 
 
 def whole_model(*source: Any, **options: Any) -> Any:
-    """The model with all its weights. Raises ModelError where some are lacking: they would be random numbers."""
+    """Load a model with all its weights. Raises ModelError if some are missing: they would be random."""
     _, transformers = libraries()
     load = transformers.AutoModelForCausalLM.from_pretrained
     model, info = load(*source, output_loading_info=True, **options)
@@ -36,7 +36,7 @@ def whole_model(*source: Any, **options: Any) -> Any:
 
 
 def fingerprint(model: Any) -> str:
-    """Identifies weights: names, shapes and 64 values spread over each, in float32. Two files may bear one name."""
+    """Return a fingerprint of the weights: a digest of names, shapes and 64 values spread over each, in float32."""
     chunks = []
     for name, weight in model.named_parameters():
         flat = weight.detach().reshape(-1)
@@ -47,7 +47,7 @@ def fingerprint(model: Any) -> str:
 
 @contextlib.contextmanager
 def loading(name: str, source: Path) -> Iterator[None]:
-    """Load in the block without progress bars, which would stand among ours; whatever fails is a ModelError."""
+    """Disable transformers' progress bars in the block, which would mix with ours; turn any failure into ModelError."""
     _, transformers = libraries()
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
@@ -56,7 +56,7 @@ def loading(name: str, source: Path) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:  # a damaged file makes the libraries below raise errors of any kind
+    except Exception as error:  # on a damaged file the libraries may raise anything
         raise _unloadable(name, str(source), error) from error
     finally:
         if shown:
@@ -65,7 +65,7 @@ def loading(name: str, source: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_gguf_bar() -> Iterator[None]:
-    """Read a GGUF file in the block without the progress bar that transformers draws whatever its settings say."""
+    """Disable in the block the progress bar that transformers draws for a GGUF file whatever its settings."""
     reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     bar = getattr(reader, "tqdm", None)
     if bar is None:  # another version of transformers

@@ -1,4 +1,4 @@
-"""Memory that ends: an error of our own, and smaller pieces of work."""
+"""Out of memory: our own error, and a retry in smaller pieces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _logger = logging.getLogger("lorashelf")
 
 @contextmanager
 def within_memory(what: str, where: str, cure: str) -> Iterator[None]:
-    """Raise OutOfMemory where memory ends in the block."""
+    """Raise OutOfMemory if memory runs out in the block."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -28,8 +28,8 @@ def within_memory(what: str, where: str, cure: str) -> Iterator[None]:
 
 
 def sparing(work: Callable[[Sequence[T]], Sequence[R]], batch: Sequence[T], where: str) -> list[R]:
-    """What the work gives for a batch; where memory ends, once more one by one. Raises OutOfMemory."""
-    what, cure = "out of memory, also with one example at a time", "free memory, or give a smaller base"
+    """Return the work's results for a batch; if memory runs out, try the items one by one. Raises OutOfMemory."""
+    what, cure = "out of memory, even with one example at a time", "free memory, or give a smaller base"
     limit = partial(within_memory, what, where, f"{cure} or shorter examples")
     try:
         with limit():

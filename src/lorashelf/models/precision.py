@@ -1,4 +1,4 @@
-"""Where a base computes and in which number format; on a CPU the faster one is measured where nothing tells it."""
+"""The device and number format that a base computes in; on a CPU the faster format is measured where unknown."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 from ..errors import UsageError
 from .loading import libraries
 
-TOKENS = 128  # that are read at once in the measurement
-LARGEST = 2048  # a layer's sizes in it, so that it ends in well under a second
+TOKENS = 128  # per forward pass in the measurement
+LARGEST = 2048  # cap on a layer's sizes in the measurement, which then takes well under a second
 ROUNDS, SECONDS = 8, 0.3  # at most
-GAIN = 1.3  # how many times as fast bfloat16 must be: it is less precise, and a machine should decide alike each time
+GAIN = 1.3  # speed-up required of bfloat16: it is less precise, and a machine should choose the same each time
 
 
 def device_of(wanted: str | None) -> str:
-    """The device asked for, else the first there is of cuda, mps and cpu. Raises UsageError."""
+    """Return the requested device, else the first available of cuda, mps and cpu. Raises UsageError."""
     torch, _ = libraries()
     there = [name for name, found in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if found.is_available()]
     if wanted is not None and wanted.split(":", 1)[0] not in (*there, "cpu"):
-        raise UsageError(f"device {wanted!r} is not here", cure=f"choose from {', '.join([*there, 'cpu'])}")
+        raise UsageError(f"device {wanted!r} is not available", cure=f"choose from {', '.join([*there, 'cpu'])}")
     return wanted or (there[0] if there else "cpu")
 
 
 def dtype_of(wanted: str | None, device: str, folder: Path) -> Any:
-    """The named dtype, else the fastest that is safe: bfloat16 on CUDA and on CPUs where it pays, float32 elsewhere.
+    """Return the named dtype, else the fastest that is safe: bfloat16 on CUDA and on CPUs where it pays, else float32.
 
-    `folder` is where the base lies, or its hub id. Raises UsageError.
+    `folder` is the base's folder or hub id. Raises UsageError.
     """
     torch, _ = libraries()
     dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -41,7 +41,7 @@ def dtype_of(wanted: str | None, device: str, folder: Path) -> Any:
 
 
 def _pays_on_cpu(folder: Path) -> bool:
-    """Whether bfloat16 is worth it: where the CPU has tile units it is, elsewhere that is measured."""
+    """Return whether bfloat16 is worth it: yes on a CPU with tile units, elsewhere by measurement."""
     torch, _ = libraries()
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name
     if tiles is not None and tiles():
@@ -51,12 +51,12 @@ def _pays_on_cpu(folder: Path) -> bool:
 
 
 def _sizes(folder: Path) -> tuple[int, int] | None:
-    """The sizes of a base's widest layers; None where its configuration names none: loading says why."""
+    """Return the sizes of a base's widest layers; None if its configuration has none: loading reports why."""
     _, transformers = libraries()
     try:
         config = transformers.AutoConfig.from_pretrained(folder).get_text_config()
         hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None)
-    except Exception:  # of a damaged configuration transformers raises any kind; loading it reports what is wrong
+    except Exception:  # on a damaged configuration transformers may raise anything; loading reports it
         return None
     if type(hidden) is not int or hidden < 1:
         return None
@@ -64,7 +64,7 @@ def _sizes(folder: Path) -> tuple[int, int] | None:
 
 
 def bfloat16_gain(hidden: int, inner: int) -> float:
-    """How many times as fast as float32 bfloat16 takes TOKENS through a linear layer of (hidden, inner) on this CPU."""
+    """Return the speed-up of bfloat16 over float32 for TOKENS through a (hidden, inner) linear layer on this CPU."""
     torch, _ = libraries()
     hidden, inner = min(hidden, LARGEST), min(inner, LARGEST)
     dtypes = (torch.float32, torch.bfloat16)
@@ -75,7 +75,7 @@ def bfloat16_gain(hidden: int, inner: int) -> float:
     deadline = time.perf_counter() + SECONDS
     with torch.inference_mode():
         for _ in range(ROUNDS):
-            for dtype, (x, weight) in layers.items():  # in turns: what else runs here slows both alike
+            for dtype, (x, weight) in layers.items():  # alternating: other load slows both alike
                 started = time.perf_counter()
                 torch.nn.functional.linear(x, weight)
                 best[dtype] = min(best[dtype], time.perf_counter() - started)

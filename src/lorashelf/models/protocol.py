@@ -1,4 +1,4 @@
-"""A language model as the rest of lorashelf knows it: what identifies it, and what it can do with an adapter on it."""
+"""A language model as the rest of lorashelf sees it: its identity, and what it can do with an adapter on it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ Pair = tuple[Adapter | None, ExampleSet]
 
 
 class Loss(NamedTuple):
-    """The negative log-likelihood of one answer, in nats, summed over its tokens, and how many tokens there are."""
+    """The negative log-likelihood of one answer, in nats, summed over its tokens, and the number of tokens."""
 
     nll: float
     tokens: int
 
 
 def mean_loss(losses: Sequence[Loss]) -> float:
-    """Σ NLL / Σ tokens over examples: the loss of a task, in nats per token (arXiv 2601.17441)."""
+    """Return Σ NLL / Σ tokens over examples: the loss of a task, in nats per token (arXiv 2601.17441)."""
     return sum(loss.nll for loss in losses) / sum(loss.tokens for loss in losses)
 
 
 @runtime_checkable
 class Model(Protocol):
-    """A base model that an adapter can be put on; each engine has one of its own."""
+    """A base model that an adapter can be put on; each engine has its own class."""
 
     @property
     def name(self) -> str:
-        """The name that the base model is known by: a hub id or a path."""
+        """The base model's name: a hub id or a path."""
         ...
 
     @property
     def weights(self) -> str:
-        """A fingerprint of the base's weights: two files may bear one name."""
+        """A fingerprint of the base's weights: two files may share a name."""
         ...
 
     @property
@@ -51,21 +51,21 @@ class Model(Protocol):
 
     @property
     def prompt_id(self) -> str:
-        """Identifies that text."""
+        """Identifies the template."""
         return self.template.id
 
     @property
     def context(self) -> int | None:
-        """How many tokens a query and its answer may have together; None: any number."""
+        """The most tokens that a query and its answer may have together; None: no limit."""
         ...
 
     @property
     def id(self) -> str:
-        """All that a result depends on beside adapter, text and settings of the request."""
+        """Identifies all that a result depends on besides the adapter, the text and the request's settings."""
         return f"{self.name} {self.weights} {self.dtype} {self.prompt_id}"
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
-        """Raise ShapeMismatch naming every adapter of other sizes than the base's; warn where only names differ."""
+        """Raise ShapeMismatch naming every adapter whose sizes differ from the base's; warn if only names differ."""
         ...
 
 
@@ -74,42 +74,42 @@ class Scores(Model, Protocol):
     """A model that measures how likely answers are."""
 
     def fitting(self, examples: ExampleSet) -> tuple[ExampleSet, int]:
-        """The examples that fit into the context with their answers, and how many do not."""
+        """Return the examples that fit into the context with their answers, and the number of the others."""
         ...
 
     def nll(self, pairs: Sequence[Pair]) -> list[list[Loss]]:
-        """−log p(answer | query) of every example of every pair (adapter, or None for the bare base; examples)."""
+        """Return −log p(answer | query) per example of every pair (adapter or None for the bare base, examples)."""
         ...
 
 
 @runtime_checkable
 class Answers(Model, Protocol):
-    """A model that answers texts, greedily: each token is the likeliest."""
+    """A model that answers texts by greedy decoding."""
 
     def answers(
         self, adapter: Adapter | None, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64
     ) -> list[str]:
-        """The answers to texts under one instruction."""
+        """Return the answers to texts under one instruction."""
         ...
 
     def stream(
         self, adapter: Adapter | None, instruction: str, text: str, *, max_new_tokens: int = 64
     ) -> Iterator[str]:
-        """The answer in pieces as they are written; what can be refused is refused before the first."""
+        """Return an iterator over the answer, piece by piece; checks come before the first piece."""
         ...
 
 
 @runtime_checkable
 class Embeds(Model, Protocol):
-    """A model that places texts in a space where texts of a kind lie together."""
+    """A model that maps texts to vectors in which similar texts are close."""
 
     @property
     def embedding_id(self) -> str:
-        """All that a representation depends on beside the text."""
+        """Identifies all that a representation depends on besides the text."""
         ...
 
     def embed(self, texts: Sequence[str]) -> Matrix:
-        """(n, d) float32: one representation per text."""
+        """Return one representation per text: (n, d) float32."""
         ...
 
 
@@ -123,7 +123,7 @@ _CAPABILITIES: Mapping[type, str] = {Scores: "measure losses", Answers: "answer 
 
 
 def capable(model: Model, capability: type[C]) -> C:
-    """The model as one with a capability. Raises UsageError naming what it cannot do."""
+    """Return the model, typed as having a capability. Raises UsageError naming what the model cannot do."""
     if isinstance(model, capability):
         return model
     lacking = [verb for one, verb in _CAPABILITIES.items() if one in capability.__mro__ and not isinstance(model, one)]

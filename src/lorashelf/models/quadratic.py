@@ -1,4 +1,4 @@
-"""A model without a language model, whose best adapter is known."""
+"""A synthetic model whose best adapter is known."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class QuadraticBackend(Scores):
         self._targets = targets
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
-        """Any adapter fits."""
+        """Accept any adapter."""
 
     def fitting(self, examples: ExampleSet) -> tuple[ExampleSet, int]:
-        """All examples: there is no context."""
+        """Return all examples: the context has no limit."""
         return examples, 0
 
     def nll(self, pairs: Sequence[Pair]) -> list[list[Loss]]:
-        """½‖ΔW − T‖² for each example of a pair, as one token each."""
+        """Return ½‖ΔW − T‖² for each example of a pair, counted as one token each."""
         return [
             [Loss(self._half_square(adapter, examples.task), 1) for _ in examples.examples]
             for adapter, examples in pairs
