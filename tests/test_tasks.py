@@ -62,7 +62,7 @@ def test_an_empty_file_and_a_folder_without_examples_are_refused(tmp_path: Path)
     with pytest.raises(TaskDataError, match=r"train\.jsonl is empty"):
         read_task(task_folder(tmp_path / "t", []))
     (tmp_path / "t" / "train.jsonl").unlink()
-    with pytest.raises(TaskDataError, match="none of train"):
+    with pytest.raises(TaskDataError, match="there is no train"):
         read_task(tmp_path / "t")
     with pytest.raises(UsageError, match="no task folder"):
         read_tasks(tmp_path / "t" / "nowhere")
@@ -104,19 +104,19 @@ FAULTS = {  # what is wrong → files of the folder, what is said, the cure
     "mistyped field": ({"task.toml": "prompt = 3\n"}, "prompt is 3, not a string", "give prompt as a string"),
     "no TOML": ({"task.toml": "prompt: x\n"}, "is not TOML", "a line is name = value"),
     "UTF-16 TOML": ({"task.toml": 'prompt = "x"'.encode("utf-16")}, "is not UTF-8", "save it as UTF-8"),
-    "no split": ({"train.jsonl": None}, "none of train.jsonl", "add train.jsonl"),
+    "no split": ({"train.jsonl": None}, "there is no train.jsonl", "add train.jsonl"),
     "an empty split": ({"train.jsonl": ""}, "train.jsonl is empty", "add lines to train.jsonl"),
     "no JSON": ({"train.jsonl": "{\n"}, "line 1 is not JSON", 'a line is {"input"'),
     "no object": ({"train.jsonl": "[]\n"}, "line 1 is not a JSON object", 'a line is {"input"'),
     "no text": ({"train.jsonl": '{"input": 3, "output": "b"}\n'}, "'input' is 3", 'a line is {"input"'),
     "references": (
         {"train.jsonl": LINE[:-1] + ', "references": "c"}'},
-        "not a list of texts",
+        "not a list of non-empty strings",
         '"references" is a list',
     ),
     "half a pair": (
         {"train.jsonl": r'{"input": "\ud83d", "output": "b"}'},
-        "half a surrogate",
+        "an unpaired surrogate",
         "write the character itself",
     ),
     "UTF-16 lines": ({"train.jsonl": LINE.encode("utf-16")}, "is not UTF-8", "save it as UTF-8"),
@@ -225,5 +225,5 @@ def test_half_a_surrogate_pair_is_refused_where_it_stands(tmp_path: Path) -> Non
     ]
     with pytest.raises(TaskDataError) as error:
         read_task(task_folder(tmp_path / "t", lines))
-    where = [fault.partition(" holds")[0] for fault in error.value.faults]
+    where = [fault.partition(" contains")[0] for fault in error.value.faults]
     assert where == [f"train.jsonl line {place}" for place in ("1: 'input'", "2: 'output'", "2: 'references'")]

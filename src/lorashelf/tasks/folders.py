@@ -1,8 +1,8 @@
-"""Tasks: what a task is beside its adapter, and the examples of it.
+"""Tasks: what belongs to a task besides its adapter, and its examples.
 
 A task folder is `<type>-<language>/` with `task.toml` and `{train,validation,test}.jsonl`; a line is
-`{"input": str, "output": str}` and optionally `"references": [str, …]`. Anyone's own task is the same: a prompt, and a
-metric or none.
+`{"input": str, "output": str}` and optionally `"references": [str, …]`. A task of your own has the same form: a prompt,
+and a metric or none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIELDS: dict[str, type] = {"prompt": str, "type": str, "language": str, "metric"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example: the text a user gives, the wanted answer, and other answers that are as good."""
+    """One example: a user's text, the wanted answer, and other answers that are equally good."""
 
     input: str
     output: str
@@ -42,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class ExampleSet:
-    """Examples of one task under the instruction they are asked with: what a loss is measured on."""
+    """Examples of one task and their common instruction: what a loss is measured on."""
 
     task: str
     instruction: str
@@ -55,7 +55,7 @@ class ExampleSet:
         return digest([canonical_json([self.instruction, records])])
 
     def drawn(self, limit: int | None, seed: int = 0) -> ExampleSet:
-        """`limit` of the examples drawn by (seed, task), in their order; all where there are no more."""
+        """Return `limit` of the examples, drawn by (seed, task), in their order; all if there are no more."""
         if limit is None or limit >= len(self.examples):
             return self
         rng = np.random.default_rng([seed, *self.task.encode()])
@@ -65,7 +65,7 @@ class ExampleSet:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task and its examples by split; `metric` None means that only the loss is measured."""
+    """A task and its examples by split; with `metric` None only the loss is measured."""
 
     name: str
     prompt: str
@@ -76,14 +76,14 @@ class Task:
     splits: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
 
     def examples(self, split: str, limit: int | None = None, seed: int = 0) -> ExampleSet:
-        """The examples of a split, or `limit` of them drawn by (seed, task), in their order. Raises UnknownName."""
+        """Return a split's examples, or `limit` of them drawn by (seed, task), in their order. Raises UnknownName."""
         if split not in self.splits:
             raise UnknownName(f"split of {self.name}", split, list(self.splits))
         return ExampleSet(self.name, self.prompt, self.splits[split]).drawn(limit, seed)
 
 
 def read_task_file(path: str | Path) -> dict[str, Any]:
-    """The fields of a task.toml: prompt, type, language, metric (strings), max_new_tokens (int); all optional.
+    """Return the fields of a task.toml: prompt, type, language, metric (strings), max_new_tokens (int); all optional.
 
     Raises UsageError naming every unknown or mistyped field.
     """
@@ -95,7 +95,7 @@ def read_task_file(path: str | Path) -> dict[str, Any]:
 
 
 def _fields(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The fields of a task.toml, and its faults with their cures."""
+    """Return the fields of a task.toml, and its faults with their cures."""
     try:
         fields = tomllib.loads(read_file(path).decode("utf-8-sig"))  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
@@ -106,7 +106,7 @@ def _fields(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a task, as a copy. Raises UsageError naming every unknown or mistyped one, and an empty prompt."""
+    """Return a copy of a task's fields. Raises UsageError naming every unknown or mistyped one and an empty prompt."""
     faults = _field_faults(fields)
     if "prompt" in fields and not str(fields["prompt"]).strip():
         faults["the prompt is empty"] = "give a prompt"
@@ -116,7 +116,7 @@ def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _field_faults(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The unknown and mistyped fields, with their cures."""
+    """Return the unknown and mistyped fields, with their cures."""
     known = f"the fields are {', '.join(FIELDS)}"
     faults = {f"unknown field {name!r}": known for name in fields if name not in FIELDS}
     for name, kind in FIELDS.items():
@@ -129,7 +129,7 @@ def _field_faults(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _unread(what: str, error: OSError | UnicodeDecodeError) -> tuple[str, str]:
-    """The fault of a file that cannot be read, and its cure."""
+    """Return the fault of a file that cannot be read, and its cure."""
     if isinstance(error, UnicodeDecodeError):
         return f"{what} is not UTF-8: {error}", "save it as UTF-8 (iconv -t UTF-8)"
     cure = "add it" if isinstance(error, FileNotFoundError) else "let this user read it"
@@ -137,7 +137,7 @@ def _unread(what: str, error: OSError | UnicodeDecodeError) -> tuple[str, str]:
 
 
 def fields_for(path: str | Path, task: str) -> dict[str, Any]:
-    """The fields of a task.toml, of a task folder, or of the task's own folder among others ({} if it has none there).
+    """Return the fields of a task.toml, of a task folder, or of a task's folder in a folder of tasks ({} if not there).
 
     Raises UsageError.
     """
@@ -149,7 +149,7 @@ def fields_for(path: str | Path, task: str) -> dict[str, Any]:
 
 
 def read_task(folder: str | Path) -> Task:
-    """A task folder. Raises TaskDataError with file, line and field of all faults."""
+    """Read a task folder. Raises TaskDataError with file, line and field of all faults."""
     folder = expanded(folder)
     fields, faults = _fields(folder / FILE)
     if not faults and not fields.get("prompt"):
@@ -162,18 +162,18 @@ def read_task(folder: str | Path) -> Task:
     }
     if not splits:
         files = [f"{split}.jsonl" for split in SPLITS]
-        faults[f"none of {', '.join(files)} is there"] = f"add {' or '.join(files)}"
+        faults[f"there is no {' or '.join(files)}"] = f"add {' or '.join(files)}"
     if faults:
         raise TaskDataError(faults, where=str(folder))
-    name = os.path.basename(os.path.abspath(folder))  # a link's own name, as of adapters
+    name = os.path.basename(os.path.abspath(folder))  # a link's own name, as for adapters
     kind = fields.pop("type", name.split("-")[0])
     return Task(name=name, type=kind, splits=splits, **fields)
 
 
 def read_tasks(folder: str | Path) -> dict[str, Task]:
-    """Every task folder below a folder, or the folder itself, by name.
+    """Read every task folder in a folder, or the folder itself if it is one; returns tasks by name.
 
-    Raises as read_task, of several folders with the faults of all; UsageError if there is none.
+    Raises TaskDataError with the faults of all folders, UsageError if there is no task folder.
     """
     folder = expanded(folder)
     if (folder / FILE).exists():
@@ -195,8 +195,8 @@ def read_tasks(folder: str | Path) -> dict[str, Task]:
 
 
 _LINE = 'a line is {"input": "…", "output": "…"}'
-_REFERENCES = '"references" is a list of texts: ["…", "…"]'
-_HALF = "write the character itself, or both halves of its pair"
+_REFERENCES = '"references" is a list of strings: ["…", "…"]'
+_HALF = "write the character itself, or both surrogates"
 
 
 def _read_lines(path: Path, faults: dict[str, str]) -> tuple[Example, ...]:
@@ -207,7 +207,7 @@ def _read_lines(path: Path, faults: dict[str, str]) -> tuple[Example, ...]:
         fault, cure = _unread(path.name, error)
         faults[fault] = cure
         return ()
-    lines = text.rstrip("\r\n").split("\n") if text.strip() else []  # U+2028 and such may stand inside a text
+    lines = text.rstrip("\r\n").split("\n") if text.strip() else []  # U+2028 and the like may occur inside a text
     for number, line in enumerate(lines, 1):
         example = _example(line, f"{path.name} line {number}", faults)
         if example:
@@ -229,14 +229,14 @@ def _example(line: str, where: str, faults: dict[str, str]) -> Example | None:
         return None
     for name in ("input", "output"):
         if not isinstance(record.get(name), str) or not record[name].strip():
-            faults[f"{where}: {name!r} is {record.get(name)!r}, not a text"] = _LINE
+            faults[f"{where}: {name!r} is {record.get(name)!r}; a non-empty string is needed"] = _LINE
         elif _broken(record[name]):
-            faults[f"{where}: {name!r} holds half a surrogate pair, which UTF-8 cannot"] = _HALF
+            faults[f"{where}: {name!r} contains an unpaired surrogate, which UTF-8 cannot encode"] = _HALF
     references = record.get("references", [])
     if not isinstance(references, list) or not all(isinstance(item, str) and item.strip() for item in references):
-        faults[f"{where}: 'references' is not a list of texts"] = _REFERENCES
+        faults[f"{where}: 'references' is not a list of non-empty strings"] = _REFERENCES
     elif any(map(_broken, references)):
-        faults[f"{where}: 'references' holds half a surrogate pair, which UTF-8 cannot"] = _HALF
+        faults[f"{where}: 'references' contains an unpaired surrogate, which UTF-8 cannot encode"] = _HALF
     if len(faults) > before:
         return None
     return Example(record["input"], record["output"], tuple(references))
