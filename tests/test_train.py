@@ -78,7 +78,7 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name != "seconds"}
 
 
-# the curriculum -------------------------------------------------------------------------------------------------------
+# the hyperparameters -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,18 +151,18 @@ def test_loss_and_gradient_are_those_of_the_answers_alone(base: BaseModel, untou
     backend = HFBackend(base)
     examples = make_task().examples("train")
     batch = [backend.tokens(examples, e) for e in examples.examples[:5]]
-    trainee = LoraTrainer(backend, Hyperparameters.of("t", 12, replace(QUICK, dropout=0.0)), target_layers(base.model))
+    trainer = LoraTrainer(backend, Hyperparameters.of("t", 12, replace(QUICK, dropout=0.0)), target_layers(base.model))
     try:
-        trainee.learn(batch, 1)
-        trainee.update(1e-2)  # so that B is not zero
-        sums = trainee.learn(batch, 2)
+        trainer.learn(batch, 1)
+        trainer.update(1e-2)  # so that B is not zero
+        sums = trainer.learn(batch, 2)
         ours = {name: p.grad.clone() for name, p in base.model.named_parameters() if p.grad is not None}
         base.model.zero_grad()
         expected = [by_hand(base.model, query, answer) for query, answer in batch]
         (sum(expected) / sum(len(answer) for _, answer in batch)).backward()
         theirs = {name: p.grad for name, p in base.model.named_parameters() if p.grad is not None}
     finally:
-        trainee.close()
+        trainer.close()
     assert sums == pytest.approx([float(loss.detach()) for loss in expected], rel=1e-5)
     assert ours.keys() == theirs.keys()
     assert all("lora_" in name for name in ours)
@@ -181,33 +181,33 @@ def test_the_training_loss_of_the_final_weights_is_the_backends(base: BaseModel,
     backend = HFBackend(base)
     examples = make_task().examples("train")
     batch = [backend.tokens(examples, e) for e in examples.examples]
-    trainee = LoraTrainer(backend, Hyperparameters.of("t", 12, replace(QUICK, dropout=0.0)), target_layers(base.model))
+    trainer = LoraTrainer(backend, Hyperparameters.of("t", 12, replace(QUICK, dropout=0.0)), target_layers(base.model))
     try:
         for step in range(6):
-            trainee.learn(batch, step)
-            trainee.update(1e-2)
-        sums, adapter = trainee.learn(batch, 9), trainee.adapter(dtype)
-        measured = trainee.measure(adapter, examples)
+            trainer.learn(batch, step)
+            trainer.update(1e-2)
+        sums, adapter = trainer.learn(batch, 9), trainer.adapter(dtype)
+        measured = trainer.measure(adapter, examples)
     finally:
-        trainee.close()
+        trainer.close()
     assert mean_loss(measured) == loss_of(base, adapter, examples)
-    told = sum(sums) / sum(loss.tokens for loss in measured)
-    assert told == pytest.approx(mean_loss(measured), abs=1e-4 if dtype == "f32" else 1e-2)
+    found = sum(sums) / sum(loss.tokens for loss in measured)
+    assert found == pytest.approx(mean_loss(measured), abs=1e-4 if dtype == "f32" else 1e-2)
 
 
 def test_dropout_is_on_in_training_and_off_in_measuring(base: BaseModel) -> None:
     backend = HFBackend(base)
     examples = make_task().examples("train")
     batch = [backend.tokens(examples, e) for e in examples.examples]
-    trainee = LoraTrainer(backend, Hyperparameters.of("t", 12, replace(QUICK, dropout=0.5)), target_layers(base.model))
+    trainer = LoraTrainer(backend, Hyperparameters.of("t", 12, replace(QUICK, dropout=0.5)), target_layers(base.model))
     try:
-        trainee.learn(batch, 0)
-        trainee.update(1e-1)
-        assert trainee.learn(batch, 1) == trainee.learn(batch, 1) != trainee.learn(batch, 2)
-        adapter = trainee.adapter("f32")
-        assert trainee.measure(adapter, examples) == trainee.measure(adapter, examples)
+        trainer.learn(batch, 0)
+        trainer.update(1e-1)
+        assert trainer.learn(batch, 1) == trainer.learn(batch, 1) != trainer.learn(batch, 2)
+        adapter = trainer.adapter("f32")
+        assert trainer.measure(adapter, examples) == trainer.measure(adapter, examples)
     finally:
-        trainee.close()
+        trainer.close()
 
 
 # a whole training -----------------------------------------------------------------------------------------------------
@@ -290,10 +290,10 @@ def test_too_long_examples_are_left_out_and_counted(base: BaseModel) -> None:
     task = make_task()
     long = Example("one " + "fig " * 200, "ONE FIG")
     task = replace(task, splits={name: (*s, long) for name, s in task.splits.items()})
-    (lesson,) = training_jobs({task.name: task}, base, QUICK)
-    assert lesson.dropped == {"train": 1, "validation": 1}
-    assert long not in (*lesson.train.examples, *lesson.validation.examples)
-    assert "12 examples (1 train too long, 1 validation too long)" in lesson.told
+    (job,) = training_jobs({task.name: task}, base, QUICK)
+    assert job.dropped == {"train": 1, "validation": 1}
+    assert long not in (*job.train.examples, *job.validation.examples)
+    assert "12 examples (1 train too long, 1 validation too long)" in job.summary
     assert train(task, base, replace(QUICK, steps=1)).record["dropped"] == {"train": 1, "validation": 1}
     (shorter,) = training_jobs({task.name: task}, base, replace(QUICK, max_length=47))
     assert 0 < len(shorter.train.examples) < 12
@@ -326,8 +326,8 @@ def test_an_interrupt_inside_a_step_finds_the_step_before(
     whole = train(task, base, QUICK)
     state, calls, update = tmp_path / "state.pt", [], LoraTrainer.update
 
-    def cut_off(trainee: LoraTrainer, rate: float) -> float:
-        norm = update(trainee, rate)  # the weights have moved, the run does not know of it yet
+    def cut_off(trainer: LoraTrainer, rate: float) -> float:
+        norm = update(trainer, rate)  # the weights have moved, the run does not know of it yet
         calls.append(rate)
         if len(calls) == 6:
             raise KeyboardInterrupt
@@ -358,14 +358,14 @@ def test_a_killed_run_goes_on_from_its_last_validation(base: BaseModel, tmp_path
 
 def test_a_folder_of_tasks_is_trained_once(base: BaseModel, tmp_path: Path) -> None:
     tasks = {name: make_task(name) for name in ("a", "b", "c")}
-    lessons = training_jobs(tasks, base, replace(QUICK, steps=3))
+    jobs = training_jobs(tasks, base, replace(QUICK, steps=3))
     out = tmp_path / "new" / "out"
     with pytest.raises(KeyboardInterrupt):
-        train_into(out, lessons, base, watch=lambda m: stopping_at(2)(m) if m.task == "b" else None)
+        train_into(out, jobs, base, watch=lambda m: stopping_at(2)(m) if m.task == "b" else None)
     assert sorted(path.name for path in out.iterdir()) == [LOCK, STATE_FOLDER, "a"]
     finished = (out / "a" / RECORD_FILE).stat().st_mtime_ns
     seen: list[Moment] = []
-    records = train_into(out, lessons, base, watch=seen.append)
+    records = train_into(out, jobs, base, watch=seen.append)
     assert [(m.task, m.step) for m in seen] == [("b", 3), ("c", 1), ("c", 2), ("c", 3)]
     assert sorted(path.name for path in out.iterdir()) == [LOCK, "a", "b", "c"]
     assert (out / "a" / RECORD_FILE).stat().st_mtime_ns == finished
@@ -374,7 +374,7 @@ def test_a_folder_of_tasks_is_trained_once(base: BaseModel, tmp_path: Path) -> N
         assert files == ["adapter_config.json", "adapter_model.safetensors", RECORD_FILE]
         assert json.loads((out / name / RECORD_FILE).read_text()) == records[name]
         assert read_adapter(out / name).digest == records[name]["adapter"]
-    assert train_into(out, lessons, base) == records
+    assert train_into(out, jobs, base) == records
 
 
 def test_a_base_that_measured_with_an_adapter_is_trained_as_any_other(base: BaseModel, untouched: None) -> None:
@@ -398,10 +398,10 @@ def test_another_training_in_the_same_folder_is_refused_and_named(base: BaseMode
     changed = {**tasks, "a": make_task("a", train=9)}
     with pytest.raises(UsageError) as caught:
         train_into(tmp_path, training_jobs(changed, base, replace(short, rate=1e-3)), base)
-    told = str(caught.value)
-    assert "a was trained with other training data" in told
-    assert "b was trained with rate 0.05, now 0.001" in told
-    assert "c is there already" in told
+    message = str(caught.value)
+    assert "a was trained with other training data" in message
+    assert "b was trained with rate 0.05, now 0.001" in message
+    assert "c already exists" in message
     with pytest.raises(UsageError, match=r"rate 0\.05, now 0\.001"):
         train(tasks["b"], base, replace(short, rate=1e-3), state=tmp_path / STATE_FOLDER / "b.pt")
 
@@ -432,11 +432,11 @@ def test_a_state_that_cannot_be_read_is_named(base: BaseModel, tmp_path: Path, c
     (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(UsageError, match="cannot be read"):
         train(make_task(), base, QUICK, state=tmp_path / "state.pt")
-    lessons = training_jobs({"a": make_task("a")}, base, QUICK)
+    jobs = training_jobs({"a": make_task("a")}, base, QUICK)
     (tmp_path / "out" / STATE_FOLDER).mkdir(parents=True)
     (tmp_path / "out" / STATE_FOLDER / "a.pt").write_bytes(content)
     with pytest.raises(UsageError, match="cannot be read"):
-        train_into(tmp_path / "out", lessons, base)
+        train_into(tmp_path / "out", jobs, base)
 
 
 @pytest.mark.parametrize("lacking", ["examples", "settings", "steps", "best_step", "loss", "seconds", "improved"])
@@ -444,13 +444,13 @@ def test_a_state_that_cannot_be_read_is_named(base: BaseModel, tmp_path: Path, c
 def test_a_record_of_another_shape_is_no_finished_task(
     base: BaseModel, tmp_path: Path, lacking: str, value: object
 ) -> None:
-    lessons = training_jobs({"a": make_task("a")}, base, replace(QUICK, steps=1))
-    train_into(tmp_path, lessons, base)
+    jobs = training_jobs({"a": make_task("a")}, base, replace(QUICK, steps=1))
+    train_into(tmp_path, jobs, base)
     record = json.loads((tmp_path / "a" / RECORD_FILE).read_text())
     changed = {**record, lacking: value} if value else {k: v for k, v in record.items() if k != lacking}
     (tmp_path / "a" / RECORD_FILE).write_text(json.dumps(changed))
-    with pytest.raises(UsageError, match=r"a is there already, without a training\.json"):
-        train_into(tmp_path, lessons, base)
+    with pytest.raises(UsageError, match=r"a already exists, without a training\.json"):
+        train_into(tmp_path, jobs, base)
 
 
 def test_two_trainings_into_one_folder_are_not_run_at_once(base: BaseModel, data: Path, tmp_path: Path) -> None:
@@ -489,8 +489,8 @@ def test_a_target_that_the_base_lacks_is_named(base: BaseModel) -> None:
     with pytest.raises(UsageError, match="c_attn") as caught:
         training_jobs({"a": make_task()}, base, replace(QUICK, targets=("q_proj", "c_attn")))
     assert "q_proj" in str(caught.value.cure)
-    (lesson,) = training_jobs({"a": make_task()}, base, replace(QUICK, targets=("mlp.down_proj",)))
-    assert lesson.targets == ["down_proj"]
+    (job,) = training_jobs({"a": make_task()}, base, replace(QUICK, targets=("mlp.down_proj",)))
+    assert job.targets == ["down_proj"]
     assert list(train(make_task(), base, replace(QUICK, steps=1, targets=("down_proj",))).adapter.modules) == [
         "model.layers.0.mlp.down_proj",
         "model.layers.1.mlp.down_proj",
@@ -523,15 +523,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
 ) -> None:
     gradients, update, states = LoraTrainer._gradients, LoraTrainer.update, []
 
-    def spoiled(trainee: LoraTrainer, *given: Any) -> list[float]:
-        losses = gradients(trainee, *given)
-        next(p for p in trainee._parameters.values() if p.grad is not None).grad.view(-1)[0] = float("inf")
+    def spoiled(trainer: LoraTrainer, *given: Any) -> list[float]:
+        losses = gradients(trainer, *given)
+        next(p for p in trainer._parameters.values() if p.grad is not None).grad.view(-1)[0] = float("inf")
         return losses
 
-    def watched(trainee: LoraTrainer, rate: float) -> float:
-        before = trainee.state()
-        norm = update(trainee, rate)
-        states.append((before, trainee.state()))
+    def watched(trainer: LoraTrainer, rate: float) -> float:
+        before = trainer.state()
+        norm = update(trainer, rate)
+        states.append((before, trainer.state()))
         return norm
 
     monkeypatch.setattr(LoraTrainer, "_gradients", spoiled)
@@ -597,12 +597,10 @@ def test_peft_loads_what_is_written(architecture: str, tmp_path: Path) -> None:
     folder = tiny_base(tmp_path / "tiny", architecture, chat=architecture == "llama")
     opened = open_base(str(folder), dtype="f32", device="cpu")
     task = make_task()
-    (lesson,) = training_jobs({"a": replace(task, name="a")}, opened, replace(QUICK, steps=4))
-    train_into(tmp_path / "out", [lesson], opened)
-    assert lesson.targets == (
-        ["c_attn", "c_proj"] if architecture == "gpt2" else ["k_proj", "o_proj", "q_proj", "v_proj"]
-    )
-    assert not any("mlp" in path for path in lesson.layers)
+    (job,) = training_jobs({"a": replace(task, name="a")}, opened, replace(QUICK, steps=4))
+    train_into(tmp_path / "out", [job], opened)
+    assert job.targets == (["c_attn", "c_proj"] if architecture == "gpt2" else ["k_proj", "o_proj", "q_proj", "v_proj"])
+    assert not any("mlp" in path for path in job.layers)
     adapter = read_adapter(tmp_path / "out" / "a")
     assert adapter.base.name == str(folder)
     backend = HFBackend(opened)
@@ -676,9 +674,9 @@ def test_the_command_refuses_before_it_computes(
     for folder in data.iterdir():
         (folder / "train.jsonl").unlink()
     assert command(*words) == 5
-    told = capsys.readouterr().err
-    assert "calm-en: there are no training examples" in told
-    assert "loud-en: there are no training examples" in told
+    message = capsys.readouterr().err
+    assert "calm-en: there are no training examples" in message
+    assert "loud-en: there are no training examples" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -99,12 +99,12 @@ def train(
     with explained(base):
         model = open_base(base, device=device, dtype=model_dtype, template_arguments=arguments)
     note_system_turn(model.template)
-    lessons = training_jobs(tasks, model, settings)
+    jobs = training_jobs(tasks, model, settings)
     note(f"rank, steps and rate are scaled to the data where no option sets them (the papers: {PAPERS})")
-    for lesson in lessons:
-        note(lesson.told)
-    with Meter(sum(lesson.curriculum.steps for lesson in lessons)) as meter:
-        records = train_into(output, lessons, model, watch=_telling(lessons, meter))
+    for job in jobs:
+        note(job.summary)
+    with Meter(sum(job.hyperparameters.steps for job in jobs)) as meter:
+        records = train_into(output, jobs, model, watch=_progress(jobs, meter))
     for name, record in records.items():
         if record["improved"] is False:
             note(f"{name}: the validation loss is not below the bare base's; try more data, or another --lr")
@@ -123,10 +123,10 @@ def _chosen(tasks: dict[str, Task], names: Sequence[str] | None) -> dict[str, Ta
     return {name: task for name, task in tasks.items() if not names or name in names}
 
 
-def _telling(lessons: Sequence[TrainingJob], meter: Meter) -> Watch:
+def _progress(jobs: Sequence[TrainingJob], meter: Meter) -> Watch:
     """A watch that prints the progress of all jobs together."""
-    lengths = [lesson.curriculum.steps for lesson in lessons]
-    before = dict(zip([lesson.task for lesson in lessons], accumulate([0, *lengths]), strict=False))
+    lengths = [job.hyperparameters.steps for job in jobs]
+    before = dict(zip([job.task for job in jobs], accumulate([0, *lengths]), strict=False))
     latest: dict[str, float] = {}
 
     def watch(moment: Moment) -> None:

@@ -1,7 +1,7 @@
-"""How a task is taught: the papers' LoRA shape, and rank, steps and rate scaled to how many examples there are.
+"""Hyperparameters: the papers' LoRA, with rank, steps and learning rate scaled to the number of examples.
 
-The papers (arXiv 2510.13537, 2601.17441) train r 32, alpha 128, dropout 0.05 on the attention's projections with AdamW
-at 5e-5, for one epoch over thousands of examples. Over hundreds that is a handful of steps, too few to learn from.
+The papers (arXiv 2510.13537, 2601.17441) train r 32, alpha 128, dropout 0.05 on the attention projections with AdamW
+at 5e-5, for one epoch over thousands of examples. With hundreds that is a handful of steps, too few to learn from.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 from ..errors import UsageError
 from ..lora.adapter import WIDTHS
 
-PAPERS = "r 32, alpha 128, rate 5e-5, one epoch over thousands of examples"
-MANY = 1000  # examples from which the papers' rank is taken
-FEW_STEPS, MOST_EPOCHS = 50, 5  # small data is passed over again, until so many steps or so many times
-VALIDATIONS = 8  # how often a run looks at the validation split
+PAPERS = "r 32, alpha 128, learning rate 5e-5, one epoch over thousands of examples"
+MANY = 1000  # examples from which the papers' rank is used
+FEW_STEPS, MOST_EPOCHS = 50, 5  # small data is repeated up to this many steps or epochs
+VALIDATIONS = 8  # per run
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """What a training is asked for. None is scaled to the data (`Hyperparameters.of`), `alpha` to 4 times the rank.
+    """A training's options. None means scaled to the data (`Hyperparameters.of`); `alpha` defaults to 4 times the rank.
 
-    `targets` None are the linear layers of the base's attention; `rate` is the peak; `batch` counts examples per step;
-    `patience` counts validations without a lower loss; `dtype` is that of the stored file. Raises UsageError with all
+    `targets` None: the linear layers of the base's attention; `rate`: the peak learning rate; `batch`: examples per
+    step; `patience`: validations without a lower loss; `dtype`: that of the stored file. Raises UsageError with all
     faults.
     """
 
@@ -62,7 +62,7 @@ class TrainSettings:
         if self.dtype not in WIDTHS:
             faults.append(f"dtype is {self.dtype!r}, not one of {', '.join(WIDTHS)}")
         if self.steps is not None and self.epochs is not None:
-            faults.append("steps and epochs are both given: one says how long")
+            faults.append("steps and epochs are both given: give one")
         if faults:
             raise UsageError("; ".join(faults), where="the training's settings")
 
@@ -73,7 +73,7 @@ def _below(value: int | None, lowest: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """What one task is taught with: every number that decides the result beside data and base, nothing left open."""
+    """One task's hyperparameters: every number that determines the result besides data and base."""
 
     task: str
     examples: int
@@ -90,11 +90,11 @@ class Hyperparameters:
 
     @classmethod
     def of(cls, task: str, examples: int, settings: TrainSettings) -> Hyperparameters:
-        """The settings, with what they leave open scaled to the number of examples.
+        """Return the settings, with unset ones scaled to the number of examples.
 
-        Rank 32 from a thousand examples, below it 8. One epoch; small data up to five, until there are 50 steps. The
+        Rank 32 from a thousand examples, else 8. One epoch; for small data up to five, until there are 50 steps. The
         rate falls with the root of the steps: 1e-3 at 50 or fewer, 2.2e-4 at a thousand, the papers' 5e-5 at 20,000.
-        Batches of 8, smaller where an epoch would have fewer than six.
+        Batches of 8, smaller if an epoch would have fewer than six.
 
         >>> few = Hyperparameters.of("mail", 12, TrainSettings())
         >>> few.rank, few.alpha, few.steps, few.batch, few.rate
@@ -123,29 +123,29 @@ class Hyperparameters:
 
     @property
     def epochs(self) -> float:
-        """How often an example is seen."""
+        """How many times each example is seen."""
         return self.steps * self.batch / self.examples
 
     def rate_at(self, step: int) -> float:
-        """The rate of a step, counted from 0: a linear rise, then half a cosine down to 0."""
+        """Return the learning rate of a step, counted from 0: linear warm-up, then half a cosine down to 0."""
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
         done = (step - self.warmup) / (self.steps - self.warmup)
         return self.rate * (1 + math.cos(math.pi * done)) / 2
 
     def batch_at(self, step: int) -> list[int]:
-        """The examples of a step: the next ones of the epochs' shuffles, one after the other."""
+        """Return the indices of a step's examples: the next ones of the epochs' shuffles, in order."""
         places = range(step * self.batch, (step + 1) * self.batch)
         orders = {epoch: self._order(epoch) for epoch in {place // self.examples for place in places}}
         return [orders[place // self.examples][place % self.examples] for place in places]
 
     def seed_at(self, step: int) -> int:
-        """The seed of all that is drawn in a step (dropout), so that a resumed run draws the same."""
+        """Return the seed of all that a step draws (dropout), so that a resumed run draws the same."""
         return self._drawn(1, step)
 
     @property
     def init_seed(self) -> int:
-        """The seed of the factors' first values: by (seed, task), so that no two tasks start alike."""
+        """The seed of the factors' initial values: by (seed, task), so that no two tasks start alike."""
         return self._drawn(0, 0)
 
     @property

@@ -1,4 +1,4 @@
-"""A task on a base, ready to be taught: the examples that fit, the curriculum, the layers; nothing is computed yet."""
+"""A task on a base, ready for training: the examples that fit, the hyperparameters, the layers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .trainer import peft_library, target_layers
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """One task on one base, ready to be taught: the examples that fit, how, and onto which layers."""
+    """One task on one base, ready for training: the examples that fit, the hyperparameters, the layers."""
 
     train: ExampleSet
     validation: ExampleSet
     dropped: Mapping[str, int]
-    curriculum: Hyperparameters
+    hyperparameters: Hyperparameters
     layers: tuple[str, ...]
     settings: TrainSettings
     base: Mapping[str, str]
@@ -34,27 +34,27 @@ class TrainingJob:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that the result depends on: a run goes on only where it was begun with the same."""
+        """All that the result depends on: a run resumes only from a state with the same identity."""
         data = {"training data": self.train.digest, "validation data": self.validation.digest}
         layers = digest([canonical_json(sorted(self.layers))])
-        return {**self.base, **data, "layers": layers, "stored as": self.settings.dtype, **asdict(self.curriculum)}
+        return {**self.base, **data, "layers": layers, "stored as": self.settings.dtype, **asdict(self.hyperparameters)}
 
     @property
     def targets(self) -> list[str]:
-        """The last names of the layers."""
+        """The last components of the layers' names."""
         return sorted({path.rpartition(".")[2] for path in self.layers})
 
     @property
-    def told(self) -> str:
-        """How the task will be taught, in a line; what was scaled to the data included."""
-        c = self.curriculum
+    def summary(self) -> str:
+        """One line on how the task will be trained, including what was scaled to the data."""
+        c = self.hyperparameters
         lost = ", ".join(f"{n} {split} too long" for split, n in self.dropped.items() if n)
         looks = f"validation on {len(self.validation.examples)} every {c.every} steps, patience {c.patience}"
         return "; ".join(
             [
                 f"{self.task}: {c.examples} examples" + (f" ({lost})" if lost else ""),
                 f"r {c.rank}, alpha {c.alpha:g}, dropout {c.dropout:g} on {' '.join(self.targets)}",
-                f"{c.steps} steps of {c.batch} ({c.epochs:.1f} epochs), peak rate {c.rate:.2g}, cosine",
+                f"{c.steps} steps of {c.batch} ({c.epochs:.1f} epochs), peak learning rate {c.rate:.2g}, cosine",
                 looks if self.validation.examples else "no validation: the last weights are kept",
             ]
         )
@@ -63,7 +63,7 @@ class TrainingJob:
 def training_jobs(
     tasks: Mapping[str, Task], base: BaseModel, settings: TrainSettings | None = None
 ) -> list[TrainingJob]:
-    """What would be trained, before anything is: for every task the examples that fit, and how it will be taught.
+    """Return one job per task, before any training: the examples that fit, the hyperparameters and the layers.
 
     Raises MissingExtra, UsageError for targets that the base lacks, TaskDataError naming every task that cannot be
     trained.
@@ -74,7 +74,7 @@ def training_jobs(
     layers = tuple(target_layers(base.model, settings.targets))
     dtype = str(base.model.dtype).removeprefix("torch.")
     known = {"base": base.name, "weights": backend.weights, "computed in": dtype, "prompt": base.template.id}
-    lessons: list[TrainingJob] = []
+    jobs: list[TrainingJob] = []
     faults: dict[str, str] = {}
     for name, task in sorted(tasks.items()):
         if "train" not in task.splits:
@@ -87,12 +87,12 @@ def training_jobs(
             faults[f"{name}: all {fitting['train'][1]} training examples are too long"] = cure
             continue
         kept = replace(task, splits={"validation": (), **{split: s.examples for split, (s, _) in fitting.items()}})
-        lessons.append(
+        jobs.append(
             TrainingJob(
                 train=train,
                 validation=kept.examples("validation", settings.validation_limit, settings.seed),
                 dropped={split: fitting[split][1] for split in ("train", "validation") if split in fitting},
-                curriculum=Hyperparameters.of(name, len(train.examples), settings),
+                hyperparameters=Hyperparameters.of(name, len(train.examples), settings),
                 layers=layers,
                 settings=settings,
                 base=known,
@@ -100,4 +100,4 @@ def training_jobs(
         )
     if faults:
         raise TaskDataError(faults)
-    return lessons
+    return jobs

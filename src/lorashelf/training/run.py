@@ -1,7 +1,7 @@
 """Training: task folders in, one PEFT adapter per task out, each with a record of its training.
 
-A run can be cut off at any moment: finished tasks stand complete in the output folder, the one in work has its state
-in `.training/`, and the same call goes on from there to the same weights. Needs the extra `llm`.
+A run can be interrupted at any moment: finished tasks are complete in the output folder, the current one has its state
+in `.training/`, and the same call resumes from there and ends at the same weights. Needs the extra `llm`.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from .trainer import LoraTrainer
 
 RECORD_FILE = "training.json"
 STATE_FOLDER = ".training"
-LOCK = ".lock"  # held while a training writes into the folder; left behind
-# What a kill or a power cut costs at most, or the time between two validations; Ctrl-C costs nothing.
+LOCK = ".lock"  # held while a training writes into the folder; not deleted
+# A kill or a power cut loses at most this much work, or that since the last validation; Ctrl-C loses none.
 SAVE_SECONDS = 60.0
-_NUMBERS = ("steps", "best_step", "zero_shot", "loss", "seconds")  # of a record, beside those of its settings
+_NUMBERS = ("steps", "best_step", "zero_shot", "loss", "seconds")  # of a record, besides those of its settings
 _PACKAGES = ("torch", "transformers", "peft", "numpy")
 Watch = Callable[["Moment"], None]
 
 
 class Trained(NamedTuple):
-    """An adapter as it is to be stored, and the record of its training."""
+    """A trained adapter, rounded as stored, and the record of its training."""
 
     adapter: Adapter
     record: dict[str, Any]
 
 
 class Moment(NamedTuple):
-    """Where a training stands after a step: the step's loss, and the validation's where there was one."""
+    """A training's progress after a step: the step's loss, and the validation loss if one was measured."""
 
     task: str
     step: int
@@ -66,71 +66,71 @@ def train(
     watch: Watch | None = None,
     state: str | Path | None = None,
 ) -> Trained:
-    """Train an adapter for one task; the base is left as it was.
+    """Train an adapter for one task; the base is left unchanged.
 
-    With `state`, a file that need not exist yet, a run that was cut off goes on from it; it is kept up to date and left
-    behind. Raises MissingExtra, TaskDataError, UsageError (also for a state begun otherwise), ModelError.
+    `state` is a file, which need not exist yet, that an interrupted run resumes from; it is kept up to date and not
+    deleted. Raises MissingExtra, TaskDataError, UsageError (also for the state of another job), ModelError.
     """
-    (lesson,) = training_jobs({task.name: task}, base, settings)
-    return taught(lesson, base, watch=watch, state=state)
+    (job,) = training_jobs({task.name: task}, base, settings)
+    return run_job(job, base, watch=watch, state=state)
 
 
 def train_into(
-    folder: str | Path, lessons: Sequence[TrainingJob], base: BaseModel, *, watch: Watch | None = None
+    folder: str | Path, jobs: Sequence[TrainingJob], base: BaseModel, *, watch: Watch | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Train every lesson into `folder/<task>`, a PEFT folder and its training.json; returns the records by task.
+    """Run every job into `folder/<task>`, a PEFT folder with its training.json; returns the records by task.
 
-    Finished tasks are not trained again, a cut-off one goes on. Raises UsageError, before anything is trained, naming
-    everything in the folder that was begun with other data, base or settings, and where another training writes there;
-    and as `train`.
+    Finished tasks are not trained again, an interrupted one resumes. Raises UsageError, before any training, naming
+    everything in the folder that was begun with other data, base or settings, or if another training writes into the
+    folder; else as `train`.
     """
     folder = Path(folder)
-    _standing(folder, lessons)  # before anything is made
+    _finished(folder, jobs)  # before anything is made
     atomic.make_parents(folder / LOCK)
     cure = "wait until it is done, or choose another output folder"
     with sole(folder / LOCK, "another training writes into this folder", folder, cure):
-        return _taught_into(folder, lessons, base, watch)
+        return _run_jobs(folder, jobs, base, watch)
 
 
-def _taught_into(
-    folder: Path, lessons: Sequence[TrainingJob], base: BaseModel, watch: Watch | None
+def _run_jobs(
+    folder: Path, jobs: Sequence[TrainingJob], base: BaseModel, watch: Watch | None
 ) -> dict[str, dict[str, Any]]:
-    records, states = _standing(folder, lessons), _states(folder, lessons)
-    for lesson in lessons:
-        state = states[lesson.task]
-        if lesson.task not in records:
+    records, states = _finished(folder, jobs), _states(folder, jobs)
+    for job in jobs:
+        state = states[job.task]
+        if job.task not in records:
             atomic.make_parents(state)
-            adapter, record = taught(lesson, base, watch=watch, state=state)
+            adapter, record = run_job(job, base, watch=watch, state=state)
             content = json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n"
-            write_adapter(adapter, folder / lesson.task, extra_files={RECORD_FILE: content})
-            records[lesson.task] = record
+            write_adapter(adapter, folder / job.task, extra_files={RECORD_FILE: content})
+            records[job.task] = record
         atomic.remove(state)
     if not any((folder / STATE_FOLDER).glob("*.pt")):
         atomic.remove(folder / STATE_FOLDER)
     return dict(sorted(records.items()))
 
 
-def taught(
-    lesson: TrainingJob, base: BaseModel, *, watch: Watch | None = None, state: str | Path | None = None
+def run_job(
+    job: TrainingJob, base: BaseModel, *, watch: Watch | None = None, state: str | Path | None = None
 ) -> Trained:
-    """Train one job; as `train`."""
+    """Run one job; arguments and errors are those of `train`."""
     begun = _read_state(Path(state)) if state is not None and Path(state).exists() else None
-    if begun is not None and (changes := _changes(lesson, begun["identity"])):
-        raise UsageError("; ".join(changes), where=str(state), cure="delete it to begin anew")
-    run = _Run(lesson, base, watch, None if state is None else Path(state))
+    if begun is not None and (changes := _changes(job, begun["identity"])):
+        raise UsageError("; ".join(changes), where=str(state), cure="delete this file to start again")
+    run = _Run(job, base, watch, None if state is None else Path(state))
     try:
         run.go(begun)
     except BaseException:
         run.save()
         raise
     finally:
-        run.trainee.close()
+        run.trainer.close()
     return run.outcome()
 
 
 @dataclass(frozen=True)
 class _Past:
-    """What a run has seen so far. Every step makes a new one, so that an interrupt finds a whole one."""
+    """A run's history so far. Every step makes a new instance, so that an interrupt always finds a complete one."""
 
     step: int = 0
     losses: tuple[float, ...] = ()
@@ -144,28 +144,28 @@ class _Past:
         return min((look for look in self.looks if look[0]), key=lambda look: (look[1], look[0]), default=None)
 
     def patient(self, patience: int) -> bool:
-        """Whether fewer than `patience` validations were no better than one before them."""
+        """Return whether fewer than `patience` validations have followed the best one."""
         return self.best is None or sum(step > self.best[0] for step, _ in self.looks) < patience
 
 
 class _Run:
-    """One lesson being taught: `past`, the best adapter so far, and the state that a later run would go on from."""
+    """One job being run: `past`, the best adapter so far, and the state to resume from."""
 
-    def __init__(self, lesson: TrainingJob, base: BaseModel, watch: Watch | None, file: Path | None) -> None:
-        self.lesson, self.past, self.trainee = (
-            lesson,
+    def __init__(self, job: TrainingJob, base: BaseModel, watch: Watch | None, file: Path | None) -> None:
+        self.job, self.past, self.trainer = (
+            job,
             _Past(),
-            LoraTrainer(HFBackend(base), lesson.curriculum, lesson.layers),
+            LoraTrainer(HFBackend(base), job.hyperparameters, job.layers),
         )
         self._watch, self._file = watch, file
-        self._tokens = [self.trainee.backend.tokens(lesson.train, example) for example in lesson.train.examples]
+        self._tokens = [self.trainer.backend.tokens(job.train, example) for example in job.train.examples]
         self._best: Adapter | None = None
         self._state: dict[str, Any] = {}
         self._saved = (0, time.monotonic())
 
     def go(self, begun: Mapping[str, Any] | None) -> None:
-        """Take the steps that are still to be taken, or stop early."""
-        c = self.lesson.curriculum
+        """Take the remaining steps, or stop early."""
+        c = self.job.hyperparameters
         began = time.monotonic()
         if begun is not None:
             self._restore(begun)
@@ -178,20 +178,20 @@ class _Run:
         self.save()
 
     def _step(self) -> None:
-        c, before, began = self.lesson.curriculum, self.past, time.monotonic()
+        c, before, began = self.job.hyperparameters, self.past, time.monotonic()
         members = c.batch_at(before.step)
         batch = [self._tokens[i] for i in members]
-        sums = self.trainee.learn(batch, c.seed_at(before.step))
+        sums = self.trainer.learn(batch, c.seed_at(before.step))
         for i, loss in zip(members, sums, strict=True):
             if not math.isfinite(loss):
-                raise self._diverged("the loss", f"example {i + 1}: {self.lesson.train.examples[i].input[:60]!r}")
-        if not math.isfinite(self.trainee.update(c.rate_at(before.step))):
+                raise self._diverged("the loss", f"example {i + 1}: {self.job.train.examples[i].input[:60]!r}")
+        if not math.isfinite(self.trainer.update(c.rate_at(before.step))):
             raise self._diverged("the gradient", f"examples {', '.join(str(i + 1) for i in sorted(members))}")
         step, looks, best = before.step + 1, before.looks, self._best
         looked: float | None = None
         if step % c.every == 0 or step == c.steps:
             try:
-                adapter = self.trainee.adapter(self.lesson.settings.dtype)
+                adapter = self.trainer.adapter(self.job.settings.dtype)
             except AdapterFormatError as error:
                 raise self._diverged("a weight", f"{error.faults[0]}") from error
             looked = self._look(step, adapter)
@@ -205,35 +205,35 @@ class _Run:
             tokens=before.tokens + sum(len(query) + len(answer) for query, answer in batch),
             seconds=before.seconds + time.monotonic() - began,
         )
-        self._state = {"past": past, "best": best, **self.trainee.state()}
+        self._state = {"past": past, "best": best, **self.trainer.state()}
         self.past, self._best = past, best
         if self._watch is not None:
-            self._watch(Moment(self.lesson.task, step, c.steps, past.losses[-1], looked))
+            self._watch(Moment(self.job.task, step, c.steps, past.losses[-1], looked))
 
     def _look(self, step: int, adapter: Adapter | None) -> float | None:
-        """The validation loss, None without a validation split."""
-        if not self.lesson.validation.examples:
+        """Return the validation loss; None without a validation split."""
+        if not self.job.validation.examples:
             return None
         try:
-            return mean_loss(self.trainee.measure(adapter, self.lesson.validation))
+            return mean_loss(self.trainer.measure(adapter, self.job.validation))
         except ModelError as error:
             what = f"{error.what} (validation after step {step})"
             raise ModelError(what, where=error.where, cure="lower --lr; check these examples") from error
 
     def _diverged(self, what: str, where: str) -> ModelError:
-        place = f"{self.lesson.task}, step {self.past.step + 1}, {where}"
+        place = f"{self.job.task}, step {self.past.step + 1}, {where}"
         return ModelError(f"{what} is not finite", where=place, cure="lower --lr; check the base and this text")
 
     # the state on disk --------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Keep the state of the last whole step, if a file is to be kept and does not hold it yet."""
+        """Save the state after the last complete step, if there is a file for it that does not hold it yet."""
         if self._file is None or not self._state or self._saved[0] == self._state["past"].step:
             return
         torch, _ = libraries()
         state = self._state
         best = {} if state["best"] is None else state["best"].modules
-        document = {"identity": self.lesson.identity, "past": asdict(state["past"])}
+        document = {"identity": self.job.identity, "past": asdict(state["past"])}
         buffer = io.BytesIO()
         torch.save(
             {
@@ -249,8 +249,8 @@ class _Run:
 
     def _restore(self, begun: Mapping[str, Any]) -> None:
         self.past = begun["past"]
-        self.trainee.restore(begun)
-        now = self.trainee.adapter(self.lesson.settings.dtype)
+        self.trainer.restore(begun)
+        now = self.trainer.adapter(self.job.settings.dtype)
         if begun["best"]:
             scales = now.modules.scales
             self._best = now.with_factors(
@@ -260,25 +260,25 @@ class _Run:
     # the outcome --------------------------------------------------------------------------------------------------
 
     def outcome(self) -> Trained:
-        """The best adapter, or without a validation split the last, and the record."""
-        lesson, past, best = self.lesson, self.past, self.past.best
+        """Return the best adapter, or without a validation split the last, and the record."""
+        job, past, best = self.job, self.past, self.past.best
         adapter = self._best
-        if adapter is None:  # for mypy: the last step is always looked at
-            raise ModelError("no step was taken", where=lesson.task)
-        from importlib.metadata import version  # a mail parser's worth of imports
+        if adapter is None:  # for mypy: the last step always sets it
+            raise ModelError("no step was taken", where=job.task)
+        from importlib.metadata import version  # a slow import: it loads an e-mail parser
 
         zero = past.looks[0][1] if past.looks else None
         record = {
-            "task": lesson.task,
-            "settings": lesson.identity,
-            "targets": lesson.targets,
-            "init_seed": lesson.curriculum.init_seed,
-            "examples": {"train": len(lesson.train.examples), "validation": len(lesson.validation.examples)},
-            "dropped": dict(lesson.dropped),
+            "task": job.task,
+            "settings": job.identity,
+            "targets": job.targets,
+            "init_seed": job.hyperparameters.init_seed,
+            "examples": {"train": len(job.train.examples), "validation": len(job.validation.examples)},
+            "dropped": dict(job.dropped),
             "steps": past.step,
-            "epochs": _short(past.step * lesson.curriculum.batch / lesson.curriculum.examples),
+            "epochs": _short(past.step * job.hyperparameters.batch / job.hyperparameters.examples),
             "best_step": best[0] if best else past.step,
-            "stopped_early": past.step < lesson.curriculum.steps,
+            "stopped_early": past.step < job.hyperparameters.steps,
             "zero_shot": _short(zero),
             "loss": _short(best[1] if best else None),
             "improved": best[1] < zero if best and zero is not None else None,
@@ -286,15 +286,15 @@ class _Run:
             "tokens": past.tokens,
             "seconds": round(past.seconds, 1),
             "adapter": adapter.digest,
-            "device": str(self.trainee.backend.base.model.device),
+            "device": str(self.trainer.backend.base.model.device),
             "versions": {"lorashelf": VERSION, "python": platform.python_version()}
             | {name: version(name) for name in _PACKAGES},
         }
         return Trained(adapter, record)
 
     def _losses(self) -> list[dict[str, Any]]:
-        """The losses over time, in nats per token: of training since the entry before, and of validation."""
-        c, past = self.lesson.curriculum, self.past
+        """Return the losses over time, in nats per token: the training mean since the previous row, and validation."""
+        c, past = self.job.hyperparameters, self.past
         looks = dict(past.looks)
         marks = sorted({*range(c.every, past.step + 1, c.every), past.step})
         rows = [{"step": 0, "train": None, "validation": _short(looks.get(0))}]
@@ -308,34 +308,34 @@ def _short(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def _states(folder: Path, lessons: Sequence[TrainingJob]) -> dict[str, Path]:
-    return {lesson.task: folder / STATE_FOLDER / f"{lesson.task}.pt" for lesson in lessons}
+def _states(folder: Path, jobs: Sequence[TrainingJob]) -> dict[str, Path]:
+    return {job.task: folder / STATE_FOLDER / f"{job.task}.pt" for job in jobs}
 
 
-def _standing(folder: Path, lessons: Sequence[TrainingJob]) -> dict[str, dict[str, Any]]:
-    """The records of the tasks that are finished in a folder. Raises UsageError for what bars the others."""
-    states = _states(folder, lessons)
+def _finished(folder: Path, jobs: Sequence[TrainingJob]) -> dict[str, dict[str, Any]]:
+    """Return the records of a folder's finished tasks. Raises UsageError for whatever prevents the others."""
+    states = _states(folder, jobs)
     records, faults = {}, []
     if folder.exists() and not folder.is_dir():
         faults.append("the output is a file, not a folder")
-    for lesson in lessons:
-        task, made = lesson.task, folder / lesson.task
+    for job in jobs:
+        task, made = job.task, folder / job.task
         if made.exists():
             try:
                 records[task] = _record(made / RECORD_FILE)
-                faults += _changes(lesson, records[task]["settings"])
+                faults += _changes(job, records[task]["settings"])
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                faults.append(f"{task} is there already, without a {RECORD_FILE} of this program")
+                faults.append(f"{task} already exists, without a {RECORD_FILE} of lorashelf")
         elif states[task].exists():
-            faults += _changes(lesson, _read_state(states[task])["identity"])
+            faults += _changes(job, _read_state(states[task])["identity"])
     if faults:
-        cure = "give the data and options it was begun with, or another output folder"
+        cure = "give the data and options of that training, or another output folder"
         raise UsageError("; ".join(faults), where=str(folder), cure=cure)
     return records
 
 
 def _record(file: Path) -> dict[str, Any]:
-    """A training's record. Raises what reading it raises, and ValueError for one of another shape."""
+    """Read a training's record. Raises what reading raises, and ValueError for a record of another form."""
     record: dict[str, Any] = json.loads(atomic.read_file(file))
     shown = [record["examples"]["train"], record["settings"]["rank"], *(record[name] for name in _NUMBERS)]
     if any(value is not None and type(value) not in (int, float) for value in shown):
@@ -345,23 +345,23 @@ def _record(file: Path) -> dict[str, Any]:
     return record
 
 
-def _changes(lesson: TrainingJob, begun: Mapping[str, Any]) -> list[str]:
-    """What a training was begun with that is not so now."""
-    now = lesson.identity
+def _changes(job: TrainingJob, begun: Mapping[str, Any]) -> list[str]:
+    """Return how a training that was begun differs from a job, as at most one sentence."""
+    now = job.identity
     differing = [name for name in now if name not in begun or begun[name] != now[name]]
     if not differing:
         return []
-    told = [
+    changes = [
         f"other {name}"
         if name in ("training data", "validation data", "layers")
         else f"{name} {begun.get(name)}, now {now[name]}"
         for name in differing
     ]
-    return [f"{lesson.task} was trained with {', '.join(told)}"]
+    return [f"{job.task} was trained with {', '.join(changes)}"]
 
 
 def _read_state(file: Path) -> dict[str, Any]:
-    """A state as `save` keeps it. Raises UsageError."""
+    """Read a state written by `save`. Raises UsageError."""
     torch, _ = libraries()
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(atomic.read_file(file)), map_location="cpu", weights_only=True)
@@ -370,7 +370,7 @@ def _read_state(file: Path) -> dict[str, Any]:
         looks = tuple((int(step), float(loss)) for step, loss in past.looks)
         past = replace(past, losses=tuple(map(float, past.losses)), looks=looks)
         kept = {name: dict(state[name]) for name in ("best", "parameters", "optimizer")}
-    except Exception as error:  # torch names no error of its own for a file that is not its
-        cure = "delete it: the training begins anew"
+    except Exception as error:  # torch has no error class for a file that is not a state
+        cure = "delete this file: the training starts again"
         raise UsageError("the state of a training cannot be read", where=str(file), cure=cure) from error
     return {"identity": identity, "past": past, **kept}

@@ -1,7 +1,7 @@
-"""A LoRA in training on a base model: PEFT's layers and AdamW, one step at a time; the base itself stays frozen.
+"""Training a LoRA on a base model: PEFT's layers and AdamW, one step at a time; the base stays frozen.
 
-A loop of our own and not transformers' Trainer: what a step draws is seeded by its number, so a run that was cut off
-ends at the same weights; batches are cut by tokens; and the loss is that of evaluation, by the same code.
+Not transformers' Trainer: here a step's draws are seeded by its number, so an interrupted run ends at the same
+weights; batches are cut by tokens; and the loss is that of evaluation, by the same code.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ..models.tokens import Tokens
 from ..tasks.folders import ExampleSet
 from .config import Hyperparameters
 
-LARGEST_GRADIENT = 1.0  # its norm is clipped to this
-_NAME = "default"  # PEFT's name of the only adapter
+LARGEST_GRADIENT = 1.0  # the norm is clipped to this
+_NAME = "default"  # PEFT's name for the only adapter
 _PREFIX = "base_model.model."
 _logger = logging.getLogger("lorashelf")
 
 
 def peft_library() -> Any:
-    """The module peft. Raises MissingExtra."""
+    """Import peft. Raises MissingExtra."""
     try:
         import peft
     except ImportError as error:
@@ -43,9 +43,9 @@ def peft_library() -> Any:
 
 
 def target_layers(model: Any, names: Sequence[str] | None = None) -> list[str]:
-    """The paths of the layers to adapt: the linear ones inside attention blocks, or those that bear one of `names`.
+    """Return the paths of the layers to adapt: the linear ones inside attention blocks, or those named in `names`.
 
-    q_proj, k_proj, v_proj, o_proj where the base spells them so; GPT-2's c_attn and attn.c_proj. Raises UsageError.
+    For most bases q_proj, k_proj, v_proj, o_proj; for GPT-2 c_attn and attn.c_proj. Raises UsageError.
     """
     linear = [path for path, layer in model.named_modules() if sizes(layer) is not None]
     if names is None:
@@ -56,7 +56,7 @@ def target_layers(model: Any, names: Sequence[str] | None = None) -> list[str]:
         unknown = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in linear)]
     if unknown:
         known = sorted({path.rpartition(".")[2] for path in linear})
-        what = f"the base has no linear layer of {' or '.join(map(repr, unknown))}"
+        what = f"the base has no linear layer named {' or '.join(map(repr, unknown))}"
         raise UsageError(what, cure=f"choose targets from {', '.join(known)}")
     return chosen
 
@@ -66,39 +66,39 @@ def _block(path: str) -> str:
 
 
 class LoraTrainer:
-    """The base of a backend with a fresh LoRA on it. `close` gives the base back as it was."""
+    """A backend's base with a fresh LoRA on it. `close` restores the base."""
 
-    def __init__(self, backend: HFBackend, curriculum: Hyperparameters, layers: Sequence[str]) -> None:
+    def __init__(self, backend: HFBackend, hyperparameters: Hyperparameters, layers: Sequence[str]) -> None:
         peft = peft_library()
         self.backend, self._torch = backend, libraries()[0]
         model = backend.base.model
         transposed = any(type(model.get_submodule(path)).__name__ == "Conv1D" for path in layers)
         config = peft.LoraConfig(
-            r=curriculum.rank,
-            lora_alpha=curriculum.alpha,
-            lora_dropout=curriculum.dropout,
+            r=hyperparameters.rank,
+            lora_alpha=hyperparameters.alpha,
+            lora_dropout=hyperparameters.dropout,
             target_modules=list(layers),
             fan_in_fan_out=transposed,
             task_type="CAUSAL_LM",
         )
         fields = ("task_type", "lora_dropout", "bias", "fan_in_fan_out", "init_lora_weights")
         self._config = {name: value for name, value in config.to_dict().items() if name in fields}
-        with self._drawing(curriculum.init_seed), warnings.catch_warnings():
+        with self._drawing(hyperparameters.init_seed), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, to PEFT
             self._peft = peft.get_peft_model(model, config)
-        self._peft.eval()  # the base's own dropout stays off: the loss is the one that evaluation measures
+        self._peft.eval()  # keep the base's own dropout off: the loss is that of evaluation
         self._parameters = {n: p for n, p in self._peft.named_parameters() if p.requires_grad}
         self._optimizer = self._torch.optim.AdamW(self._parameters.values(), lr=0.0, weight_decay=0.0)
         self._one_by_one = False
 
     def learn(self, batch: Sequence[Tokens], seed: int) -> list[float]:
-        """Take the gradient of Σ NLL / Σ tokens over a batch; returns the NLL of each example.
+        """Compute the gradient of Σ NLL / Σ tokens over a batch; returns the NLL of each example.
 
-        Where memory ends, the examples are taken one by one from then on: the same gradient, more slowly. Raises
-        ModelError if that is too much as well.
+        If memory runs out, the examples are taken one by one from then on: the same gradient, more slowly. Raises
+        OutOfMemory if that is too much as well.
         """
         cure = "lower --max-length, free memory, or take a smaller base"
-        limit = partial(within_memory, "out of memory, also with one example at a time", self.backend.base.name, cure)
+        limit = partial(within_memory, "out of memory, even with one example at a time", self.backend.base.name, cure)
         if not self._one_by_one:
             try:
                 with limit():
@@ -110,7 +110,7 @@ class LoraTrainer:
             return self._gradients(batch, seed)
 
     def update(self, rate: float) -> float:
-        """Step along the clipped gradient; returns its norm. One that is not finite changes nothing."""
+        """Step along the clipped gradient; returns the norm before clipping. If that is not finite, nothing changes."""
         clip = self._torch.nn.utils.clip_grad_norm_
         norm = float(clip(list(self._parameters.values()), LARGEST_GRADIENT))
         if math.isfinite(norm):
@@ -120,12 +120,12 @@ class LoraTrainer:
         return norm
 
     def measure(self, adapter: Adapter | None, examples: ExampleSet) -> list[Loss]:
-        """The losses under an adapter, by the backend's own measure; the factors in training stay out of it."""
+        """Return the losses with an adapter, as measured by the backend, without the factors in training."""
         with self._peft.disable_adapter():
             return self.backend.nll([(adapter, examples)])[0]
 
     def adapter(self, dtype: str) -> Adapter:
-        """The factors as they are now, rounded to the dtype that they will be stored in."""
+        """Return the current factors, rounded to the dtype in which they will be stored."""
         modules = {}
         for name, layer in self._peft.named_modules():
             if _NAME in getattr(layer, "lora_A", {}):
@@ -136,19 +136,19 @@ class LoraTrainer:
         return rounded(Adapter(Modules(modules), BaseId(self.backend.base.name), dtype, self._config))
 
     def state(self) -> dict[str, Any]:
-        """A copy of all that the next steps depend on."""
+        """Return a copy of all that the next steps depend on."""
         parameters = {name: p.detach().clone() for name, p in self._parameters.items()}
         return {"parameters": parameters, "optimizer": copy.deepcopy(self._optimizer.state_dict())}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
         with self._torch.no_grad():
             for name, values in state["parameters"].items():
                 self._parameters[name].copy_(values)
         self._optimizer.load_state_dict(state["optimizer"])
 
     def close(self) -> None:
-        """Take the LoRA off the base."""
+        """Remove the LoRA from the base."""
         self._peft.unload()
 
     def _gradients(self, batch: Sequence[Tokens], seed: int) -> list[float]:
@@ -166,7 +166,7 @@ class LoraTrainer:
 
     @contextmanager
     def _drawing(self, seed: int) -> Iterator[None]:
-        """Torch's generators at a seed; those of the caller are put back."""
+        """Seed torch's generators for the block; the caller's are restored afterwards."""
         device = self.backend.base.model.device
         with self._torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self._torch.manual_seed(seed)
@@ -174,7 +174,7 @@ class LoraTrainer:
 
     @contextmanager
     def _dropping(self) -> Iterator[None]:
-        """The LoRA's dropout on."""
+        """Turn the LoRA's dropout on for the block."""
         layers = [m.lora_dropout for m in self._peft.modules() if hasattr(m, "lora_dropout")]
         for layer in layers:
             layer.train()
