@@ -401,9 +401,9 @@ def own_document(world: World) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"base": "acme/other"}, "the own evaluation has another base: acme/other"),
-        ({"prompt": "pr-0"}, "the own evaluation has another prompt: pr-0"),
-        ({"split": "test"}, "the own evaluation has another split: test, here validation"),
+        ({"base": "acme/other"}, "the own evaluation has a different base: acme/other"),
+        ({"prompt": "pr-0"}, "the own evaluation has a different prompt: pr-0"),
+        ({"split": "test"}, "the own evaluation has a different split: test, here validation"),
         ({"backend": "x bfloat16 y"}, "the own evaluation ran as x bfloat16 y"),
     ],
 )
@@ -781,7 +781,7 @@ def test_examples_beyond_the_context_are_counted_never_silent(tmp_path: Path) ->
     found = evaluate(backend, {"a": None}, {"a": task})
     assert found.document()["tasks"]["a"]["dropped"] == 1
     assert found.document()["tasks"]["a"]["n"] == 2
-    assert found.warnings == ("a: 1 of 3 examples are longer than the model's context: left out",)
+    assert found.warnings == ("a: 1 of 3 examples are longer than the model's context and are left out",)
     for seed in range(4):  # those that fit are drawn from
         assert evaluate(backend, {"a": None}, {"a": task}, limit=1, seed=seed).document()["tasks"]["a"]["n"] == 1
     short = replace(task, splits={"validation": (examples[0], examples[2])})

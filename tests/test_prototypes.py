@@ -115,7 +115,7 @@ def test_a_damaged_file_in_the_cache_is_made_again_with_a_notice(
     again = prototypes(Letters(), shown, tmp_path / "cache")
     assert np.array_equal(made.means, again.means)
     assert {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()} == files
-    assert caplog.text.count("is damaged and is made again") == 1
+    assert caplog.text.count("is damaged and will be rebuilt") == 1
     assert str(file) in caplog.text
     caplog.clear()
     prototypes(Letters(), shown, tmp_path / "cache")

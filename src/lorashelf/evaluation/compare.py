@@ -1,4 +1,4 @@
-r"""What adapters are worth on their tasks: loss, score, and the share of the tasks' own adapters that is kept.
+r"""An evaluation and its comparison: loss, score, and the share of the tasks' own adapters that is kept.
 
 Per task, over the examples i of a split, y_i the answer with its end of turn and x_i the prompt and the input:
 
@@ -27,13 +27,13 @@ from .metrics import Score, loss_kept, normalised
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One task under its adapter (a digest, None for the bare base): each example's loss and, where scored, answer."""
+    """One task with its adapter (a digest, None for the bare base): each example's loss and, if scored, answer."""
 
     task: Task
     adapter: str | None
     examples: ExampleSet
     dropped: int
-    """How many examples of the split were left out because they are longer than the context."""
+    """The number of examples of the split that were left out because they are longer than the context."""
     losses: tuple[Loss, ...]
     answers: tuple[str, ...] | None = None
     score: Score | None = None
@@ -44,7 +44,7 @@ class Measured:
         return mean_loss(self.losses)
 
     def document(self) -> dict[str, Any]:
-        """The task's entry in the JSON document; numbers of a score are null without one."""
+        """Return the task's entry in the JSON document; without a score its fields are null."""
         score = self.score
         return {
             "loss": self.loss,
@@ -61,7 +61,7 @@ class Measured:
         }
 
     def records(self) -> list[dict[str, Any]]:
-        """Each example with its prediction and loss, for reading."""
+        """Return each example with its prediction and loss, for people to read."""
         answers: Sequence[str | None] = self.answers or [None] * len(self.losses)
         return [
             {
@@ -78,7 +78,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Tasks measured with one base under one rendering; `compared` adds what is kept of the tasks' own adapters."""
+    """Tasks measured with one base and prompt; `compared` adds what is kept of the tasks' own adapters."""
 
     tasks: Mapping[str, Measured]
     settings: Mapping[str, Any]
@@ -89,7 +89,7 @@ class Evaluation:
     storage: float | None = None
     """Bytes of the adapters in use over those of all adapters, at equal dtype."""
     kept: Mapping[str, Any] | None = None
-    """S and loss kept, over all tasks and task by task, and the tasks that each leaves out."""
+    """S and loss kept, over all tasks and per task, and the tasks excluded from each."""
 
     @property
     def average(self) -> float | None:
@@ -102,7 +102,7 @@ class Evaluation:
         return _mean([m.loss for m in self.tasks.values()])
 
     def document(self) -> dict[str, Any]:
-        """The JSON document of `eval`."""
+        """Return the JSON document of `eval`."""
         kept = self.kept or {"tasks": {}}
         tasks = {name: m.document() | kept["tasks"].get(name, {}) for name, m in self.tasks.items()}
         return {
@@ -118,10 +118,10 @@ class Evaluation:
         }
 
     def compared(self, own: Mapping[str, Any] | None = None, zero_shot: Mapping[str, Any] | None = None) -> Evaluation:
-        """With S and loss kept, against the documents of the tasks' own adapters and of the bare base.
+        """Add S and loss kept, against the documents of the tasks' own adapters and of the bare base.
 
-        Where base, prompt or split differ a warning says so; a task whose examples differ is left out, and for S one
-        whose metric or max_new_tokens does. S needs `own`, loss kept both.
+        A warning reports a differing base, prompt or split. Tasks with differing examples are excluded, and from S
+        those with a differing metric or max_new_tokens. S needs `own`; loss kept needs both.
         """
         notes: list[str] = []
         mine = self.document()
@@ -154,26 +154,26 @@ class Evaluation:
 def _comparable(
     mine: Mapping[str, Any], other: Mapping[str, Any] | None, name: str, notes: list[str]
 ) -> dict[str, Mapping[str, Any]]:
-    """The tasks of another document that were measured on the same examples; notes say what differs."""
+    """Return the tasks of another document that were measured on the same examples; add differences to `notes`."""
     if other is None:
         return {}
     for key in ("base", "prompt", "split"):
         if mine[key] != other[key]:
-            notes.append(f"the {name} evaluation has another {key}: {other[key]}, here {mine[key]}")
+            notes.append(f"the {name} evaluation has a different {key}: {other[key]}, here {mine[key]}")
     if mine["backend"] != other["backend"] and all(mine[key] == other[key] for key in ("base", "prompt")):
         notes.append(f"the {name} evaluation ran as {other['backend']}, here {mine['backend']}")
     shared = [task for task in mine["tasks"] if task in other["tasks"]]
     absent = [task for task in mine["tasks"] if task not in other["tasks"]]
     differing = [t for t in shared if mine["tasks"][t]["examples"] != other["tasks"][t]["examples"]]
     if absent:
-        notes.append(f"the {name} evaluation lacks {', '.join(absent)}: left out of what is kept")
+        notes.append(f"the {name} evaluation lacks {', '.join(absent)}: left out of S and loss kept")
     if differing:
-        notes.append(f"the {name} evaluation has other examples of {', '.join(differing)}: left out of what is kept")
+        notes.append(f"the {name} evaluation has other examples of {', '.join(differing)}: left out of S and loss kept")
     return {task: other["tasks"][task] for task in shared if task not in differing}
 
 
 def _like_scored(mine: Mapping[str, Any], owns: Mapping[str, Mapping[str, Any]], notes: list[str]) -> dict[str, float]:
-    """The own scores that were measured as ours were."""
+    """Return the own scores that were measured with the same metric and length as ours."""
     both = [t for t, d in owns.items() if d["score"] is not None and mine["tasks"][t]["score"] is not None]
     unlike = [t for t in both if any(owns[t][k] != mine["tasks"][t][k] for k in ("metric", "max_new_tokens"))]
     if unlike:

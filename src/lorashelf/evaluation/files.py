@@ -1,7 +1,7 @@
-"""An evaluation on the disk: its document, its predictions to be read, a table for spreadsheets.
+"""An evaluation on disk: the document, the predictions, a table for spreadsheets.
 
 FOLDER/result.json                  the JSON document of `eval`
-FOLDER/predictions/<task>.jsonl     a line per example: input, prediction, output, references, nll, tokens
+FOLDER/predictions/<task>.jsonl     one line per example: input, prediction, output, references, nll, tokens
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _OF_A_TASK = {"loss": float, "examples": str, "max_new_tokens": int}
 
 
 def write_result(evaluation: Evaluation, folder: Path) -> None:
-    """Write document and predictions into a folder, replacing those of an earlier run, the document last.
+    """Write predictions and then the document into a folder, replacing those of an earlier run.
 
-    Raises TaskNameError for a name that no file can bear; DiskError.
+    Raises TaskNameError for a task name that is not valid as a file name; DiskError.
     """
     texts = {f"{task_name(name)}.jsonl": _lines(m.records()) for name, m in evaluation.tasks.items()}
     predictions = folder / PREDICTIONS
@@ -52,7 +52,7 @@ def write_result(evaluation: Evaluation, folder: Path) -> None:
 
 
 def write_csv(document: Mapping[str, Any], path: Path) -> None:
-    """One row a task; what is not known is empty. Raises DiskError."""
+    """Write one row per task; unknown values are empty. Raises DiskError."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -61,12 +61,12 @@ def write_csv(document: Mapping[str, Any], path: Path) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The document of an earlier evaluation: its JSON file, or the folder it was written to.
+    """Read the document of an earlier evaluation from its JSON file or its output folder.
 
     Raises UsageError naming all that is missing or mistyped.
     """
     file = path / FILE if path.is_dir() else path
-    cure = "give what `lorashelf eval --json` printed, or the folder of its -o"
+    cure = "give the output of `lorashelf eval --json`, or the folder given to -o"
     try:
         document = json.loads(atomic.read_file(file))
         tasks = dict(document["tasks"])
@@ -96,7 +96,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _is(value: Any, kind: type[Any]) -> bool:
-    """Whether a JSON value is of a kind; whole numbers are numbers, truth values and NaN are not."""
+    """Return whether a JSON value is of a type; integers are numbers, booleans and NaN are not."""
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and not isinstance(value, bool)

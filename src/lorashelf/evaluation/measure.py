@@ -1,4 +1,4 @@
-"""Measuring: the losses and answers of tasks under their adapters, each checked before a model is asked."""
+"""Measuring the losses and answers of tasks with their adapters; every task is checked before the first measurement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .metrics import Metric, metric, scored
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is measured at once, and kept in the journal: the losses or the answers of a task under an adapter."""
+    """The unit of measurement and of the journal: the losses or the answers of a task with an adapter."""
 
     what: str
     task: Task
@@ -28,7 +28,7 @@ class Unit:
     examples: ExampleSet
 
     def key(self, backend: Scores) -> dict[str, Any]:
-        """Everything that the result depends on."""
+        """Return all that the result depends on."""
         return {
             "what": self.what,
             "task": self.task.name,
@@ -41,7 +41,7 @@ class Unit:
         }
 
     def fits(self, result: Any) -> bool:
-        """Whether a result has the shape of what `measured` gives."""
+        """Return whether a result has the form of one from `measured`."""
         if not isinstance(result, list) or len(result) != len(self.examples.examples):
             return False
         if self.what == "answers":
@@ -49,7 +49,7 @@ class Unit:
         return all(isinstance(loss, list) and len(loss) == 2 and _is_loss(*loss) for loss in result)
 
     def measured(self, backend: Scores) -> list[Any]:
-        """[nll, tokens] of each example, or its answer."""
+        """Measure [nll, tokens] or the answer of each example."""
         if self.what == "loss":
             return [list(loss) for loss in backend.nll([(self.adapter, self.examples)])[0]]
         texts = [example.input for example in self.examples.examples]
@@ -59,7 +59,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A task that can be measured: checked, with its examples that fit and its metric."""
+    """A task that passed all checks, with the examples that fit and its metric."""
 
     task: Task
     adapter: Adapter | None
@@ -68,7 +68,7 @@ class Ready:
     metric: Metric | None
 
     def units(self) -> list[Unit]:
-        """Its losses, and its answers if it has a metric."""
+        """Return the units to measure: losses, and answers if the task has a metric."""
         kinds = ["loss", "answers"] if self.metric else ["loss"]
         return [Unit(what, self.task, self.adapter, self.examples) for what in kinds]
 
@@ -81,13 +81,13 @@ def metrics_of(
     seed: int = 0,
     loss_only: bool = False,
 ) -> dict[str, Metric | None]:
-    """Each task's metric, None for the loss alone; all that can be checked without a model.
+    """Return each task's metric, None for the loss alone, after all checks that need no model.
 
-    Raises MissingExtra, or UsageError naming every task without such a split, without examples, of unknown metric.
+    Raises MissingExtra, or UsageError naming every task without such a split, without examples or of unknown metric.
     """
     faults = []
     if limit is not None and limit < 1:
-        faults.append(f"limit is {limit}, not at least 1")
+        faults.append(f"limit is {limit}, at least 1 is needed")
     if not 0 <= seed <= LARGEST:
         faults.append(f"seed is {seed}, not 0 to 2^53 − 1")
     missing: list[MissingExtra] = []
@@ -114,7 +114,7 @@ def metrics_of(
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An evaluation that can begin: every task checked, and with it what was left out."""
+    """An evaluation ready to start: the checked tasks, the settings, and the tasks left out."""
 
     ready: Sequence[Ready]
     settings: Mapping[str, Any]
@@ -126,7 +126,7 @@ class Prepared:
         journal: ResultStore | None = None,
         watch: Callable[[Sequence[Unit]], Iterable[Unit]] | None = None,
     ) -> Evaluation:
-        """The evaluation; see `evaluate`."""
+        """Measure; see `evaluate`."""
         journal = ResultStore() if journal is None else journal
         missing = [unit for r in self.ready for unit in r.units() if journal.get(unit.key(backend), unit.fits) is None]
         for unit in missing if watch is None else watch(missing):
@@ -137,7 +137,7 @@ class Prepared:
             tasks[name] = _measured(r, [journal.get(u.key(backend)) for u in r.units()], self.settings["seed"])
             if r.dropped:
                 beyond = f"{r.dropped} of {count} examples are longer than the model's context"
-                notes.append(f"{name}: {beyond}: left out")
+                notes.append(f"{name}: {beyond} and are left out")
         return Evaluation(tasks, self.settings, self.left_out, tuple(notes))
 
 
@@ -151,15 +151,15 @@ def prepare(
     seed: int = 0,
     loss_only: bool = False,
 ) -> Prepared:
-    """Everything that `evaluate` checks before it measures; tasks of one adapter (a slot's) come together.
+    """Check everything that `evaluate` needs; tasks served by one adapter are grouped together.
 
-    Raises as `metrics_of`; UsageError if no task has both an adapter and data, or for tasks none of whose examples fits
-    the context; ShapeMismatch.
+    Raises as `metrics_of`; UsageError if no task has both an adapter and data, or for tasks without an example that
+    fits the context; ShapeMismatch.
     """
     names = sorted(adapters.keys() & tasks.keys())
     if not names:
         have, want = ", ".join(sorted(adapters)) or "none", ", ".join(sorted(tasks)) or "none"
-        raise UsageError(f"no task in common: adapters {have}; data {want}", cure="a task's folder bears its name")
+        raise UsageError(f"no task in common: adapters {have}; data {want}", cure="name data folders after tasks")
     options: dict[str, Any] = {"split": split, "limit": limit, "seed": seed, "loss_only": loss_only}
     metrics = metrics_of({name: tasks[name] for name in names}, **options)
     if any(metrics.values()):
@@ -198,15 +198,15 @@ def evaluate(
 ) -> Evaluation:
     """Measure every task that has an adapter (None: the bare base) and data; see `compare` for the equations.
 
-    `limit` draws that many examples of the split by (seed, task); `seed` also draws the bootstrap. What the journal
-    holds is not measured again; `watch` wraps the units that are. Raises as `prepare`, ModelError, DiskError.
+    `limit` draws that many examples of the split by (seed, task); `seed` also seeds the bootstrap. Results in
+    the journal are not measured again; `watch` wraps the units that are. Raises as `prepare`, ModelError, DiskError.
     """
     prepared = prepare(backend, adapters, tasks, split=split, limit=limit, seed=seed, loss_only=loss_only)
     return prepared.measured(backend, journal, watch)
 
 
 def _identity(adapter: Adapter | None) -> Any:
-    """What tasks that one adapter serves have in common, also where it was read several times."""
+    """Return a key that is equal for tasks of one adapter, even if the adapter was read several times."""
     return None if adapter is None else (adapter.digest, adapter.base)
 
 
@@ -226,4 +226,4 @@ def _is_loss(nll: Any, tokens: Any) -> bool:
 
 def _cannot_start(faults: Sequence[str]) -> UsageError:
     shown = "".join(f"\n  - {fault}" for fault in faults)
-    return UsageError(f"the evaluation cannot start:{shown}", cure="mend these, or choose others: --tasks, --split")
+    return UsageError(f"the evaluation cannot start:{shown}", cure="correct these, or choose others: --tasks, --split")

@@ -1,6 +1,6 @@
-"""Routing by text alone: a task's prototype is the mean representation of its examples; the nearest one gets a text.
+"""Routing by text alone: a text goes to the task with the nearest prototype, the mean representation of its examples.
 
-Nearness is the cosine after the prototypes' own mean is taken off, which leaves what tells these tasks apart. The
+The similarity is the cosine after subtracting the prototypes' mean, which leaves what separates the tasks. The
 confidences are softmax(cosine / TEMPERATURE) over the tasks; a slot's is the sum over the tasks routed to it.
 """
 
@@ -23,21 +23,21 @@ from ..models.protocol import Embeds
 from ..shelf.snapshot import Snapshot
 from ..tasks.folders import ExampleSet, Task
 
-TEMPERATURE = 0.02  # of 0.02, 0.03 … 0.15 the likeliest on held-out training texts: docs/results.md
-MOST_EXAMPLES = 100  # of a task, drawn
-KEPT = ".prototype"  # a file of the cache: float32 values, little-endian, and their digest
+TEMPERATURE = 0.02  # of 0.02, 0.03 … 0.15 the most likely on held-out training texts: docs/results.md
+MOST_EXAMPLES = 100  # per task, drawn
+KEPT = ".prototype"  # suffix of a cache file: float32 values, little-endian, and their digest
 _logger = logging.getLogger("lorashelf")
 
 
 @dataclass(frozen=True, eq=False)
 class Prototypes:
-    """Where the texts of each task lie: task names and their mean representations (n, d)."""
+    """Task names and the mean representations of the tasks' texts, (n, d)."""
 
     tasks: tuple[str, ...]
     means: Matrix
 
     def confidences(self, embeddings: Matrix) -> NDArray[np.float64]:
-        """(m, n): for each of m representations its confidence in each task; a row sums to 1."""
+        """Return (m, n) confidences of m representations in each task; every row sums to 1."""
         centre = self.means.mean(axis=0)
         cosines = _directions(embeddings - centre) @ _directions(self.means - centre).T
         weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / TEMPERATURE)
@@ -46,7 +46,7 @@ class Prototypes:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The task that a text was given to and its slot, with the confidence in each; `others` are the next best tasks."""
+    """The task chosen for a text and its slot, with the confidence in each; `others` are the next best tasks."""
 
     task: str
     slot: int
@@ -56,11 +56,11 @@ class Choice:
 
 
 def examples_on(snapshot: Snapshot, tasks: Mapping[str, Task]) -> dict[str, ExampleSet]:
-    """The training examples of those tasks that are on the shelf. Raises UsageError if there are none."""
+    """Return the training examples of those tasks that are on the shelf. Raises UsageError if there are none."""
     known = {name: tasks[name] for name in sorted(snapshot.manifest.tasks) if name in tasks}
     found = {name: task.examples("train", MOST_EXAMPLES) for name, task in known.items() if "train" in task.splits}
     if not found:
-        cure = "give a folder of task folders with train.jsonl, named as the tasks on the shelf"
+        cure = "give a folder of task folders with train.jsonl, named like the tasks on the shelf"
         raise UsageError("no task on the shelf has examples here", where=str(snapshot.path), cure=cure)
     return found
 
@@ -72,16 +72,16 @@ def prototypes(
     *,
     watch: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> Prototypes:
-    """The prototypes of tasks. With `cache`, a folder, means are kept there by model and examples.
+    """Return the prototypes of tasks. `cache` is a folder for the means, keyed by model and examples.
 
-    `watch` wraps the names of the tasks as they are gone through.
+    `watch` wraps the iteration over the tasks' names.
     """
     means = [_mean(model, examples[task], cache) for task in watch(list(examples))]
     return Prototypes(tuple(examples), np.stack(means))
 
 
 def choose(model: Embeds, known: Prototypes, snapshot: Snapshot, text: str) -> Choice:
-    """The task whose prototype is the nearest, and its slot."""
+    """Choose the task whose prototype is nearest, and its slot."""
     (row,) = known.confidences(model.embed([text]))
     order = np.argsort(-row, kind="stable")
     ranked = {known.tasks[i]: float(row[i]) for i in order}
@@ -97,7 +97,7 @@ def choose(model: Embeds, known: Prototypes, snapshot: Snapshot, text: str) -> C
 
 
 def _mean(model: Embeds, examples: ExampleSet, cache: Path | None) -> Matrix:
-    """The mean representation of a task's texts, from the cache if it is there whole."""
+    """Return the mean representation of a task's texts, from the cache if stored there undamaged."""
     key = digest([canonical_json([model.embedding_id, examples.digest])])
     file = None if cache is None else cache / f"{key}{KEPT}"
     if (kept := _kept(file, examples.task)) is not None:
@@ -105,14 +105,14 @@ def _mean(model: Embeds, examples: ExampleSet, cache: Path | None) -> Matrix:
     embedded = model.embed([example.input for example in examples.examples])
     mean = np.asarray(embedded.mean(axis=0), "<f4")
     if file is not None:
-        with contextlib.suppress(DiskError):  # where nothing can be kept, it is computed again next time
+        with contextlib.suppress(DiskError):  # without a cache, the mean is computed again next time
             atomic.make_parents(file)
             atomic.replace_file(file, _sealed(mean.tobytes()), file.parent)
     return mean
 
 
 def _kept(file: Path | None, task: str) -> Matrix | None:
-    """The mean in a file of the cache; None where there is no such file, and with a warning where it is damaged."""
+    """Return the mean in a cache file; None if there is no such file, or, with a warning, if it is damaged."""
     if file is None or not file.exists():
         return None
     try:
@@ -121,18 +121,18 @@ def _kept(file: Path | None, task: str) -> Matrix | None:
         return None
     values = data[: -len(digest([]))]
     if data != _sealed(values):
-        _logger.warning("the kept prototype of %s is damaged and is made again (%s)", task, file)
+        _logger.warning("the cached prototype of %s is damaged and will be rebuilt (%s)", task, file)
         return None
     return np.frombuffer(values, "<f4")
 
 
 def _sealed(values: bytes) -> bytes:
-    """The values and their digest."""
+    """Return the values followed by their digest."""
     return values + digest([values]).encode()
 
 
 def _directions(vectors: Matrix) -> NDArray[np.float64]:
-    """Each row at length 1; a row of zeros stays."""
+    """Return the rows scaled to length 1; rows of zeros are kept."""
     wide = vectors.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
     return np.asarray(wide / np.where(norms > 0, norms, 1.0))

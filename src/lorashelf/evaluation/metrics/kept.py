@@ -1,4 +1,4 @@
-"""What merging keeps of the tasks' own adapters, guarded against tasks whose own adapter gains nothing."""
+"""How much of the tasks' own adapters a merge keeps, guarded against tasks whose own adapter gains nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ LEAST_GAIN = 0.02
 
 
 def normalised(scores: Mapping[str, float], own: Mapping[str, float]) -> tuple[float | None, list[str]]:
-    """S = mean over tasks of score / own score, where the own score is ≥ 1.0 of 100 (K-Merge, arXiv 2510.13537; the
-    guard is ours). And the tasks left out, sorted; a task without an own score is one.
+    """Return S = mean over tasks of score / own score, where the own score is ≥ 1.0 of 100 (K-Merge, arXiv 2510.13537;
+    the guard is ours), and the excluded tasks, sorted; tasks without an own score are excluded.
 
     >>> normalised({"qa": 40.0, "sum": 5.0, "gec": 3.0}, {"qa": 50.0, "sum": 10.0, "gec": 0.2})
     (0.65, ['gec'])
@@ -21,8 +21,8 @@ def normalised(scores: Mapping[str, float], own: Mapping[str, float]) -> tuple[f
 def loss_kept(
     loss: Mapping[str, float], own: Mapping[str, float], zero: Mapping[str, float]
 ) -> tuple[float | None, list[str]]:
-    """Mean over tasks of (zero-shot − loss) / (zero-shot − own), where own beats zero-shot by ≥ 0.02 nats per token.
-    And the tasks left out, sorted; a task without an own or a zero-shot loss is one.
+    """Return the mean over tasks of (zero-shot − loss) / (zero-shot − own), where own gains ≥ 0.02 nats per token,
+    and the excluded tasks, sorted; tasks without an own or a zero-shot loss are excluded.
 
     >>> loss_kept({"qa": 1.5, "sum": 2.0}, {"qa": 1.0, "sum": 1.99}, {"qa": 2.0, "sum": 2.0})
     (0.5, ['sum'])

@@ -1,4 +1,4 @@
-"""What a metric is: statistics of one example that add up over examples, and the score of their sum."""
+"""A metric: statistics of one example that add up over examples, and the score of their sum."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric in one language; a corpus' score is `value` of the sum of its examples' `statistics`."""
+    """A metric in one language; a corpus's score is `value` of the sum of its examples' `statistics`."""
 
     label: str
-    """What a column of these scores says, e.g. 'F0.5 (character edits)'."""
+    """The heading of a column of these scores, e.g. 'F0.5 (character edits)'."""
     statistics: Callable[[Example, str], tuple[float, ...]]
-    """(example, prediction) → what adds up over examples; against the best of the example's answers."""
+    """(example, prediction) → values that add up over examples, for the best of the example's answers."""
     formula: str = "mean"
-    """The name in `FORMULAS` of what makes a score of statistics: stored statistics need no metric's package."""
+    """The name in `FORMULAS` of the score of summed statistics; stored statistics need no metric's package."""
 
     def value(self, sums: Vector) -> float:
-        """Statistics summed over examples → score, 0 to 100."""
+        """Return statistics summed over examples → score, 0 to 100."""
         return FORMULAS[self.formula](sums)
 
 
@@ -40,7 +40,7 @@ TASK_METRICS: Registry[Maker] = Registry("metric")
 
 
 def measure(name: str) -> Callable[[Maker], Maker]:
-    """Register a function of the language ('' where it is unknown) as metric `name`."""
+    """Register a function of the language ('' if unknown) as metric `name`."""
 
     def register(make: Maker) -> Maker:
         TASK_METRICS.add(name, make)
@@ -50,7 +50,7 @@ def measure(name: str) -> Callable[[Maker], Maker]:
 
 
 def metric(name: str, language: str) -> Metric:
-    """The metric for a language ('zh', 'zh-TW' and 'zh_TW' are one), its packages loaded.
+    """Return the metric for a language ('zh', 'zh-TW' and 'zh_TW' are one), its packages loaded.
 
     Raises UnknownName, MissingExtra (`metrics`).
     """
@@ -58,22 +58,22 @@ def metric(name: str, language: str) -> Metric:
 
 
 def mean_of(label: str, score: Callable[[str, str], float]) -> Metric:
-    """The metric (1/n) Σ max over answers of score(answer, prediction), score in [0, 1]; statistics (score, 1)."""
+    """Return the metric (1/n) Σ max over answers of score(answer, prediction) in [0, 1]; statistics (score, 1)."""
 
     def statistics(example: Example, prediction: str) -> tuple[float, ...]:
-        said = clean(prediction)
-        return max(score(answer, said) for answer in answers(example)), 1.0
+        cleaned = clean(prediction)
+        return max(score(answer, cleaned) for answer in answers(example)), 1.0
 
     return Metric(label, statistics)
 
 
 def answers(example: Example) -> list[str]:
-    """The texts that are right: the output and the references, each once, clean."""
+    """Return the correct answers: the output and the references, cleaned, each once."""
     return list(dict.fromkeys(clean(text) for text in (example.output, *example.references)))
 
 
 def clean(text: str) -> str:
-    r"""Unicode NFC with runs of white space as one space, none at the ends; what UTF-8 cannot hold becomes '?'.
+    r"""Return Unicode NFC with runs of white space as one space, none at the ends; lone surrogates become '?'.
 
     >>> clean("  cafe\u0301 au\n lait ")
     'café au lait'

@@ -12,7 +12,7 @@ from .tokens import Tokens, letter_runs, segments
 
 @measure("weighted_rouge")
 def weighted_rouge(language: str) -> Metric:
-    """R1/6 + R2/3 + R3/2 of one answer, the best; an answer of two tokens has no trigram and gives at most ½."""
+    """Return R1/6 + R2/3 + R3/2 of the best answer; an answer of two tokens has no trigram and scores at most ½."""
     scorer = _scorer(language, ["rouge1", "rouge2", "rouge3"])
 
     def score(answer: str, prediction: str) -> float:
@@ -24,14 +24,14 @@ def weighted_rouge(language: str) -> Metric:
 
 @measure("rouge_l")
 def rouge_l(language: str) -> Metric:
-    """The F-measure of the longest common subsequence, 2 P R / (P + R), of the best answer."""
+    """Return the F-measure of the longest common subsequence, 2 P R / (P + R), with the best answer."""
     scorer = _scorer(language, ["rougeL"])
     return mean_of("ROUGE-L", lambda answer, prediction: float(scorer.score(answer, prediction)["rougeL"].fmeasure))
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """A function in the form that rouge-score takes."""
+    """A tokenising function wrapped for rouge-score."""
 
     tokenize: Tokens
 
@@ -45,9 +45,9 @@ def _scorer(language: str, kinds: list[str]) -> Any:
 
 
 def _words(language: str) -> Tokens:
-    """Lower-cased: MeCab's and jieba's tokens that hold a letter or number, white space for ko, else letter runs.
+    """Return a lower-casing tokenizer: words of MeCab (ja) or jieba (zh), white space for ko, else runs of letters.
 
-    English has the package's own: runs of a-z and 0-9, of which letter runs are the same for any alphabet.
+    English uses rouge-score's own tokenizer, runs of a-z and 0-9; runs of letters are the same for any alphabet.
     """
     if language not in ("ja", "zh", "ko"):
         return lambda text: letter_runs(text.lower())

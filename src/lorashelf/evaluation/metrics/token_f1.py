@@ -16,22 +16,20 @@ ARTICLES = frozenset(["a", "an", "the"])
 
 @measure("f1")
 def token_f1(language: str) -> Metric:
-    """2 P R / (P + R) over the bag of tokens, of the best answer; two texts without a token agree."""
+    """Return 2 P R / (P + R) over the bag of tokens, with the best answer; two texts without tokens agree."""
     tokens = _tokens(language)
 
     def score(answer: str, prediction: str) -> float:
-        right, said = Counter(tokens(answer)), Counter(tokens(prediction))
-        if not right or not said:
-            return float(right == said)
-        return 2 * (right & said).total() / (right.total() + said.total())
+        right, given = Counter(tokens(answer)), Counter(tokens(prediction))
+        if not right or not given:
+            return float(right == given)
+        return 2 * (right & given).total() / (right.total() + given.total())
 
     return mean_of("F1", score)
 
 
 def _tokens(language: str) -> Tokens:
-    """Lower-cased tokens (MeCab ja, jieba zh, else white space) without Unicode's and ASCII's punctuation; in English
-    without articles.
-    """
+    """Return a lower-casing tokenizer (MeCab ja, jieba zh, else white space) that drops punctuation, in en articles."""
     pieces, dropped = segments(language), ARTICLES if language == "en" else frozenset[str]()
 
     punctuation = _punctuation()
@@ -45,6 +43,6 @@ def _tokens(language: str) -> Tokens:
 
 @functools.cache
 def _punctuation() -> dict[int, None]:
-    """Every sign of Unicode's and ASCII's punctuation, to be deleted; found in a tenth of a second, once."""
+    """Return a table that deletes Unicode and ASCII punctuation; computed once, in a tenth of a second."""
     signs = (code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "P")
     return dict.fromkeys([*map(ord, string.punctuation), *signs])

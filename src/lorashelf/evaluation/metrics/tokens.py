@@ -1,4 +1,4 @@
-"""Texts as tokens: MeCab for Japanese, jieba for Chinese, white space, or Unicode letters for every other language."""
+"""Texts as tokens: MeCab for Japanese, jieba for Chinese, white space or Unicode letters for other languages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tokens = Callable[[str], list[str]]
 
 
 def segments(language: str) -> Tokens:
-    """MeCab's tokens (UniDic) for ja, jieba's for zh, what white space separates for the others.
+    """Return a tokenizer: MeCab (UniDic) for ja, jieba for zh, white space for other languages.
 
     Raises MissingExtra (`metrics`).
     """
@@ -21,12 +21,12 @@ def segments(language: str) -> Tokens:
 
 
 def is_word_character(character: str) -> bool:
-    """Whether a character is a letter, a mark that belongs to one, or a number (Unicode categories L, M, N)."""
+    """Return whether a character is a letter, a mark that belongs to one, or a number (Unicode categories L, M, N)."""
     return unicodedata.category(character)[0] in "LMN"
 
 
 def letter_runs(text: str) -> list[str]:
-    """Runs of letters, marks and numbers; everything else separates.
+    """Return the runs of letters, marks and numbers; everything else separates.
 
     >>> letter_runs("L'été 2024, déjà-vu!")
     ['L', 'été', '2024', 'déjà', 'vu']
@@ -35,7 +35,7 @@ def letter_runs(text: str) -> list[str]:
 
 
 def letters_and_signs(text: str) -> list[str]:
-    """Runs of letters, marks and numbers, and every other character alone, except white space.
+    """Return runs of letters, marks and numbers, and every other character on its own, except white space.
 
     >>> letters_and_signs("C'est 5 €!")
     ['C', "'", 'est', '5', '€', '!']
@@ -49,7 +49,7 @@ def _white_space() -> Tokens:
 
 @functools.cache
 def _mecab() -> Tokens:
-    """MeCab with unidic-lite, whatever other dictionary is installed."""
+    """Load MeCab with unidic-lite, whichever other dictionaries are installed."""
     try:
         import fugashi
         import unidic_lite
@@ -62,10 +62,10 @@ def _mecab() -> Tokens:
 
 @functools.cache
 def _jieba() -> Tokens:
-    """Chinese by jieba in its precise mode with its own dictionary.
+    """Load jieba in precise mode with its own dictionary.
 
-    Its `initialize` would keep a cache in the shared temporary folder, and load what it finds there; the dictionary is
-    read instead (half a second).
+    jieba's `initialize` would write a cache to the shared temporary folder and load any file found there; reading the
+    dictionary instead takes half a second.
     """
     try:
         with warnings.catch_warnings():  # escape sequences, and pkg_resources where an old setuptools has it
