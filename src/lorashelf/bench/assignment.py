@@ -1,4 +1,4 @@
-"""Which adapter serves which task, and where that comes from: made from a cell of a suite, in memory."""
+"""Which adapter serves which task, with provenance: computed from a cell of a suite, in memory."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from .suite import BY_TYPE, Cell
 
 @dataclass(frozen=True)
 class Assignment:
-    """Task → the adapter that serves it (None: the bare base), and how it was made."""
+    """Task → adapter (None: the bare base), and how the assignment was made."""
 
     serving: Mapping[str, Adapter | None]
     provenance: Mapping[str, Any]
-    """`blocks` (tasks that share an adapter), `order` of arrival, and what a search reports."""
+    """`blocks` (tasks that share an adapter), `order` of arrival, and the report of a search."""
 
     def bytes(self, dtype: str) -> int:
-        """The size of the distinct adapters as PEFT folders of this dtype, whichever they are merged in."""
+        """Return the bytes of the distinct adapters as PEFT folders of this dtype, whatever dtype they have."""
         return bytes_of({x.digest: x for x in self.serving.values() if x is not None}.values(), dtype)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What cells are made from: the tasks' own adapters, their examples, a language model, a folder for journals."""
+    """The inputs of cells: the tasks' own adapters, their examples, a language model, a folder for journals."""
 
     adapters: Mapping[str, Adapter]
     tasks: Mapping[str, Task]
@@ -50,12 +50,12 @@ class Inputs:
 
 
 def bytes_of(adapters: Iterable[Adapter], dtype: str) -> int:
-    """The size of adapters as PEFT folders of this dtype."""
+    """Return the bytes of adapters as PEFT folders of this dtype."""
     return sum(encode(replace(x, dtype=dtype)).size for x in adapters)
 
 
 def assign(cell: Cell, inputs: Inputs) -> Assignment:
-    """The assignment of a cell. Raises what merging, placing and searching raise."""
+    """Compute the assignment of a cell. Raises what merging, placing and searching raise."""
     adapters = inputs.adapters
     if cell.how == "serve":
         own = cell.method == "own"
@@ -68,8 +68,8 @@ def assign(cell: Cell, inputs: Inputs) -> Assignment:
 
 
 def arrival(cell: Cell, types: Mapping[str, str]) -> list[str]:
-    """The order in which tasks (name → problem type) arrive: by name, drawn by the seed, or the worst, in which all
-    tasks of a type come in a row.
+    """Return the order in which tasks (name → problem type) arrive: by name, drawn by the seed, or `worst`: all tasks
+    of a type in a row.
     """
     ordered, rng = sorted(types), random.Random(cell.options["seed"])
     if cell.options["order"] == "name":
@@ -104,7 +104,7 @@ def _merged(cell: Cell, inputs: Inputs, blocks: Sequence[Sequence[str]], more: M
 
 
 def _arrived(cell: Cell, inputs: Inputs) -> Assignment:
-    """The adapters arrive one by one at an empty shelf, of which nothing is written."""
+    """Let the adapters arrive one by one at an empty shelf; nothing is committed to it."""
     options = dict(cell.options)
     types = {name: inputs.tasks[name].type for name in inputs.adapters}
     order = arrival(cell, types)
@@ -120,7 +120,7 @@ def _arrived(cell: Cell, inputs: Inputs) -> Assignment:
 
 
 def _searched(cell: Cell, inputs: Inputs) -> Assignment:
-    """The data-driven search on examples of the train split; what it measured so far is kept in the folder."""
+    """Search by loss on examples of the train split; the losses measured so far are kept in the folder."""
     options = cell.options
     backend = inputs.backend
     sets, _ = drawn(

@@ -1,4 +1,4 @@
-"""Results for people: a table in Markdown with paired intervals, and a plot."""
+"""Results for people: a Markdown table with paired intervals, and a plot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Group = tuple[str, str, str]  # method, merge, other options
 
 
 def groups(suite: Suite, results: Mapping[str, dict[str, Any]]) -> dict[Group, list[Cell]]:
-    """The measured cells that differ in nothing but the seed."""
+    """Group the measured cells that differ only in the seed."""
     found: dict[Group, list[Cell]] = {}
     for cell in suite.cells:
         if cell.id in results:
@@ -30,7 +30,7 @@ def groups(suite: Suite, results: Mapping[str, dict[str, Any]]) -> dict[Group, l
 
 
 def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per group: means over tasks and seeds, each (value, low, high) or None, by rising loss within a merge."""
+    """Return a row per group: means over tasks and seeds, each (value, low, high) or None; by merge, then by loss."""
     grouped = groups(suite, results)
     samples = {group: sampled([results[cell.id] for cell in cells]) for group, cells in grouped.items()}
     if samples:
@@ -59,7 +59,7 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
 
 
 def _difference(sample: Sample, reference: Sample) -> Vector | None:
-    """Loss minus that of the reference, on the same resamples; mean over the tasks that both have."""
+    """Return the loss minus that of the reference, on the same resamples; mean over the tasks that both have."""
     shared = sorted(set(sample.tasks) & set(reference.tasks))
     return mean_over_tasks({task: sample.losses[task] - reference.losses[task] for task in shared})
 
@@ -73,10 +73,10 @@ def _storage(sample: Sample) -> float:
 
 
 def table(suite: Suite, results: Mapping[str, dict[str, Any]]) -> str:
-    """The rows as a Markdown table, with the number of tasks and examples above."""
+    """Return the rows as a Markdown table, below the number of tasks and examples."""
     found = rows(suite, results)
     if not found:
-        return "nothing is measured yet"
+        return "nothing has been measured yet"
     against = f"− {suite.reference}" if suite.reference else None
     heads = ["method", "merge", "options", "seeds", "loss", "loss kept %", *([against] if against else [])]
     heads += ["score", "S", "storage %"]
@@ -112,10 +112,10 @@ def _number(stated: tuple[float, float, float] | None, form: str, factor: float 
 def plot(
     suite: Suite, results: Mapping[str, dict[str, Any]], path: Path, x: str = "storage", y: str = "loss_kept"
 ) -> None:
-    """Draw y against x, a line per method and merge; the file's ending gives the format.
+    """Plot y against x, one line per method and merge; the file's extension sets the format.
 
-    `x` is storage or an option that is a number; `y` is loss, loss_kept, score or S. Raises UsageError where nothing
-    can be drawn, MissingExtra (`report`), DiskError.
+    `x` is storage or a numeric option; `y` is loss, loss_kept, score or S. Raises UsageError if there is nothing
+    to draw, MissingExtra (`report`), DiskError.
     """
     lines = _lines(suite, results, x, y)
     if not lines:
@@ -128,7 +128,7 @@ def plot(
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lstrip(".") not in kinds:
         cure = f"one of {', '.join(sorted(kinds))}"
-        raise UsageError(f"cannot draw {path.suffix or 'a file without ending'}", where=str(path), cure=cure)
+        raise UsageError(f"cannot draw {path.suffix or 'a file without an extension'}", where=str(path), cure=cure)
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     marks = "os^Dvp*Xh<>"
@@ -151,7 +151,7 @@ def plot(
 def _lines(
     suite: Suite, results: Mapping[str, dict[str, Any]], x: str, y: str
 ) -> dict[str, list[tuple[float, Sequence[float]]]]:
-    """Label → points (x, (value, low, high))."""
+    """Return label → points (x, (value, low, high))."""
     cells = groups(suite, results)
     found: dict[str, list[tuple[float, Sequence[float]]]] = {}
     for row in rows(suite, results):

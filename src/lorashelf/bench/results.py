@@ -1,7 +1,7 @@
-"""The result of a cell as a JSON document, and statistics over several.
+"""The result of a cell as a JSON document, and statistics over several documents.
 
-A document holds what every example contributed (summed negative log-likelihood in nats, tokens, and what its answer
-adds to the score), so that means, ratios and paired intervals follow from committed files, without a model.
+A document holds the contribution of every example (summed negative log-likelihood in nats, tokens, and the statistics
+of its score), so that means, ratios and paired intervals follow from committed files, without a model.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Vector = NDArray[np.float64]
 
 
 def path_of(cell: Cell, folder: Path) -> Path:
-    """Where the result of a cell lies."""
+    """Return the path of a cell's result."""
     return folder / f"{cell.method}-{cell.id}.json"
 
 
 def conditions(suite: Suite) -> dict[str, Any]:
-    """What the suite says of how its cells are measured; results under other conditions are not mixed."""
+    """Return a suite's conditions of measurement; results under different conditions are not mixed."""
     return {
         "base": suite.base,
         "model_dtype": suite.model_dtype,
@@ -53,7 +53,7 @@ def conditions(suite: Suite) -> dict[str, Any]:
 def document(
     suite: Suite, cell: Cell, assignment: Assignment, evaluation: Evaluation, sizes: Mapping[str, int], seconds: float
 ) -> dict[str, Any]:
-    """The result of a cell; numbers of examples are rounded to 4 decimals."""
+    """Return the result of a cell as a document; values per example are rounded to 4 decimals."""
     return {
         "format": FORMAT,
         "suite": {"name": suite.name, "digest": suite.digest},
@@ -86,7 +86,7 @@ def _task(measured: Measured) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version  # only to measure
+    from importlib.metadata import PackageNotFoundError, version  # needed only when measuring
 
     found = {}
     for name in _LIBRARIES:
@@ -98,7 +98,7 @@ def _versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name, as Linux gives it."""
+    """Return the processor's name as Linux reports it."""
     try:
         rows = atomic.read_file(Path("/proc/cpuinfo")).decode().splitlines()
     except OSError:
@@ -107,7 +107,7 @@ def _processor() -> str:
 
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:
-    """Write a document, a line per task; it appears whole. Raises DiskError."""
+    """Write a document atomically, one line per task. Raises DiskError."""
     head = {name: value for name, value in result.items() if name != "tasks"}
     rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(task)}" for name, task in result["tasks"].items())
     text = json.dumps(head, indent=1)[:-2] + ',\n "tasks": {\n' + rows + "\n }\n}\n"
@@ -115,7 +115,7 @@ def write_result(result: Mapping[str, Any], path: Path) -> None:
 
 
 def read_results(suite: Suite, folder: Path) -> dict[str, dict[str, Any]]:
-    """Cell id → document, of those cells of the suite that are measured under its conditions.
+    """Read cell id → document of the suite's cells that were measured under its conditions.
 
     Raises UsageError for a file that is not a result.
     """
@@ -139,25 +139,25 @@ def read_results(suite: Suite, folder: Path) -> dict[str, dict[str, Any]]:
 class Sample:
     """Results of one method (several seeds) on the same examples, resampled together.
 
-    Resample d draws every task's examples with replacement, the same ones for every method, as all generators start
-    from the task's name; so differences between two samples are paired.
+    Resample d draws every task's examples with replacement, the same ones for every method, since every generator is
+    seeded by the task's name: differences between two samples are paired.
     """
 
     results: tuple[Mapping[str, Any], ...]
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks of all results, by name."""
+        """The tasks that all results have, sorted."""
         return sorted(set.intersection(*(set(result["tasks"]) for result in self.results)))
 
     @cached_property
     def losses(self) -> Mapping[str, Vector]:
-        """Task → (1 + DRAWS,) its loss in nats per token, mean over seeds: on all examples first, then resampled."""
+        """Task → (1 + DRAWS,) loss in nats per token, mean over seeds: first on all examples, then per resample."""
         return {task: self._mean(task, "loss") for task in self.tasks}
 
     @cached_property
     def scores(self) -> Mapping[str, Vector]:
-        """Task → (1 + DRAWS,) its score, 0 to 100, of the tasks that were answered."""
+        """Task → (1 + DRAWS,) score, 0 to 100, for tasks with answers."""
         return {
             task: self._mean(task, "score")
             for task in self.tasks
@@ -171,7 +171,7 @@ class Sample:
 
 
 def _counts(task: str, n: int) -> Vector:
-    """(1 + DRAWS, n): how often each example counts; once each in the first row."""
+    """Return (1 + DRAWS, n): how often each example counts; in the first row once each."""
     rng = np.random.default_rng(list(task.encode()))
     return np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=DRAWS)]).astype(float)
 
@@ -186,13 +186,13 @@ def _score(entry: Mapping[str, Any], counts: Vector) -> Vector:
 
 
 def mean_over_tasks(values: Mapping[str, Vector]) -> Vector | None:
-    """(1 + DRAWS,): the mean over tasks; None where there is no task."""
+    """Return the mean over tasks, (1 + DRAWS,); None without tasks."""
     return np.asarray(np.mean(list(values.values()), axis=0)) if values else None
 
 
 def kept(losses: Mapping[str, Vector], own: Mapping[str, Vector], zero: Mapping[str, Vector]) -> Vector | None:
-    """Loss kept: the mean over tasks of (zero − loss) / (zero − own), all three on the same resample, over the tasks
-    where own gains at least 0.02 nats per token on all examples (a smaller gain of a resample counts as that much).
+    """Return loss kept: the mean of (zero − loss) / (zero − own), all three on the same resample, over the tasks where
+    own gains at least 0.02 nats per token on all examples (a smaller gain on a resample is raised to 0.02).
     """
     gains = {task: zero[task] - own[task] for task in losses if task in own and task in zero}
     ratios = {
@@ -204,22 +204,22 @@ def kept(losses: Mapping[str, Vector], own: Mapping[str, Vector], zero: Mapping[
 
 
 def normalised_score(scores: Mapping[str, Vector], own: Mapping[str, Vector]) -> Vector | None:
-    """S: the mean over tasks of score / own score on the same resample, over the tasks whose own score is at least 1.0
-    of 100 on all examples (a lower one of a resample counts as that much).
+    """Return S: the mean of score / own score on the same resample, over the tasks whose own score is at least 1.0 of
+    100 on all examples (a lower score on a resample is raised to 1.0).
     """
     shared = [task for task in scores if task in own and own[task][0] >= LEAST_SCORE]
     return mean_over_tasks({task: scores[task] / np.maximum(own[task], LEAST_SCORE) for task in shared})
 
 
 def interval(values: Vector) -> tuple[float, float]:
-    """The 95 % percentile interval of the resamples."""
+    """Return the 95 % percentile interval over the resamples."""
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return float(low), float(high)
 
 
 def sampled(results: Sequence[Mapping[str, Any]]) -> Sample:
-    """The sample of several results. Raises UsageError unless all were measured with one model."""
+    """Return the sample of several results. Raises UsageError unless all were measured with one model."""
     models = {json.dumps(result["model"], sort_keys=True) for result in results}
     if len(models) > 1:
-        raise UsageError("the results come from several models: " + "; ".join(sorted(models)), cure="measure them anew")
+        raise UsageError("the results come from several models: " + "; ".join(sorted(models)), cure="measure again")
     return Sample(tuple(results))

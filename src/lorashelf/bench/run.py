@@ -1,6 +1,6 @@
-"""Measure a suite's cells: each one once, resumable at any point, the work shared by processes that run side by side.
+"""Measure a suite's cells, each one once: resumable at any point, shared by processes that run at the same time.
 
-FOLDER/METHOD-ID.json       the result of a cell: what is committed
+FOLDER/METHOD-ID.json       the result of a cell: commit these files
 FOLDER/measured/N.jsonl     losses and answers by adapter, examples and model; one file per process, read by all
 FOLDER/search-ID.jsonl      the losses of a search until its cell is done
 FOLDER/claims/ID            locked while a process measures the cell
@@ -29,7 +29,7 @@ from .suite import Cell, Suite
 
 MEASURED, CLAIMS = "measured", "claims"
 Watch = Callable[[Cell, Sequence[Any]], Iterable[Any]]
-"""Wraps the steps of a cell, its search's iterations and its measurements, as they are worked through."""
+"""Wraps the steps of a cell (the iterations of a search, and the measurements) to follow their progress."""
 
 
 def run(
@@ -40,13 +40,13 @@ def run(
     folder: Path,
     watch: Watch = lambda _, steps: steps,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Measure what is not measured yet; yields each cell with its result as it is done.
+    """Measure the remaining cells; yields each cell with its result when done.
 
-    A cell that another process measures is passed over. Raises what evaluation and searches raise, DiskError.
+    A cell that another process is measuring is skipped. Raises what evaluation and searches raise, DiskError.
     """
     for path in (folder / MEASURED, folder / CLAIMS):
         atomic.make_parents(path / "x")
-    dtype = wider([x.dtype for x in adapters.values()])  # sizes are compared at this one
+    dtype = wider([x.dtype for x in adapters.values()])  # sizes are compared at this dtype
     own_bytes = bytes_of(adapters.values(), dtype)
     with _journal(folder / MEASURED) as kept:
         for cell in suite.cells:
@@ -74,7 +74,7 @@ def _files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _journal(folder: Path) -> Iterator[Path]:
-    """A file of measurements for this process alone: the first that no other process holds."""
+    """Lock a file of measurements for this process: the first that no other process holds."""
     for number in range(1, 1000):
         path = folder / f"{number}.jsonl"
         with contextlib.ExitStack() as stack:
@@ -86,12 +86,12 @@ def _journal(folder: Path) -> Iterator[Path]:
                 atomic.append(path, b"", 0)
             yield path
             return
-    raise UsageError("1000 processes measure this suite", where=str(folder), cure="wait until some are done")
+    raise UsageError("1000 processes are measuring this suite", where=str(folder), cure="wait until some are done")
 
 
 @contextlib.contextmanager
 def _claimed(cell: Cell, folder: Path) -> Iterator[bool]:
-    """Whether this process may measure the cell; held until the block is left."""
+    """Claim a cell for the block; yields whether this process may measure the cell."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(sole(folder / CLAIMS / cell.id, "another process measures this cell", folder, "wait"))
@@ -102,9 +102,9 @@ def _claimed(cell: Cell, folder: Path) -> Iterator[bool]:
 
 
 def status(suite: Suite, folder: Path) -> dict[str, Any]:
-    """Which cells are measured, which are being measured now, and how long the rest may take, in seconds.
+    """Return each cell's state (done, running, waiting) and the estimated seconds for the rest.
 
-    The estimate takes the mean time of the cells of the same kind that are done, None where there is none.
+    The estimate is the mean time of finished cells of the same kind; None if a kind has none.
     """
     done = read_results(suite, folder) if folder.exists() else {}
     running = [cell.id for cell in suite.cells if cell.id not in done and _is_claimed(cell, folder)]

@@ -2,10 +2,10 @@
 
 format = 1
 title = "Forty tasks in five slots"
-adapters = "../zoo"                       # a PEFT folder per task; relative to this file
-data = "../tasks"                         # a task folder per task
+adapters = "../zoo"                       # one PEFT folder per task; relative to this file
+data = "../tasks"                         # one task folder per task
 limit = 20                                # examples per task, drawn by (seed, task)
-reference = "random"                      # the method that others of the same merge are compared with
+reference = "random"                      # other methods with the same merge are compared with this one
 
 [[cells]]
 serve = ["base", "own"]                   # the bare base, and each task's own adapter
@@ -13,7 +13,7 @@ serve = ["base", "own"]                   # the bare base, and each task's own a
 cluster = ["random", "agglomerative"]     # or arrive = policies, search = "d2c"
 slots = 5
 merge = ["linear", "ties"]
-seed = [0, 22, 44]                        # a list makes a cell per element
+seed = [0, 22, 44]                        # a list makes one cell per element
 measure = ["loss", "answers"]
 priority = 1                              # cells of a lower number are measured first
 """
@@ -43,7 +43,7 @@ FORMAT = 1
 How = Literal["serve", "cluster", "arrive", "search"]
 MEASURES = ("loss", "answers")
 BY_TYPE = "type"
-"""The clustering with a block per problem type, which an oracle would know."""
+"""The clustering with one block per problem type, as an oracle would know."""
 METHODS_OF: Mapping[How, Sequence[str]] = {
     "serve": ("base", "own"),
     "cluster": (BY_TYPE, *(name for name, method in PARTITIONERS.items() if not method.by_loss)),
@@ -58,14 +58,14 @@ _OPTIONS: Mapping[How, Mapping[str, Any]] = {
     "arrive": {**_COMMON, "order": "random", "threshold": "auto"},
     "search": {**_COMMON, **{name: p.default for name, p in _SEARCH.items()}, "examples_per_task": 10},
 }
-"""What a cell of each kind depends on, with the defaults; everything is stored in float32 unless `dtype` differs."""
+"""The options of each kind of cell, with defaults; adapters are stored in float32 unless `dtype` is set."""
 ORDERS = ("random", "worst", "name")
-"""Of arrival: drawn by the seed; all tasks of a type in a row, types and tasks drawn; sorted by name."""
+"""Orders of arrival: drawn by the seed; all tasks of a type in a row, types and tasks drawn; sorted by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One assignment of adapters to tasks that is measured: how it is made, by which method, with which options."""
+    """One assignment of adapters to tasks to measure: how it is made, by which method, with which options."""
 
     how: How
     method: str
@@ -74,7 +74,7 @@ class Cell:
     priority: int = 1
 
     def document(self) -> dict[str, Any]:
-        """What distinguishes this cell from others; its measure and priority do not."""
+        """Return what distinguishes this cell from others; `measure` and `priority` do not."""
         return {"how": self.how, "method": self.method, **self.options}
 
     @property
@@ -84,11 +84,11 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The cell in a line: the method, and the options that are not the defaults."""
+        """The cell in one line: the method, and the options that differ from the defaults."""
         return " ".join([self.method, *self.particulars()])
 
     def particulars(self, but: Sequence[str] = ()) -> list[str]:
-        """The options that are not the defaults, as name=value."""
+        """Return the options that differ from the defaults, except those in `but`, as name=value."""
         defaults = _OPTIONS[self.how]
         return [
             f"{name}={value}" for name, value in self.options.items() if value != defaults[name] and name not in but
@@ -97,7 +97,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """A suite: where adapters and tasks come from, the examples that are drawn, and the cells in order of priority."""
+    """A suite: the folders of adapters and tasks, how examples are drawn, and the cells in order of priority."""
 
     path: Path
     title: str
@@ -114,17 +114,17 @@ class Suite:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
+        """The file's name without extension."""
         return self.path.stem
 
     @property
     def folder(self) -> Path:
-        """Where results are kept unless another folder is given: beside the file."""
+        """The default folder for results: beside the file."""
         return self.path.with_suffix(".results")
 
     @property
     def digest(self) -> str:
-        """Identifies all that the file says about what is measured; its title and the cells' order are left out."""
+        """Identifies what the suite measures; the title and the order of cells do not count."""
         fields: dict[str, Any] = {"tasks": self.tasks, "base": self.base, "model_dtype": self.model_dtype}
         fields |= {"split": self.split, "limit": self.limit, "seed": self.seed}
         cells = sorted((cell.document() for cell in self.cells), key=canonical_json)
@@ -144,7 +144,7 @@ def read_suite(path: str | Path) -> Suite:
     fields = _fields(document, faults)
     cells: list[Cell] = []
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-        faults.append("there is no [[cells]]")
+        faults.append("[[cells]] is missing")
         tables = []
     for number, table in enumerate(tables, 1):
         cells += _cells(dict(table), f"cells {number}", faults)
@@ -186,12 +186,12 @@ def _fields(document: dict[str, Any], faults: list[str]) -> dict[str, Any]:
         if not tasks or not all(isinstance(task, str) for task in tasks):
             faults.append("tasks is not a list of names")
     if isinstance(found["limit"], int) and found["limit"] < 1:
-        faults.append(f"limit is {found['limit']}, not at least 1")
+        faults.append(f"limit is {found['limit']}, at least 1 is needed")
     return found
 
 
 def _cells(table: dict[str, Any], where: str, faults: list[str]) -> Iterator[Cell]:
-    """The product of a table's lists. Faults go to `faults`, and then there is no cell."""
+    """Yield a cell per element of the product of a table's lists; a table with faults, added to `faults`, has none."""
     before = len(faults)
     kinds = [how for how in get_args(How) if how in table]
     if len(kinds) != 1:
@@ -235,7 +235,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _fault(name: str, value: Any) -> str | None:
-    """What is wrong with the value of an option."""
+    """Return what is wrong with the value of an option, or None."""
     if name in _SEARCH:
         return _SEARCH[name].fault(value)
     choices: dict[str, Sequence[Any]] = {
