@@ -309,7 +309,7 @@ def test_a_file_of_another_format_is_refused_before_an_adapter_is_read(plot: str
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("plot", "why"), [("no/a.svg", "no folder for"), ("a.svg", "a folder stands where")])
+@pytest.mark.parametrize(("plot", "why"), [("no/a.svg", "folder does not exist"), ("a.svg", "path is a folder")])
 def test_a_place_that_cannot_hold_a_file_is_refused_before_an_adapter_is_read(
     plot: str, why: str, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""How a heat map is laid out and drawn. Importing this module loads matplotlib, SciPy and scikit-learn."""
+"""The layout and drawing of a heat map. Importing this module loads matplotlib, SciPy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..lora.algebra import Square, Vector
 from .fonts import families
 
 UNSIGNED = {"l2"}  # metrics in (0, 1], whose middle is not 0
-NUMBERED = 12  # up to so many adapters a cell holds its number
+NUMBERED = 12  # up to this many adapters, cells show their values
 INK, PALE, GREY = "#222222", "#666666", "#c4c4c4"
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 ROUNDING = 1e-9
@@ -30,7 +30,7 @@ UNDATED: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {
 
 
 def draw(labels: Sequence[str], matrix: Square, metric: str, kind: str) -> tuple[bytes, list[str]]:
-    """The heat map as a png, svg or pdf file, the same bytes every time, and the characters that no font has."""
+    """Return the heat map as png, svg or pdf bytes, the same every time, and the characters that no font has."""
     fonts, missing = families("".join(labels))
     drawn = BytesIO()
     with style.context("default"), rc_context({"font.family": fonts, "svg.hashsalt": "lorashelf"}):
@@ -42,8 +42,8 @@ def draw(labels: Sequence[str], matrix: Square, metric: str, kind: str) -> tuple
 
 
 def heatmap(labels: Sequence[str], matrix: Square, metric: str) -> Figure:
-    """The figure. Its canvas is the cells alone, of one size in inches; names, title and colour bar stand around it,
-    where a tight bounding box takes them in whole.
+    """Return the figure. The canvas holds only the cells, of fixed size in inches; names, title and colour bar lie
+    outside, within a tight bounding box.
     """
     order, borders = arranged(matrix)
     n = len(order)
@@ -71,10 +71,10 @@ def heatmap(labels: Sequence[str], matrix: Square, metric: str) -> Figure:
 
 
 def arranged(matrix: Square) -> tuple[list[int], list[int]]:
-    """An order in which alike items stand side by side, and the places in it where another cluster begins.
+    """Return an order with similar items side by side, and the positions where a new cluster begins.
 
-    Average linkage on 1 − similarity with the best order of its leaves, cut where the mean silhouette is highest.
-    Items without clusters, such as fewer than four or all equally alike, have no borders.
+    Average linkage on 1 − similarity with optimal leaf order, cut where the mean silhouette is highest.
+    Items without clusters, such as fewer than four or all equally similar, have no borders.
     """
     n = len(matrix)
     if n < 3:
@@ -92,12 +92,12 @@ def arranged(matrix: Square) -> tuple[list[int], list[int]]:
 
 
 def _pairs(matrix: Square) -> Vector:
-    """The similarities of different adapters, one 0 if there are none."""
+    """Return the similarities of distinct adapters; a single 0 if there are none."""
     return matrix[~np.eye(len(matrix), dtype=bool)] if len(matrix) > 1 else np.zeros(1)
 
 
 def _cells(axes: Axes, matrix: Square, signed: bool) -> AxesImage:
-    """The cells, coloured over their own range, around 0 where there is a sign; an adapter beside itself is grey."""
+    """Draw the cells, coloured over their range, centred on 0 if signed; the diagonal is grey."""
     low, high = float(_pairs(matrix).min()), float(_pairs(matrix).max())
     norm = CenteredNorm(0.0, max(-low, high) or 1.0) if signed else Normalize(low if low < high else 0.0, high or 1.0)
     colours = colormaps["RdBu_r" if signed else "viridis"].with_extremes(bad=GREY)
@@ -114,7 +114,7 @@ def _cells(axes: Axes, matrix: Square, signed: bool) -> AxesImage:
 
 
 def _colour_bar(figure: Figure, image: AxesImage, matrix: Square, label: str) -> None:
-    """The colour bar beside the cells; of colours around 0 only what is in use."""
+    """Draw the colour bar beside the cells, cut to the range in use."""
     side = figure.get_figwidth()
     height = min(1.0, 3.0 / side)
     bar = figure.colorbar(image, cax=figure.add_axes((1 + 0.2 / side, 1 - height, 0.14 / side, height)))

@@ -16,21 +16,21 @@ from ..lora.algebra import Square
 FORMATS = ("png", "svg", "pdf")
 NEEDED = {"matplotlib": "matplotlib", "scipy": "SciPy", "sklearn": "scikit-learn"}
 LONGEST = 32  # characters of a label
-JOINERS = "\u200c\u200d"  # not printable on their own, but part of how Persian and Hindi are spelled
+JOINERS = "\u200c\u200d"  # not printable on their own, but part of Persian and Hindi spelling
 
 
 def format_of(path: Path) -> str:
-    """The format that the ending of a heat map's file asks for.
+    """Return the format of a heat map's file by its extension.
 
-    Raises UsageError where no heat map could be written to it, MissingExtra (`report`).
+    Raises UsageError if no heat map can be written there, MissingExtra (`report`).
     """
     ending = path.suffix.lstrip(".").lower()
     if ending not in FORMATS:
-        written = f"a {path.suffix} file" if path.suffix else "a file without an ending"
+        written = f"a {path.suffix} file" if path.suffix else "a file without an extension"
         raise UsageError(f"cannot draw {written}", where=str(path), cure=f"end its name in .{', .'.join(FORMATS)}")
     if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "a folder stands where the heat map goes" if path.is_dir() else "there is no folder for the heat map"
-        raise UsageError(what, where=str(path), cure="choose another place, or make its folder first")
+        what = "the heat map's path is a folder" if path.is_dir() else "the heat map's folder does not exist"
+        raise UsageError(what, where=str(path), cure="choose another path, or create the folder first")
     missing = [name for module, name in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise MissingExtra("a heat map", " and ".join(missing), "report")
@@ -38,10 +38,10 @@ def format_of(path: Path) -> str:
 
 
 def draw_heatmap(names: Sequence[str], matrix: Square, metric: str, path: Path) -> list[str]:
-    """Draw an (n, n) similarity matrix with alike adapters side by side, as a png, svg or pdf file.
+    """Draw an (n, n) similarity matrix with similar adapters side by side, as a png, svg or pdf file.
 
-    Returns the characters of the names that no installed font has: the file shows boxes in their place. Raises
-    UsageError for another ending, MissingExtra (`report`), DiskError.
+    Returns the characters of the names that no installed font has: the file shows boxes instead. Raises
+    UsageError for another extension, MissingExtra (`report`), DiskError.
     """
     ending = format_of(path)
     with _quiet():
@@ -53,7 +53,7 @@ def draw_heatmap(names: Sequence[str], matrix: Square, metric: str, path: Path) 
 
 
 def label(name: str) -> str:
-    """A name as one short line: without its middle if it is long, with marks for what cannot be printed.
+    """Return a name as one short line: a long one without its middle, unprintable characters replaced.
 
     >>> label("adapter-of-" + 40 * "x" + "-v2")
     'adapter-of-xxxxx…xxxxxxxxxxxx-v2'
@@ -64,7 +64,7 @@ def label(name: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep matplotlib's notices from stderr: glyphs that it lacks, and where its cache lies."""
+    """Silence matplotlib's notices about missing glyphs and its cache in the block."""
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)

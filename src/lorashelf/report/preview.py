@@ -1,4 +1,4 @@
-"""What adapters are like, before anything is written: one described, and K slots forecast."""
+"""Previews, before anything is written: one adapter described, and K slots forecast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..placement.partitioners import average_linkage
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
-    """Modules with rank, scale, norm ‖ΔW‖ and shape; the share of ‖ΔW‖² that the best rank-ρ approximation keeps."""
+    """Describe an adapter: modules with rank, scale, ‖ΔW‖ and shape; the share of ‖ΔW‖² kept by the best rank ρ."""
     modules, spectra = [], []
     for path in sorted(adapter.modules, key=natural):
         factors = adapter.modules[path]
@@ -44,7 +44,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "bytes": encode(adapter).size,
         "rank": adapter.rank,
         "norm": float(np.sqrt(total)),
-        "energy": {str(rank): energy / total if total else 1.0 for rank, energy in kept.items()},
+        "energy": {str(rank): squared / total if total else 1.0 for rank, squared in kept.items()},
         "modules": modules,
     }
 
@@ -56,11 +56,11 @@ def forecast(
     *,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[dict[str, Any]]:
-    """For each K: what an agglomerative partition merged by the spec would take and keep; nothing is written.
+    """Forecast, for each K, an agglomerative partition merged by the spec; nothing is written.
 
     `bytes` of the K objects and `storage` relative to all adapters; `error` of compression (mean over slots, relative);
     `norm_ratio`, ‖merged‖ over the mean norm of the members (mean over slots of several); `similarity_inside` and
-    `similarity_between` slots, mean cosine of pairs. `watch` wraps the numbers of slots as they are gone through.
+    `similarity_between` slots, mean cosine of pairs. `watch` wraps the iteration over the numbers of slots.
     """
     names = sorted(adapters)
     xs = one_base(fitting([adapters[name] for name in names], names))
