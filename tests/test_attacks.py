@@ -163,7 +163,7 @@ BAD_FILES: dict[str, tuple[Spoil, str]] = {
     "empty file": (file_of(b""), "truncated: 0 bytes"),
     "truncated length": (file_of(b"\x10\0\0"), "truncated: 3 bytes"),
     "truncated header": (raw(HEADER, 0, length=1000), "truncated: header of 1000 bytes"),
-    "truncated values": (raw(HEADER, 55), f"{B}: bytes 32:56 lie outside"),
+    "truncated values": (raw(HEADER, 55), f"{B}: bytes 32:56 are outside"),
     "header of 2^60 bytes": (raw(HEADER, length=2**60), f"header of {2**60} bytes; at most"),
     "header of 2^64 - 1 bytes": (raw(HEADER, length=2**64 - 1), f"header of {2**64 - 1} bytes; at most"),
     "header is no JSON": (raw(b"{]"), "header is not JSON"),
@@ -172,21 +172,21 @@ BAD_FILES: dict[str, tuple[Spoil, str]] = {
     "header is nested deeply": (raw(b"[" * 100_000), "header is not JSON"),
     "overlapping offsets": (raw({A: HEADER[A], B: entry((3, 2), 28)}, 52), f"{B}: bytes 28:52 overlap"),
     "the same bytes twice": (raw({A: HEADER[A], B: entry((4, 2), 0)}, 32), "overlap"),
-    "offsets out of the file": (raw({A: HEADER[A], B: entry((3, 2), 2**40)}), "lie outside the file's 56"),
-    "offsets back to front": (raw(with_a(data_offsets=[32, 0])), "bytes 32:0 lie outside"),
-    "a hole between tensors": (raw({A: HEADER[A], B: entry((3, 2), 40)}, 64), "leave a hole"),
-    "a hole before the first": (raw({A: entry((2, 4), 8), B: entry((3, 2), 40)}, 64), "leave a hole"),
+    "offsets out of the file": (raw({A: HEADER[A], B: entry((3, 2), 2**40)}), "are outside the file's 56"),
+    "offsets back to front": (raw(with_a(data_offsets=[32, 0])), "bytes 32:0 are outside"),
+    "a hole between tensors": (raw({A: HEADER[A], B: entry((3, 2), 40)}, 64), "leave a gap"),
+    "a hole before the first": (raw({A: entry((2, 4), 8), B: entry((3, 2), 40)}, 64), "leave a gap"),
     "bytes after the last": (raw(HEADER, 60), "4 bytes after the last tensor"),
     "duplicate key": (raw(twice(ONE), 32), f"duplicate key {A!r}"),
     "duplicate key in an entry": (raw(ENTRY_TWICE, 32), "duplicate key 'dtype'"),
     "shape too large for its bytes": (raw(with_a(shape=[2, 5])), f"{A}: F32 of shape [2, 5]"),
     "shape beyond all numbers": (raw(with_a(shape=[10**4000, 10**4000])), A),
-    "negative shape": (raw(with_a(shape=[-2, -4])), "not lists of whole numbers"),
-    "fractional shape": (raw(with_a(shape=[2.0, 4])), "not lists of whole numbers"),
-    "boolean shape": (raw(with_a(shape=[True, 8])), "not lists of whole numbers"),
-    "shape is no list": (raw(with_a(shape=8)), "not lists of whole numbers"),
-    "fractional offsets": (raw(with_a(data_offsets=[0, 32.0])), "not lists of whole numbers"),
-    "three offsets": (raw(with_a(data_offsets=[0, 16, 32])), "not lists of whole numbers"),
+    "negative shape": (raw(with_a(shape=[-2, -4])), "not a list of whole numbers"),
+    "fractional shape": (raw(with_a(shape=[2.0, 4])), "not a list of whole numbers"),
+    "boolean shape": (raw(with_a(shape=[True, 8])), "not a list of whole numbers"),
+    "shape is no list": (raw(with_a(shape=8)), "not a list of whole numbers"),
+    "fractional offsets": (raw(with_a(data_offsets=[0, 32.0])), "not a list of whole numbers"),
+    "three offsets": (raw(with_a(data_offsets=[0, 16, 32])), "not a list of whole numbers"),
     "an entry without a dtype": (raw({A: {"shape": [2, 4], "data_offsets": [0, 32]}}), "needs dtype, shape and"),
     "an entry that is a number": (raw({A: 5}), "needs dtype, shape and data_offsets"),
     "unknown dtype": (raw(with_a(dtype="F7")), "unknown dtype 'F7'"),
@@ -328,13 +328,19 @@ BAD_TENSORS: dict[str, tuple[Spoil, str]] = {
     "DoRA's magnitudes": (tensors({f"{V}.lora_magnitude_vector": ones(8)}), "a DoRA magnitude"),
     "a factor's bias": (tensors({f"{V}.lora_B.bias": ones(8)}), "a bias of a factor"),
     "an embedding's factors": (tensors({f"{V}.lora_embedding_A": ones(4, 16)}), "a factor of an embedding"),
-    "a module saved whole": (tensors({"base_model.model.lm_head.modules_to_save.weight": ones(2, 2)}), "saved whole"),
+    "a module saved whole": (
+        tensors({"base_model.model.lm_head.modules_to_save.weight": ones(2, 2)}),
+        "a whole module",
+    ),
     "an unknown tensor": (tensors({"base_model.model.norm.weight": ones(2)}), "model.norm.weight: unknown tensor"),
     "a whole head": (tensors({"base_model.model.lm_head.weight": ones(2, 2)}), "lm_head.weight: a whole embedding or"),
     "an adapter's name in the key": (renamed(Q, "lora_A", "lora_A.default"), "a key with an adapter's name in it"),
     "no prefix": (renamed(Q, "base_model.model.", ""), "lacks PEFT's prefix 'base_model.model.'"),
     "kohya's keys": (renamed(Q, f"{Q}.lora_A", "lora_unet_q_proj.lora_down"), "kohya's style"),
-    "MLX's keys": (renamed(Q, f"{Q}.lora_A.weight", "model.layers.0.self_attn.q_proj.lora_a"), "MLX's or GGUF's style"),
+    "MLX's keys": (
+        renamed(Q, f"{Q}.lora_A.weight", "model.layers.0.self_attn.q_proj.lora_a"),
+        "the style of MLX or GGUF",
+    ),
     "no tensor at all": (lambda folder: write_peft(folder, tensors={}), "no LoRA factors in the file"),
     "no factor under PEFT's keys": (renamed_all("base_model.model.", ""), "lacks PEFT's prefix"),
     "no tensor file": (lambda folder: (write_peft(folder) / TENSORS).unlink(), f"{TENSORS} is missing"),
@@ -414,7 +420,7 @@ BAD_CONFIGS: dict[str, tuple[Spoil, str]] = {
     "no object": (config_text(b"[]"), f"{CONFIG} is not a JSON object"),
     "nested deeply": (config_text(b'{"r":' + b"[" * 100_000), f"{CONFIG} cannot be read"),
     "a number of 5000 digits": (config_text(b'{"r":' + b"9" * 5000 + b"}"), f"{CONFIG} cannot be read"),
-    "text that is not Unicode": (config(x_note="\ud800"), f"{CONFIG} holds text that is not Unicode"),
+    "text that is not Unicode": (config(x_note="\ud800"), f"{CONFIG} contains text that is not Unicode"),
     "another method": field("peft_type", "LOHA", "peft_type is 'LOHA', not 'LORA'"),
     "a method that is a list": field("peft_type", ["LORA"]),
     "DoRA": field("use_dora", True, "use_dora is set: DoRA"),
@@ -447,7 +453,7 @@ BAD_CONFIGS: dict[str, tuple[Spoil, str]] = {
     "revision is a list": field("revision", ["main"], "revision is not a string"),
     **{f"r is {value!r}": field("r", value) for value in (0, -4, "4", True, None, math.nan, math.inf)},
     "r is 10^400": field("r", 10**400),
-    "r is not the tensors' rank": field("r", 8, "the config says rank 8, the tensors have 4"),
+    "r is not the tensors' rank": field("r", 8, "the config gives rank 8, the tensors have 4"),
     **{
         f"lora_alpha is {value!r}": field("lora_alpha", value)
         for value in ("8", True, None, [8], math.nan, -math.inf, 1e300)
@@ -460,7 +466,7 @@ BAD_CONFIGS: dict[str, tuple[Spoil, str]] = {
     "rank_pattern with a zero": field("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj'] is 0"),
     "alpha_pattern with NaN": field("alpha_pattern", {"q_proj": math.nan}, "alpha_pattern['q_proj'] is nan"),
     "rank_pattern of another rank": field(
-        "rank_pattern", {"q_proj": 2}, "self_attn.q_proj in model.layers 0-1: the config says rank 2"
+        "rank_pattern", {"q_proj": 2}, "self_attn.q_proj in model.layers 0-1: the config gives rank 2"
     ),
     **{
         f"{name} with the pattern {text[:12]}": field(name, value, f"{place} is not a regular expression")
@@ -471,11 +477,11 @@ BAD_CONFIGS: dict[str, tuple[Spoil, str]] = {
             ("target_modules", text, "target_modules, exclude_modules or layers_pattern"),
         )
     },
-    "target_modules is a number": field("target_modules", 5, "target_modules is 5, neither"),
+    "target_modules is a number": field("target_modules", 5, "target_modules is 5, not a list of names"),
     "every field of the targets at once": (
         config(target_modules=5, layers_to_transform="x", layers_pattern=3),
-        "  - target_modules is 5, neither a list of names nor a pattern\n"
-        "  - layers_to_transform is 'x', neither a number nor a list of numbers\n"
+        "  - target_modules is 5, not a list of names or a pattern\n"
+        "  - layers_to_transform is 'x', not a number or a list of numbers\n"
         "  - layers_pattern is 3",
     ),
     "target_modules with a number": field("target_modules", ["q_proj", 5], "target_modules is ['q_proj', 5]"),
@@ -878,7 +884,7 @@ def test_a_folder_of_adapters_says_so(tmp_path: Path) -> None:
     write_peft(tmp_path / "zoo" / "gec-de")
     with pytest.raises(AdapterFormatError) as caught:
         read_adapter(tmp_path / "zoo")
-    assert f"cure:  this folder holds adapters: give them one by one, {tmp_path / 'zoo'}/*/" in str(caught.value)
+    assert f"cure:  this folder contains adapters: give each one, {tmp_path / 'zoo'}/*/" in str(caught.value)
 
 
 # numbers that JSON cannot hold ---------------------------------------------------------------------------------------

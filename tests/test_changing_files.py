@@ -73,7 +73,7 @@ def test_what_changes_at_any_stage_is_an_error_or_does_not_matter(
         assert ran.stdout == "done\n"
     else:
         assert ran.stdout.startswith("adapter_format"), ran.stdout
-        assert "changed while it was read" in ran.stdout
+        assert "changed while it was being read" in ran.stdout
         assert list(shelf.snapshot().manifest.tasks) == ["old"]
         assert sorted(path.name for path in (shelf.path / "tmp").iterdir()) == []
     assert (shelf.verify() == []) is (stage != "a slot")
@@ -134,7 +134,7 @@ def test_an_adapter_that_is_saved_again_and_again_is_stored_as_one_state_or_refu
     print(
         f"{stored} of 30 were stored"
     )  # how many depends on the machine; that a change is refused, the test above holds
-    assert all("changed while it was read" in refusal for refusal in refusals)
+    assert all("changed while it was being read" in refusal for refusal in refusals)
     assert len(refusals) == 30 - stored
 
 
@@ -150,7 +150,7 @@ def test_a_config_that_changes_while_the_tensors_are_read_is_refused(
         return read(*arguments)
 
     monkeypatch.setattr(os, "preadv", saved_meanwhile)
-    with pytest.raises(AdapterFormatError, match=r"adapter_config.json changed while the adapter was read"):
+    with pytest.raises(AdapterFormatError, match=r"adapter_config.json changed while the adapter was being read"):
         read_adapter(folder)
     assert read_adapter(folder).modules.scales == dict.fromkeys(make_adapter(2).shapes, 4.0)
 
@@ -176,4 +176,6 @@ def test_more_adapters_than_a_process_may_open_files(tmp_path: Path) -> None:
         write_adapter(make_adapter(i % 3), tmp_path / f"a{i:03}")
     done = subprocess.run([sys.executable, "-c", MANY, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("1.000 AdapterFormatError ('adapter_model.safetensors changed while it was read'")
+    assert done.stdout.startswith(
+        "1.000 AdapterFormatError ('adapter_model.safetensors changed while it was being read'"
+    )

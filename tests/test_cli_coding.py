@@ -59,7 +59,7 @@ def test_a_cut_file_gives_the_levels_before_the_cut_as_its_cure_says(coded: Path
     coded.write_bytes(coded.read_bytes()[:-100])
     code, document = run("extract", coded, "-o", tmp_path / "back")
     assert code == 3
-    assert f"level {count - 1}: it is cut off" in document["error"]["message"]
+    assert f"level {count - 1}: truncated" in document["error"]["message"]
     assert "the levels before it can be used without it" in document["error"]["cure"]
     assert not (tmp_path / "back").exists()
     assert run("extract", coded, "-o", tmp_path / "back", "--levels", count - 1)[0] == 0
@@ -109,7 +109,7 @@ def test_levels_that_are_not_there_are_refused(count: int, coded: Path, tmp_path
 def test_extract_names_a_file_that_is_something_else(tmp_path: Path, run: Command) -> None:
     code, document = run("extract", ZOO / "gec-de" / "adapter_config.json", "-o", tmp_path / "back")
     assert code == 3
-    assert "it does not begin as a level does" in document["error"]["message"]
+    assert "this is not a level" in document["error"]["message"]
     code, document = run("extract", ZOO / "gec-de", "-o", tmp_path / "back")
     assert code == 3
     assert "cannot be read" in document["error"]["message"]

@@ -368,17 +368,17 @@ def test_every_cut_is_found(place: int) -> None:
     for size in range(len(levels[place])):
         with pytest.raises(AdapterFormatError, match=f"level {place}: "):
             decode([*levels[:place], levels[place][:size]])
-    with pytest.raises(AdapterFormatError, match=rf"level {place}: 1 bytes follow its end"):
+    with pytest.raises(AdapterFormatError, match=rf"level {place}: 1 bytes after the end"):
         decode([*levels[:place], levels[place] + b"\0"])
 
 
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ([], "there is no level"),
-        ([1], "level 0: it is level 1 of its adapter, and level 0 is needed"),
-        ([0, 2], "level 1: it is level 2 of its adapter, and level 1 is needed"),
-        ([0, 0], "level 1: it is level 0 of its adapter, and level 1 is needed"),
+        ([], "there are no levels"),
+        ([1], "level 0: this is level 1 of its adapter; level 0 is needed"),
+        ([0, 2], "level 1: this is level 2 of its adapter; level 1 is needed"),
+        ([0, 0], "level 1: this is level 0 of its adapter; level 1 is needed"),
     ],
 )
 def test_levels_need_those_before_them(given: list[int], match: str) -> None:
@@ -390,7 +390,7 @@ def test_levels_need_those_before_them(given: list[int], match: str) -> None:
 
 def test_a_level_of_another_coding_is_refused() -> None:
     one, other = levels_of(adapter(0)), levels_of(adapter(1))
-    with pytest.raises(AdapterFormatError, match="level 1: it does not follow on the level before it"):
+    with pytest.raises(AdapterFormatError, match="level 1: it does not follow the level before it"):
         decode([one[0], other[1]])
 
 
@@ -436,21 +436,21 @@ def lists(*values: list[int]) -> Callable[[StreamWriter], None]:
 @pytest.mark.parametrize(
     ("document", "content", "match"),
     [
-        (described(["h.q", "", 2**24, 1, 2**24]), lists([1], [0], [0], [0], [0]), "need more bits than it has"),
-        (described(["h.*.q", "0-99999", 9999, 9999, 9999]), lists([9999] * 100000), "need more bits than it has"),
-        (described(["h.q", "", 2**40, 1, 8]), lists([0]), "a module of shape"),
+        (described(["h.q", "", 2**24, 1, 2**24]), lists([1], [0], [0], [0], [0]), "need more bits than there are"),
+        (described(["h.*.q", "0-99999", 9999, 9999, 9999]), lists([9999] * 100000), "need more bits than there are"),
+        (described(["h.q", "", 2**40, 1, 8]), lists([0]), "a module has shape"),
         (described(["h.*.q", "0-99999999", 8, 1, 8]), lists([0]), "more than 131072 modules"),
-        (described(["h.q", "", 8, 2, 8]), lists([300], [0] * 300), "gets 300 directions, and its rank is 2"),
+        (described(["h.q", "", 8, 2, 8]), lists([300], [0] * 300), "has 300 directions, but rank 2"),
         (described(["h.q", "", 8, 8, 8]), lists([1], [0], [0], [40], [0]), "a start quantiser is unknown"),
         (described(["h.q", "", 8, 8, 8]), lists([1], [200], [0], [0], [0]), "a gain is too small"),
-        (described(["h.q", "", 8, 0, 8]), lists([0]), "a module of shape"),
-        (described(["h.q", "", 8, 1, 8], ["h.q", "", 8, 1, 8]), lists([0, 0]), "a module twice"),
-        (described(), lists(), "lacks a field"),
-        ({"base": ""}, lists(), "lacks a field"),
-        ({**described(["h.q", "", 8, 1, 8]), "dtype": "f8"}, lists([0]), "lacks a field"),
-        ([], lists(), "lacks a field"),
-        (b"\xff\xff", lists(), "its description cannot be read"),
-        (b"", lists(), "its description"),
+        (described(["h.q", "", 8, 0, 8]), lists([0]), "a module has shape"),
+        (described(["h.q", "", 8, 1, 8], ["h.q", "", 8, 1, 8]), lists([0, 0]), "a module is listed twice"),
+        (described(), lists(), "a field of the description is missing"),
+        ({"base": ""}, lists(), "a field of the description is missing"),
+        ({**described(["h.q", "", 8, 1, 8]), "dtype": "f8"}, lists([0]), "a field of the description is missing"),
+        ([], lists(), "a field of the description is missing"),
+        (b"\xff\xff", lists(), "the description cannot be read"),
+        (b"", lists(), "the description"),
     ],
 )
 def test_absurd_headers_are_refused_before_anything_is_allocated(
@@ -507,7 +507,7 @@ def test_a_file_is_divided_into_its_levels(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_off_names_its_last_level_and_has_those_before(tmp_path: Path) -> None:
     levels, digests = golden()
     (tmp_path / "a.lsc").write_bytes(b"".join(levels)[:-5])
-    with pytest.raises(AdapterFormatError, match="level 2: it is cut off"):
+    with pytest.raises(AdapterFormatError, match="level 2: truncated"):
         decode(read_levels(tmp_path / "a.lsc"))
     assert decode(read_levels(tmp_path / "a.lsc", 2)).digest == digests[1]
 

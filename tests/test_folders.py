@@ -134,9 +134,13 @@ INSTEAD: dict[str, tuple[Made, str, str]] = {
     "a web page": (with_file(TENSORS, "<!DOCTYPE html><html>"), f"{TENSORS} is a web page", "hf download"),
     "a cut-off download": (cut_off, "(truncated?)", "download or copy the file again"),
     "an empty download": (with_file(TENSORS, b""), "truncated: 0 bytes", "download or copy the file again"),
-    "a download under way": (with_file(f"{TENSORS}.part", make=NO_TENSORS), "has not ended", "download it again"),
-    "a hub cache with the config only": (hub_snapshot, "only a part was downloaded", "hf download acme/mail-lora"),
-    "a hub cache with a link to nothing": (hub_link_to_nothing, "a link to nothing", "hf download"),
+    "a download under way": (
+        with_file(f"{TENSORS}.part", make=NO_TENSORS),
+        "download is incomplete",
+        "download it again",
+    ),
+    "a hub cache with the config only": (hub_snapshot, "the download is incomplete", "hf download acme/mail-lora"),
+    "a hub cache with a link to nothing": (hub_link_to_nothing, "a broken link", "hf download"),
     "a hub repository": (
         lambda folder: hub_snapshot(folder).parent.parent,
         "a repository of the hub's cache",
@@ -146,7 +150,7 @@ INSTEAD: dict[str, tuple[Made, str, str]] = {
     "shards": (shards, f"{TENSORS} is missing: it is in shards", "docs/adapters.md, 'Shards'"),
     "a run folder": (run_folder(bare("trainer_state.json")), "checkpoints inside", "checkpoint-1000"),
     "a run folder with a config": (run_folder(NO_TENSORS), "checkpoints inside", "checkpoint-1000"),
-    "a config alone": (NO_TENSORS, f"{TENSORS} is missing", "a config alone holds no weights"),
+    "a config alone": (NO_TENSORS, f"{TENSORS} is missing", "a config alone contains no weights"),
     "a lone pickle": (
         with_file("adapter_model.bin", make=with_file("optimizer.pt", make=NO_TENSORS)),
         "adapter_model.bin is a pickle",
@@ -155,7 +159,7 @@ INSTEAD: dict[str, tuple[Made, str, str]] = {
     "only a trainer's state": (
         with_file("optimizer.pt", make=NO_TENSORS),
         f"{TENSORS} is missing",
-        "a config alone holds no weights",
+        "a config alone contains no weights",
     ),
     "a task folder": (bare("task.toml", "train.jsonl"), "a task's examples", "lorashelf train"),
     "a whole model": (bare("config.json", "model.safetensors"), "a whole model", "mergekit-extract-lora"),
@@ -267,8 +271,8 @@ CURES: dict[str, tuple[Made, str, str]] = {
     "PiSSA": (spoilt(init_lora_weights="pissa"), "init_lora_weights", "path_initial_model_for_weight_conversion"),
     "LoftQ": (spoilt(init_lora_weights="loftq"), "init_lora_weights", "init_lora_weights=True"),
     "another method": (spoilt(peft_type="LOHA"), "peft_type is 'LOHA'", "peft.save_as_lora"),
-    "another rank": (spoilt(r=8), "the config says rank 8", "copy the config that was saved with the tensors"),
-    "another pattern": (spoilt(rank_pattern={"q_proj(": 4}), "not a regular expression", f"mend {CONFIG}"),
+    "another rank": (spoilt(r=8), "the config gives rank 8", "copy the config that was saved with the tensors"),
+    "another pattern": (spoilt(rank_pattern={"q_proj(": 4}), "not a regular expression", f"correct {CONFIG}"),
     "targets that match a part": (spoilt(target_modules=["q_proj"]), "not matched", "copy the config"),
     "a head under a LoRA": (added("lm_head.base_layer.weight", 8, 16), "head", "save_embedding_layers=False"),
     "a whole embedding": (added("model.embed_tokens.weight", 8, 16), "embedding", "save_embedding_layers=False"),
@@ -358,7 +362,7 @@ def test_a_file_cut_short_is_one_fault_however_many_tensors_are_gone(tmp_path: P
     whole = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(whole[: len(whole) // 2])
     (fault,) = refusal(folder).faults
-    assert re.search(r"lie outside the file's \d+ \(truncated\?\), and \d+ more tensors$", fault)
+    assert re.search(r"are outside the file's \d+ \(truncated\?\), and \d+ more tensors$", fault)
 
 
 def test_shapes_that_disagree_are_named_by_layers() -> None:
@@ -417,7 +421,7 @@ TRAINED = [
 def test_weights_beside_the_factors_are_refused_and_the_cure_works(name: str, tmp_path: Path) -> None:
     folder = with_file(name)(tmp_path / "x")
     error = refusal(folder)
-    assert error.faults[0].startswith(f"{name} lies beside the adapter")
+    assert error.faults[0].startswith(f"{name} is in the adapter's folder")
     assert f"a copy of the folder without {name}" in (error.cure or "")
     shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(name))
     ls.read_adapter(tmp_path / "copy")
@@ -482,7 +486,7 @@ def test_a_chat_template_is_noticed_unless_it_is_the_bases(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
     (unknown,) = ls.read_adapter(folder).notices
     assert f"({name}) is not kept" in unknown
-    assert "not here to compare" in unknown
+    assert "not compared" in unknown
     give_base(tmp_path / "other", monkeypatch, chat_template="{{ messages }}")
     (other,) = ls.read_adapter(folder).notices
     assert f"({name}) differs from the base's and is not kept" in other
@@ -495,7 +499,7 @@ def test_tokens_that_the_base_lacks_are_noticed(tmp_path: Path, monkeypatch: pyt
     folder = with_file("tokenizer_config.json", json.dumps({"added_tokens_decoder": tokens}))(tmp_path / "x")
     give_base(tmp_path / "hub", monkeypatch, added_tokens_decoder={"0": {"content": "<s>"}})
     (notice,) = ls.read_adapter(folder).notices
-    assert notice.endswith("which are not kept: <call>")
+    assert notice.endswith("they are not kept: <call>")
 
 
 def test_a_notice_is_printed_once_for_all_adapters(tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ def test_one_module_under_two_names_of_a_file_is_refused(tmp_path: Path) -> None
     tensors = peft_tensors(x)
     first = f"base_model.model.{module_path(0, 'q_proj')}.lora_A.weight"
     folder = write_peft(tmp_path / "a", x, tensors={**tensors, f"module.{first}": tensors[first].copy()})
-    with pytest.raises(AdapterFormatError, match="for one module"):
+    with pytest.raises(AdapterFormatError, match="the same factor of the same module"):
         read_adapter(folder)
 
 

@@ -537,7 +537,7 @@ def test_peft_cannot_reload_what_it_merged_under_a_rank_pattern(tmp_path: Path) 
     theirs = saved(model, tmp_path, "merged")
     with pytest.raises(RuntimeError, match="size mismatch"):
         PeftModel.from_pretrained(llama(), theirs)
-    with pytest.raises(AdapterFormatError, match="the config says rank 4, the tensors have 2"):
+    with pytest.raises(AdapterFormatError, match="the config gives rank 4, the tensors have 2"):
         read_adapter(theirs)
     write_adapter(merge(xs, method="linear"), tmp_path / "ours")
     assert_deltas(in_memory, peft_deltas(loaded(tmp_path / "ours")))
@@ -613,7 +613,7 @@ def test_patterns_whose_order_peft_s_own_file_loses_are_read_as_peft_reads_them_
     saved(trained({"default": lora(rank_pattern={keys[0]: 2, keys[1]: 6})}), tmp_path / "ranks")
     with pytest.raises(RuntimeError, match="size mismatch"):
         loaded(tmp_path / "ranks")
-    with pytest.raises(AdapterFormatError, match="the config says rank 6, the tensors have 2"):
+    with pytest.raises(AdapterFormatError, match="the config gives rank 6, the tensors have 2"):
         read_adapter(tmp_path / "ranks")
 
 

@@ -172,9 +172,9 @@ def test_a_file_that_changes_after_it_was_opened_is_refused_at_the_next_reading(
     file.array("x")
     CHANGES[change](tmp_path / "z")
     for read in (lambda: file.array("x"), lambda: file.stack(["x", "y"])):
-        with pytest.raises(AdapterFormatError, match="z changed while it was read") as caught:
+        with pytest.raises(AdapterFormatError, match="z changed while it was being read") as caught:
             read()
-        assert "wait until whatever writes the file is done" in str(caught.value)
+        assert "wait until the program that writes the file is done" in str(caught.value)
 
 
 def test_a_change_in_the_same_tick_of_the_clock_is_seen(tmp_path: Path) -> None:

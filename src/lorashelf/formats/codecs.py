@@ -1,4 +1,4 @@
-"""The codecs that there are, by the name that a manifest has (`encoding`)."""
+"""The registry of codecs, by the manifest's `encoding`."""
 
 from __future__ import annotations
 

@@ -14,38 +14,38 @@ from ..digest import digest
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-_BLOCK = 2**22  # bytes hashed at a time: long enough that waiting for the interpreter in between does not count
+_BLOCK = 2**22  # bytes hashed at a time: enough to make waits for the interpreter lock negligible
 _known: dict[tuple[int, ...], str] = {}
 _locks: dict[tuple[int, ...], threading.Lock] = {}
 
 
 class Stored(NamedTuple):
-    """An object that was written: its id; CRC-32 of config and header together, then of each tensor in file order."""
+    """A written object: its id, and CRC-32 of config and header together, then of each tensor in file order."""
 
     identity: str
     sums: tuple[int, ...]
 
 
 def object_digest(files: Sequence[Path]) -> str:
-    """The digest of the length and the bytes of each file, in this order. Raises OSError."""
+    """Return the digest of the length and the bytes of each file, in this order. Raises OSError."""
     return digest(_chunks(files))
 
 
 def known_digest(files: Sequence[Path]) -> str:
-    """`object_digest`, remembered in this process as long as size and times of the files stay what they are."""
+    """Return `object_digest`, cached in this process while the files' sizes and times do not change."""
     before = _stamp(files)
-    with _locks.setdefault(before, threading.Lock()):  # who comes while another thread is at it waits
+    with _locks.setdefault(before, threading.Lock()):  # other threads wait while one hashes the files
         if before in _known:
             return _known[before]
         found = object_digest(files)
-        # a file that changed just now may change again without a change of its times
+        # a file changed just now may change again within one tick of its times
         if max(before[4::5]) <= time.time_ns() - TICK and _stamp(files) == before:
             _known[before] = found
         return found
 
 
 def length(size: int) -> bytes:
-    """A file's length as a digest covers it."""
+    """Encode a file's length for a digest."""
     return size.to_bytes(8, "little")
 
 
@@ -59,6 +59,6 @@ def _chunks(files: Sequence[Path]) -> Iterator[bytes | memoryview]:
 
 
 def _stamp(files: Sequence[Path]) -> tuple[int, ...]:
-    """Of each file: device, inode, size, times of the last change of content and of inode."""
+    """Return device, inode, size, mtime and ctime of each file."""
     found = [os.lstat(path) for path in files]
     return tuple(n for s in found for n in (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))

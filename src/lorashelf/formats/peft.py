@@ -1,4 +1,4 @@
-"""PEFT adapter folders in and out: `adapter_config.json` and `adapter_model.safetensors`, exactly or not at all."""
+"""Reading and writing PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
     """Read a PEFT adapter folder; tensors stay in the file, held open, until they are used.
 
     Each module's Factors are a (r, din), b (dout, r) float32 and the resolved scale. With `check_values` every tensor
-    is read once and refused if it holds NaN or infinity. What training tools leave in a name is taken out. Raises
-    AdapterFormatError with all faults of config, header and values at once; the adapter's modules raise it if the file
-    changes before they are read.
+    is read once and refused if it contains NaN or infinity. Module names are cleaned of what training tools add.
+    Raises AdapterFormatError with all faults of config, header and values at once; the adapter's modules raise it if
+    the file changes before they are read.
     """
     return _read(atomic.expanded(path), check_values, None)
 
@@ -63,8 +63,8 @@ def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:
     if tensors is not None and check_values:
         value_faults(tensors, halves, faults)
     if config is not None and guard is None and _read_config(folder, Faults()) != config:
-        cure = "wait until whatever writes the file is done, then run the command again"
-        faults.append(f"{CONFIG_FILE} changed while the adapter was read", cure)
+        cure = "wait until the program that writes the file is done, then run the command again"
+        faults.append(f"{CONFIG_FILE} changed while the adapter was being read", cure)
     if config is not None and tensors is not None and guard is not None:
         guard.check(0, tensors.header, _config_sum(folder))
     if faults or config is None or tensors is None:
@@ -77,7 +77,7 @@ def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:
         dtype=stored[0] if len(stored) == 1 else "f32",
         config=carried(config),
         notices=(
-            *(f"{name} and its tensors act in training only and are not kept" for name in in_training),
+            *(f"{name} affects training only: it and its tensors are not kept" for name in in_training),
             *prompt_notices(folder, names, base.name),
         ),
     )
@@ -86,7 +86,7 @@ def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:
 def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[str, bytes] | None = None) -> str:
     """Write an adapter as a PEFT folder that appears whole or not at all; returns its object digest.
 
-    `extra_files` are further files, name → content, that appear with it; readers of adapters pass them over.
+    `extra_files` are further files, name → content, written with it; readers of adapters ignore them.
     The factors are rounded once, to `adapter.dtype`; scales go to `lora_alpha` and `alpha_pattern`, ranks to `r` and
     `rank_pattern`. Raises UsageError if the path exists, AdapterFormatError if a value overflows the dtype, DiskError.
     """
@@ -104,7 +104,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[st
 
 @dataclass(frozen=True, slots=True)
 class PeftFiles:
-    """An adapter as it would stand on disk: the config's bytes, the tensor file's header, the size of both files."""
+    """An adapter's files before they are written: the config, the tensor file's header, the size of both files."""
 
     adapter: Adapter
     config: bytes
@@ -112,18 +112,18 @@ class PeftFiles:
     size: int
 
     def digest(self) -> str:
-        """The object digest: what `object_digest` of the written folder is."""
+        """Return the object digest of the folder that would be written."""
         return digest(chain([self.head], self.tensor_chunks()))
 
     def write(self, folder: Path) -> Stored:
-        """Write both files into an existing folder, synced; what they are by the very bytes that were written."""
+        """Write both files into an existing folder, synced; the id and sums are those of the bytes written."""
         identity, sums = Hasher(), [0]
 
         def note(chunk: bytes | memoryview) -> None:
             identity.update(chunk)
             sums.append(crc32(chunk))
 
-        with following(note) as noted:  # it takes as long as to write and sync
+        with following(note) as noted:  # hashing takes as long as writing and syncing
             identity.update(self.head)
             atomic.write_file(folder / CONFIG_FILE, [self.config])
             atomic.write_file(folder / TENSOR_FILE, map(noted, self.tensor_chunks()))
@@ -132,16 +132,16 @@ class PeftFiles:
 
     @property
     def parts(self) -> int:
-        """Config and header together, and each tensor, have a sum."""
+        """The number of sums: one for config and header together, and one per tensor."""
         return 1 + 2 * len(self.adapter.modules)
 
     @property
     def head(self) -> bytes:
-        """What the digest covers before the tensor file's bytes."""
+        """The digest's input before the tensor file's bytes."""
         return length(len(self.config)) + self.config + length(self.size - len(self.config))
 
     def tensor_chunks(self) -> Iterator[bytes | memoryview]:
-        """The tensor file's bytes, one module in memory at a time."""
+        """Yield the tensor file's bytes, with one module in memory at a time."""
         yield self.header
         for path, factors in self.adapter.modules.items():
             for half, values in (("A", factors.a), ("B", factors.b)):
@@ -149,8 +149,8 @@ class PeftFiles:
 
 
 def rounded(adapter: Adapter) -> Adapter:
-    """The adapter as it comes back from a disk: factors rounded to its dtype, scales to what an alpha gives back. One
-    that is there already is returned as it is, still read lazily. Raises AdapterFormatError on overflow.
+    """Return the adapter as read back from disk: factors rounded to its dtype, scales to alpha / rank. An adapter that
+    needs no rounding is returned unchanged, still read lazily. Raises AdapterFormatError on overflow.
     """
     shapes, resolved = adapter.shapes, adapter.modules.scales
     scales = {path: stored_scale(resolved[path], shape.rank) for path, shape in shapes.items()}
@@ -177,7 +177,7 @@ def _stored(values: Matrix, dtype: str, name: str) -> NDArray[Any]:
 
 
 def encode(adapter: Adapter) -> PeftFiles:
-    """The PEFT folder of an adapter before it is written: deterministic, so its size is known before it is stored."""
+    """Return the PEFT folder of an adapter before it is written: deterministic, so the size is known in advance."""
     dtype = _TORCH[adapter.dtype]
     described = []
     for path, (dout, rank, din) in adapter.shapes.items():
@@ -190,9 +190,7 @@ def encode(adapter: Adapter) -> PeftFiles:
 
 
 def size_alone(parameters: int, dtype: str, like: Adapter | None) -> int:
-    """Bytes of the PEFT folder of an adapter known by its number of parameters only: its values, and beside them as
-    much as the folder of `like` holds.
-    """
+    """Return the bytes of a PEFT folder with a number of parameters: the values, plus the overhead of `like`."""
     beside = encode(like).size - like.parameters * WIDTHS[like.dtype] if like else 0
     return parameters * WIDTHS[dtype] + beside
 
@@ -205,24 +203,24 @@ class Peft(Codec):
     invertible = True
 
     def encode(self, adapter: Adapter) -> PeftFiles:
-        """Both files of the folder. Raises AdapterFormatError, once its chunks are taken, where a value overflows."""
+        """Return both files of the folder. Iterating over the chunks raises AdapterFormatError if a value overflows."""
         return encode(adapter)
 
     def round_trip(self, adapter: Adapter, quality: float = 1.0) -> tuple[Adapter, float]:
-        """The factors rounded to the dtype. Raises AdapterFormatError on overflow."""
+        """Return the factors rounded to the dtype. Raises AdapterFormatError on overflow."""
         return rounded(adapter), 0.0
 
     def open(self, folder: Path, sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
-        """The adapter of a folder whose names and values were checked when it was stored. Raises AdapterFormatError."""
+        """Open a folder whose names and values were checked when it was stored. Raises AdapterFormatError."""
         return _read(folder, False, Guard(sums, lost))
 
     def names(self, folder: Path) -> Sequence[str]:
-        """The config, then the tensors."""
+        """Return the names of the config and the tensor file, in this order."""
         return (CONFIG_FILE, TENSOR_FILE)
 
 
 class _FileModules(Modules):
-    """Modules of an open file: read, and widened to float32, as a module is taken out."""
+    """Modules of an open file: a module is read and widened to float32 on access."""
 
     def __init__(
         self,
@@ -265,14 +263,14 @@ class _FileModules(Modules):
 
 
 def _read_config(folder: Path, faults: Faults, *, stored: bool = False) -> dict[str, Any] | None:
-    mend = f"mend {CONFIG_FILE}, or copy the one that was saved with the tensors"
+    mend = f"correct {CONFIG_FILE}, or copy the one that was saved with the tensors"
     try:
         config = json.loads(atomic.read_file(folder / CONFIG_FILE))  # with or without a byte order mark
     except FileNotFoundError:
-        faults.append(f"{CONFIG_FILE} is missing", "give the folder that save_pretrained wrote, which holds this file")
+        faults.append(f"{CONFIG_FILE} is missing", "give the folder that save_pretrained wrote, which contains it")
         return None
     except OSError as error:
-        cure = "put the file that was saved in its place, readable for this user"
+        cure = "replace it with the saved file, readable by you"
         faults.append(f"{CONFIG_FILE} cannot be read: {error.strerror}", cure)
         return None
     except (ValueError, RecursionError) as error:
@@ -283,14 +281,14 @@ def _read_config(folder: Path, faults: Faults, *, stored: bool = False) -> dict[
         faults.append(f"{CONFIG_FILE} is not a JSON object", mend)
         return None
     if not _encodable(config):
-        faults.append(f"{CONFIG_FILE} holds text that is not Unicode (a lone surrogate)", mend)
+        faults.append(f"{CONFIG_FILE} contains text that is not Unicode (a lone surrogate)", mend)
         return None
     faults.extend(config_faults(config, stored=stored))
     return config
 
 
 def _config_sum(folder: Path) -> int:
-    """CRC-32 of a stored config. Raises AdapterFormatError where it has gone since it was read."""
+    """Return the CRC-32 of a stored config. Raises AdapterFormatError if the config has disappeared meanwhile."""
     try:
         return crc32(atomic.read_file(folder / CONFIG_FILE))
     except OSError as error:
@@ -308,10 +306,10 @@ def _encodable(document: Any) -> bool:
 def _read_tensors(folder: Path, faults: Faults, guard: Guard | None) -> TensorFile | None:
     path = folder / TENSOR_FILE
     if not os.path.lexists(path):
-        faults.append(f"{TENSOR_FILE} is missing", "give the folder that save_pretrained wrote, which holds this file")
+        faults.append(f"{TENSOR_FILE} is missing", "give the folder that save_pretrained wrote, which contains it")
         return None
     if not path.exists():
-        faults.append(f"{TENSOR_FILE} is a link to nothing", "download it again (hf download), or mend the link")
+        faults.append(f"{TENSOR_FILE} is a broken link", "download it again (hf download), or repair the link")
         return None
     try:
         return TensorFile(path, guard)

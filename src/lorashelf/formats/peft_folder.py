@@ -1,8 +1,8 @@
-"""What lies in a folder that is given as an adapter: what it is instead, and what lies beside the adapter's two files.
+"""A folder given as an adapter: what it is if not an adapter, and which other files it contains.
 
-Beside them, trainers leave their own state (optimizer, scheduler, random state, logs), which the adapter does not need;
-further trained weights, without which it is another function: refused; and a chat template or a tokenizer, which are
-not kept: noticed, unless they are the base's.
+Besides the adapter's two files, trainers leave their own state (optimizer, scheduler, random state, logs), which is
+ignored; further trained weights, without which the adapter computes something else: refused; and a chat template or a
+tokenizer, which are not kept: reported, unless they are the base's.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .objects import CONFIG_FILE, TENSOR_FILE
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
-_GIVE = "give a PEFT adapter's folder that this user can read"
+_GIVE = "give the folder of a PEFT adapter, readable by you"
 _MODEL_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)|(pytorch_)?model\.\w+\.index\.json")
 _TRAINERS_STATE = (
-    re.compile(  # of transformers, accelerate, DeepSpeed, FSDP; copies of the adapter that PEFT passes over
+    re.compile(  # of transformers, accelerate, DeepSpeed, FSDP; and copies of the adapter that PEFT ignores
         r"adapter(_model(-\d+-of-\d+)?|_\d+)\.\w+|training_args\.\w+|pytorch_model_fsdp.*"
         r"|(optimizer|scheduler|scaler|sampler|dl_state_dict|rng_state|random_states|.*_optim_states|.*_model_states)"
         r"(_\d+)*\.\w+"
     )
 )
 _TRAINED_BESIDE = (
-    (re.compile(r"non_lora_trainables"), "what LLaVA trained beside the adapter, such as the projector"),
+    (re.compile(r"non_lora_trainables"), "further weights trained by LLaVA, such as the projector"),
     (re.compile(r"projector"), "a trained projector"),
     (re.compile(r"^(value_head|v_head|vhead|reward_head|score|classifier)\b"), "a trained head"),
     (re.compile(r"embed|lm_head|trainable_params"), "trained embeddings"),
@@ -41,7 +41,7 @@ _TRAINED_BESIDE = (
 
 
 def not_a_folder(path: Path, error: OSError) -> Fault:
-    """Why a path cannot be read as a folder, and what to give."""
+    """Return the fault of a path that cannot be read as a folder."""
     what = f"cannot be read: {error.strerror}"
     if not path.is_file():
         return Fault(what, _GIVE)
@@ -53,14 +53,14 @@ def not_a_folder(path: Path, error: OSError) -> Fault:
 
 
 def something_else(folder: Path, names: set[str]) -> Fault | None:
-    """What a folder with these names in it is in place of an adapter; None where it may be one. Raises OSError."""
+    """Return the fault of a folder that is recognisably not an adapter, else None. Raises OSError."""
     config, tensors = CONFIG_FILE in names, TENSOR_FILE in names
     if {"shelf.toml", "HEAD"} <= names:
         return _shelf(folder)
     if folder.name == "objects" and (folder.parent / "shelf.toml").exists():
         return _shelf(folder.parent)
     if not tensors and ("adapters.safetensors" in names or (config and _is_mlx(folder / CONFIG_FILE))):
-        what = "an MLX adapter: its factors are transposed, under other names, with a scale in place of an alpha"
+        what = "an MLX adapter: the factors are transposed, under other names, with a scale instead of an alpha"
         return Fault(what, "convert it to PEFT's files: docs/adapters.md, 'From MLX'")
     if config and not tensors:
         return _without_tensors(folder, names)
@@ -68,12 +68,12 @@ def something_else(folder: Path, names: set[str]) -> Fault | None:
 
 
 def not_the_file(name: str, path: Path) -> Fault | None:
-    """What a file is in place of a config or tensors, by how it begins; None where that is not plain to see."""
+    """Return the fault of a file that, by its first bytes, is not a config or tensors; None if they do not show it."""
     begins = b""
     with contextlib.suppress(OSError), os.fdopen(open_file(path), "rb") as file:
         begins = file.read(200)
     if begins.startswith(b"version https://git-lfs.github.com/spec/"):
-        return Fault(f"{name} is a Git LFS pointer, not the file itself", "git lfs pull, in the repository it lies in")
+        return Fault(f"{name} is a Git LFS pointer, not the file itself", "git lfs pull, in its repository")
     if begins.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return Fault(f"{name} is a web page, not the file itself", "download the file itself (hf download)")
     if begins.startswith(b"GGUF"):
@@ -82,7 +82,7 @@ def not_the_file(name: str, path: Path) -> Fault | None:
 
 
 def _shelf(shelf: Path) -> Fault:
-    cure = f"give the folder that serves one of its tasks, as printed by: lorashelf route {shelf} TASK"
+    cure = f"give the folder that serves a task, as printed by: lorashelf route {shelf} TASK"
     return Fault("this is a shelf, not an adapter", cure)
 
 
@@ -101,7 +101,7 @@ def _without_config(folder: Path, names: set[str]) -> Fault | None:
         what = f"{CONFIG_FILE} is missing: a training run, with checkpoints inside"
         return Fault(what, f"give its latest checkpoint: {checkpoints[-1]}")
     if next(folder.glob(f"*/{CONFIG_FILE}"), None):
-        return Fault(f"{CONFIG_FILE} is missing", f"this folder holds adapters: give them one by one, {folder}/*/")
+        return Fault(f"{CONFIG_FILE} is missing", f"this folder contains adapters: give each one, {folder}/*/")
     if any(map(_MODEL_FILE.fullmatch, names)):
         what = f"{CONFIG_FILE} is missing: a whole model, not an adapter"
         return Fault(what, "give the adapter that was trained, or extract one: mergekit-extract-lora")
@@ -115,35 +115,33 @@ def _without_tensors(folder: Path, names: set[str]) -> Fault:
     missing = f"{TENSOR_FILE} is missing"
     hub = re.fullmatch(r"models--(.+?)--(.+)", folder.parent.parent.name)
     if hub and folder.parent.name == "snapshots":
-        return Fault(f"{missing}: only a part was downloaded", f"hf download {hub[1]}/{hub[2]}")
+        return Fault(f"{missing}: the download is incomplete", f"hf download {hub[1]}/{hub[2]}")
     if checkpoints := _checkpoints(folder, names):
         return Fault(f"{missing}: a training run, with checkpoints inside", f"give its latest: {checkpoints[-1]}")
     if any(re.fullmatch(r"adapter_model(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)", name) for name in names):
         return Fault(f"{missing}: it is in shards", "join them: docs/adapters.md, 'Shards'")
     if any(name.startswith(f"{TENSOR_FILE}.") for name in names):
-        return Fault(f"{missing}: a download of it has not ended", "download it again")
+        return Fault(f"{missing}: its download is incomplete", "download it again")
     if pickles := sorted(filter(_is_pickle, names)):
-        cure = (
-            "where you trust it, save it again with safe_serialization=True, or convert it: docs/adapters.md, 'Pickles'"
-        )
+        cure = "if you trust it, save it again with safe_serialization=True, or convert it: docs/adapters.md, 'Pickles'"
         return Fault(f"{pickles[0]} is a pickle, which can run code when loaded: refused, never opened", cure)
-    return Fault(missing, "copy or download it too: a config alone holds no weights")
+    return Fault(missing, "copy or download it too: a config alone contains no weights")
 
 
 def _is_pickle(name: str) -> bool:
-    """Whether a file may hold an adapter's tensors as torch.save writes them."""
+    """Return whether a file may hold an adapter's tensors as written by torch.save."""
     state = _TRAINERS_STATE.fullmatch(name) and not name.startswith("adapter")
     return name.endswith((".bin", ".pt", ".pth")) and not state
 
 
 def _checkpoints(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The checkpoints of a training run that hold an adapter, the latest last."""
+    """Return the checkpoints of a training run that contain an adapter, the latest last."""
     numbered = sorted((int(found[1]), name) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name)))
     return [folder / name for _, name in numbered if (folder / name / CONFIG_FILE).exists()]
 
 
 def document(path: Path) -> dict[str, Any]:
-    """A JSON object that may be absent or damaged: then it is empty."""
+    """Read a JSON object; an absent or damaged one is empty."""
     try:
         found = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
@@ -151,21 +149,21 @@ def document(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# beside the adapter's two files --------------------------------------------------------------------------------------
+# other files in the folder -------------------------------------------------------------------------------------------
 
 
 def trained_beside(names: Iterable[str]) -> Iterator[Fault]:
-    """A fault for every file of weights that belongs to what was trained, as PEFT reads none but its own."""
+    """Yield a fault for every other file of trained weights: PEFT reads only its own."""
     for name in sorted(names):
         if name == TENSOR_FILE or not name.endswith(WEIGHTS) or _TRAINERS_STATE.fullmatch(name):
             continue
         meaning = next((meaning for pattern, meaning in _TRAINED_BESIDE if pattern.search(name)), "other weights")
-        cure = f"if ΔW alone is wanted, give a copy of the folder without {name}"
-        yield Fault(f"{name} lies beside the adapter: {meaning}, which would be dropped", cure)
+        cure = f"if you want ΔW alone, give a copy of the folder without {name}"
+        yield Fault(f"{name} is in the adapter's folder: {meaning}, which would be dropped", cure)
 
 
 def prompt_notices(folder: Path, names: set[str], base: str) -> Iterator[str]:
-    """What a folder says about prompts that its base does not, in sentences; the base is looked for on the disk."""
+    """Yield sentences on how a folder's prompt files differ from its base's, if the base is on this disk."""
     if not names & {"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}:
         return
     theirs = _base_folder(base)
@@ -173,16 +171,16 @@ def prompt_notices(folder: Path, names: set[str], base: str) -> Iterator[str]:
         name, text = own
         known = _chat_template(theirs) if theirs else None
         if theirs is None:
-            yield f"its chat template ({name}) is not kept; the base's, which is not here to compare with, is used"
+            yield f"its chat template ({name}) is not kept; the base's is used (not on this disk, so not compared)"
         elif known is None or known[1] != text:
             yield f"its chat template ({name}) differs from the base's and is not kept; the base's is used"
     if theirs and (added := sorted(_added_tokens(folder) - _added_tokens(theirs))):
         listed = ", ".join(added[:5]) + (f" and {len(added) - 5} more" if len(added) > 5 else "")
-        yield f"its tokenizer has tokens that the base's lacks, which are not kept: {listed}"
+        yield f"its tokenizer has tokens that the base's lacks; they are not kept: {listed}"
 
 
 def _chat_template(folder: Path) -> tuple[str, Any] | None:
-    """The file that holds the chat template, and the template."""
+    """Return the name of the file with the chat template, and the template."""
     try:
         return "chat_template.jinja", read_file(folder / "chat_template.jinja").decode(errors="replace").strip()
     except OSError:
@@ -194,14 +192,14 @@ def _chat_template(folder: Path) -> tuple[str, Any] | None:
 
 
 def _added_tokens(folder: Path) -> set[str]:
-    """The contents of the tokens that a tokenizer adds to its vocabulary."""
+    """Return the contents of the tokens that a tokenizer adds to its vocabulary."""
     added = document(folder / "tokenizer_config.json").get("added_tokens_decoder")
     values = added.values() if isinstance(added, dict) else []
     return {str(value["content"]) for value in values if isinstance(value, dict) and "content" in value}
 
 
 def _base_folder(base: str) -> Path | None:
-    """Where the base's tokenizer lies: a folder, or the hub's cache; None if it is not on this disk."""
+    """Return the folder of the base's tokenizer, the base itself or in the hub's cache; None if not on this disk."""
     if not base:
         return None
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
@@ -210,6 +208,6 @@ def _base_folder(base: str) -> Path | None:
     try:
         found = [Path(base) / "tokenizer_config.json", *repository.glob("snapshots/*/tokenizer_config.json")]
         there = [(path.stat().st_mtime, path.parent) for path in found if path.is_file()]
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         return None
     return max(there)[1] if there else None

@@ -1,4 +1,4 @@
-"""The tensors of an adapter under PEFT's keys: paired into modules, their shapes and values checked."""
+"""An adapter's tensors under PEFT's keys: paired into modules, with shapes and values checked."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _FOREIGN_KEYS: tuple[tuple[re.Pattern[str], str, str], ...] = (
         "train it again without the embedding among its target_modules",
     ),
     (re.compile(r"lora_[AB]\.bias$"), "a bias of a factor", "train it again with lora_bias=False"),
-    (re.compile(r"modules_to_save"), "a module saved whole", "train it again without modules_to_save"),
+    (re.compile(r"modules_to_save"), "a whole module", "train it again without modules_to_save"),
     (
         re.compile(r"(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)(\.base_layer)?\.(weight|bias)$"),
-        "a whole embedding or head, as PEFT saves it beside a LoRA on one, or with a larger vocabulary",
-        "with the base's vocabulary it is the base's own: save it again with save_embedding_layers=False; "
+        "a whole embedding or head, which PEFT saves with a LoRA on one, or with a larger vocabulary",
+        "if the vocabulary is the base's, save it again with save_embedding_layers=False; "
         "else train without new tokens",
     ),
     (
@@ -38,12 +38,12 @@ _FOREIGN_KEYS: tuple[tuple[re.Pattern[str], str, str], ...] = (
     ),
     (
         re.compile(r"lora_(up|down)\.|^lora_(unet|te)"),
-        "a key of kohya's style",
-        "load it into the model it was made for, and save that with PEFT's save_pretrained",
+        "a key in kohya's style",
+        "load it into its model, and save that with PEFT's save_pretrained",
     ),
     (
         re.compile(r"lora_[ab]$"),
-        "a key of MLX's or GGUF's style",
+        "a key in the style of MLX or GGUF",
         "convert it to PEFT's files: docs/adapters.md, 'From MLX'",
     ),
     (
@@ -63,9 +63,9 @@ _GATHER = (
 def paired(
     tensors: TensorFile, passed_over: tuple[str, ...], faults: Faults, *, given: bool
 ) -> dict[str, dict[str, str]]:
-    """Module path → half → tensor name; tensors with `passed_over` in their names are for training only.
+    """Return module path → half → tensor name; tensors with `passed_over` in their names are for training only.
 
-    Names are cleaned if the adapter is `given`; those of a stored object are as they stand.
+    Names are cleaned if the adapter is `given` by the user; those of a stored object are used as they are.
     """
     halves: dict[str, dict[str, str]] = {}
     for name in tensors:
@@ -73,7 +73,7 @@ def paired(
         if not name.isprintable():
             faults.append(f"{name!r}: not a printable name", "save it again with PEFT's save_pretrained")
         elif match and match["half"] in halves.get(match["path"], {}):
-            what = f"the same as {halves[match['path']][match['half']]}, for one module"
+            what = f"the same factor of the same module as {halves[match['path']][match['half']]}"
             faults.append(what, "save the adapter again from one copy of the model", at=name)
         elif match:
             halves.setdefault(match["path"], {})[match["half"]] = name
@@ -84,14 +84,14 @@ def paired(
             faults.append(what, cure, at=path)
         for half in "AB":
             if half not in pair:
-                faults.append(f"lora_{half} is missing", "download or save it again: a half is gone", at=path)
+                faults.append(f"lora_{half} is missing", "download or save it again", at=path)
     if not halves and not faults:
         faults.append("no LoRA factors in the file", "give the folder of a trained adapter")
     return {path: pair for path, pair in halves.items() if len(pair) == 2}
 
 
 def _foreign(name: str) -> tuple[str, str]:
-    """What a tensor under another key than PEFT's is, and the cure."""
+    """Return the meaning of a tensor whose key is not PEFT's, and the cure."""
     for pattern, meaning, cure in _FOREIGN_KEYS:
         if pattern.search(name):
             return meaning, cure
@@ -99,7 +99,7 @@ def _foreign(name: str) -> tuple[str, str]:
 
 
 def factor_shapes(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]], faults: Faults) -> dict[str, Shape]:
-    """Module path → (dout, r, din) of the pairs that are a linear module's."""
+    """Return module path → (dout, r, din) of the pairs that form a linear module."""
     shapes: dict[str, Shape] = {}
     for path, pair in halves.items():
         before = len(faults)
@@ -116,14 +116,14 @@ def factor_shapes(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]], 
                 faults.append(what, "train it again with linear target_modules only", at=at)
         if len(faults) == before and entries[0].shape[0] != entries[1].shape[1]:
             what = f"lora_A has rank {entries[0].shape[0]}, lora_B has rank {entries[1].shape[1]}"
-            faults.append(what, "save or download it again: its halves are of two adapters", at=path)
+            faults.append(what, "save or download it again: the factors come from two adapters", at=path)
         if len(faults) == before:
             shapes[path] = Shape(entries[1].shape[0], entries[0].shape[0], entries[0].shape[1])
     return shapes
 
 
 def value_faults(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]], faults: Faults) -> None:
-    """Read every value: NaN, infinity and what no training leaves are faults."""
+    """Read every value; NaN, infinity and values beyond LARGEST_VALUE are faults."""
     not_finite: dict[str, dict[str, tuple[int, int]]] = {}
     too_large: dict[str, float] = {}
     for name in (name for pair in halves.values() for name in pair.values()):
@@ -144,4 +144,4 @@ def value_faults(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]], f
             faults.append(f"{together(names)}: {bad} of {size} values are {kind}", cure)
     for names in alike(too_large):
         largest = max(too_large[name] for name in names)
-        faults.append(f"{together(names)}: holds {largest:.0e}; no trained factor does", cure)
+        faults.append(f"{together(names)}: a value of {largest:.0e}; no trained factor has one", cure)

@@ -1,7 +1,7 @@
-"""safetensors files: a bounded header, tensors read one by one (bfloat16 too), and writing as a stream.
+"""safetensors files: a bounded header, tensors read one by one (bfloat16 too), and a header to write.
 
-The format is safetensors' own: 8 bytes of header length, a JSON header, then the tensors without holes. Every fault of
-a header is reported at once; no tensor of a faulty file is read.
+The format: 8 bytes of header length, a JSON header, then the tensors without gaps. All faults of a header are reported
+at once; no tensor of a faulty file is read.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from ..lora.adapter import numpy_dtype
 MAX_HEADER = 100 * 2**20  # bytes; safetensors' own cap
 STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 Lost = Callable[[str], LorashelfError]  # what happened to an open file → the error
-_CHANGED = "changed while it was read"
+_CHANGED = "changed while it was being read"
 DAMAGED = "its bytes have changed"
-_HELD = threading.Semaphore(100)  # files that may be held open yet
+_HELD = threading.Semaphore(100)  # how many more files may be held open
 _SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
 _WIDTHS = {dtype: width for width, dtypes in _SIZES.items() for dtype in dtypes.split()}
 
-# glibc returns freed blocks to the system at once, to be zeroed page by page when they are taken again, until a larger
-# one was freed (mallopt(3), M_MMAP_THRESHOLD). Tensors are read into such blocks again and again, in half the time.
+# glibc returns freed blocks to the system, which zeroes them page by page on reuse, until a larger block was freed
+# (mallopt(3), M_MMAP_THRESHOLD). Freeing one here halves the time of reading tensors into such blocks.
 np.empty(2**23, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file: its dtype as safetensors writes it, its shape, its byte range after the header."""
+    """One tensor of a file: dtype as written by safetensors, shape, byte range after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """CRC-32 of what an object should hold (see `objects.Stored`), and the error for an object that does not.
+    """Expected CRC-32 sums of an object (see `objects.Stored`), and the error for an object that differs.
 
     Without sums nothing is compared.
     """
@@ -64,22 +64,22 @@ class Guard:
     lost: Lost
 
     def check(self, place: int, data: bytes | memoryview, before: int = 0) -> None:
-        """Raise what `lost` makes unless the data, after data of the sum `before`, have the sum of this place."""
+        """Raise the error of `lost` unless the data, continuing the sum `before`, have the sum at this place."""
         if self.sums and (place >= len(self.sums) or crc32(data, before) != self.sums[place]):
             raise self.lost(DAMAGED)
 
 
 class TensorFile(Mapping[str, Entry]):
-    """A safetensors file; `array` and `stack` read tensors out of it, a copy each.
+    """A safetensors file; `array` and `stack` return copies of its tensors.
 
-    It is read, not mapped: a mapped file that is cut off later ends the process (SIGBUS). A file that changes after it
-    was opened is an error of the next read, so everything that was read belongs to one state of the file. The file is
-    held open, or, beyond a hundred of them, opened again for each read: systems allow a process few open files.
+    The file is read, not mapped: truncating a mapped file kills the process (SIGBUS). If the file changes after it was
+    opened, the next read raises, so all values read belong to one state of the file. The file is held open; beyond a
+    hundred files, each is reopened for every read, since systems limit a process's open files.
     """
 
     def __init__(self, path: Path, guard: Guard | None = None) -> None:
-        """Open the file. Raises AdapterFormatError with every fault of the header; later reads raise what `guard` says,
-        else AdapterFormatError.
+        """Open the file. Raises AdapterFormatError with every fault of the header; later reads raise the error of
+        `guard`, by default AdapterFormatError.
         """
         self.path = path
         self._guard = guard or Guard((), partial(_refused, path))
@@ -88,7 +88,7 @@ class TensorFile(Mapping[str, Entry]):
             if _HELD.acquire(blocking=False):
                 self._handle = _held(self, path)
             with self._opened() as handle, open(handle, "rb", closefd=False) as file:
-                # what lies on a shelf is held against its sums
+                # objects of a shelf are compared with their sums instead
                 self._state = os.fstat(handle) if guard else _settled(handle)
                 size = self._state.st_size
                 text = _read_header(file.read(8), size, file.read)
@@ -96,7 +96,7 @@ class TensorFile(Mapping[str, Entry]):
             self._offset = 8 + len(text)
             self._entries = _entries(text, size - self._offset)
         except OSError as error:
-            cure = "put the file that was saved in its place, readable for this user"
+            cure = "replace it with the saved file, readable by you"
             raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path), cure=cure) from error
         except AdapterFormatError as error:
             raise error.amended(where=error.where or str(path)) from error.__cause__
@@ -110,11 +110,11 @@ class TensorFile(Mapping[str, Entry]):
             return os.pread(handle, self._offset, 0)
 
     def array(self, name: str) -> NDArray[Any]:
-        """The tensor as stored (f32, f16 or bf16). Raises AdapterFormatError if the file has changed."""
+        """Return the tensor as stored (f32, f16 or bf16). Raises AdapterFormatError if the file has changed."""
         return np.asarray(self.stack([name])[0])
 
     def stack(self, names: Sequence[str]) -> NDArray[Any]:
-        """Tensors of one shape as (n, *shape), as stored; float32 where their dtypes differ. Raises as `array`."""
+        """Return tensors of one shape as (n, *shape), as stored; float32 if their dtypes differ. Raises as `array`."""
         entries = [self._entries[name] for name in names]
         first = entries[0]
         if any(entry.dtype != first.dtype for entry in entries):
@@ -123,12 +123,12 @@ class TensorFile(Mapping[str, Entry]):
         with self._reading() as handle:
             for row, entry, name in zip(data, entries, names, strict=True):
                 self._fill(handle, row.data, self._offset + entry.start)
-                self._guard.check(self._places[name], row.data)  # now, while it is in the cache
+                self._guard.check(self._places[name], row.data)  # now, while the data is in the CPU cache
         return data.view(numpy_dtype(STORED[first.dtype])).reshape(len(entries), *first.shape)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
-        """A handle of the file: the one that is held, else one for the block. Raises OSError."""
+        """Yield a handle of the file: the one held open, else one for the block. Raises OSError."""
         if self._handle is not None:
             yield self._handle
             return
@@ -140,7 +140,7 @@ class TensorFile(Mapping[str, Entry]):
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[int]:
-        """A handle to read tensors from. Raises what `guard` says where the file cannot be read, or has changed."""
+        """Yield a handle to read tensors from. Raises the error of `guard` if the file is unreadable or has changed."""
         try:
             with self._opened() as handle:
                 yield handle
@@ -158,7 +158,7 @@ class TensorFile(Mapping[str, Entry]):
         then, now = self._state, os.fstat(handle)
         fields = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
         same = all(getattr(then, field) == getattr(now, field) for field in fields)
-        # a name that is taken away or given sets ctime too, and changes no byte
+        # adding or removing a hard link also sets ctime, without changing a byte
         if not same or (then.st_ctime_ns != now.st_ctime_ns and then.st_nlink == now.st_nlink):
             raise self._guard.lost(_CHANGED)
 
@@ -173,12 +173,12 @@ class TensorFile(Mapping[str, Entry]):
 
 
 def _refused(path: Path, what: str) -> LorashelfError:
-    cure = "wait until whatever writes the file is done, then run the command again"
+    cure = "wait until the program that writes the file is done, then run the command again"
     return AdapterFormatError([f"{path.name} {what}"], where=str(path.parent), cure=cure)
 
 
 def _held(owner: TensorFile, path: Path) -> int:
-    """A handle that is closed when its owner goes. Raises OSError."""
+    """Open a handle that is closed when its owner is deleted. Raises OSError."""
     try:
         handle = open_file(path)
     except OSError:
@@ -194,7 +194,7 @@ def _let_go(handle: int) -> None:
 
 
 def _settled(handle: int) -> os.stat_result:
-    """The file's times once they are older than a tick of the clock that sets them: any later change shows in them."""
+    """Return the file's status once its times are older than one clock tick, so that any later change shows."""
     found = os.fstat(handle)
     age = time.time_ns() - found.st_ctime_ns
     if not 0 <= age < TICK:
@@ -204,7 +204,7 @@ def _settled(handle: int) -> os.stat_result:
 
 
 def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """The length and JSON header for (name, dtype, shape) in the order their bytes will follow, padded to 8 bytes."""
+    """Return the length and JSON header, padded to 8 bytes, for (name, dtype, shape) in the order of their bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape in tensors:
@@ -217,7 +217,7 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
 
 
 def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes]) -> bytes:
-    """The header's JSON."""
+    """Read the header's JSON text."""
     if len(prefix) < 8:
         raise _faulty([f"truncated: {size} bytes, a header needs at least 8"])
     length = int.from_bytes(prefix, "little")
@@ -228,9 +228,9 @@ def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes]) -> byte
     return read(length)
 
 
-@lru_cache(maxsize=4)  # the slots of a shelf have one header, as a rule
+@lru_cache(maxsize=4)  # the slots of a shelf usually share one header
 def _entries(text: bytes, room: int) -> Mapping[str, Entry]:
-    """The tensors that a header describes, by name, in a file with so much room for them."""
+    """Return the tensors that a header describes, by name; `room` is the size of the file after the header."""
     repeated: list[str] = []
     try:
         header = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, repeated))
@@ -277,7 +277,7 @@ def _check_entries(header: dict[str, Any], room: int) -> dict[str, Entry]:
 
 
 def _by_kind(faults: list[tuple[str, str]]) -> list[str]:
-    """Sentences about tensors, those that differ in numbers and names only as one with their number."""
+    """Return the faults, with those that differ only in numbers and names merged into one with a count."""
     kinds: dict[str, list[str]] = {}
     for name, what in faults:
         kinds.setdefault(re.sub(r"\d+| those of .*", "", what), []).append(f"{name}: {what}")
@@ -289,10 +289,10 @@ def _entry(described: Any, room: int) -> tuple[Entry | None, str | None]:
         return None, "needs dtype, shape and data_offsets"
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        return None, f"shape {shape} or data_offsets {offsets} are not lists of whole numbers"
+        return None, f"shape {shape} or data_offsets {offsets} is not a list of whole numbers"
     start, stop = offsets
     if start > stop or stop > room:
-        return None, f"bytes {start}:{stop} lie outside the file's {room} (truncated?)"
+        return None, f"bytes {start}:{stop} are outside the file's {room} (truncated?)"
     if not isinstance(dtype, str) or dtype not in _WIDTHS:
         return None, f"unknown dtype {dtype!r}"
     size = math.prod(shape) * _WIDTHS[dtype]
@@ -302,7 +302,7 @@ def _entry(described: Any, room: int) -> tuple[Entry | None, str | None]:
 
 
 def _naturals(values: Any) -> bool:
-    """A short list of whole numbers that a file could hold: their product can be printed."""
+    """Return whether this is a short list of whole numbers that a file could hold: their product can be printed."""
     return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**53 for v in values)
 
 
@@ -311,7 +311,7 @@ def _layout_faults(entries: Mapping[str, Entry], room: int) -> list[str]:
     end, last = 0, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
-            relation = "overlap" if entry.start < end else "leave a hole after"
+            relation = "overlap" if entry.start < end else "leave a gap after"
             odd.append((name, f"bytes {entry.start}:{entry.stop} {relation} those of {last}"))
         end, last = max(end, entry.stop), name
     faults = _by_kind(odd)

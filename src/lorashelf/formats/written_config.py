@@ -1,4 +1,4 @@
-"""The adapter_config.json that is written: the source's fields, and the ranks and scales that PEFT resolves again."""
+"""The adapter_config.json that is written: the source's fields, with ranks and scales that PEFT resolves again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..lora.targets import targets_of
 
 
 def written_config(adapter: Adapter) -> dict[str, Any]:
-    """The config to store: the fields that the adapter carries, its targets, and ranks and scales such that PEFT
-    resolves the same s.
+    """Return the config to store: the adapter's kept fields, its targets, and ranks and alphas from which PEFT resolves
+    the same s.
     """
     ranks: dict[str, float] = {path: shape.rank for path, shape in adapter.shapes.items()}
     alphas = {path: _alpha(scale, ranks[path]) for path, scale in adapter.modules.scales.items()}
@@ -26,7 +26,7 @@ def written_config(adapter: Adapter) -> dict[str, Any]:
     config: dict[str, Any] = {"peft_type": "LORA", "task_type": None} | dict(adapter.config)
     config |= targets_of(config, ranks)
     if not isinstance(config.get("init_lora_weights", True), bool):
-        config["init_lora_weights"] = True  # an init that fits the source's ranks may refuse others; it is loaded over
+        config["init_lora_weights"] = True  # the source's init may refuse other ranks; the loaded factors replace it
     config |= {
         "base_model_name_or_path": adapter.base.name or None,
         "revision": adapter.base.revision,
@@ -41,22 +41,22 @@ def written_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def stored_scale(scale: float, rank: int) -> float:
-    """What a written scale comes back as: itself, or, where no alpha / rank is, its neighbour."""
+    """Return the scale as read back: the same, or the closest float that some alpha / rank equals."""
     return _alpha(scale, rank) / rank
 
 
 def _alpha(scale: float, rank: float) -> float:
-    """The alpha whose alpha / rank is the scale to the last bit, or nearest to it; a whole number where it can be."""
+    """Return the alpha whose alpha / rank is the scale to the last bit, or nearest to it; an integer if possible."""
     alpha = scale * rank
     around = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((candidate for candidate in around if candidate / rank == scale), alpha)
 
 
 def patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    r"""The commonest value, and keys for the others under which PEFT's matching gives every module its own.
+    r"""Return the most common value, and patterns for the others from which PEFT resolves every module's value.
 
-    A key is the shortest ending of a path that tells its modules from those of other values, longer keys before
-    shorter: the start of a path is what another version of transformers renames.
+    A key is the shortest suffix of a path that separates its modules from those with other values, longer keys before
+    shorter: suffixes, because other versions of transformers rename the start of a path.
 
     >>> patterns({"m.0.q": 8, "m.0.v": 8, "m.1.q": 4, "m.1.v": 8})
     (8, {'1\\.q': 4})
@@ -70,8 +70,8 @@ def patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
 
 
 def _spelled(keys: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """Endings as regular expressions, in which a name that transformers leaves out may be lacking, unless a path of
-    the adapter ends like that itself.
+    """Return suffixes as regular expressions in which names that transformers omits are optional, unless a path of
+    the adapter has the shorter suffix itself.
     """
     inner = [_optional(key.split(".")) for key in keys]
     known = {ending for path in paths for ending in endings(path)} if any(inner) else set()
@@ -79,7 +79,7 @@ def _spelled(keys: Sequence[str], paths: Iterable[str]) -> list[str]:
 
 
 def _optional(parts: Sequence[str]) -> list[int]:
-    """The places inside a key of names that transformers leaves out."""
+    """Return the positions inside a key of names that transformers omits."""
     return [i for i in range(1, len(parts) - 1) if parts[i] in WRAPPERS or parts[i] in TOWERS]
 
 
@@ -93,16 +93,16 @@ def _one_spelled(parts: Sequence[str], optional: Sequence[int], known: Set[str])
 
 
 class _Endings:
-    """The paths of a common ending, by the part before it, and their values."""
+    """A tree of path suffixes: the nodes for one component more, and the values of the paths with this suffix."""
 
     def __init__(self) -> None:
         self.before: dict[str, _Endings] = {}
         self.values: set[float] = set()
         self.own: float | None = None
-        """The value of the path that is the ending itself."""
+        """The value of the path that equals the suffix."""
 
     def add(self, parts: list[str], value: float) -> None:
-        """Take a path, the parts of which stand before the ending."""
+        """Add a path, given by its components before the suffix."""
         node = self
         node.values.add(value)
         for part in reversed(parts):
@@ -111,7 +111,7 @@ class _Endings:
         node.own = value
 
     def keys(self, ending: str, otherwise: float) -> Iterator[tuple[str, float]]:
-        """Keys and values, the first that is an ending of a path counts, for paths that else had `otherwise`."""
+        """Yield keys and values, of which the first that is a suffix of a path applies; other paths get `otherwise`."""
         if len(self.values) == 1:
             yield from ((ending, value) for value in self.values if value != otherwise)
             return
@@ -122,8 +122,8 @@ class _Endings:
             yield ending, here
 
     def _unnamed(self, otherwise: float) -> float:
-        """The value that is best given to the ending alone: that of the path which ends there, else that of a part
-        that may be called otherwise.
+        """Return the best value for the suffix alone: that of the path equal to it, else that of a component that other
+        versions may rename.
         """
         if self.own is not None:
             return self.own

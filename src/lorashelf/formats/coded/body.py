@@ -1,4 +1,4 @@
-"""The body of a level: its head, the lists of what is coded, the entries; docs/coded.md is normative."""
+"""The body of a level: head, lists of what is coded, entries; docs/coded.md is normative."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .stream import Scanner, StreamReader, StreamWriter, malformed, varint
 
 MOST_GAIN = 2**12 - 1
 NONE = np.zeros(0, np.float32)
-"""The values of no outlier."""
-_LOW = 32  # gains are coded as quotient and remainder
-_DENSEST = 9  # entries a bit at most, under any start quantiser
+"""The values of no outliers."""
+_LOW = 32  # gains are coded as quotient and remainder by this
+_DENSEST = 9  # at most this many entries per bit, with any start quantiser
 
 
 @dataclass(slots=True)
 class Side:
-    """The u or v of one direction as coded so far: its chain, its indices, the values of its outliers."""
+    """The u or v of one direction as coded so far: chain, indices, values of outliers."""
 
     chain: Chain
     indices: Indices
@@ -33,7 +33,7 @@ class Side:
 
 @dataclass(slots=True)
 class Direction:
-    """One coded direction: `gain` counts 1/64 octaves down from the largest."""
+    """One coded direction: `gain` counts 1/64 octaves down from the largest gain."""
 
     gain: int
     u: Side
@@ -45,7 +45,7 @@ Coded = dict[str, list[Direction]]
 
 
 class Head:
-    """What stands before a level's stream: energy kept, restoration; in the base level the rest of the adapter."""
+    """The part before a level's stream: share of ‖ΔW‖² kept, restoration; in the base level also the description."""
 
     def __init__(self, scanner: Scanner, base: bool) -> None:
         kept, self.restored = struct.unpack("<HH", scanner.take(4))
@@ -55,12 +55,12 @@ class Head:
         if base:
             (self.top,) = struct.unpack("<f", scanner.take(4))
             if not (0 <= self.top < float("inf")):
-                raise malformed("its largest gain is not a number")
+                raise malformed("the largest gain is not a number")
             self.description = unpacked(scanner.take(scanner.varint()))
 
 
 def head(kept: float, restored: int, base: tuple[float, bytes] | None) -> bytes:
-    """What `Head` reads; `base` is the largest gain and the description."""
+    """Encode what `Head` reads; `base` is the largest gain and the description."""
     found = struct.pack("<HH", min(max(int(kept * 65535), 0), 65535), restored)
     if base is not None:
         top, description = base
@@ -70,18 +70,18 @@ def head(kept: float, restored: int, base: tuple[float, bytes] | None) -> bytes:
 
 @dataclass(frozen=True)
 class Additions:
-    """What a level adds: new directions of every module, and ratios for those that are there, in order."""
+    """What a level adds: new directions of every module, and ratios for the earlier ones, in order."""
 
     counts: Sequence[int]
     gains: Sequence[int]
-    """Of new directions, each as what it is below the one before it in its module, or below the largest."""
+    """Gains of new directions, as the difference from the previous direction in the module, or from the largest."""
     starts: tuple[Sequence[int], Sequence[int]]
     ratios: tuple[Sequence[int], Sequence[int]]
     """Places in RATIOS, of u and of v."""
 
 
 def write_lists(writer: StreamWriter, add: Additions) -> None:
-    """The lists at the head of a stream."""
+    """Write the lists at the start of a stream."""
     gains = np.array(add.gains, np.int64)
     lists = (add.counts, gains // _LOW, gains % _LOW, *add.starts, *add.ratios)
     for each in lists:
@@ -89,14 +89,14 @@ def write_lists(writer: StreamWriter, add: Additions) -> None:
 
 
 def read_lists(reader: StreamReader, shapes: Mapping[str, Shape], coded: Mapping[str, int]) -> Additions:
-    """What `write_lists` wrote, for modules of which so many directions are coded. Raises AdapterFormatError."""
+    """Read what `write_lists` wrote; `coded` is the number of directions per module. Raises AdapterFormatError."""
     counts = reader.numbers(len(shapes)).tolist()
     for (path, shape), count in zip(shapes.items(), counts, strict=True):
         if coded[path] + count > min(shape.rank, shape.dout, shape.din):
-            raise malformed(f"{path} gets {coded[path] + count} directions, and its rank is {shape.rank}")
+            raise malformed(f"{path} has {coded[path] + count} directions, but rank {shape.rank}")
     entries = sum(n * (shape.dout + shape.din) for shape, n in zip(shapes.values(), counts, strict=True))
-    if entries > _DENSEST * 8 * (reader.size + 8):  # before anything of that size is made
-        raise malformed(f"its {entries} entries need more bits than it has")
+    if entries > _DENSEST * 8 * (reader.size + 8):  # before memory of that size is allocated
+        raise malformed(f"{entries} entries need more bits than there are")
     fresh, old = sum(counts), sum(coded.values())
     high, low = (reader.numbers(fresh).tolist() for _ in range(2))
     starts = tuple(reader.numbers(fresh).tolist() for _ in range(2))
@@ -110,7 +110,7 @@ def read_lists(reader: StreamReader, shapes: Mapping[str, Shape], coded: Mapping
 
 
 def grouped(keys: Iterable[Chain | None]) -> Iterator[tuple[Chain, list[int]]]:
-    """The distinct chains in ascending order, each with the places where it stands; None is passed over."""
+    """Yield the distinct chains in ascending order, each with its positions; None is skipped."""
     places: dict[Chain, list[int]] = {}
     for place, key in enumerate(keys):
         if key is not None:
@@ -121,7 +121,7 @@ def grouped(keys: Iterable[Chain | None]) -> Iterator[tuple[Chain, list[int]]]:
 def write_entries(
     writer: StreamWriter, fresh: Sequence[tuple[Side, NDArray[np.float32]]], refined: Sequence[tuple[Side, Indices]]
 ) -> None:
-    """The entries of new sides, with their values, and of refined ones, with their indices before."""
+    """Write the entries of new sides, with their values, and of refined sides, with their previous indices."""
     for chain, places in grouped(side.chain for side, _ in fresh):
         q = np.concatenate([fresh[i][0].indices for i in places])
         write_started(writer, q, np.concatenate([fresh[i][1] for i in places]), chain)
@@ -133,7 +133,7 @@ def write_entries(
 def read_entries(
     reader: StreamReader, fresh: Sequence[tuple[Side, int, Chain]], refined: Sequence[tuple[Side, Chain]]
 ) -> None:
-    """Fill in the indices of new sides, of these lengths, and those of refined ones, under these chains."""
+    """Read the indices of new sides, given lengths and chains, and of refined sides, given chains."""
     for chain, places in grouped(chain for _, _, chain in fresh):
         q, outliers = read_started(reader, sum(fresh[i][1] for i in places), chain)
         end = 0

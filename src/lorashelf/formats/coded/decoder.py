@@ -1,4 +1,4 @@
-"""From levels to an adapter: checked and outlined at once, its values decoded when a module is first taken."""
+"""From levels to an adapter: levels are checked at once, values decoded when a module is first used."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _STEP = 18248035989933441396  # 2^64 2^(-1/64), rounded down
 
 
 class Level(NamedTuple):
-    """What a level and those before it are worth."""
+    """What a level, with those before it, achieves."""
 
     bytes: int
-    """Of this level alone."""
+    """Bytes of this level alone."""
     kept: float
     """Share of ‖ΔW‖² that the levels up to this one keep."""
     quality: float
     """Predicted share of the adapter's gain in loss."""
     directions: int
-    """How many of all modules' directions are coded up to this level."""
+    """The number of directions, over all modules, coded up to this level."""
     reference: str
     """The first 16 hex digits of the level's BLAKE2b-256."""
 
 
 class _Pending(NamedTuple):
-    """A level whose entries are not read yet: new sides with their lengths and chains, refined ones with theirs."""
+    """A level whose entries are not read yet: new sides with lengths and chains, refined sides with chains."""
 
     reader: StreamReader
     fresh: Sequence[tuple[Side, int, Chain]]
@@ -50,10 +50,10 @@ class _Pending(NamedTuple):
 
 
 class Outline:
-    """Levels whose lists are read and whose entries are not: shapes, ranks, gains and chains."""
+    """Levels of which only the lists are read: shapes, ranks, gains and chains, but not the entries."""
 
     def __init__(self, levels: Sequence[bytes], where: str | None = None) -> None:
-        """Raise AdapterFormatError with `where` for levels that are damaged, lack those before or are malformed."""
+        """Raise AdapterFormatError with `where` for levels that are damaged, incomplete in sequence or malformed."""
         self._where = where
         self.stored = tuple(levels)
         self._pending: list[_Pending] = []
@@ -66,7 +66,7 @@ class Outline:
 
     @contextmanager
     def _named(self, place: int) -> Iterator[None]:
-        """Errors name the level and the file."""
+        """Add the level and the file to errors in the block."""
         try:
             yield
         except AdapterFormatError as error:
@@ -87,7 +87,7 @@ class Outline:
         self.levels.append(Level(len(level), head.kept, quality(head.kept), count, reference(level).hex()))
 
     def _refined(self, add: Additions) -> Iterator[tuple[Side, Chain]]:
-        """The sides that a level refines, under their new chains: of u, then of v."""
+        """Yield the sides that a level refines, with their new chains: of u, then of v."""
         old = list(chained.from_iterable(self.coded.values()))
         for name, places in zip("uv", add.ratios, strict=True):
             for direction, place in zip(old, places, strict=True):
@@ -97,7 +97,7 @@ class Outline:
                     yield side, side.chain
 
     def _extended(self, add: Additions) -> list[tuple[Side, int, Chain]]:
-        """The sides that a level is the first to code, entered into their modules: of u, then of v."""
+        """Add a level's new directions to their modules and return their sides: of u, then of v."""
         u, v = [], []
         news = zip(add.gains, *add.starts, strict=True)
         for (path, found), count in zip(self.coded.items(), add.counts, strict=True):
@@ -113,7 +113,7 @@ class Outline:
         return u + v
 
     def read(self) -> Coded:
-        """The directions with all entries, decoded when this is first called. Raises AdapterFormatError."""
+        """Return the directions with all entries, decoded on the first call. Raises AdapterFormatError."""
         with self._lock:
             if self._failed is not None:
                 raise self._failed
@@ -122,14 +122,14 @@ class Outline:
                     with self._named(place):
                         read_entries(level.reader, level.fresh, level.refined)
             except AdapterFormatError as error:
-                self._failed = error  # some entries are read, and cannot be read again
+                self._failed = error  # some entries have been read and cannot be read again
                 raise
             self._pending = []
         return self.coded
 
 
 class CodedModules(Modules):
-    """Modules of levels: decoded as one is first taken, each made into float32 factors as it is taken."""
+    """Modules of levels: decoded on first access, each converted to float32 factors on access."""
 
     def __init__(self, outline: Outline) -> None:
         self._outline = outline
@@ -167,7 +167,7 @@ class CodedModules(Modules):
 
 
 def factors(directions: Sequence[Direction], shape: Shape, top: float, restored: int) -> Factors:
-    """ΔW = Σ factor² g r_u r_vᵀ of one module as factors; every value is the result of one float32 product."""
+    """Return ΔW = Σ factor² g r_u r_vᵀ of one module as factors; every value is one float32 product."""
     a, b = np.zeros((shape.rank, shape.din), np.float32), np.zeros((shape.rank, shape.dout), np.float32)
     for i, direction in enumerate(directions):
         root = root_of(direction.gain, top)
@@ -178,18 +178,18 @@ def factors(directions: Sequence[Direction], shape: Shape, top: float, restored:
 
 
 def side_values(side: Side) -> NDArray[np.float32]:
-    """What a side's indices stand for, in units of 2^-16."""
+    """Return the values of a side's indices, in units of 2^-16."""
     return values(side.indices, side.chain, side.outliers)
 
 
 def root_of(gain: int, top: float) -> np.float32:
-    """√g, such that values in units of 2^-16 can be multiplied by it: top 2^(−gain / 64) 2^-16."""
+    """Return √g scaled for values in units of 2^-16: top 2^(−gain / 64) 2^-16."""
     return np.float32(np.float64(top) * np.float64(_sixtyfourths()[gain % 64]) * 2.0 ** (-40 - gain // 64))
 
 
 @cache
 def _sixtyfourths() -> list[int]:
-    """2^24 2^(−i / 64), rounded down along the way."""
+    """Return 2^24 2^(−i / 64) for i < 64, rounded down at each step."""
     value, found = 2**64, []
     for _ in range(64):
         found.append(value >> 40)
@@ -198,9 +198,9 @@ def _sixtyfourths() -> list[int]:
 
 
 def decode(levels: Sequence[bytes], where: str | None = None) -> Adapter:
-    """The adapter of the first n levels of a coding; bytes, shapes and lists are checked, values decoded when used.
+    """Decode the first n levels of a coding; bytes, shapes and lists are checked at once, values decoded when used.
 
-    Raises AdapterFormatError, which names every level that is damaged, cut off or does not follow on the one before.
+    Raises AdapterFormatError naming every level that is damaged, truncated or does not follow the one before.
     """
     outline = Outline(levels, where)
     of = outline.description
@@ -208,6 +208,6 @@ def decode(levels: Sequence[bytes], where: str | None = None) -> Adapter:
 
 
 def inspect(levels: Sequence[bytes], where: str | None = None) -> tuple[Description, int, list[Level]]:
-    """What was coded, how many values it had, and what every level is worth, without decoding entries."""
+    """Return the description, the number of values coded, and what every level achieves, without decoding entries."""
     outline = Outline(levels, where)
     return outline.description, parameters(outline.description.shapes), outline.levels

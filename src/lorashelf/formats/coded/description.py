@@ -1,4 +1,4 @@
-"""What a coded adapter is beside its values: base, dtype, PEFT fields, module paths and shapes, in few bytes."""
+"""A coded adapter's metadata in few bytes: base, dtype, PEFT fields, module paths and shapes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ...lora.adapter import WIDTHS, Adapter, BaseId, Shape
 from .stream import malformed
 
 LONGEST = 2**22
-"""Bytes of a description's JSON at most."""
+"""The most bytes of a description's JSON."""
 LARGEST = 2**24
-"""The largest size of a module's side."""
+"""The largest dimension of a module."""
 _MOST_MODULES = 2**17
 DICTIONARY = (
     b'"Qwen/Qwen2.5-0.5B-Instruct""google/gemma-3-1b-it""meta-llama/Llama-3.2-1B-Instruct""bf16""f32","embed_tokens"'
@@ -34,11 +34,11 @@ DICTIONARY = (
     b'k_proj","0-29",192,8,576],["model.layers.*.self_attn.o_proj","0-29",576,8,576],["model.layers.*.self_attn.q_proj"'
     b',"0-29",576,8,576],["model.layers.*.self_attn.v_proj","0-29",192,8,576]],"revision":null}'
 )
-"""What DEFLATE may refer to before the first byte; part of the format, never changed."""
+"""DEFLATE's preset dictionary; part of the format, never changed."""
 
 
 class Description(NamedTuple):
-    """What a coded adapter is beside its values; `shapes` are those of the adapter that was coded."""
+    """A coded adapter's metadata; `shapes` are those of the adapter that was coded."""
 
     base: BaseId
     dtype: str
@@ -47,7 +47,7 @@ class Description(NamedTuple):
 
 
 def packed(adapter: Adapter) -> bytes:
-    """The description of an adapter: canonical JSON under DEFLATE with the dictionary."""
+    """Encode the description of an adapter: canonical JSON, compressed by DEFLATE with the dictionary."""
     document = {
         "base": adapter.base.name,
         "revision": adapter.base.revision,
@@ -60,14 +60,14 @@ def packed(adapter: Adapter) -> bytes:
 
 
 def unpacked(data: bytes) -> Description:
-    """What `packed` packed. Raises AdapterFormatError."""
+    """Decode what `packed` encoded. Raises AdapterFormatError."""
     inflate = zlib.decompressobj(-15, DICTIONARY)
     try:
         document = json.loads(inflate.decompress(data, LONGEST))
     except (zlib.error, ValueError, RecursionError) as error:
-        raise malformed("its description cannot be read") from error
+        raise malformed("the description cannot be read") from error
     if not inflate.eof or inflate.unused_data:
-        raise malformed("its description is cut off, or longer than 4 MiB")
+        raise malformed("the description is truncated, or longer than 4 MiB")
     try:
         found = Description(
             BaseId(document["base"], document["revision"]),
@@ -76,15 +76,15 @@ def unpacked(data: bytes) -> Description:
             dict(sorted(_shapes(document["modules"]))),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise malformed("its description lacks a field, or one is of another kind") from error
+        raise malformed("a field of the description is missing or mistyped") from error
     sound = isinstance(found.base.name, str) and isinstance(found.base.revision, str | None)
     if not sound or found.dtype not in WIDTHS or not isinstance(found.config, dict) or not found.shapes:
-        raise malformed("its description lacks a field, or one is of another kind")
+        raise malformed("a field of the description is missing or mistyped")
     return found
 
 
 def _families(shapes: Mapping[str, Shape]) -> Iterator[list[Any]]:
-    """Modules whose paths differ in the first number alone, and which have one shape: [path with *, numbers, shape]."""
+    """Yield modules of one shape with paths that differ in the first number as [path with *, numbers, shape]."""
     families: dict[tuple[str, Shape], list[int]] = {}
     for path, shape in shapes.items():
         parts = path.split(".")
@@ -99,7 +99,7 @@ def _families(shapes: Mapping[str, Shape]) -> Iterator[list[Any]]:
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """Numbers as ranges.
+    """Format numbers as ranges.
 
     >>> _ranges([4, 0, 1, 2])
     '0-2,4'
@@ -119,10 +119,10 @@ def _shapes(families: Any) -> Iterator[tuple[str, Shape]]:
         shape = Shape(dout, rank, din)
         whole = all(type(n) is int for n in shape) and min(shape) >= 1 and max(shape) <= LARGEST
         if not whole or not isinstance(template, str) or not isinstance(numbers, str):
-            raise malformed(f"a module of shape {tuple(shape)}"[:200])
+            raise malformed(f"a module has shape {tuple(shape)}"[:200])
         for path in _paths(template, numbers):
             if path in seen or len(seen) >= _MOST_MODULES:
-                raise malformed("a module twice" if path in seen else f"more than {_MOST_MODULES} modules")
+                raise malformed("a module is listed twice" if path in seen else f"more than {_MOST_MODULES} modules")
             seen.add(path)
             yield path, shape
 
@@ -141,5 +141,5 @@ def _paths(template: str, numbers: str) -> Iterator[str]:
 
 
 def parameters(shapes: Mapping[str, Shape]) -> int:
-    """The number of values that the coded adapter had, Σ r (dout + din)."""
+    """Return the number of values of the adapter that was coded, Σ r (dout + din)."""
     return sum(math.prod((shape.rank, shape.dout + shape.din)) for shape in shapes.values())

@@ -1,4 +1,4 @@
-"""From an adapter to levels: each at one slope, or as fine as fits into a number of bytes."""
+"""From an adapter to levels: each at one slope, or as fine as a number of bytes allows."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .record import framed
 from .stream import StreamWriter
 
 _TRIES = 8
-_SPARE = 0.9985  # of the bits that there is room for: estimates are that exact, as a rule
+_SPARE = 0.9985  # share of the available bits to use: estimates are usually this exact
 _AS_CODED = 2**14
-_ANY = 1e-6  # a quality that any direction has
+_ANY = 1e-6  # a quality that any direction reaches
 
 
 class _Trial(NamedTuple):
-    """A level that may be accepted, and what is coded after it: the place of a direction among all → it."""
+    """A candidate level, and what is coded after it: `found` maps a direction's index to the direction."""
 
     level: bytes
     coding: Coding
@@ -66,20 +66,20 @@ class Encoder:
 
     @property
     def least(self) -> int:
-        """The bytes of the smallest base level that is worth writing."""
+        """The bytes of the smallest base level that codes a direction."""
         return len((self._for(_ANY) if self._owner else self._trial(self._coding)).level)
 
     def options(self) -> Options:
-        """What one more level may add; for `slope_within`, also of several adapters."""
+        """Return what one more level may add; `slope_within` takes the options of several adapters."""
         return Options(self.directions, self._coding)
 
     def add(self, slope: float, options: Options | None = None) -> bytes:
-        """One more level, at a slope: the share of ‖ΔW‖² that a bit must be worth."""
+        """Add one level at a slope: the share of ‖ΔW‖² that a bit must be worth."""
         return self._accept(self._trial((options or self.options()).choose(slope)[0]))
 
     def add_within(self, size: int) -> bytes:
-        """One more level, as fine as it can be with all levels in at most `size` bytes. Raises UsageError if there is
-        none so small; a base level that codes nothing of a trained adapter is none.
+        """Add one level, as fine as possible with all levels in at most `size` bytes. Raises UsageError if no level is
+        that small; the base level of a trained adapter must code a direction.
         """
         least, room = self._trial(self._coding), size - self.size
         options, bits = self.options(), _SPARE * 8.0 * (room - len(least.level))
@@ -93,26 +93,26 @@ class Encoder:
             trial = self._for(_ANY)
         if len(trial.level) > room:
             needed = self.size + len(trial.level)
-            what = f"{size} bytes are too few: what describes the adapter and its first direction take {needed}"
+            what = f"{size} bytes are too few: the adapter's description and first direction take {needed}"
             raise UsageError(what, cure=f"give at least {needed} bytes")
         return self._accept(trial)
 
     def add_for(self, wanted: float) -> bytes:
-        """One more level, as coarse as it can be with a predicted quality of all levels of at least `wanted`. Raises
-        UsageError if none is so good.
+        """Add one level, as coarse as possible with a predicted quality of at least `wanted` for all levels. Raises
+        UsageError if no level is that fine.
         """
         return self._accept(self._for(wanted))
 
     def size_for(self, wanted: float) -> int:
-        """The bytes of all levels after `add_for`."""
+        """Return the bytes of all levels after `add_for`."""
         return self.size + len(self._for(wanted).level)
 
     def _for(self, wanted: float) -> _Trial:
-        options, energy = self.options(), energy_for(wanted)
-        slope = slope_keeping([options], energy)
+        options, share = self.options(), energy_for(wanted)
+        slope = slope_keeping([options], share)
         for _ in range(_TRIES):
             trial = self._trial(options.choose(slope)[0])
-            if trial.kept >= energy:
+            if trial.kept >= share:
                 return trial
             slope *= 0.97
         what = f"no level is fine enough for a predicted quality of {wanted}"
@@ -124,7 +124,7 @@ class Encoder:
         return trial.level
 
     def _trial(self, coding: Coding) -> _Trial:
-        """The level that leads from what is coded to this coding."""
+        """Return the level that refines what is coded so far to this coding."""
         old = sorted(self._found.items())
         fresh = [d for d, chain in enumerate(coding.u) if chain and d not in self._found]
         u = _sides(self._x[0], {d: was.u for d, was in old}, coding.u)
@@ -146,7 +146,7 @@ class Encoder:
         return _Trial(framed(self.levels, body), coding, found, kept)
 
     def _kept(self, found: Mapping[int, Direction]) -> float:
-        """1 − ‖ΔW − ΔŴ‖² / ‖ΔW‖² of what a decoder makes of it, not scaled up."""
+        """Return 1 − ‖ΔW − ΔŴ‖² / ‖ΔW‖² of the decoded directions, without restoration."""
         gained = 0.0
         for module, (start, end) in zip(self._spectra, pairwise(self._first), strict=True):
             coded = [found[d] for d in range(start, end) if d in found]
@@ -160,7 +160,7 @@ class Encoder:
 
 
 def _sides(x: Sequence[NDArray[np.float32]], before: Mapping[int, Side], chains: Sequence[Chain]) -> dict[int, Side]:
-    """Every coded direction's side under its chain: the one before where that has not changed."""
+    """Return every coded direction's side with its chain: the previous side if the chain has not changed."""
     found = dict(before)
     unchanged = {d for d, was in before.items() if was.chain == chains[d]}
     for chain, places in grouped(None if d in unchanged else chain or None for d, chain in enumerate(chains)):

@@ -1,6 +1,6 @@
-"""The entries of sides as indices of bins, written and read group by group: all entries under one quantiser at once.
+"""The entries of sides as indices of bins, written and read in groups: all entries with one quantiser at once.
 
-An index has the sign of its value; OUTLIER stands for one beyond all bins, whose size is coded in a byte beside it.
+An index has the sign of its value; OUTLIER marks a value beyond all bins, whose size is coded in a separate byte.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from .stream import UNIFORM, StreamReader, StreamWriter, malformed
 Indices = NDArray[np.int16]
 Chain = tuple[int, ...]
 OUTLIER = 32767
-_MOST_BINS = 2**14  # beside bin 0
+_MOST_BINS = 2**14  # besides bin 0
 
 
 def checked(chain: Chain) -> Chain:
-    """A chain that was read, unless its quantiser is finer than an index can be. Raises AdapterFormatError."""
+    """Return a chain that was read. Raises AdapterFormatError if its quantiser is too fine for an index."""
     if 1 + quantiser(chain[:-1]).bins * chain[-1] > _MOST_BINS:
         raise malformed("a quantiser has more than 2^14 bins")
     return chain
 
 
 def indices(x: NDArray[np.float32], chain: Chain) -> Indices:
-    """The index of every value of unit variance."""
+    """Return the indices of values of unit variance."""
     q = quantiser(chain)
     found = np.searchsorted(_edges(chain), np.abs(x), side="right")
     found[found > q.bins] = OUTLIER
@@ -36,14 +36,14 @@ def indices(x: NDArray[np.float32], chain: Chain) -> Indices:
 
 @cache
 def _edges(chain: Chain) -> NDArray[np.float32]:
-    """The edges in float32, each the least value that is not below it."""
+    """Return the edges, each rounded up to float32."""
     exact = quantiser(chain).edges / UNIT
     near = exact.astype(np.float32)
     return np.where(near < exact, np.nextafter(near, np.float32(np.inf)), near)
 
 
 def values(q: Indices, chain: Chain, outliers: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What indices stand for, in units of 2^-16, float32; `outliers` in the order of their places."""
+    """Return the values of indices in units of 2^-16, float32; `outliers` are in the order of their positions."""
     if len(outliers):
         places = np.abs(q) == OUTLIER
         found = _signed_centres(chain)[np.where(places, 0, q)]
@@ -54,7 +54,7 @@ def values(q: Indices, chain: Chain, outliers: NDArray[np.float32]) -> NDArray[n
 
 @cache
 def _signed_centres(chain: Chain) -> NDArray[np.float32]:
-    """The centres of bins 0, 1, … K, −K, … −1, so that a negative index counts from the end."""
+    """Return the centres of bins 0, 1, … K, −K, … −1, so that a negative index counts from the end."""
     centres = quantiser(chain).centres.astype(np.float32)
     return np.concatenate([centres, -centres[:0:-1]])
 
@@ -63,7 +63,7 @@ def _signed_centres(chain: Chain) -> NDArray[np.float32]:
 
 
 def outlier_codes(x: NDArray[np.float32], chain: Chain) -> Integers:
-    """The bytes for the sizes of outliers."""
+    """Return the bytes that code the sizes of outliers."""
     ratio = np.abs(x).astype(np.float64) * UNIT / float(quantiser(chain).edges[-1])
     mantissa, exponent = np.frexp(np.maximum(ratio, 1.0))  # ratio = mantissa 2^exponent, mantissa in [1/2, 1)
     codes = (exponent - 1) * 16 + (mantissa * 32).astype(np.int64) - 16
@@ -71,7 +71,7 @@ def outlier_codes(x: NDArray[np.float32], chain: Chain) -> Integers:
 
 
 def outlier_values(codes: Integers, negative: NDArray[np.bool_], chain: Chain) -> NDArray[np.float32]:
-    """The middle of the part of the octave that a byte names, in units of 2^-16, with its sign."""
+    """Return the midpoint of the part of an octave that a byte codes, in units of 2^-16, with the sign."""
     sizes = quantiser(chain).edges[-1] * (33 + 2 * (codes & 15)) * (1 << (codes >> 4)) // 32
     return np.asarray(np.where(negative, -sizes, sizes), np.float32)
 
@@ -80,7 +80,7 @@ def outlier_values(codes: Integers, negative: NDArray[np.bool_], chain: Chain) -
 
 
 def write_started(writer: StreamWriter, q: Indices, x: NDArray[np.float32], chain: Chain) -> None:
-    """Indices under a start quantiser, then the sizes of outliers among them."""
+    """Write indices of a start quantiser, then the sizes of the outliers."""
     bins, size = quantiser(chain).bins, np.abs(q).astype(np.int32)
     size[size == OUTLIER] = bins + 1
     writer.symbols(np.where(q > 0, 2 * size - 1, 2 * size), start_table(chain))
@@ -88,7 +88,7 @@ def write_started(writer: StreamWriter, q: Indices, x: NDArray[np.float32], chai
 
 
 def read_started(reader: StreamReader, count: int, chain: Chain) -> tuple[Indices, NDArray[np.float32]]:
-    """What `write_started` wrote: indices, and the values of outliers."""
+    """Read what `write_started` wrote: indices, and the values of outliers."""
     bins = quantiser(chain).bins
     symbols = reader.symbols(count, start_table(chain))
     q = _signed(bins)[symbols]
@@ -99,7 +99,7 @@ def read_started(reader: StreamReader, count: int, chain: Chain) -> tuple[Indice
 
 @cache
 def _signed(bins: int) -> Indices:
-    """Symbol → index: 0, 1, −1, 2, −2 … and outliers."""
+    """Return the table symbol → index: 0, 1, −1, 2, −2 … and outliers."""
     sizes = np.append(np.arange(1, bins + 1), OUTLIER)
     return np.append(0, np.stack([sizes, -sizes], 1).ravel()).astype(np.int16)
 
@@ -108,7 +108,7 @@ def _signed(bins: int) -> Indices:
 
 
 def write_refined(writer: StreamWriter, before: Indices, after: Indices, chain: Chain) -> None:
-    """The indices under a chain, to a reader that knows those before its last ratio."""
+    """Write the indices of a chain, for a reader that knows those before the last ratio."""
     (inner, outer), ratio = refining_tables(chain), chain[-1]
     size, finer = np.abs(before), np.abs(after).astype(np.int32)
     fresh = after[size == 0].astype(np.int32)
@@ -118,7 +118,7 @@ def write_refined(writer: StreamWriter, before: Indices, after: Indices, chain: 
 
 
 def read_refined(reader: StreamReader, before: Indices, chain: Chain) -> Indices:
-    """What `write_refined` wrote: the indices under the whole chain."""
+    """Read what `write_refined` wrote: the indices of the whole chain."""
     (inner, outer), ratio = refining_tables(chain), chain[-1]
     size = np.abs(before)
     order = np.argsort(size, kind="stable")
@@ -134,5 +134,5 @@ def read_refined(reader: StreamReader, before: Indices, chain: Chain) -> Indices
 
 
 def _largest(size: Indices) -> int:
-    """The largest index that is not an outlier's."""
+    """Return the largest index that is not an outlier."""
     return int(size[size < OUTLIER].max(initial=0))

@@ -1,4 +1,4 @@
-"""A coding as one file, its levels one after the other; and the levels that a file of a given size is made of."""
+"""A coding as one file of consecutive levels, and the choice of levels for a file of a given size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEVELS = 6
 
 
 def _ladder(encoder: Encoder, size: int, levels: int) -> list[int]:
-    """The sizes of a file's prefixes, each half the next: 1/400 of the adapter's bytes at least, mostly values."""
+    """Return the sizes of a file's prefixes, each half the next: at least 1/400 of the adapter's 16-bit size."""
     least, sizes = max(encoder.adapter.parameters // 200, 2 * encoder.least), [size]
     while len(sizes) < levels and sizes[0] // 2 >= least:
         sizes.insert(0, sizes[0] // 2)
@@ -22,14 +22,14 @@ def _ladder(encoder: Encoder, size: int, levels: int) -> list[int]:
 
 
 def encode_within(encoder: Encoder, size: int, levels: int = LEVELS) -> list[bytes]:
-    """Up to so many levels in at most `size` bytes. Raises UsageError if one does not fit."""
+    """Code up to `levels` levels in at most `size` bytes. Raises UsageError if one does not fit."""
     for each in _ladder(encoder, size, levels):
         encoder.add_within(each)
     return encoder.levels
 
 
 def encode_for(encoder: Encoder, wanted: float, levels: int = LEVELS) -> list[bytes]:
-    """Up to so many levels of at least a predicted quality in as few bytes as that takes. Raises UsageError."""
+    """Code up to `levels` levels with at least a predicted quality, in few bytes. Raises UsageError."""
     for each in _ladder(encoder, encoder.size_for(wanted), levels)[:-1]:
         encoder.add_within(each)
     encoder.add_for(wanted)
@@ -37,7 +37,7 @@ def encode_for(encoder: Encoder, wanted: float, levels: int = LEVELS) -> list[by
 
 
 def write_coded(levels: Sequence[bytes], path: Path) -> None:
-    """Write levels as a file that appears whole or not at all. Raises UsageError if the path exists, DiskError."""
+    """Write levels to a file atomically. Raises UsageError if the path exists, DiskError."""
     atomic.check_output(path, "file")
     atomic.make_parents(path)
     atomic.sweep_staging(path.parent)
@@ -48,13 +48,13 @@ def write_coded(levels: Sequence[bytes], path: Path) -> None:
 
 
 def read_levels(path: Path, count: int | None = None) -> list[bytes]:
-    """The first `count` levels of a file, all without; not checked yet. Raises AdapterFormatError, UsageError."""
+    """Read the first `count` levels of a file, by default all; unchecked. Raises AdapterFormatError, UsageError."""
     try:
         data = atomic.read_file(path)
     except OSError as error:
-        cure = "give a file that lorashelf compress wrote, which this user can read"
+        cure = "give a file written by lorashelf compress, readable by you"
         raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path), cure=cure) from error
     levels = list(divided(data))
     if count is not None and not 1 <= count <= max(len(levels), 1):
-        raise UsageError(f"level {count} of {len(levels)}", where=str(path), cure=f"give 1 to {len(levels)}")
+        raise UsageError(f"{count} of {len(levels)} levels requested", where=str(path), cure=f"give 1 to {len(levels)}")
     return levels[:count]

@@ -1,4 +1,4 @@
-"""A level as bytes: what stands around its body, how it is checked, how several lie in one file; docs/coded.md."""
+"""A level as bytes: the frame around its body, the checks, several levels in one file; docs/coded.md."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _AGAIN = "copy the file again, or code the adapter again"
 
 
 def reference(level: bytes) -> bytes:
-    """How the next level names this one: the first 8 bytes of its BLAKE2b-256."""
+    """Return the next level's reference to this one: the first 8 bytes of its BLAKE2b-256."""
     return blake2b(level, digest_size=32).digest()[:_REFERENCE]
 
 
 def framed(before: Sequence[bytes], body: bytes) -> bytes:
-    """The level that follows on those before it."""
+    """Frame the body of the level that follows those before it."""
     parent = reference(before[-1]) if before else b""
     head = MAGIC + bytes([VERSION, len(before)]) + varint(len(body)) + parent
     return head + body + crc32(head + body).to_bytes(_SUM, "little")
 
 
 def bodies(levels: Sequence[bytes], where: str | None = None) -> list[bytes]:
-    """The bodies of levels, the base first, once each is known to be whole and to follow on the one before. Raises
-    AdapterFormatError with the faults of all.
+    """Return the bodies of levels, the base first, after checking that each is complete and follows the one before.
+    Raises AdapterFormatError with the faults of all.
     """
     found, faults = [], []
     for place, level in enumerate(levels):
@@ -38,7 +38,7 @@ def bodies(levels: Sequence[bytes], where: str | None = None) -> list[bytes]:
         found.append(body)
         faults += [fault.at(f"level {place}")] if fault else []
     if not levels:
-        faults.append(Fault("there is no level", "give the base level first"))
+        faults.append(Fault("there are no levels", "give the base level first"))
     if faults:
         raise AdapterFormatError(faults, where=where)
     return found
@@ -46,29 +46,29 @@ def bodies(levels: Sequence[bytes], where: str | None = None) -> list[bytes]:
 
 def _body(level: bytes, place: int, parent: bytes) -> tuple[bytes, Fault | None]:
     if level[:3] != MAGIC:
-        return b"", Fault("it does not begin as a level does", "give what lorashelf compress wrote")
+        return b"", Fault("this is not a level", "give the output of lorashelf compress")
     if len(level) > 3 and level[3] > VERSION:
-        what = f"it is of version {level[3]} of the encoding; this lorashelf reads up to version {VERSION}"
+        what = f"version {level[3]} of the encoding; this lorashelf reads up to version {VERSION}"
         return b"", Fault(what, "update lorashelf")
     size, start = _extent(level)
     if size is None or len(level) < size:
-        of = "its header is not whole" if size is None else f"{len(level)} of {size} bytes are there"
-        return b"", Fault(f"it is cut off: {of}", f"{_AGAIN}; the levels before it can be used without it")
+        of = "incomplete header" if size is None else f"{len(level)} of {size} bytes"
+        return b"", Fault(f"truncated: {of}", f"{_AGAIN}; the levels before it can be used without it")
     if len(level) > size:
-        return b"", Fault(f"{len(level) - size} bytes follow its end", _AGAIN)
+        return b"", Fault(f"{len(level) - size} bytes after the end", _AGAIN)
     if crc32(level[:-_SUM]) != int.from_bytes(level[-_SUM:], "little"):
-        return b"", Fault("its bytes have changed: the checksum is another", _AGAIN)
+        return b"", Fault("the bytes have changed: the checksum differs", _AGAIN)
     if level[4] != place:
-        what = f"it is level {level[4]} of its adapter, and level {place} is needed here"
-        return b"", Fault(what, "give all levels before it, in their order")
+        what = f"this is level {level[4]} of its adapter; level {place} is needed here"
+        return b"", Fault(what, "give all levels before it, in order")
     if place and level[start - _REFERENCE : start] != parent:
-        what = "it does not follow on the level before it: that one is of another adapter or another coding"
+        what = "it does not follow the level before it, which belongs to another adapter or another coding"
         return b"", Fault(what, "give levels of one coding")
     return level[start : size - _SUM], None
 
 
 def _extent(level: bytes) -> tuple[int | None, int]:
-    """The size a level should have by its header, None if that is not whole, and where its body begins."""
+    """Return the size of a level according to its header, None if that is incomplete, and the body's offset."""
     scanner = Scanner(level)
     try:
         scanner.take(5)
@@ -80,7 +80,7 @@ def _extent(level: bytes) -> tuple[int | None, int]:
 
 
 def divided(data: bytes) -> Iterator[bytes]:
-    """The levels of a file, one after the other; what cannot be divided any more is the last."""
+    """Yield the levels of a file in order; a remainder that cannot be divided is the last."""
     while data:
         size, _ = _extent(data) if data[:3] == MAGIC else (None, 0)
         cut = len(data) if size is None else size

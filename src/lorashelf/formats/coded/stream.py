@@ -1,7 +1,7 @@
-"""The coded part of a level: symbols under integer frequency tables, by a range coder of 64 bits; docs/coded.md.
+"""The coded part of a level: symbols with integer frequency tables, by a 64-bit range coder; docs/coded.md.
 
-The coder is constriction's, which takes a table as weights f − 1 that add up to 2^24 − n: whole numbers that floating
-point holds exactly, so what it makes of them is the table itself, on every machine.
+The coder is constriction's, which takes a table as weights f − 1 that add up to 2^24 − n: integers that floating point
+represents exactly, so that the coder recovers exactly this table on every machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...lora.quantiser import TOTAL, Integers, frequencies
 
 Symbols = NDArray[np.int32]
 _LEVELS = 15  # weights of a table of small numbers are 0 or 2^0 … 2^14
-_FEW = 4096  # symbols for which the faster model is not worth making
+_FEW = 4096  # below this many symbols, building the faster model does not pay
 MOST_NUMBERS = 2**16  # different values in one list of small numbers
 
 
@@ -32,7 +32,7 @@ def _model(table: Integers, count: int) -> Any:
 
 
 def varint(value: int) -> bytes:
-    """A number in bytes of 7 bits, the lowest first, the eighth bit set in all but the last."""
+    """Encode a number in bytes of 7 bits, the lowest first, with the eighth bit set in all but the last."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -41,21 +41,21 @@ def varint(value: int) -> bytes:
 
 
 class Scanner:
-    """Bytes that are read one after the other. Raises AdapterFormatError where they end too soon."""
+    """A reader of consecutive bytes. Raises AdapterFormatError if they end too soon."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
 
     def take(self, count: int) -> bytes:
-        """The next bytes."""
+        """Read the next bytes."""
         found = self._data[self._at : self._at + count]
         if len(found) < count:
-            raise malformed("it ends too soon")
+            raise malformed("the bytes end too soon")
         self._at += count
         return found
 
     def varint(self) -> int:
-        """The next number."""
+        """Read the next number."""
         value = 0
         for shift in range(0, 63, 7):
             byte = self.take(1)[0]
@@ -65,12 +65,12 @@ class Scanner:
         raise malformed("a number is larger than 2^63")
 
     def rest(self) -> bytes:
-        """All that is left."""
+        """Read the remaining bytes."""
         return self.take(len(self._data) - self._at)
 
 
 def malformed(why: str) -> AdapterFormatError:
-    """The error for bytes that are whole by their checksum and yet not what a writer makes."""
+    """Return the error for bytes with a correct checksum that no writer produces."""
     return AdapterFormatError([f"this is not a level that lorashelf writes: {why}"], cure="code the adapter again")
 
 
@@ -81,19 +81,19 @@ def _weighted(weights: NDArray[np.int64]) -> Integers:
 
 
 class StreamWriter:
-    """Symbols in, bytes out."""
+    """An encoder from symbols to bytes."""
 
     def __init__(self) -> None:
         self._tables = bytearray()
         self._encoder = _coder().queue.RangeEncoder()
 
     def symbols(self, values: NDArray[Any], table: Integers) -> None:
-        """Symbols under one table; one of a single entry takes nothing."""
+        """Write symbols with one table; with a table of one entry they take no bits."""
         if len(values) and len(table) > 1:
             self._encoder.encode(np.ascontiguousarray(values, np.int32), _model(table, len(values)))
 
     def numbers(self, values: NDArray[Any]) -> None:
-        """A list of small numbers, whose length the reader knows, and the table that they are coded under."""
+        """Write a list of small numbers, whose length the reader knows, and its table."""
         if not len(values):
             return
         counts = np.bincount(values)
@@ -104,39 +104,39 @@ class StreamWriter:
         self.symbols(values, _weighted(weights))
 
     def finished(self) -> bytes:
-        """The tables and their length, then the words of the range coder."""
+        """Return the tables and their length, then the words of the range coder."""
         words: bytes = self._encoder.get_compressed().astype("<u4").tobytes()
         return varint(len(self._tables)) + bytes(self._tables) + words
 
 
 class StreamReader:
-    """What a StreamWriter wrote, in the same order."""
+    """A decoder of what a StreamWriter wrote, in the same order."""
 
     def __init__(self, scanner: Scanner) -> None:
         self._tables = Scanner(scanner.take(scanner.varint()))
         words = scanner.rest()
         if len(words) % 4:
-            raise malformed("its words are not whole")
+            raise malformed("the last word is incomplete")
         self.size = len(words)
         self._decoder = _coder().queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
 
     def symbols(self, count: int, table: Integers) -> Symbols:
-        """The next symbols, all under one table."""
+        """Read the next symbols, all with one table."""
         if not count or len(table) == 1:
             return np.zeros(count, np.int32)
         try:
             found: Symbols = self._decoder.decode(_model(table, count), count)
         except (AssertionError, ValueError) as error:
-            raise malformed("its words cannot come from the coder") from error
+            raise malformed("the words cannot come from the coder") from error
         return found
 
     def numbers(self, count: int) -> Symbols:
-        """The next list of small numbers."""
+        """Read the next list of small numbers."""
         if not count:
             return np.zeros(0, np.int32)
         different = self._tables.varint()
         if not 1 <= different <= MOST_NUMBERS:
-            raise malformed("a table has no entry, or more than 2^16")
+            raise malformed("a table has no entries, or more than 2^16")
         packed = np.frombuffer(self._tables.take((different + 1) // 2), np.uint8)
         weights = np.stack([packed & 15, packed >> 4], 1).ravel()[:different].astype(np.int64)
         if not weights.any():
@@ -145,4 +145,4 @@ class StreamReader:
 
 
 UNIFORM = np.full(256, TOTAL // 256, np.int64)
-"""The table of a byte."""
+"""The table of uniform bytes."""
