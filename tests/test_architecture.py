@@ -19,7 +19,7 @@ SOURCE = Path(lorashelf.__file__).parent
 LATE = {  # import inside a function → why
     ("formats.coded.codec", "formats.coded.decoder"): "a twentieth of the start, which only coded slots need",
     ("formats.coded.codec", "formats.coded.encoder"): "likewise",
-    ("formats.coded.codec", "formats.coded.files"): "likewise",
+    ("formats.coded.codec", "formats.coded.ladder"): "likewise",
     ("lora.adapter", "ml_dtypes"): "a tenth of the start, which only bf16 needs",
     ("formats.coded.stream", "constriction"): "only to code or decode an adapter",
     ("errors", "difflib"): "only when an error is raised",

@@ -577,7 +577,7 @@ def test_all_bad_lines_are_named_at_once(shelf: Shelf) -> None:
     ("data", "fragment"),
     [
         (b"", "format is None, not 1"),
-        (b"format = 1\n", "budget.slots is missing"),
+        (b"format = 1\n", "policy 'kmerge++' needs slots"),
         (b"format = 1\nbudget = 3\n", "line 2: budget is not a table"),
         (b"format = 1\n[budget\nslots = 3\n", "(at line 2"),
         (b"format = 1\n[budget]\nslots = 3\nslots = 4\n", "(at line 4"),

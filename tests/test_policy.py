@@ -17,7 +17,7 @@ from factory import assert_same_delta, dense, make_adapter
 from lorashelf import POLICIES, Adapter, Factors, Modules, Shelf, candidates, plan_add, policy
 from lorashelf.errors import UsageError
 from lorashelf.placement.actions import Action, Candidate, Fold, Open, Refuse, nearest
-from lorashelf.placement.policies import NO_ROOM, View, auto_threshold, median_similarity
+from lorashelf.placement.policies import BYTES, NO_OBJECT, NO_ROOM, View, auto_threshold, median_similarity
 
 SCORES = st.dictionaries(st.integers(0, 9), st.floats(-1, 1), max_size=6)
 THREE = {0: 0.10, 1: 0.30, 4: 0.20}
@@ -71,6 +71,8 @@ def decided(name: str, scores: Mapping[int, float], free: int | None, view: View
         ("oracle", THREE, None, View(type="qa", types={0: frozenset({"sum"})}), Fold(1)),
         ("oracle", THREE, None, View(type="qa", types=dict.fromkeys((0, 4), frozenset({"qa"}))), Fold(4)),
         ("oracle", {}, None, View(type="qa"), Refuse(NO_ROOM)),
+        ("bytes", THREE, 2, View(threshold=-1.0), Open(2)),
+        ("bytes", THREE, None, View(), Refuse(NO_OBJECT)),
     ],
 )
 def test_a_policy_decides_by_its_table(
@@ -105,7 +107,7 @@ def test_every_policy_folds_into_a_filled_slot_opens_a_free_one_or_refuses(
             assert set(decision.sources) <= scores.keys()
         else:
             assert free is None
-            assert not scores
+            assert name == BYTES or not scores
 
 
 def test_an_empty_shelf_opens_whatever_the_threshold() -> None:

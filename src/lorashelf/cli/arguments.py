@@ -36,6 +36,12 @@ Parameters = Annotated[
     list[str] | None, typer.Option("-p", "--parameter", help="A parameter of the merge method.", metavar="KEY=VALUE")
 ]
 Slots = Annotated[int, typer.Option("--slots", help="K, the number of slots.", show_default=False)]
+Floor = Annotated[
+    float | None,
+    typer.Option(
+        "--floor", help="Without slots: the least predicted quality of every task; default 0.8.", show_default=False
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(

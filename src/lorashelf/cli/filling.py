@@ -12,6 +12,7 @@ import typer
 
 from ..errors import LorashelfError, Refused, TaskNameError, UsageError, numbered
 from ..lora.adapter import Adapter
+from ..lora.quality import MOST_QUALITY
 from ..names import task_name
 from ..shelf.arrival import plan_add
 from ..shelf.plans import check_arrivals
@@ -19,7 +20,7 @@ from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from . import arguments as arg
-from .output import Meter, note, print_fitting, score, show
+from .output import Meter, coded_lines, note, print_fitting, score, show, size
 from .process import interrupted
 
 Arrivals = Sequence[tuple[str, Adapter]]
@@ -27,12 +28,21 @@ Arrivals = Sequence[tuple[str, Adapter]]
 
 def init(
     shelf: arg.ShelfPath,
-    slots: arg.Slots,
+    slots: Annotated[
+        int | None, typer.Option("--slots", help="K, the number of slots; not with policy bytes.", show_default=False)
+    ] = None,
     bytes: arg.Bytes = None,
     policy: Annotated[
-        str, typer.Option("--policy", help="kmerge++, kmerge; half, random, oracle, all for experiments.")
-    ] = "kmerge++",
+        str | None,
+        typer.Option(
+            "--policy",
+            help="kmerge++ (default with --slots), kmerge, bytes (default without); half, random, oracle, all for "
+            "experiments.",
+            show_default=False,
+        ),
+    ] = None,
     threshold: arg.Threshold = None,
+    floor: arg.Floor = None,
     held_out: arg.HeldOut = None,
     merge: arg.Merge = "linear",
     parameter: arg.Parameters = None,
@@ -43,17 +53,41 @@ def init(
     base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
     base_alias: arg.Aliases = None,
     restore_norm: arg.RestoreNorm = False,
-    encoding: arg.Encoding = "peft",
-    quality: arg.Quality = 0.99,
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            "--encoding",
+            help="How slots are stored: peft (default), or coded (few bytes; `route` writes PEFT folders).",
+            show_default=False,
+        ),
+    ] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(
+            "--quality",
+            help=f"With coded: the predicted share of each adapter that is kept; default 0.99, at most {MOST_QUALITY} "
+            "(the default without slots).",
+            show_default=False,
+        ),
+    ] = None,
     json: arg.Json = False,
 ) -> None:
-    """Create an empty shelf of K slots."""
-    limit = arg.threshold(threshold, held_out, policy)
+    """Create an empty shelf of K slots, or of a number of bytes.
+
+    With --bytes and without --slots, every task has a coded object of its own, and stored ones get coarser as room gets
+    short.
+    """
+    if slots is None and bytes is None and policy is None:
+        cure = "give --slots K, or --bytes SIZE for a coded object per task"
+        raise UsageError("neither slots nor bytes are given", cure=cure)
+    default = "kmerge++" if slots is not None else "bytes"
+    limit = arg.threshold(threshold, held_out, policy or default)
     settings = new_settings(
         slots,
         bytes=bytes,
         policy=policy,
         threshold=limit,
+        floor=floor,
         merge=merge,
         parameters=arg.parameters(parameter),
         rank=rank,
@@ -66,10 +100,14 @@ def init(
         encoding=encoding,
         quality=quality,
     )
-    made = Shelf.create(shelf, settings).snapshot()
+    made, policy = Shelf.create(shelf, settings).snapshot(), settings.placement.policy
     document = {"shelf": str(shelf), "head": made.head, "slots": slots, "policy": policy, "threshold": limit}
-    settled = f"policy {policy}, threshold {limit}, merge {merge}"
-    show(document, json, lambda d: f"{shelf}: {numbered(slots, 'free slot')}, {settled}")
+    if settings.placement.by_bytes:
+        room = f"{size(bytes or 0)} for coded objects"
+        show(document, json, lambda _: f"{shelf}: {room}, predicted quality at least {settings.placement.floor:g}")
+    else:
+        settled = f"policy {policy}, threshold {limit}, merge {merge}"
+        show(document, json, lambda _: f"{shelf}: {numbered(slots or 0, 'free slot')}, {settled}")
 
 
 def add(
@@ -221,6 +259,8 @@ def _watched(count: int, json: bool) -> Iterator[Callable[[Mapping[str, Any]], N
 
 def _lines(item: Mapping[str, Any]) -> list[str]:
     """The decision on one line, from the longest wording to the shortest."""
+    if "coded" in item:
+        return coded_lines(item)
     place = f"{item['task']}: {'opens' if item['decision'] == 'open' else 'folds into'} slot {item['slot']}"
     others = [member for member in item["members"] if member != item["task"]]
     best = score(max(item["scores"].values(), default=None))

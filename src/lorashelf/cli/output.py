@@ -189,6 +189,29 @@ def size(count: float) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
+def rate(coded: Mapping[str, Any]) -> str:
+    """What a coded object takes and keeps.
+
+    >>> rate({"bytes": 18432, "percent": 1.0, "predicted_quality": 0.954})
+    '18.4 kB (1.00 % of 16 bits), predicted quality 0.954'
+    """
+    kept = coded["predicted_quality"]
+    quality = "" if kept is None else f", predicted quality {kept:.3f}"
+    return f"{size(coded['bytes'])} ({coded['percent']:.2f} % of 16 bits){quality}"
+
+
+def coded_lines(item: Mapping[str, Any]) -> list[str]:
+    """How a task was coded on a shelf that counts bytes, on one line, from the longest wording to the shortest."""
+    coded = f"{item['task']}: {rate(item['coded'][item['task']])}"
+    if not item["coarser"]:
+        return [coded]
+    return [
+        f"{coded}; coarser now: {', '.join(item['coarser'])}",
+        f"{coded}; {len(item['coarser'])} coarser now",
+        coded,
+    ]
+
+
 def score(value: float | None) -> str:
     """A similarity with its sign, four decimals; '-' for none."""
     return "-" if value is None else f"{value:.4f}"

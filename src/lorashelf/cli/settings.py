@@ -46,7 +46,12 @@ def set_(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", help="Largest number of tokens of an answer.")
     ] = None,
-    slots: Annotated[int | None, typer.Option("--slots", help="K, the number of slots.")] = None,
+    slots: Annotated[
+        Any,
+        typer.Option(
+            "--slots", parser=_or_none(_whole), metavar="INT", help="K, the number of slots; none with policy bytes."
+        ),
+    ] = None,
     bytes: Annotated[
         Any,
         typer.Option(
@@ -61,6 +66,7 @@ def set_(
     ] = None,
     policy: Annotated[str | None, typer.Option("--policy", help="How later adapters are placed.")] = None,
     threshold: arg.Threshold = None,
+    floor: arg.Floor = None,
     merge: Annotated[str | None, typer.Option("--merge", help="Merge method of later adds.")] = None,
     parameter: arg.Parameters = None,
     rank: Annotated[
@@ -93,6 +99,7 @@ def set_(
         "keep": keep,
         "policy": policy,
         "threshold": None if threshold is None else arg.similarity_or_auto(threshold),
+        "floor": floor,
         "merge": merge,
         "parameters": None if merge is None and parameter is None else arg.parameters(parameter),
         "rank": rank,
@@ -148,6 +155,7 @@ def _flat(settings: Settings) -> dict[str, Any]:
     """Every setting by its flat name."""
     outer = {"base": settings.base, "base_aliases": list(settings.base_aliases)}
     stored = {"encoding": settings.merge.encoding, "quality": settings.merge.quality}
+    stored |= {"floor": settings.placement.floor}
     return {**settings.budget.document(), **stored, **settings.recipe, **outer}
 
 

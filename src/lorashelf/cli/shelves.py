@@ -13,7 +13,7 @@ from ..shelf import routing
 from ..shelf.plans import plan_remove, plan_update
 from ..shelf.shelf import Shelf
 from . import arguments as arg
-from .output import show, size, table
+from .output import coded_lines, show, size, table
 
 Task = Annotated[str, typer.Argument(help="A task on the shelf.", metavar="TASK", show_default=False)]
 
@@ -37,7 +37,11 @@ def update(
         plan = plan_update(opened.snapshot(), task, new, old, assume_base=assume_base)
         arg.note_untrained({task: new})
         document = {**plan.report, "head": opened.commit(plan)}
-    show(document, json, lambda d: f"{task}: replaced in slot {d['slot']}{_precision(d)}")
+    show(
+        document,
+        json,
+        lambda d: _updated(d) if "coded" in d else f"{task}: replaced in slot {d['slot']}{_precision(d)}",
+    )
 
 
 def remove(
@@ -95,22 +99,43 @@ def ls(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
     show(Shelf(shelf).read(routing.listing), json, _listed)
 
 
+def _updated(document: dict[str, Any]) -> str:
+    """An update on a shelf that counts bytes."""
+    return coded_lines(document)[0].replace(": ", ": replaced, ", 1)
+
+
 def _listed(document: dict[str, Any]) -> list[Any]:
+    coded = any("percent" in slot for slot in document["slots"])
     rows = [
-        (s["slot"], s["rank"], s["dtype"], size(s["bytes"]), len(s["merged"]), s["members"]) for s in document["slots"]
+        (
+            *(s["slot"], s["rank"], s["dtype"], size(s["bytes"]), len(s["merged"]), s["members"]),
+            *(_rate(s) if coded else ()),
+        )
+        for s in document["slots"]
     ]
     held = sum(slot["bytes"] for slot in document["slots"])
     apart = document["adapter_bytes"]
     share = f" ({100 * held / apart:.0f} %)" if apart else ""
     routed = f" ({numbered(document['tasks'], 'task')} routed)" if document["tasks"] != document["adapters"] else ""
     room = f", budget {size(document['budget']['bytes'])}" if document["budget"]["bytes"] else ""
+    count = document["budget"]["slots"]
+    filled = f"{len(rows)} of {numbered(count, 'slot')} filled" if count else numbered(len(rows), "object")
+    rates = [">of 16 bits", ">predicted quality"] if coded else []
     return [
-        table([">slot", ">rank", "dtype", ">size", ">merged", "members"], rows),
+        table([">slot", ">rank", "dtype", ">size", ">merged", "members", *rates], rows),
         f"{numbered(document['adapters'], 'adapter')}{routed} would need {size(apart)}, "
         f"the shelf needs {size(held)}{share}; "
         f"on disk, with {numbered(document['budget']['keep'], 'state')} of history, {size(document['bytes'])}{room}; "
-        f"{len(rows)} of {numbered(document['budget']['slots'], 'slot')} filled",
+        f"{filled}",
     ]
+
+
+def _rate(slot: dict[str, Any]) -> tuple[str, str]:
+    """The last columns of a slot, empty where it is not coded."""
+    if "percent" not in slot:
+        return "", ""
+    kept = slot["predicted_quality"]
+    return f"{slot['percent']:.2f} %", "-" if kept is None else f"{kept:.3f}"
 
 
 def _precision(document: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from ..lora.adapter import Adapter
 from .objects import Stored, known_digest, object_digest
@@ -32,6 +32,21 @@ class Encoded(Protocol):
     def write(self, folder: Path) -> Stored:
         """Write the files into an existing folder, synced. Raises DiskError."""
         ...
+
+
+class Level(NamedTuple):
+    """What a level, with those before it, achieves."""
+
+    bytes: int
+    """Bytes of this level alone."""
+    kept: float
+    """Share of ‖ΔW‖² that the levels up to this one keep."""
+    quality: float
+    """Predicted share of the adapter's gain in loss."""
+    directions: int
+    """The number of directions, over all modules, coded up to this level."""
+    reference: str
+    """The first 16 hex digits of the level's BLAKE2b-256."""
 
 
 class Codec(ABC):
@@ -64,6 +79,14 @@ class Codec(ABC):
     @abstractmethod
     def names(self, folder: Path) -> Sequence[str]:
         """Return the names of a stored folder's files, in the order of its id. Raises OSError."""
+
+    def levels(self, adapter: Adapter) -> Sequence[Level]:
+        """What each level of an adapter that `round_trip` or `open` returned is worth; empty where there are none."""
+        return ()
+
+    def coarser(self, adapter: Adapter, count: int) -> Adapter:
+        """The adapter of the first `count` of its levels. Raises TypeError where there are no levels."""
+        raise TypeError(f"the encoding {self.name} has no levels")
 
     def paths(self, folder: Path) -> list[Path]:
         """Return the files of a stored folder. Raises OSError."""

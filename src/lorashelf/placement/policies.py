@@ -2,6 +2,7 @@
 
 kmerge     open while a slot is free, else fold into the most similar (arXiv 2510.13537)
 kmerge++   open while a slot is free and the best score is below the threshold, else fold into the most similar
+bytes      a coded object per task; stored ones get coarser as room gets short (needs no slots)
 half, random, oracle, all    the paper's baselines, for experiments
 """
 
@@ -15,7 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from ..registry import Registry
-from .actions import Candidate, Fold, Refuse, best, folds
+from .actions import Candidate, Fold, Refuse, best, folds, openings
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class View:
 
 Policy = Callable[[Sequence[Candidate], View], Candidate | Refuse]
 POLICIES: Registry[Policy] = Registry("policy")
+BYTES = "bytes"
+"""The policy of a shelf that counts bytes instead of slots."""
+NO_OBJECT = "there is no room for one more object"
 NO_ROOM = "there is no room for a slot of its own, and none to fold into"
 
 
@@ -111,6 +115,12 @@ def everything(candidates: Sequence[Candidate], view: View) -> Candidate | Refus
     return _with(chosen, sources=tuple(sorted(sources)))
 
 
+@policy(BYTES)
+def own_object(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
+    """Always an object of its own, as fine as the bytes have room for; never a fold."""
+    return next(iter(openings(candidates)), Refuse(NO_OBJECT))
+
+
 def _is_fold(chosen: Candidate | Refuse) -> TypeGuard[Candidate]:
     return isinstance(chosen, Candidate) and isinstance(chosen.action, Fold)
 
@@ -147,6 +157,13 @@ class PlacementSpec:
     policy: str = "kmerge++"
     threshold: float | str = "auto"
     """A similarity, or "auto": the rule of `auto_threshold` on the scores seen."""
+    floor: float = 0.8
+    """With policy `bytes`, the least predicted quality of a task: none is made coarser than that."""
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether bytes are what is counted, and slots are not."""
+        return self.policy == BYTES
 
     def threshold_for(self, seen: Sequence[float]) -> float | None:
         """The threshold in force once these scores were seen; None for a policy without one."""
@@ -156,4 +173,5 @@ class PlacementSpec:
 
     def document(self) -> dict[str, Any]:
         """As in a manifest and in shelf.toml."""
-        return {"policy": self.policy, "threshold": self.threshold}
+        floor = {"floor": self.floor} if self.by_bytes else {}
+        return {"policy": self.policy, "threshold": self.threshold, **floor}

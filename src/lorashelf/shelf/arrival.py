@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 from ..errors import OverBudget, TaskNameError, UsageError
@@ -18,6 +19,7 @@ from ..merging.average import Average, Source, alone, fold, source
 from ..names import task_name
 from ..placement import policies
 from ..placement.actions import Action, Candidate, Effect, Fold, Open, Refuse, folds, nearest
+from .allocation import fitted
 from .budget import Shortage, check_budget, shortage_of_room
 from .manifest import Manifest, Plan, Slot
 from .plan_parts import agreed_base, all_damage, kind_of, planned, storable
@@ -79,8 +81,9 @@ def _arrival(
         held = {slot.id: snapshot.stored(slot) for slot in manifest.slots if slot.readable}
         base = agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
         squared_norms(adapter)  # likewise
-        values = similarity([adapter], list(held.values()))[0] if held else []
-    scores = {slot: float(score) for slot, score in zip(held, values, strict=True)}
+        by_bytes = settings.placement.by_bytes  # then nothing depends on what is similar
+        values = similarity([adapter], list(held.values()))[0] if held and not by_bytes else []
+    scores = {slot: float(score) for slot, score in zip(held, values, strict=not by_bytes)}
     same = next((s.id for s in manifest.slots if s.readable and adapter.digest in s.history.digests), None)
     record = source(task, kind, adapter)
     if same is None and not record.norm and scores:  # untrained: a slot of its own would be taken from others
@@ -92,7 +95,7 @@ def _arrival(
         tasks=dict(sorted({**manifest.tasks, task: {**details, "type": kind, "digest": adapter.digest}}.items())),
         arrived=manifest.arrived + 1,
         # once all slots are filled nothing depends on a threshold any more
-        scores=(seen if len(manifest.slots) < settings.budget.slots else manifest.scores)[-MAX_SCORES:],
+        scores=(seen if len(manifest.slots) < (settings.budget.slots or 0) else manifest.scores)[-MAX_SCORES:],
     )
     return Arrival(snapshot, adapter, record, known, held, scores, settings.placement.threshold_for(seen), same)
 
@@ -129,12 +132,19 @@ class Arrival:
     def free(self) -> int | None:
         """The lowest slot that is empty or holds untrained adapters only, None if there is none."""
         filled = {slot.id for slot in self.snapshot.manifest.slots if slot.history.trained or not slot.readable}
-        return next((i for i in range(self.snapshot.settings.budget.slots) if i not in filled), None)
+        slots = self.snapshot.settings.budget.slots
+        return next((i for i in (count() if slots is None else range(slots)) if i not in filled), None)
 
     @cached_property
-    def shortage(self) -> Shortage | None:
+    def shortage(self) -> Shortage | OverBudget | None:
         """What a slot of its own lacks in bytes; None if it fits, or if no slot is free."""
         if self.free is None or self.snapshot.settings.budget.bytes is None:
+            return None
+        if self.snapshot.settings.placement.by_bytes:
+            try:
+                self.plan(Open(self.free))
+            except OverBudget as error:
+                return error
             return None
         return shortage_of_room(self.snapshot, self.plan(Open(self.free)))
 
@@ -146,7 +156,8 @@ class Arrival:
 
     @cached_property
     def _folds(self) -> list[Candidate]:
-        return [Candidate.folding(slot.id, self.scores[slot.id], self.effect) for slot in self.trained]
+        compared = [slot.id for slot in self.trained if slot.id in self.scores]
+        return [Candidate.folding(slot, self.scores[slot], self.effect) for slot in compared]
 
     def effect(self, action: Action) -> Effect:
         """What an action would write, and the bytes of the shelf after it."""
@@ -187,7 +198,8 @@ class Arrival:
         return self.plans[action]
 
     def _opened(self, action: Open) -> Plan:
-        return self._arrived(action, alone(self.adapter, self.record, self.snapshot.settings.merge))
+        new = alone(self.adapter, self.record, self.snapshot.settings.merge)
+        return fitted(self.snapshot, self._arrived(action, new))
 
     def _folded(self, action: Fold) -> Plan:
         into = action.sources or (action.slot,)
@@ -239,7 +251,8 @@ class Arrival:
     def _no_room(self) -> str:
         """Why no slot can be opened, and what would help."""
         if self.shortage:
-            return f"{self.shortage.error.what}; {self.shortage.error.cure}"
-        count = len(self.snapshot.manifest.slots)
-        filled = f"all {count} slots are filled" if count > 1 else "the one slot is filled"
+            error = self.shortage if isinstance(self.shortage, OverBudget) else self.shortage.error
+            return f"{error.what}; {error.cure}"
+        held = len(self.snapshot.manifest.slots)
+        filled = f"all {held} slots are filled" if held > 1 else "the one slot is filled"
         return f"{filled}; raise budget.slots in shelf.toml"

@@ -37,7 +37,7 @@ class Shortage:
 def check_budget(snapshot: Snapshot, plan: Plan) -> None:
     """Raise OverBudget unless the plan's result fits into the slots and the bytes; the error names what would help."""
     budget = snapshot.settings.budget
-    if len(plan.manifest.slots) > budget.slots:
+    if budget.slots is not None and len(plan.manifest.slots) > budget.slots:
         raise OverBudget(
             f"{len(plan.manifest.slots)} slots are needed, the budget is {budget.slots}",
             where=str(snapshot.path),
@@ -71,16 +71,18 @@ def shortage_of_room(snapshot: Snapshot, plan: Plan) -> Shortage | None:
     if lacking := shortage(snapshot, plan):
         return replace(lacking, size=_with_room)
     states = "an old state" if keep == 1 else f"{keep} old states"
-    takes = f"with {states} kept (keep) the shelf could take {_changed(snapshot, plan)} bytes, the budget is {limit}"
+    takes = (
+        f"with {states} kept (keep) the shelf could take {after_changes(snapshot, plan)} bytes, the budget is {limit}"
+    )
     return Shortage(snapshot, plan, _with_room, f"a slot more would leave no room to change any: {takes}")
 
 
 def _with_room(snapshot: Snapshot, plan: Plan, *, hashed: bool = True) -> int:
     """Bytes for the plan, and for changes after it."""
-    return max(snapshot.at_rest(plan, hashed=hashed), _changed(snapshot, plan))
+    return max(snapshot.at_rest(plan, hashed=hashed), after_changes(snapshot, plan))
 
 
-def _changed(snapshot: Snapshot, plan: Plan) -> int:
+def after_changes(snapshot: Snapshot, plan: Plan) -> int:
     """Every byte under the shelf at rest once the plan was carried out and the largest slot then changed `keep` times,
     so that nothing of what was before is kept; and a manifest more, as manifests and the log grow with every operation.
     """

@@ -15,6 +15,7 @@ from ..merging.average import Average, alone, fold, one_base, source, without
 from ..merging.blocks import merge_block, named
 from ..merging.spec import MergeSpec
 from ..names import problem_type
+from .allocation import fitted
 from .budget import check_budget, shortage_of_room
 from .manifest import Plan, Slot
 from .plan_parts import agreed_base, all_damage, common_base, kind_of, planned, storable
@@ -59,7 +60,7 @@ def plan_update(
     cause = {"operation": "update", "task": task, "slot": slot.id}
     report = {"task": task, "slot": slot.id, "members": list(slot.members), "precision": precision}
     known = replace(snapshot.manifest, base=base, tasks=tasks, slots=slots)
-    return planned(snapshot, known, {slot.id: new.adapter}, cause, report)
+    return fitted(snapshot, planned(snapshot, known, {slot.id: new.adapter}, cause, report))
 
 
 def _remaining(snapshot: Snapshot, slot: Slot, task: str, was: Adapter | None) -> tuple[Average, float | None]:
@@ -193,6 +194,9 @@ def plan_cluster(
     named, base = together(adapters, settings, assume_base=assume_base)
     tasks, xs = list(named), one_base(list(named.values()))
     kinds = {task: kind_of(task, (types or {}).get(task)) for task in tasks}
+    if settings.budget.slots is None:
+        what = "cluster merges adapters into slots, and policy 'bytes' stores each alone"
+        raise UsageError(what, where=str(snapshot.path), cure="lorashelf pack, or give --slots K")
     clustering.check(tasks, settings.budget.slots)
     blocks = sorted(sorted(block) for block in clustering.blocks)
     slots, writes = [], {}

@@ -17,6 +17,7 @@ from ..lora.adapter import Adapter
 from ..merging.average import Average, Source, alone, block, fold
 from ..merging.spec import WEIGHTINGS, MergeSpec
 from ..version import VERSION
+from .allocation import coarser
 from .manifest import PENDING_TIME, Manifest, Plan, Slot
 from .plans import another
 from .settings import recorded
@@ -119,11 +120,25 @@ def _damaged(snapshot: Snapshot, manifests: Collection[Manifest]) -> dict[str, S
 def _mended(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given: Given) -> Mended:
     """The best that can be made of a slot: its own bytes, else what serves most of its tasks."""
     options = [Mended("none")]
-    for option in _options(snapshot, slot, damaged, given):
-        if option.new is not None and slot.codec.encode(option.new.adapter).digest() == slot.object.id:
+    for made in _options(snapshot, slot, damaged, given):
+        own, option = _own(slot, made)
+        if own:
             return replace(option, how="rewritten", tasks=slot.members)
         options.append(_serving(snapshot.manifest, slot, option))
     return max(options, key=lambda option: len(option.tasks))  # of equal ones the first
+
+
+def _own(slot: Slot, option: Mended) -> tuple[bool, Mended]:
+    """Whether what is merged, or a coarser part of it, has the slot's own bytes; and the option with that part, else
+    with the finest that takes no more bytes than the slot did.
+    """
+    average, codec = option.new, slot.codec
+    if average is None:
+        return False, option
+    parts = [coarser(average, codec, n) for n in range(1, len(codec.levels(average.adapter)) + 1)] or [average]
+    fits = [part for part in parts if codec.encode(part.adapter).size <= slot.object.bytes] or parts[:1]
+    own = codec.encode(fits[-1].adapter).digest() == slot.object.id
+    return own, replace(option, new=fits[-1])
 
 
 def _serving(manifest: Manifest, slot: Slot, option: Mended) -> Mended:
@@ -163,7 +178,7 @@ def _specs(snapshot: Snapshot, slot: Slot) -> list[MergeSpec]:
     found: list[MergeSpec] = []
     for manifest in (snapshot.manifest, *snapshot.kept.values()):
         with contextlib.suppress(LorashelfError, TypeError):
-            spec = recorded(manifest.recipe, manifest.budget).merge
+            spec = replace(recorded(manifest.recipe, manifest.budget).merge, encoding=slot.object.encoding)
             own = (
                 replace(spec, method=slot.history.method, parameters={})
                 if slot.history.method not in (None, spec.method)

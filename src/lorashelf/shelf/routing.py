@@ -13,6 +13,7 @@ from ..cache import cache_folder
 from ..errors import CorruptShelf, NewerFormat, UsageError
 from ..formats.codecs import CODECS
 from ..formats.peft import Peft, encode, size_alone, write_adapter
+from .allocation import rate
 from .manifest import Slot
 from .snapshot import Snapshot
 
@@ -67,8 +68,13 @@ def routes(snapshot: Snapshot, *, verify: bool = True) -> dict[str, dict[str, An
 
 
 def slot_documents(snapshot: Snapshot) -> list[Mapping[str, Any]]:
-    """Every slot as in the manifest, with its absolute `path`; None where PEFT cannot load what lies there."""
-    return [{**slot.document(), "path": _path(snapshot, slot)} for slot in snapshot.manifest.slots]
+    """Every slot as in the manifest, with its absolute `path`, None where PEFT cannot load what lies there; a coded one
+    also with `percent` and `predicted_quality` of `rate`.
+    """
+    return [
+        {**slot.document(), "path": _path(snapshot, slot), **(rate(slot) if slot.object.encoding == "coded" else {})}
+        for slot in snapshot.manifest.slots
+    ]
 
 
 def listing(snapshot: Snapshot) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..lora.given import as_texts
 from ..lora.quality import MOST_QUALITY
 from ..merging.methods import METHODS
 from ..merging.spec import MergeSpec
-from ..placement.policies import POLICIES, PlacementSpec
+from ..placement.policies import BYTES, POLICIES, PlacementSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,7 +35,8 @@ LARGEST = 2**53 - 1  # what canonical JSON can hold
 class Budget:
     """The room there is: `slots` adapters, and optionally `bytes` for everything under the shelf, at rest."""
 
-    slots: int
+    slots: int | None
+    """None with policy `bytes`, which counts bytes only."""
     bytes: int | None = None
     keep: int = 1
     """How many other states undo and redo reach, and how many commits the path of a slot stays readable for."""
@@ -110,13 +111,13 @@ class Settings:
 def specs(recipe: Mapping[str, Any]) -> tuple[PlacementSpec, MergeSpec]:
     """How adapters are placed and merged, from the keys of a recipe; what it lacks has its default."""
     chosen = {name: recipe[name] for name in RECIPE if name in recipe}
-    placement = {name: chosen.pop(name) for name in ("policy", "threshold") if name in chosen}
+    placement = {name: chosen.pop(name) for name in ("policy", "threshold", "floor") if name in chosen}
     if "merge" in chosen:
         chosen["method"] = chosen.pop("merge")
     return PlacementSpec(**placement), MergeSpec(**chosen)
 
 
-RECIPE = (*PlacementSpec().document(), *MergeSpec().document(), "encoding", "quality")
+RECIPE = (*PlacementSpec().document(), *MergeSpec().document(), "encoding", "quality", "floor")
 SECTIONS = {
     **{f.name: "budget" for f in fields(Budget)},
     **dict.fromkeys(RECIPE, "recipe"),
@@ -125,9 +126,15 @@ SECTIONS = {
 """Setting → the table of shelf.toml that holds it; "" for the top."""
 
 
-def new_settings(slots: int, **options: Any) -> Settings:
-    """Settings from flat options, as `init` and `cluster` take them; None means the default. Raises UsageError."""
+def new_settings(slots: int | None, **options: Any) -> Settings:
+    """Settings from flat options, as `init` and `cluster` take them; None means the default: without slots, but with
+    bytes, policy `bytes` and encoding `coded` at the highest quality. Raises UsageError.
+    """
     chosen = {name: value for name, value in options.items() if value is not None}
+    if slots is None and "policy" not in chosen and "bytes" in chosen:
+        chosen["policy"] = BYTES
+    if chosen.get("policy") == BYTES:
+        chosen = {"encoding": "coded", "quality": MOST_QUALITY, **chosen}
     budget = {name: chosen.pop(name) for name in ("bytes", "keep") if name in chosen}
     outer = {name: chosen.pop(name) for name in ("base", "base_aliases") if name in chosen}
     if "base_aliases" in outer:
@@ -152,13 +159,14 @@ def write_toml(settings: Settings) -> bytes:
         _line("base_aliases", list(settings.base_aliases) or None, "a list of other names of the same base"),
         "",
         "[budget]",
-        f"slots = {budget.slots}",
+        *([] if budget.slots is None else [f"slots = {budget.slots}"]),
         _line("bytes", budget.bytes, "room for everything under the shelf, at rest"),
         f"keep = {budget.keep}",
         "",
         "[recipe]",
         f'policy = "{placement.policy}"',
         _line("threshold", placement.threshold, ""),
+        *([f"floor = {placement.floor}"] if placement.by_bytes else []),
         f'merge = "{merge.method}"',
         _line("rank", merge.rank, "cap the rank stored; never pads"),
         _line("dtype", merge.dtype, "f32, f16 or bf16; without it, as the adapter"),
@@ -210,9 +218,7 @@ def read_toml(path: Path) -> Settings:
     if not isinstance(aliases, list) or not all(isinstance(item, str) for item in aliases):
         faults.append(("base_aliases", f"base_aliases is {aliases!r}, not a list of strings"))
         aliases = []
-    if "slots" not in budget:
-        faults.append(("budget", "budget.slots is missing"))
-    settings = Settings(Budget(**{"slots": 1, **budget}), *specs(recipe), base, tuple(aliases))
+    settings = Settings(Budget(**{"slots": None, **budget}), *specs(recipe), base, tuple(aliases))
     faults += _faults(settings)
     if faults:
         raise config_error(path, text, faults)
@@ -253,6 +259,25 @@ def _storing_faults(merge: MergeSpec) -> Iterator[tuple[str, str]]:
         yield "quality", f"quality is {merge.quality!r}; a number above 0, at most {MOST_QUALITY}"
 
 
+def _counting_faults(settings: Settings) -> Iterator[tuple[str, str]]:
+    """What cannot be of slots and bytes together with the policy, as (key, sentence)."""
+    budget, placement, merge = settings.budget, settings.placement, settings.merge
+    if type(placement.floor) not in (int, float) or not 0 <= placement.floor <= MOST_QUALITY:
+        yield "floor", f"floor is {placement.floor!r}; a number from 0 to {MOST_QUALITY}"
+    elif placement.by_bytes and type(merge.quality) in (int, float) and merge.quality < placement.floor:
+        yield "floor", f"floor is {placement.floor}, above the quality {merge.quality} that adapters are coded with"
+    if placement.by_bytes:
+        if budget.slots is not None:
+            yield "slots", "policy 'bytes' counts bytes, not slots: leave slots out, or choose another policy"
+        if budget.bytes is None:
+            yield "bytes", "policy 'bytes' needs a budget in bytes: --bytes SIZE"
+        if merge.encoding != "coded":
+            yield "encoding", "policy 'bytes' needs encoding 'coded': no other can be made coarser"
+    elif budget.slots is None:
+        instead = f"--slots K; or policy 'bytes', which needs none{'' if budget.bytes else ', with --bytes SIZE'}"
+        yield "slots", f"policy {placement.policy!r} needs slots: {instead}"
+
+
 def _is_threshold(value: Any) -> bool:
     return value == "auto" or (type(value) in (int, float) and abs(value) <= 1)
 
@@ -262,7 +287,7 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
     faults = [
         (name, f"{name} is {value!r}; it must be a whole number of at least {least}, below 2^53")
         for name, value, least, optional in [
-            ("slots", budget.slots, 1, False),
+            ("slots", budget.slots, 1, True),
             ("bytes", budget.bytes, 1, True),
             ("keep", budget.keep, 0, False),
             ("rank", merge.rank, 1, True),
@@ -274,7 +299,7 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
     for name, value in named.items():
         if not isinstance(value, str) and not (name == "dtype" and value is None):
             faults.append((name, f"{name} is {value!r}, not a name"))
-    faults += _storing_faults(merge)
+    faults += [*_storing_faults(merge), *_counting_faults(settings)]
     if not _is_threshold(placement.threshold):
         faults.append(("threshold", f"threshold is {placement.threshold!r}; a number from -1 to 1, or 'auto'"))
     if not isinstance(merge.parameters, Mapping):

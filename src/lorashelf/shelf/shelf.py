@@ -321,7 +321,7 @@ def _contradictions(settings: Settings, manifest: Manifest) -> list[tuple[str, s
     """The settings that the content contradicts, as (key, sentence)."""
     faults = []
     need = max((slot.id + 1 for slot in manifest.slots), default=0)
-    if settings.budget.slots < need:
+    if settings.budget.slots is not None and settings.budget.slots < need:
         faults.append(("slots", f"slots is {settings.budget.slots}, but slot {need - 1} is filled: at least {need}"))
     stored = manifest.base.name if manifest.base and manifest.slots else ""
     if settings.base and stored and stored not in (settings.base, *settings.base_aliases):

@@ -7,14 +7,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ... import atomic
 from ...digest import digest
 from ...errors import AdapterFormatError
 from ...lora.adapter import Adapter
-from ..codec import Codec
+from ..codec import Codec, Level
 from ..objects import Stored, length
 from ..safetensors import Lost
+
+if TYPE_CHECKING:
+    from .decoder import CodedModules
 
 _LEVEL = re.compile(r"level-(\d+)\.lsc")
 
@@ -53,19 +57,26 @@ class CodedFolder(Codec):
 
     def encode(self, adapter: Adapter) -> Levels:
         """The levels that the adapter was decoded from. Raises TypeError for one that was not."""
-        levels = getattr(adapter.modules, "levels", None)
-        if levels is None:
-            raise TypeError("only what `round_trip` or `open` returned has levels")
-        return Levels(levels)
+        return Levels(_decoded(adapter).levels)
+
+    def levels(self, adapter: Adapter) -> Sequence[Level]:
+        """What each of its levels is worth. Raises TypeError for an adapter that was not decoded from levels."""
+        return _decoded(adapter).rates
+
+    def coarser(self, adapter: Adapter, count: int) -> Adapter:
+        """The adapter of the first `count` of its levels, which needs no original. Raises TypeError likewise."""
+        from .decoder import decode
+
+        return decode(_decoded(adapter).levels[:count])
 
     def round_trip(self, adapter: Adapter, quality: float) -> tuple[Adapter, float]:
         """The adapter coded for a predicted quality, and decoded. Raises UsageError where no code is so fine."""
         from .decoder import decode
         from .encoder import Encoder
-        from .files import encode_for
+        from .ladder import ladder
 
         encoder = Encoder(adapter)
-        decoded = decode(encode_for(encoder, quality))
+        decoded = decode(list(ladder(encoder, quality)))
         return decoded, math.sqrt(max(1.0 - encoder.kept, 0.0))
 
     def open(self, folder: Path, sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
@@ -86,3 +97,12 @@ class CodedFolder(Codec):
             return ()
         matches = {name: _LEVEL.fullmatch(name) for name in found}
         return sorted(found, key=lambda name: (int(m[1]) if (m := matches[name]) else len(found), name))
+
+
+def _decoded(adapter: Adapter) -> CodedModules:
+    """The modules of an adapter that was decoded from levels. Raises TypeError for another."""
+    from .decoder import CodedModules
+
+    if not isinstance(adapter.modules, CodedModules):
+        raise TypeError("only what `round_trip` or `open` returned has levels")
+    return adapter.modules

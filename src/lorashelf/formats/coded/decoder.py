@@ -17,6 +17,7 @@ from ...errors import AdapterFormatError
 from ...lora.adapter import Adapter, Factors, Modules, Shape
 from ...lora.quality import quality
 from ...lora.quantiser import RATIOS
+from ..codec import Level
 from .body import MOST_GAIN, NONE, Additions, Coded, Direction, Head, Side, read_entries, read_lists
 from .description import Description, parameters
 from .entries import Chain, checked, values
@@ -24,21 +25,6 @@ from .record import bodies, reference
 from .stream import Scanner, StreamReader, malformed
 
 _STEP = 18248035989933441396  # 2^64 2^(-1/64), rounded down
-
-
-class Level(NamedTuple):
-    """What a level, with those before it, achieves."""
-
-    bytes: int
-    """Bytes of this level alone."""
-    kept: float
-    """Share of ‖ΔW‖² that the levels up to this one keep."""
-    quality: float
-    """Predicted share of the adapter's gain in loss."""
-    directions: int
-    """The number of directions, over all modules, coded up to this level."""
-    reference: str
-    """The first 16 hex digits of the level's BLAKE2b-256."""
 
 
 class _Pending(NamedTuple):
@@ -141,6 +127,11 @@ class CodedModules(Modules):
     def levels(self) -> tuple[bytes, ...]:
         """The levels that the modules are decoded from."""
         return self._outline.stored
+
+    @property
+    def rates(self) -> Sequence[Level]:
+        """What each of these levels is worth."""
+        return self._outline.levels
 
     @property
     def shapes(self) -> Mapping[str, Shape]:

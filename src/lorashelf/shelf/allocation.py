@@ -1,0 +1,248 @@
+"""How fine coded objects can be within a budget in bytes: a plan's new objects, and what of the stored ones must go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from ..errors import OverBudget, UsageError
+from ..formats.codec import Codec, Level
+from ..lora.quality import quality
+from ..merging.average import Average
+from ..placement.rates import Rate, Step, steps
+from .budget import EDIT, after_changes
+from .manifest import PENDING, Plan, Slot
+from .snapshot import Snapshot
+
+
+def fitted(snapshot: Snapshot, plan: Plan) -> Plan:
+    """The plan with every object as fine as the budget has room for, if the shelf's policy is `bytes`.
+
+    `plan` has its new objects at their finest. Levels are left out of them, and dropped from stored objects, in the
+    order of `placement.rates.steps`, until the shelf fits and can be changed again after the plan. The cause and the
+    report get `coarser`: task → {levels, bytes, predicted_quality}, each [before, after], of stored objects. Raises
+    OverBudget with the budget that would do where a task would fall below the floor, UsageError for a shelf with slots
+    in another encoding, CorruptShelf.
+    """
+    if not snapshot.settings.placement.by_bytes:
+        return plan
+    _check_encodings(snapshot, plan)
+    return _Allocation(snapshot, plan).plan()
+
+
+def rate(slot: Slot) -> dict[str, Any]:
+    """What a coded slot takes, also as a percentage of its adapters in 16 bits, and the predicted share of what its
+    tasks do that it keeps: of one adapter alone, by the energy that its coding left out.
+    """
+    in_16_bits = 2 * sum(source.parameters for source in slot.history.merged)
+    return {
+        "bytes": slot.object.bytes,
+        "percent": 100 * slot.object.bytes / in_16_bits,
+        "predicted_quality": quality(1.0 - slot.history.error**2) if len(slot.history.merged) == 1 else None,
+    }
+
+
+def _check_encodings(snapshot: Snapshot, plan: Plan) -> None:
+    """Raise UsageError naming every slot that cannot be made coarser."""
+    others = [slot for slot in plan.manifest.slots if slot.object.encoding != "coded"]
+    if others:
+        named = "; ".join(f"slot {slot.id} is {slot.object.encoding}: {', '.join(slot.members)}" for slot in others)
+        what = f"policy 'bytes' needs all slots in encoding 'coded': {named}"
+        cure = f"lorashelf convert {snapshot.path} --encoding coded; or another policy: lorashelf set SHELF --policy"
+        raise UsageError(what, where=str(snapshot.path), cure=cure)
+
+
+@dataclass(frozen=True)
+class _Allocation:
+    """A plan with its objects at their finest, and the ways to make them coarser."""
+
+    snapshot: Snapshot
+    finest: Plan
+
+    @cached_property
+    def slots(self) -> Sequence[Slot]:
+        return self.finest.manifest.slots
+
+    @cached_property
+    def averages(self) -> Sequence[Average]:
+        """What each slot holds at its finest."""
+        writes = self.finest.writes
+        held = (writes[slot.id] if slot.id in writes else self.snapshot.stored(slot) for slot in self.slots)
+        return [Average(x, slot.history) for x, slot in zip(held, self.slots, strict=True)]
+
+    @cached_property
+    def curves(self) -> Sequence[Sequence[Rate]]:
+        """What each slot takes and keeps with 1, 2 … of its levels."""
+        return [_curve(slot, held) for slot, held in zip(self.slots, self.averages, strict=True)]
+
+    @cached_property
+    def order(self) -> Sequence[Step]:
+        """The steps to take, first the one that loses least per byte."""
+        floor = self.snapshot.settings.placement.floor
+        return steps(self.curves, [floor * len(slot.members) for slot in self.slots])
+
+    def plan(self) -> Plan:
+        """The finest plan that fits. Raises OverBudget."""
+        limit = self.snapshot.settings.budget.bytes or 0
+        for own in self._cuts:
+            taken = self._fewest(own, limit)
+            if taken is None:
+                break
+            if self._now(taken, own) <= limit:
+                return self._settled(self._counts(taken, own))
+        raise self._over(limit)
+
+    @cached_property
+    def _cuts(self) -> Sequence[int]:
+        """How far the new objects may go down in any case: after the steps before these places. They go further than
+        the stored ones only where dropping levels of those does not free enough at once, as old states are kept.
+        """
+        new = [place for place, step in enumerate(self.order, 1) if self.slots[step.object].id in self.finest.writes]
+        return [0, *new]
+
+    def _counts(self, taken: int, own: int) -> list[int]:
+        """How many levels each slot has after the first `taken` steps, and the first `own` where it is new."""
+        counts = [len(curve) for curve in self.curves]
+        for place, step in enumerate(self.order):
+            if place < taken or (place < own and self.slots[step.object].id in self.finest.writes):
+                counts[step.object] = step.levels
+        return counts
+
+    def _at(self, taken: int, own: int) -> Plan:
+        """The plan after these steps, for its size: nothing is decoded."""
+        return self._with(self._counts(taken, own), settled=False)
+
+    def _with(self, counts: Sequence[int], settled: bool) -> Plan:
+        slots, writes = [], dict(self.finest.writes)
+        for slot, held, count, curve in zip(self.slots, self.averages, counts, self.curves, strict=True):
+            if count == len(curve):
+                slots.append(slot)
+                continue
+            coarse = coarser(held, slot.codec, count)
+            writes[slot.id] = coarse.adapter
+            if settled:
+                slots.append(Slot.planned(slot.id, coarse, slot.members, slot.object.encoding))
+            else:
+                stored = replace(slot.object, id=PENDING, bytes=curve[count - 1].bytes)
+                slots.append(replace(slot, object=stored, history=coarse.history))
+        changed = self._changes(counts)
+        cause = {**self.finest.manifest.cause, **({"coarser": changed} if changed else {})}
+        manifest = replace(self.finest.manifest, slots=tuple(slots), cause=cause)
+        return replace(self.finest, manifest=manifest, writes=writes)
+
+    def _changes(self, counts: Sequence[int]) -> dict[str, Any]:
+        """Task → what it had and has, of stored objects that get coarser."""
+        found: dict[str, Any] = {}
+        for slot, count, curve in zip(self.slots, counts, self.curves, strict=True):
+            if slot.id in self.finest.writes or count == len(curve):
+                continue
+            before, after, n = curve[-1], curve[count - 1], len(slot.members)
+            document = {
+                "levels": [len(curve), count],
+                "bytes": [before.bytes, after.bytes],
+                "predicted_quality": [round(before.quality / n, 4), round(after.quality / n, 4)],
+            }
+            found |= dict.fromkeys(slot.members, document)
+        return dict(sorted(found.items()))
+
+    def _settled(self, counts: Sequence[int]) -> Plan:
+        """The plan as it can be committed, with what happens to stored tasks in its report."""
+        plan = self._with(counts, settled=True)
+        slots = [slot for slot in plan.manifest.slots if slot.id in self.finest.writes]
+        own = {task: rate(slot) for slot in slots for task in slot.members}
+        return replace(plan, report={**plan.report, "coded": own, "coarser": self._changes(counts)})
+
+    def _fewest(self, own: int, limit: int) -> int | None:
+        """The least number of steps after which the shelf can be changed again within the limit, None if there is none.
+
+        Sizes fall nearly as payloads do, so that a few are worked out.
+        """
+        low, high, guess = -1, len(self.order) + 1, 0
+        while high - low > 1:
+            guess = min(max(guess, low + 1), high - 1)
+            excess = self._later(guess, own) - limit
+            if excess <= 0:
+                high = guess
+            else:
+                low = guess
+            guess = self._after(guess, own, excess)
+        return None if high > len(self.order) else high
+
+    def _after(self, taken: int, own: int, excess: int) -> int:
+        """About how many steps free so many more bytes than `taken` do, or so many fewer."""
+        freed = [0]
+        for place, step in enumerate(self.order):
+            counted = not (place < own and self.slots[step.object].id in self.finest.writes)
+            freed.append(freed[-1] + (step.bytes if counted else 0))
+        goal = freed[taken] + excess
+        return next((place for place, total in enumerate(freed) if total >= goal), len(self.order))
+
+    def _now(self, taken: int, own: int) -> int:
+        """Every byte under the shelf after the plan with these steps. More steps free nothing as long as the states
+        before are kept.
+        """
+        return self.snapshot.at_rest(self._at(taken, own), hashed=False)
+
+    def _later(self, taken: int, own: int) -> int:
+        """Every byte under the shelf once it was changed `keep` times more: what more steps make less."""
+        plan, budget = self._at(taken, own), self.snapshot.settings.budget
+        if not budget.keep:
+            return self._now(taken, own)
+        largest = max(slot.object.bytes for slot in plan.manifest.slots)
+        rewritten = self._rewritten(self._counts(taken, own), largest)
+        return after_changes(self.snapshot, plan) + budget.keep * rewritten
+
+    def _rewritten(self, counts: Sequence[int], wanted: int) -> int:
+        """What is written where further steps free so many bytes: objects do not share levels, so all of each coarser
+        one.
+        """
+        freed, sizes = 0, {}
+        for step in self.order:
+            if freed < wanted and step.levels < counts[step.object]:
+                freed += step.bytes
+                sizes[step.object] = self.curves[step.object][step.levels - 1].bytes
+        return sum(sizes.values())
+
+    def _over(self, limit: int) -> OverBudget:
+        """The error, with the least budget at which the plan fits."""
+        own = len(self.order)
+        low, high = 0, own  # where as much is written as is freed: more steps write more, fewer free less
+        while low < high:
+            middle = (low + high) // 2
+            reached = self._now(middle, own) >= self._later(middle, own)
+            low, high = (low, middle) if reached else (middle + 1, high)
+        tried = {low, max(low - 1, 0)} if self.snapshot.settings.budget.keep else {own}
+        needed = 2 * EDIT + min(max(self._now(taken, own), self._later(taken, own)) for taken in tried)
+        floor = self.snapshot.settings.placement.floor
+        what = f"with every task at a predicted quality of at least {floor:g} (floor), and room to change a task again"
+        return OverBudget(
+            f"{what}, the shelf would take {needed} bytes; the budget is {limit}",
+            where=str(self.snapshot.path),
+            cure=f"give --bytes {needed}, or a lower --floor, by lorashelf set SHELF or where the shelf is made",
+        )
+
+
+def _curve(slot: Slot, average: Average) -> Sequence[Rate]:
+    levels = slot.codec.levels(average.adapter)
+    sizes = accumulate(level.bytes for level in levels)
+    errors = [_error(average, levels, count) for count in range(1, len(levels) + 1)]
+    return [Rate(n, quality(1.0 - error**2) * len(slot.members)) for n, error in zip(sizes, errors, strict=True)]
+
+
+def coarser(average: Average, codec: Codec, count: int) -> Average:
+    """The average with the first `count` levels of its content."""
+    error = _error(average, codec.levels(average.adapter), count)
+    return Average(codec.coarser(average.adapter, count), replace(average.history, error=error))
+
+
+def _error(average: Average, levels: Sequence[Level], count: int) -> float:
+    """Its relative error with so many levels: what was cut off before coding stays cut off."""
+    if count == len(levels):
+        return average.history.error
+    before = 1.0 - average.history.error**2
+    cut = min(before / levels[-1].kept, 1.0) if levels[-1].kept else 1.0
+    return math.sqrt(max(1.0 - cut * levels[count - 1].kept, 0.0))

@@ -1,0 +1,420 @@
+"""Policy `bytes`: a coded object per task, and stored ones that get coarser as room gets short."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from command import Command
+from factory import tree, write_peft
+from lorashelf import (
+    Adapter,
+    BaseId,
+    Factors,
+    Modules,
+    Shelf,
+    candidates,
+    combine,
+    new_settings,
+    norm,
+    plan_add,
+    plan_cluster,
+    plan_remove,
+    plan_update,
+)
+from lorashelf.errors import UsageError
+from lorashelf.lora.quality import MOST_QUALITY, quality
+from lorashelf.placement.clustering import cluster
+from lorashelf.placement.rates import Rate, steps
+from lorashelf.shelf.repair import repair
+from lorashelf.shelf.settings import read_toml
+from test_cli import run
+
+__all__ = ["run"]
+
+
+def adapter(seed: int) -> Adapter:
+    """Of a falling spectrum, as trained ones have; large beside what describes it."""
+    rng, rank = np.random.default_rng(seed), 6
+    found = {}
+    for i in range(3):
+        a = rng.standard_normal((rank, 1152), dtype=np.float32)
+        b = rng.standard_normal((1024, rank), dtype=np.float32) * np.float32(0.6) ** np.arange(rank, dtype=np.float32)
+        found[f"model.layers.{i}.q_proj"] = Factors(a, b * rng.uniform(0.3, 1.0), 1.0)
+    return Adapter(Modules(found), BaseId("acme/tiny"), "f16")
+
+
+FINEST = 9_800  # about what the finest coding of one takes
+
+
+@pytest.fixture(scope="module")
+def adapters() -> Sequence[Adapter]:
+    return [adapter(seed) for seed in range(12)]
+
+
+def on_disk(shelf: Shelf) -> int:
+    return sum(path.stat().st_size for path in shelf.path.rglob("*") if path.is_file())
+
+
+def qualities(shelf: Shelf) -> dict[str, float]:
+    """Task → its predicted quality, from the values that are served."""
+    return {
+        task: quality(1 - slot.history.error**2) for slot in shelf.snapshot().manifest.slots for task in slot.members
+    }
+
+
+def levels(shelf: Shelf, slot: int) -> list[bytes]:
+    """The bytes of every level of a slot's object."""
+    folder = shelf.snapshot().slot_path(shelf.snapshot().manifest.slot(slot))
+    return [(folder / f"level-{n}.lsc").read_bytes() for n in range(len(list(folder.iterdir())))]
+
+
+def filled(path: Path, adapters: Sequence[Adapter], **options: Any) -> Shelf:
+    shelf = Shelf.create(path, new_settings(None, **options))
+    for i, x in enumerate(adapters):
+        plan = plan_add(shelf.snapshot(), x, f"task-{i}")
+        assert plan.refused is None
+        shelf.commit(plan)
+    return shelf
+
+
+# which levels -------------------------------------------------------------------------------------------------------
+
+CURVES = st.lists(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=4), min_size=1, max_size=3
+)
+
+
+def curve(increments: list[tuple[int, int]]) -> list[Rate]:
+    sums = np.cumsum(increments, axis=0)
+    return [Rate(int(size), float(kept)) for size, kept in sums]
+
+
+@given(CURVES, st.integers(0, 60))
+def test_the_first_steps_are_the_best_choice_at_their_slope(increments: list[Any], floor: int) -> None:
+    curves = [curve(each) for each in increments]
+    found = steps(curves, [floor] * len(curves))
+    levels = [len(each) for each in curves]
+    allowed = [[n for n in range(1, len(c) + 1) if n == len(c) or c[n - 1].quality >= floor] for c in curves]
+    for place, step in enumerate(found):
+        freed = curves[step.object][levels[step.object] - 1].bytes - curves[step.object][step.levels - 1].bytes
+        assert freed == step.bytes > 0
+        levels[step.object] = step.levels
+        if place + 1 == len(found) or found[place + 1].slope > step.slope:
+
+            def worth(choice: Sequence[int], slope: float = step.slope) -> float:
+                rates = [c[n - 1] for c, n in zip(curves, choice, strict=True)]
+                return sum(rate.quality - slope * rate.bytes for rate in rates)
+
+            assert worth(levels) == pytest.approx(max(map(worth, product(*allowed))))
+    assert [step.slope for step in found] == sorted(step.slope for step in found)
+
+
+# a shelf of bytes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_shelf_with_room_codes_every_task_alone_at_the_highest_quality(
+    tmp_path: Path, adapters: Sequence[Adapter]
+) -> None:
+    shelf = filled(tmp_path / "s", [*adapters[:3], adapters[0]], bytes=10**6)
+    assert shelf.snapshot().settings == read_toml(shelf.path / "shelf.toml")
+    slots = shelf.snapshot().manifest.slots
+    assert [slot.members for slot in slots] == [("task-0", "task-3"), ("task-1",), ("task-2",)]
+    assert {slot.object.encoding for slot in slots} == {"coded"}
+    assert all(MOST_QUALITY <= each < MOST_QUALITY + 5e-4 for each in qualities(shelf).values())
+    for task, x in zip(("task-0", "task-1", "task-2"), adapters, strict=False):
+        served = shelf.snapshot().adapter(task)
+        assert norm(combine([served, x], [1, -1])) / norm(x) < 0.25
+    assert shelf.snapshot().manifest.budget == {"slots": None, "bytes": 10**6, "keep": 1}
+    assert shelf.verify() == []
+
+
+def test_like_adapters_are_not_folded(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
+    alike = adapters[0].with_factors({p: Factors(f.a, f.b, 2.0) for p, f in adapters[0].modules.items()})
+    shelf = filled(tmp_path / "s", [adapters[0], alike], bytes=10**6)
+    assert len(shelf.snapshot().manifest.slots) == 2
+    (offered,) = candidates(shelf.snapshot(), adapters[1], "new")
+    assert (offered.action.slot, offered.bytes > shelf.snapshot().bytes) == (2, True)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_the_budget_holds_through_every_operation(tmp_path: Path, adapters: Sequence[Adapter], keep: int) -> None:
+    limit = 4 * FINEST + 25_000
+    shelf = Shelf.create(tmp_path / "s", new_settings(None, bytes=limit, keep=keep))
+    for i, x in enumerate(adapters[:8]):
+        plan = plan_add(shelf.snapshot(), x, f"task-{i}")
+        before = {slot.id: slot for slot in shelf.snapshot().manifest.slots}
+        stored = {slot: levels(shelf, slot) for slot in before}
+        shelf.commit(plan)
+        after = shelf.snapshot()
+        assert on_disk(shelf) <= limit
+        assert after.manifest.cause.get("coarser", {}) == plan.report["coarser"]
+        for slot_id, held in stored.items():
+            slot = after.manifest.slot(slot_id)
+            now = levels(shelf, slot_id)
+            assert now == held[: len(now)]
+            change = plan.report["coarser"].get(slot.members[0])
+            assert (change is not None) == (len(now) < len(held))
+            if change:
+                assert change["levels"] == [len(held), len(now)]
+                assert change["bytes"] == [before[slot_id].object.bytes, slot.object.bytes]
+    assert min(qualities(shelf).values()) >= 0.8
+    shelf.commit(plan_update(shelf.snapshot(), "task-2", adapters[9]))
+    assert on_disk(shelf) <= limit
+    if keep:
+        served = shelf.snapshot().adapter("task-2").digest
+        shelf.undo()
+        shelf.redo()
+        assert shelf.snapshot().adapter("task-2").digest == served
+        assert on_disk(shelf) <= limit
+    shelf.commit(plan_remove(shelf.snapshot(), "task-0"))
+    shelf.commit(plan_add(shelf.snapshot(), adapters[10], "late"))
+    assert on_disk(shelf) <= limit
+    assert shelf.verify() == []
+
+
+def test_an_add_that_needs_room_is_undone_to_the_bit(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
+    shelf = Shelf.create(tmp_path / "s", new_settings(None, bytes=3 * FINEST + 20_000))
+    for i, x in enumerate(adapters):
+        before = {task: shelf.snapshot().adapter(task).digest for task in shelf.snapshot().manifest.tasks}
+        plan = plan_add(shelf.snapshot(), x, f"task-{i}")
+        shelf.commit(plan)
+        if plan.report["coarser"]:
+            break
+    lost = [task for task in before if shelf.snapshot().adapter(task).digest != before[task]]
+    assert lost == sorted(plan.report["coarser"]) != []
+    shelf.undo()
+    assert {task: shelf.snapshot().adapter(task).digest for task in before} == before
+
+
+def test_a_dry_run_of_several_adds_decides_as_they_do(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
+    shelf = Shelf.create(tmp_path / "s", new_settings(None, bytes=3 * FINEST + 20_000, keep=0))
+    snapshot, planned = shelf.snapshot(), []
+    for i, x in enumerate(adapters[:7]):
+        planned.append(plan_add(snapshot, x, f"task-{i}"))
+        snapshot = snapshot.after(planned[-1])
+    for i, x in enumerate(adapters[:7]):
+        plan = plan_add(shelf.snapshot(), x, f"task-{i}")
+        assert plan.report == planned[i].report
+        shelf.commit(plan)
+    assert any(plan.report["coarser"] for plan in planned)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_below_the_floor_an_add_is_refused_with_a_budget_that_would_do(
+    tmp_path: Path, adapters: Sequence[Adapter], keep: int
+) -> None:
+    def full() -> tuple[Shelf, Any]:
+        path = tmp_path / f"s{len(list(tmp_path.iterdir()))}"
+        shelf = Shelf.create(
+            path, new_settings(None, bytes=(2 + keep) * FINEST + 10_000 * (1 + keep), keep=keep, floor=0.98)
+        )
+        for i, x in enumerate(adapters * 2):
+            plan = plan_add(shelf.snapshot(), x, f"task-{i}")
+            if plan.refused:
+                return shelf, lambda x=x: plan_add(shelf.snapshot(), x, "late")
+            if i < 12:
+                shelf.commit(plan)
+        raise AssertionError("never refused")
+
+    shelf, again = full()
+    before = tree(shelf.path)
+    plan = again()
+    shelf.commit(plan)
+    assert tree(shelf.path) == before
+    assert "at least 0.98 (floor)" in plan.refused
+    needed = int(re.search(r"--bytes (\d+)", plan.refused)[1])  # type: ignore[index]
+    assert min(qualities(shelf).values()) >= 0.98
+    shelf.configure({"bytes": needed - 400})
+    assert again().refused
+    shelf.configure({"bytes": needed})
+    plan = again()
+    assert plan.refused is None
+    shelf.commit(plan)
+    assert on_disk(shelf) <= needed
+    assert min(qualities(shelf).values()) >= 0.98
+
+
+def test_a_lower_floor_makes_room(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
+    settings = new_settings(None, bytes=4 * FINEST + 10_000, floor=0.99, keep=0)
+    shelf = Shelf.create(tmp_path / "s", settings)
+    for i, x in enumerate(adapters):
+        plan = plan_add(shelf.snapshot(), x, f"task-{i}")
+        if plan.refused:
+            break
+        shelf.commit(plan)
+    assert plan.refused
+    shelf.configure({"floor": 0.6})
+    assert plan_add(shelf.snapshot(), x, f"task-{i}").refused is None
+
+
+def test_an_object_that_lost_levels_is_mended_to_the_bit_from_its_original(
+    tmp_path: Path, adapters: Sequence[Adapter]
+) -> None:
+    shelf = filled(tmp_path / "s", adapters[:8], bytes=4 * FINEST + 16_000)
+    slot = min(shelf.snapshot().manifest.slots, key=lambda slot: slot.object.bytes)
+    task = slot.members[0]
+    served = shelf.snapshot().adapter(task).digest
+    path = shelf.snapshot().slot_path(slot) / "level-1.lsc"
+    path.write_bytes(path.read_bytes()[:-1])
+    original = adapters[int(task.removeprefix("task-"))]
+    (mended,) = repair(shelf, {task: original})["slots"]
+    assert mended["how"] == "rewritten"
+    assert shelf.snapshot().adapter(task).digest == served
+    assert shelf.verify() == []
+
+
+# what cannot be -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slots", "options", "message"),
+    [
+        (None, {"bytes": 10**6, "policy": "kmerge"}, "policy 'kmerge' needs slots"),
+        (None, {"bytes": 10**6, "policy": "kmerge++"}, "policy 'kmerge++' needs slots"),
+        (None, {}, "policy 'kmerge++' needs slots: --slots K; or policy 'bytes', which needs none, with --bytes SIZE"),
+        (5, {"bytes": 10**6, "policy": "bytes"}, "counts bytes, not slots"),
+        (None, {"policy": "bytes"}, "needs a budget in bytes"),
+        (None, {"bytes": 10**6, "encoding": "peft"}, "needs encoding 'coded'"),
+        (None, {"bytes": 10**6, "floor": 1.5}, "floor is 1.5; a number from 0 to"),
+        (None, {"bytes": 10**6, "floor": "high"}, "floor is 'high'"),
+        (None, {"bytes": 10**6, "floor": 0.9, "quality": 0.8}, "floor is 0.9, above the quality 0.8"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(
+    slots: int | None, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        new_settings(slots, **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "neither slots nor bytes are given"),
+        (("--bytes", "20MB", "--policy", "kmerge"), "policy 'kmerge' needs slots: --slots K"),
+        (("--bytes", "20MB", "--slots", 3, "--policy", "bytes"), "leave slots out"),
+        (("--bytes", "20MB", "--encoding", "peft"), "needs encoding 'coded'"),
+        (("--bytes", "20MB", "--threshold", 0.1), "policy 'bytes' has no threshold"),
+        (("--bytes", 300), "an empty shelf takes"),
+    ],
+)
+def test_init_refuses_what_cannot_be(tmp_path: Path, run: Command, words: Sequence[object], message: str) -> None:
+    code, document = run("init", tmp_path / "s", *words)
+    assert code == (4 if "empty" in message else 2)
+    assert message in document["error"]["message"]
+    assert document["error"]["cure"]
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_shelf_with_another_encoding_says_which_slots_stand_in_the_way(
+    tmp_path: Path, adapters: Sequence[Adapter]
+) -> None:
+    shelf = Shelf.create(tmp_path / "s", new_settings(3, policy="kmerge"))
+    for i, x in enumerate(adapters[:2]):
+        shelf.commit(plan_add(shelf.snapshot(), x, f"task-{i}"))
+    shelf.configure({"slots": None, "policy": "bytes", "bytes": 10**6, "encoding": "coded", "quality": 0.997})
+    before = tree(shelf.path)
+    for plan in (
+        lambda: plan_add(shelf.snapshot(), adapters[3], "late"),
+        lambda: plan_update(shelf.snapshot(), "task-0", adapters[3]),
+    ):
+        with pytest.raises(UsageError, match="slot 1 is peft: task-1") as caught:
+            plan()
+        assert "convert" in str(caught.value.cure)
+    assert tree(shelf.path) == before
+    assert norm(shelf.snapshot().adapter("task-0")) == pytest.approx(norm(adapters[0]), rel=1e-3)
+
+
+def test_cluster_needs_slots(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
+    named = {f"task-{i}": x for i, x in enumerate(adapters[:3])}
+    shelf = Shelf.create(tmp_path / "s", new_settings(None, bytes=10**6))
+    with pytest.raises(UsageError, match="stores each alone"):
+        plan_cluster(shelf.snapshot(), named, cluster(named, 2, method="random"))
+
+
+def side(rng: np.random.Generator, *shape: int) -> Any:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+STRANGE: dict[str, Callable[[np.random.Generator], dict[str, Factors]]] = {
+    "zero": lambda rng: {f"m.{i}": Factors(side(rng, 4, 96), np.zeros((80, 4), np.float32), 1.0) for i in range(2)},
+    "rank-deficient": lambda rng: {
+        f"m.{i}": Factors(np.repeat(side(rng, 1, 96), 4, 0), side(rng, 80, 4), 1.0) for i in range(2)
+    },
+    "one module": lambda rng: {"m": Factors(side(rng, 4, 96), side(rng, 80, 4), 1.0)},
+    "one entry": lambda rng: {"m": Factors(side(rng, 1, 1), side(rng, 1, 1), 1.0)},
+    "norms 10^6 apart": lambda rng: {
+        f"m.{i}": Factors(side(rng, 4, 96), side(rng, 80, 4) * np.float32(10.0 ** (6 * i)), 1.0) for i in range(2)
+    },
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("room", ["ample", "short"])
+def test_adapters_of_every_kind_are_coded_or_refused_whole(tmp_path: Path, kind: str, room: str) -> None:
+    strange = [
+        Adapter(Modules(STRANGE[kind](np.random.default_rng(seed))), BaseId("acme/tiny"), "f32") for seed in range(9)
+    ]
+    limit = 10**6 if room == "ample" else 14_000
+    shelf = Shelf.create(tmp_path / "s", new_settings(None, bytes=limit))
+    added = 0
+    for i, x in enumerate(strange):
+        plan = plan_add(shelf.snapshot(), x, f"task-{i}")
+        before = tree(shelf.path)
+        shelf.commit(plan)
+        if plan.refused:
+            assert tree(shelf.path) == before
+            break
+        added += 1
+        served = shelf.snapshot().adapter(f"task-{i}")
+        least = 0.8 if norm(x) else 1.0
+        assert least <= quality(1 - shelf.snapshot().located(f"task-{i}")[0].history.error ** 2) <= 1
+        assert norm(served) == pytest.approx(norm(x), rel=0.5)
+        assert on_disk(shelf) <= limit
+    assert added == 9 or (room == "short" and added >= 1)
+    assert shelf.verify() == []
+
+
+# the command line ---------------------------------------------------------------------------------------------------
+
+
+def test_every_command_works_on_a_shelf_of_bytes(tmp_path: Path, run: Command, adapters: Sequence[Adapter]) -> None:
+    shelf = tmp_path / "s"
+    folders = [write_peft(tmp_path / f"task-{i}", x) for i, x in enumerate(adapters[:6])]
+    code, document = run("init", shelf, "--bytes", "60kB")
+    assert (code, document["slots"], document["policy"]) == (0, None, "bytes")
+    code, document = run("add", shelf, *folders)
+    assert code == 0
+    last = document["added"][-1]
+    assert last["decision"] == "open"
+    assert last["coded"]["task-5"]["predicted_quality"] >= 0.8
+    assert any(each["coarser"] for each in document["added"])
+    code, document = run("ls", shelf)
+    assert document["budget"]["slots"] is None
+    for slot in document["slots"]:
+        assert slot["percent"] == pytest.approx(100 * slot["bytes"] / (2 * adapters[0].parameters))
+        assert 0.8 <= slot["predicted_quality"] <= 0.998
+    code, text = run("ls", shelf, as_json=False)
+    assert "predicted quality" in text
+    assert "6 objects" in text
+    assert run("route", shelf, "task-1", "-o", tmp_path / "out")[0] == 0
+    assert run("update", shelf, "task-1", write_peft(tmp_path / "new", adapters[7]))[0] == 0
+    assert run("remove", shelf, "task-2")[0] == 0
+    assert run("undo", shelf)[0] == 0
+    assert run("verify", shelf)[0] == 0
+    assert run("repair", shelf)[0] == 0
+    code, document = run("set", shelf, "--floor", 0.7)
+    assert document["changed"] == {"floor": [0.8, 0.7]}
+    assert json.loads(json.dumps(document["settings"]))["floor"] == 0.7
+    assert "floor = 0.7" in (shelf / "shelf.toml").read_text()
+    assert sum(path.stat().st_size for path in shelf.rglob("*") if path.is_file()) <= 60_000
