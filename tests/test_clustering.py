@@ -41,10 +41,10 @@ def test_a_clustering_by_hand_is_stored_with_its_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("blocks", "said"),
     [
-        ((("a", "b"), ("c",)), "not one of these adapters: d"),
-        ((("a", "b"), ("c", "d", "e")), "not one of these adapters: e"),
-        ((("a", "b"), ("b", "c", "d")), "a task twice"),
-        ((("a", "b", "c", "d"), ()), "an empty block"),
+        ((("a", "b"), ("c",)), "does not match these adapters: d"),
+        ((("a", "b"), ("c", "d", "e")), "does not match these adapters: e"),
+        ((("a", "b"), ("b", "c", "d")), "a task occurs twice"),
+        ((("a", "b", "c", "d"), ()), "a block is empty"),
         ((), "it is empty"),
         ((("a",), ("b",), ("c", "d")), "3 blocks, the shelf 2 slots"),
     ],

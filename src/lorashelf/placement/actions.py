@@ -1,4 +1,4 @@
-"""What can be done with an arriving adapter: actions, and candidates that a policy picks one of."""
+"""Actions for an arriving adapter, and the candidates from which a policy picks one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Merge the adapter into `slot`: into what the slots `sources` (default: that slot) have averaged so far.
+    """Merge the adapter with the averages of the slots `sources` (default: that slot), and store the result in `slot`.
 
-    `weighting` "mean" counts every averaged adapter the same, "half" gives the newcomer ½.
+    `weighting` "mean" weights all averaged adapters equally, "half" gives the arriving adapter ½.
     """
 
     slot: int
@@ -32,7 +32,7 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Leave the shelf as it is."""
+    """Leave the shelf unchanged."""
 
     reason: str
 
@@ -44,64 +44,64 @@ class Effect(NamedTuple):
     """What an action would do to the shelf."""
 
     writes: Mapping[int, Adapter]
-    """Slot → the adapter that is written there."""
+    """Slot → the adapter written there."""
     bytes: int
-    """Everything under the shelf, at rest."""
+    """Bytes of all files of the shelf, at rest."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An action with the quality that it is predicted to keep; its effect is worked out when it is asked for."""
+    """An action with its predicted quality; the effect is computed on first use."""
 
     action: Action
     quality: float
-    """Predicted share of the adapter that is kept, higher is better: 1 in a slot of its own; in a fold (1 + s) / 2 for
-    the similarity s, the energy that an equal average of two adapters of one norm keeps of each.
+    """Predicted share of the adapter that is kept, higher is better: 1 in its own slot; in a fold (1 + s) / 2 with the
+    similarity s, the share of ‖ΔW‖² that an equal average of two adapters of equal norm keeps of each.
     """
     score: float | None = None
-    """Similarity to what the slot of a fold holds."""
+    """Similarity to the adapter in a fold's slot."""
     work_out: Callable[[Action], Effect] | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def opening(slot: int, work_out: Callable[[Action], Effect] | None = None) -> Candidate:
-        """A slot of its own."""
+        """Return the candidate that opens a slot."""
         return Candidate(Open(slot), 1.0, None, work_out)
 
     @staticmethod
     def folding(slot: int, score: float, work_out: Callable[[Action], Effect] | None = None) -> Candidate:
-        """A fold into a slot that is similar by `score`."""
+        """Return the candidate that folds into a slot with similarity `score`."""
         return Candidate(Fold(slot), (1.0 + score) / 2, score, work_out)
 
     @cached_property
     def effect(self) -> Effect:
-        """What it would write, and the bytes of the shelf after it. Costs the merge of a fold."""
+        """The writes and the bytes of the shelf afterwards. For a fold this costs a merge."""
         if self.work_out is None:
-            raise TypeError("this candidate stands for no shelf")
+            raise TypeError("this candidate does not belong to a shelf")
         return self.work_out(self.action)
 
     @property
     def writes(self) -> Mapping[int, Adapter]:
-        """Slot → the adapter that is written there."""
+        """Slot → the adapter written there."""
         return self.effect.writes
 
     @property
     def bytes(self) -> int:
-        """Everything under the shelf after it, at rest."""
+        """Bytes of all files of the shelf afterwards, at rest."""
         return self.effect.bytes
 
 
 def openings(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that take a slot of their own."""
+    """Return the candidates that open a slot."""
     return [candidate for candidate in candidates if isinstance(candidate.action, Open)]
 
 
 def folds(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that merge into a slot."""
+    """Return the candidates that fold into a slot."""
     return [candidate for candidate in candidates if isinstance(candidate.action, Fold)]
 
 
 def nearest(candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate of the largest score, ties to the lowest slot.
+    """Return the candidate with the highest score, ties to the lowest slot.
 
     >>> nearest([Candidate.folding(0, 0.1), Candidate.folding(2, 0.3), Candidate.folding(1, 0.3)]).action.slot
     1
@@ -110,5 +110,5 @@ def nearest(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def best(candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate of the highest quality; a free slot before any fold, then as `nearest`."""
+    """Return the candidate with the highest quality: a free slot before any fold, then as `nearest`."""
     return (openings(candidates) or [nearest(candidates)])[0]

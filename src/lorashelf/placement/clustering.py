@@ -1,4 +1,4 @@
-"""A clustering: tasks in blocks that share an adapter each, and how they were found; whichever method found them."""
+"""A clustering: blocks of tasks, each sharing one adapter, and how they were found, by whichever method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .partitioners import partitioned
 
 @dataclass(frozen=True, slots=True)
 class Clustering:
-    """Blocks of task names, the method and the seed that found them, and what it reports (JSON values)."""
+    """Blocks of task names, the method and seed that found them, and the method's report (JSON values)."""
 
     blocks: tuple[tuple[str, ...], ...]
     method: str
@@ -23,18 +23,18 @@ class Clustering:
     report: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, tasks: Sequence[str], k: int) -> None:
-        """Raise UsageError unless the blocks hold every task once, and are at most k, none empty."""
+        """Raise UsageError unless at most k non-empty blocks hold every task once."""
         listed = sorted(task for block in self.blocks for task in block)
         if listed != sorted(tasks) or not all(self.blocks):
-            astray = sorted({*listed} ^ {*tasks}) if listed else ["it is empty"]
-            why = ", ".join(astray) or "it has a task twice, or an empty block"
+            differing = sorted({*listed} ^ {*tasks}) if listed else ["it is empty"]
+            why = ", ".join(differing) or "a task occurs twice, or a block is empty"
             raise UsageError(
-                f"the clustering is not one of these adapters: {why}",
-                cure="cluster the adapters that are to be stored, by the same names",
+                f"the clustering does not match these adapters: {why}",
+                cure="cluster the adapters to be stored, under the same names",
             )
         if len(self.blocks) > k:
             what = f"the clustering has {len(self.blocks)} blocks, the shelf {numbered(k, 'slot')}"
-            raise UsageError(what, cure=f"cluster into {numbered(k, 'slot')}, or give the shelf more")
+            raise UsageError(what, cure=f"cluster into {numbered(k, 'slot')}, or give the shelf more slots")
 
 
 def cluster(
@@ -47,9 +47,9 @@ def cluster(
     watch: Watch = iter,
     **parameters: Any,
 ) -> Clustering:
-    """The adapters (task → adapter) in at most k blocks, by a partition method; `partition` on names.
+    """Cluster adapters (task → adapter) into at most k blocks by a partition method: `partition` by name.
 
-    `losses` gives the loss of each (block of names, task); only some methods ask for them. Raises as `partition`, and
+    `losses` returns the loss of each (block of names, task); only some methods use losses. Raises as `partition`, and
     TaskNameError.
     """
     return clustered(adapters, k, method=method, seed=seed, losses=losses, watch=watch, **parameters)[0]
@@ -65,7 +65,7 @@ def clustered(
     watch: Watch = iter,
     **parameters: Any,
 ) -> tuple[Clustering, tuple[tuple[str, ...], ...]]:
-    """As `cluster`, with the blocks that a search started from; of other methods those it found."""
+    """Return the result of `cluster`, and the blocks that a search started from (of other methods, the result)."""
     known = dict(sorted(named(adapters).items()))
     names = list(known)
 

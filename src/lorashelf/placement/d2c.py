@@ -1,7 +1,7 @@
-"""D2C, clustering by what merges do to the loss of a few examples (arXiv 2601.17441, Algorithm 1): the search alone.
+"""D2C: clustering by the loss of a few examples with merged adapters (arXiv 2601.17441, Algorithm 1); the search.
 
-From a partition, T times: a proposer names a change of it, an acceptor asks for losses and takes the change or leaves
-it. The paper's search is `uniform_move` × `moved_falls`, from a random balanced partition.
+From a first partition, T times: a proposer returns a change, and an acceptor uses losses to take or refuse the change.
+The paper's search is `uniform_move` × `moved_falls`, from a random balanced partition.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .partition_methods import (
 )
 from .surrogate import Surrogate
 
-ROUNDING = 1e-9  # times the number of tasks: no expectation
+ROUNDING = 1e-9  # times the number of tasks: expected gains up to this are rounding
 Block = frozenset[str]
 Accept = Literal["task", "both"]
 Init = Literal["random", "agglomerative"]
@@ -39,7 +39,7 @@ Propose = Literal["uniform", "guided"]
 
 @dataclass(frozen=True, slots=True)
 class Change(Generic[Task]):
-    """A step from one partition to another: the blocks that change, and the tasks that change their block."""
+    """A step from one partition to another: the changed blocks, and the tasks that move."""
 
     places: tuple[int, ...]
     before: tuple[frozenset[Task], ...]
@@ -48,14 +48,14 @@ class Change(Generic[Task]):
 
 
 Proposer = Callable[[Sequence[frozenset[Task]], np.random.Generator, Container[Change[Task]]], "Change[Task] | None"]
-"""(blocks, generator, changes refused so far) → a change, or None where there is nothing to propose any more."""
+"""(blocks, generator, changes refused so far) → a change, or None if there is nothing left to propose."""
 Acceptor = Callable[[Change[Task], Losses[Task]], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Found(Generic[Task]):
-    """Where a search ended: the non-empty blocks, the moves it took as (iteration, task), the proposals it made, and
-    the blocks it started from.
+    """The result of a search: the non-empty blocks, the accepted moves as (iteration, task), the number of proposals,
+    and the first blocks.
     """
 
     blocks: tuple[tuple[Task, ...], ...]
@@ -65,12 +65,12 @@ class Found(Generic[Task]):
 
     @property
     def accepted(self) -> int:
-        """How many proposals were taken; a swap is one, of two moves."""
+        """The number of accepted proposals; a swap is one proposal with two moves."""
         return len({iteration for iteration, _ in self.moves})
 
 
 def moving(blocks: Sequence[frozenset[Task]], to: Mapping[Task, int]) -> Change[Task]:
-    """The change by which each task goes to the place of its new block."""
+    """Return the change that moves each task to the block at its new place."""
     came: list[int] = [next(place for place, block in enumerate(blocks) if task in block) for task in to]
     places = tuple(dict.fromkeys([*came, *to.values()]))
     after = (blocks[here].difference(to) | {task for task, place in to.items() if place == here} for here in places)
@@ -80,7 +80,7 @@ def moving(blocks: Sequence[frozenset[Task]], to: Mapping[Task, int]) -> Change[
 def uniform_move(
     blocks: Sequence[frozenset[Task]], rng: np.random.Generator, refused: Container[Change[Task]] = ()
 ) -> Change[Task]:
-    """A move drawn uniformly: a block with members, another block (it may be empty), a task of the first."""
+    """Draw a move uniformly: a non-empty block, another block (possibly empty), a task of the first."""
     filled = [index for index, block in enumerate(blocks) if block]
     old = filled[rng.integers(len(filled))]
     others = [index for index in range(len(blocks)) if index != old]
@@ -90,18 +90,18 @@ def uniform_move(
 
 
 class Guided:
-    """Proposes the change, a move or a swap, of which the surrogate expects the most among those not refused; None once
-    it expects nothing of any.
+    """A proposer of the move or swap with the largest gain expected by the surrogate among those not refused; None once
+    no gain is expected.
     """
 
     def __init__(self, gram: Square) -> None:
-        """`gram` holds the adapters' inner products, (n, n); the tasks are their indices."""
+        """`gram` holds the adapters' inner products, (n, n); tasks are their indices."""
         self._surrogate = Surrogate(gram)
 
     def __call__(
         self, blocks: Sequence[frozenset[int]], rng: np.random.Generator, refused: Container[Change[int]] = ()
     ) -> Change[int] | None:
-        """The most promising change; the generator is not drawn from."""
+        """Return the most promising change; the generator is not used."""
         moves, swaps = self._surrogate.gains(blocks)
         home = {task: place for place, block in enumerate(blocks) for task in block}
         gains = np.concatenate([moves.ravel(), swaps.ravel()])
@@ -120,7 +120,7 @@ class Guided:
 
 
 def moved_falls(change: Change[Task], losses: Losses[Task]) -> bool:
-    """Whether the loss of what moves falls, strictly; of two tasks the sum. The paper's rule."""
+    """Return whether the summed loss of the moved tasks falls, strictly. The paper's rule."""
     pairs = [
         (next(block for block in blocks if task in block), task)
         for blocks in (change.before, change.after)
@@ -130,12 +130,12 @@ def moved_falls(change: Change[Task], losses: Losses[Task]) -> bool:
 
 
 def both_fall(change: Change[Task], losses: Losses[Task]) -> bool:
-    """Whether the summed loss of all members of the blocks that change falls, strictly."""
+    """Return whether the summed loss of all members of the changed blocks falls, strictly."""
     return _falls(losses([(b, task) for blocks in (change.before, change.after) for b in blocks for task in sorted(b)]))
 
 
 def _falls(values: Sequence[float]) -> bool:
-    """Whether the second half of the values has the lesser sum: the same tasks before and after."""
+    """Return whether the second half of the values, after the change, has the smaller sum."""
     half = len(values) // 2
     return sum(values[half:]) < sum(values[:half])
 
@@ -160,7 +160,7 @@ def search(
 
     `start` replaces the random balanced partition. `keep_best` returns the partition of the lowest total loss
     Σ_t ℓ(block of t, t) seen, at the cost of measuring every task after each move. With n ≤ k every task is its own
-    block. Raises UsageError for k < 1, no tasks, or a start that is not a partition of them into k blocks.
+    block. Raises UsageError for k < 1, no tasks, or a start that is not a partition of the tasks into k blocks.
     """
     names = sorted(tasks)
     check_counts(len(names), k)
@@ -190,7 +190,7 @@ def search(
 
 
 def total(blocks: Iterable[Iterable[Task]], losses: Losses[Task]) -> float:
-    """Σ_t ℓ(block of t, t)."""
+    """Return Σ_t ℓ(block of t, t)."""
     return sum(losses([(frozenset(block), task) for block in blocks for task in sorted(block)]))
 
 
@@ -206,7 +206,7 @@ def _started(
         return [frozenset(n for n, label in zip(names, labels, strict=True) if label == c) for c in range(k)]
     if sorted(name for block in start for name in block) != names or len(start) > k:
         what = f"the start is not a partition of the {len(names)} tasks into {k} blocks"
-        raise UsageError(what, cure="name every task once, in at most that many blocks")
+        raise UsageError(what, cure="give every task once, in at most that many blocks")
     blocks: list[frozenset[Task]] = [frozenset(block) for block in start]
     return blocks + [frozenset() for _ in range(k - len(start))]
 
@@ -226,10 +226,10 @@ def d2c(
     restarts: Annotated[int, Within(0)] = 0,
     keep_best: bool = False,
 ) -> Partitioned:
-    """Algorithm 1 on the indices of the adapters; of several starts the one that ends at the lowest total loss.
+    """Run Algorithm 1 on the indices of the adapters; of several starts, keep the end with the lowest total loss.
 
-    `init` is the first start, each restart is a random one. `propose` "guided" puts only those moves and swaps to the
-    model of which the geometry of the adapters promises something, the best first.
+    `init` is the first start, restarts are random. `propose` "guided" measures only moves and swaps for which the
+    adapters' geometry predicts a gain, the most promising first.
     """
     proposer: Proposer[int] = uniform_move if propose == "uniform" else Guided(gram(xs))
     starts: list[Partition | None] = [None] * (restarts + 1)

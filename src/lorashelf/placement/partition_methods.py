@@ -1,4 +1,4 @@
-"""What a partition method is: a registered rule for N adapters into at most K blocks, and what it declares."""
+"""Partition methods: registered rules that put N adapters into at most K blocks, with their declarations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..registry import Registry
 
 Task = TypeVar("Task", int, str)
 Losses = Callable[[Sequence[tuple[frozenset[Task], Task]]], Sequence[float]]
-"""The loss of each task under the merge of its block, in nats per token; tasks are names, or indices of adapters."""
+"""The loss of each task with the merge of its block, in nats per token; tasks are names or indices of adapters."""
 Watch = Callable[[Sequence[int]], Iterable[int]]
-"""Wraps the iterations of a search, as they are worked through."""
+"""Wraps the iterations of a search, to follow their progress."""
 Partition = list[list[int]]
 Partitioner = Callable[[Sequence[Adapter], int, int], Sequence[int]]
 """(adapters, k, seed) → a label per adapter."""
@@ -28,7 +28,7 @@ RESERVED = frozenset({"xs", "k", "method", "seed", "losses", "watch"})
 
 @dataclass(frozen=True, slots=True)
 class Partitioned:
-    """Blocks of indices; what the method reports of how it found them; the blocks that a search started from."""
+    """Blocks of indices, the method's report, and the blocks that a search started from."""
 
     blocks: Partition
     report: Mapping[str, Any] = field(default_factory=dict)
@@ -37,25 +37,25 @@ class Partitioned:
 
 @dataclass(frozen=True, slots=True)
 class PartitionMethod:
-    """A registered method: its rule, and what it declares about itself."""
+    """A registered method: the rule and its declarations."""
 
     name: str
     rule: Callable[..., Partitioned]
     """(adapters, k, seed, losses, watch, **parameters) → Partitioned; `losses` is None unless it is `by_loss`."""
     by_loss: bool = False
-    """Whether it asks for the losses of blocks."""
+    """Whether the method uses the losses of blocks."""
     merge: str = "linear"
-    """The merge method of its blocks where none is named."""
+    """The default merge method of the blocks."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
     def checked(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters with defaults filled in. Raises UsageError naming every unknown or unusable one."""
+        """Return the parameters with defaults filled in. Raises UsageError naming every unknown or unusable one."""
         return checked(f"partition method {self.name}", self.parameters, parameters, "lorashelf cluster --help")
 
     def check_losses(self, given: bool) -> None:
-        """Raise UsageError if the method asks for losses and there are none."""
+        """Raise UsageError if the method uses losses and there are none."""
         if self.by_loss and not given:
-            what = f"partition method {self.name} needs --examples DIR: it asks for the losses of blocks"
+            what = f"partition method {self.name} needs --examples DIR to measure the losses of blocks"
             raise UsageError(what, cure="give task folders with --examples; in Python call cluster_by_loss")
 
 
@@ -72,10 +72,10 @@ def partition(
     watch: Watch = iter,
     **parameters: Any,
 ) -> Partition:
-    """Indices of the adapters in at most k non-empty blocks, each sorted, blocks by their smallest index.
+    """Partition the adapters' indices into at most k non-empty blocks, each sorted, ordered by their smallest index.
 
-    With n ≤ k every adapter is its own block. `losses` gives the loss of each (block, index); only some methods ask
-    for them. Raises UsageError for k < 1, no adapters, lacking losses or unknown parameters; UnknownName, MissingExtra
+    With n ≤ k every adapter is its own block. `losses` returns the loss of each (block, index); only some methods use
+    losses. Raises UsageError for k < 1, no adapters, missing losses or unknown parameters; UnknownName, MissingExtra
     (`cluster`).
     """
     return partitioned(xs, k, method=method, seed=seed, losses=losses, watch=watch, **parameters).blocks
@@ -91,7 +91,7 @@ def partitioned(
     watch: Watch = iter,
     **parameters: Any,
 ) -> Partitioned:
-    """As `partition`, with what the method reports."""
+    """Return the result of `partition` with the method's report."""
     chosen, xs = PARTITIONERS[method], as_adapters(xs)
     chosen.check_losses(losses is not None)
     options = chosen.checked(parameters)
@@ -100,15 +100,15 @@ def partitioned(
 
 
 def check_counts(n: int, k: int) -> None:
-    """Raise UsageError unless there is something to partition, and a block for it."""
+    """Raise UsageError unless there is at least one adapter and one block."""
     if k < 1 or not n:
         what = f"{numbered(n, 'adapter')} into {numbered(k, 'slot')}"
         raise UsageError(what, cure="give at least one adapter and one slot")
 
 
 def blocks(effective: Sequence[bool], k: int, label: Callable[[list[int]], Sequence[int]]) -> Partition:
-    """The blocks of what `label` labels, asked only where there are more than k; untrained adapters, which are like no
-    other, go to the first block rather than take one.
+    """Return the blocks given by `label`, which is called only for more than k adapters; untrained adapters, which are
+    similar to none, go to the first block instead of taking one.
     """
     if len(effective) <= k:
         return [[i] for i in range(len(effective))]
@@ -125,7 +125,7 @@ def partition_method(
 ) -> Callable[[Callable[..., Partitioned]], Callable[..., Partitioned]]:
     """Register a rule as partition method `name`; its keyword-only parameters are the method's.
 
-    Raises TypeError for parameters that `parameters_of` refuses, ValueError for a name that is taken.
+    Raises TypeError for parameters that `parameters_of` refuses, ValueError for a name already taken.
     """
 
     def register(rule: Callable[..., Partitioned]) -> Callable[..., Partitioned]:
@@ -139,8 +139,8 @@ def partition_method(
 def partitioner(name: str, *, spread: bool = True) -> Callable[[Partitioner], Partitioner]:
     """Register a function of (adapters, k, seed) → label per adapter as partition method `name`.
 
-    It is given the trained adapters only. With `spread` it is not asked where there are at most k adapters: each is a
-    block of its own.
+    The function gets the trained adapters only. With `spread` it is not called for at most k adapters: each is its own
+    block.
     """
 
     def register(function: Partitioner) -> Partitioner:
@@ -157,5 +157,5 @@ def partitioner(name: str, *, spread: bool = True) -> Callable[[Partitioner], Pa
 
 
 def balanced(n: int, k: int, seed: int | Sequence[int]) -> list[int]:
-    """Labels of a random partition of n into k blocks whose sizes differ by at most one."""
+    """Return labels of a random partition of n into k blocks whose sizes differ by at most one."""
     return [int(label) for label in np.random.default_rng(seed).permutation(np.arange(n) % k)]

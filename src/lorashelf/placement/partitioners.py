@@ -1,5 +1,4 @@
-"""Offline rules: N adapters into at most K blocks. Pure functions of the adapters, a seed, and for some the losses of
-blocks.
+"""Offline rules: N adapters into at most K blocks; pure functions of the adapters, a seed and, for some, of losses.
 
 single         one block
 random         balanced blocks, drawn
@@ -25,41 +24,41 @@ from .partition_methods import PARTITIONERS, Partition, balanced, partition, par
 
 __all__ = ["PARTITIONERS", "Partition", "balanced", "d2c", "partition", "partitioned", "partitioner"]
 STARTS = 10
-COPIES = 1e-3  # points nearer than this share of the largest norm are copies, apart by rounding only
+COPIES = 1e-3  # points closer than this share of the largest norm are copies that differ by rounding only
 
 
 @partitioner("single", spread=False)
 def single(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
-    """All in one block."""
+    """Put all into one block."""
     return [0] * len(xs)
 
 
 @partitioner("random")
 def random(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
-    """A random balanced partition: block sizes differ by at most one."""
+    """Draw a balanced partition: block sizes differ by at most one."""
     return balanced(len(xs), k, seed)
 
 
 @partitioner("agglomerative")
 def agglomerative(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
-    """Average linkage on 1 − cosine similarity of ΔW; deterministic."""
+    """Cluster by average linkage on 1 − cosine similarity of ΔW; deterministic."""
     return average_linkage(1.0 - similarity(xs), k)
 
 
 @partitioner("kmeans")
 def kmeans(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
-    """K-Means on the flattened raw factors; coordinates from their Gram matrix have the same distances."""
+    """Cluster by K-Means on the flattened raw factors; coordinates from their Gram matrix have the same distances."""
     return _kmeans(principal_coordinates(raw_gram(xs)), k, seed)
 
 
 @partitioner("kmeans_svd")
 def kmeans_svd(xs: Sequence[Adapter], k: int, seed: int) -> Sequence[int]:
-    """K-Means on the rows of the cosine matrix of SVD features (MBC)."""
+    """Cluster by K-Means on the rows of the cosine matrix of SVD features (MBC)."""
     return _kmeans(similarity(xs, metric="svd_features"), k, seed)
 
 
 def average_linkage(distances: Square, k: int) -> list[int]:
-    """Labels of k clusters by average linkage on an (n, n) matrix of distances."""
+    """Return labels of k clusters by average linkage on an (n, n) matrix of distances."""
     cluster = _sklearn()
     model = cluster.AgglomerativeClustering(n_clusters=k, metric="precomputed", linkage="average")
     return [int(label) for label in model.fit_predict(np.maximum(distances, 0.0))]

@@ -1,9 +1,9 @@
-"""What the geometry of adapters expects of a change of blocks, without a model.
+"""The gain that the geometry of adapters predicts for a change of blocks, without a model.
 
     f(B) = Σ_{t ∈ B} cos(ΔW_t, Σ_{u ∈ B} ΔW_u) = Σ_{t,u ∈ B} H_tu / √(Σ_{t,u ∈ B} G_tu)
 
 with G the adapters' inner products and H_tu = G_tu / √G_tt. Both sums are quadratic forms of the block's indicator, so
-what every move and every swap would do to Σ_B f(B) follows from G in O(n² K), no adapter being merged.
+the effect of every move and swap on Σ_B f(B) follows from G in O(n² K), without merging an adapter.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Surrogate:
 
     def __init__(self, gram: Square) -> None:
         norms = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
-        inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)  # an untrained one is like no other
+        inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)  # 0 for an untrained adapter
         self._gram, self._cosines = gram, inverse[:, None] * gram
 
     def gains(self, blocks: Sequence[frozenset[int]]) -> tuple[Square, Square]:
-        """What Σ_B f(B) would gain by moving task t to block c, (n, K), and by swapping t and u, (n, n) with t < u; −∞
-        where that is no change.
+        """Return the gain of Σ_B f(B) from moving task t to block c, (n, K), and from swapping t and u, (n, n) with
+        t < u; −∞ where nothing would change.
         """
         n = len(self._gram)
         inside = np.zeros((n, len(blocks)))
@@ -45,7 +45,7 @@ class Surrogate:
 
 
 class _Form:
-    """xᵀ M x of every block's indicator x, and after one task joined, left, or took another's place."""
+    """xᵀ M x of every block's indicator x: now, and after a task joins, leaves, or replaces another."""
 
     def __init__(self, matrix: Square, inside: Square, own: NDArray[np.intp]) -> None:
         tasks = np.arange(len(matrix))
@@ -59,6 +59,6 @@ class _Form:
 
 
 def _ratio(sums: Square, squares: Square) -> Square:
-    """The quotient sums / √squares, 0 for a block that is empty or cancels."""
+    """Return sums / √squares, 0 for a block that is empty or cancels."""
     floor = 1e-12 * max(float(np.abs(squares).max(initial=0.0)), 1e-300)
     return np.divide(sums, np.sqrt(np.maximum(squares, floor)), out=np.zeros_like(sums), where=squares > floor)

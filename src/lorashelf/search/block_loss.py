@@ -1,7 +1,7 @@
-"""What a block of tasks costs: the loss of each under the block's merge, measured once and kept in a journal.
+"""The loss of each task of a block with the block's merged adapter, measured once and kept in a journal.
 
-The loss of (block, task) is a pure function of the adapters, the merge, the examples and the backend. A search that
-asks for it again gets it from memory, and one that was interrupted from its journal.
+The loss of (block, task) is a pure function of the adapters, the merge, the examples and the backend. Repeated
+requests are answered from memory, and after an interrupt from the journal.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Key = tuple[tuple[str, ...], str]
 
 
 class BlockLoss:
-    """ℓ(block, task) = Σ NLL / Σ tokens of the task's examples under the block's merge, in nats per token; memoised.
+    """ℓ(block, task) = Σ NLL / Σ tokens of the task's examples with the block's merge, in nats per token; memoised.
 
-    `asked` counts the losses asked for, `measured` those that the backend had to measure; their memory is `known`.
+    `asked` counts the losses requested, `measured` those that the backend measured; `known` holds all known losses.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class BlockLoss:
         settings: Mapping[str, Any] | None = None,
         journal: Path | None = None,
     ) -> None:
-        """`merge` gives the adapter of a block of task names; what it depends on beside the adapters is in `settings`.
+        """`merge` returns the adapter of a block of task names; `settings` is all that it depends on but the adapters.
 
-        Raises UsageError if the journal is of another search, naming what differs; DiskError.
+        Raises UsageError if the journal belongs to another search, naming the differences; DiskError.
         """
         self.asked = self.measured = 0
         self.known: dict[Key, float] = {}
@@ -58,7 +58,7 @@ class BlockLoss:
         self._journal = ResultStore() if journal is None else self._resume(journal)
 
     def __call__(self, pairs: Sequence[tuple[Block, str]]) -> list[float]:
-        """The loss of each (block, task). Raises what the backend raises."""
+        """Return the loss of each (block, task). Raises what the backend raises."""
         self.asked += len(pairs)
         keys = [self._key(block, task) for block, task in pairs]
         for key in keys:
@@ -75,9 +75,9 @@ class BlockLoss:
     def means(
         self, blocks: Iterable[Sequence[str]], held_out: Mapping[str, ExampleSet] | None = None
     ) -> tuple[float, float | None]:
-        """The mean loss over the tasks of blocks, and that on other examples, which are neither counted nor kept.
+        """Return the mean loss over the tasks of blocks, and that on other examples, which are not counted or kept.
 
-        Block by block, so that each is merged once. Raises what the backend raises.
+        Works block by block, so that each is merged once. Raises what the backend raises.
         """
         own: list[float] = []
         others: list[float] = []
@@ -91,42 +91,43 @@ class BlockLoss:
     def _measured(
         self, block: tuple[str, ...], tasks: Sequence[str], examples: Mapping[str, ExampleSet]
     ) -> Iterator[tuple[str, float]]:
-        """The losses of tasks under the merge of one block, the only adapter that the backend is given at a time."""
+        """Yield the losses of tasks with the merge of one block, so that the backend has one adapter at a time."""
         merged = self._merged(block)
         losses = self._backend.nll([(merged, examples[task]) for task in tasks])
         yield from zip(tasks, map(mean_loss, losses), strict=True)
 
     def _key(self, block: Block, task: str) -> Key:
-        """The block by one task an adapter: copies are merged once."""
+        """Return the key of a loss, with one task per distinct adapter: copies are merged once."""
         return tuple(sorted({self._first[self._digests[t]] for t in block})), task
 
     def _merged(self, block: tuple[str, ...]) -> Adapter:
         found = self._merges.pop(block, None) or self._merge(block)
-        self._merges[block] = found  # the latest used stand last
+        self._merges[block] = found  # most recently used last
         if len(self._merges) > _MERGES_KEPT:
             del self._merges[next(iter(self._merges))]
         return found
 
     def _resume(self, path: Path) -> ResultStore:
-        """The journal of this very search, new or from before."""
+        """Open the journal of this search, new or existing."""
         journal = ResultStore(path)
         before = journal.get({"what": "settings"}, lambda found: isinstance(found, dict))
         if before is None and journal.begun:
-            what = "the journal cannot be read: it does not say which search it is of"
-            raise UsageError(what, where=str(path), cure="delete it, or name another")
+            what = "the journal does not record the settings of its search"
+            raise UsageError(what, where=str(path), cure="delete it, or give another --journal")
         if before is None:
             journal.put({"what": "settings"}, self._settings)
             return journal
         now = json.loads(json.dumps(self._settings))
         differing = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if differing:
-            what = f"the journal is of another search: {', '.join(differing)} differ"
-            raise UsageError(what, where=str(path), cure="give the same settings, or delete it, or name another")
+            what = f"the journal belongs to another search: {', '.join(differing)} differ"
+            cure = "give the same settings, delete the journal, or give another --journal"
+            raise UsageError(what, where=str(path), cure=cure)
         return journal
 
 
 def _by_block(keys: Iterable[Key]) -> dict[tuple[str, ...], list[str]]:
-    """The distinct keys' tasks by block, in the order of the keys."""
+    """Group the tasks of the distinct keys by block, in the order of the keys."""
     found: dict[tuple[str, ...], list[str]] = {}
     for block, task in dict.fromkeys(keys):
         found.setdefault(block, []).append(task)

@@ -1,4 +1,4 @@
-"""Clustering by loss: the adapters, a few examples of each task and a backend in; a clustering and what it cost out."""
+"""Clustering by loss: adapters, a few examples per task and a backend in; a clustering and a report out."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def cluster_by_loss(
     watch: Watch = iter,
     **parameters: Any,
 ) -> Clustering:
-    """Adapters by task name in at most k blocks, by what the spec's merges of them do to the loss of the examples.
+    """Cluster adapters (by task name) into at most k blocks by the loss of the examples with the blocks' merges.
 
     D2C (arXiv 2601.17441) takes `iterations`, `propose`, `accept`, `init`, `restarts` and `keep_best`
-    (docs/methods.md). `examples` are searched with, `held_out` only reported on. With a `journal` every loss is kept,
-    and the same search goes on from it. The report holds the mean loss over tasks in nats per token (`start`, `search`
-    and `held_out`), how many losses were asked for, were distinct, and were measured in this run (`evaluations`), and
-    what they depend on: `examples` is the digest of the sets' digests, `model` the base's name, the fingerprint of its
-    weights, its dtype and the id of its prompt. Raises UsageError for unknown parameters and for a journal of another
-    search, and what the backend raises.
+    (docs/methods.md). The search uses `examples`; `held_out` is only reported. A `journal` keeps every loss, and the
+    same search resumes from it. The report has the mean loss over tasks in nats per token (`start`, `search` and
+    `held_out`), how many losses were requested, distinct, and measured in this run (`evaluations`), and what they
+    depend on: `examples` is the digest of the sets' digests, `model` the base's name, weights' fingerprint, dtype and
+    prompt id. Raises UsageError for unknown parameters and for a journal of another search, and what the backend
+    raises.
     """
     adapters = dict(sorted(named(adapters).items()))
     sets = {normalize("NFC", task): examples_of for task, examples_of in examples.items()}
@@ -57,7 +57,7 @@ def cluster_by_loss(
         "evaluations": objective.measured,
     }
     others = None if held_out is None else {normalize("NFC", task): each for task, each in held_out.items()}
-    after, elsewhere = objective.means(found.blocks, others)  # first: what the start shares with it is known then
+    after, elsewhere = objective.means(found.blocks, others)  # first: losses shared with the start are then known
     before, _ = objective.means(start)
     loss = {"start": before, "search": after, "held_out": elsewhere}
     digests = {task: sets[task].digest for task in adapters}
@@ -69,9 +69,9 @@ def cluster_by_loss(
 def drawn(
     tasks: Mapping[str, Task], names: Iterable[str], fitting: Fitting, split: str, limit: int, seed: int
 ) -> tuple[dict[str, ExampleSet], int]:
-    """`limit` examples of each task's split that fit the model, drawn by (seed, task), and how many did not fit.
+    """Draw `limit` fitting examples of each task's split by (seed, task); also return how many did not fit.
 
-    Raises UnknownName for a task without a folder, TaskDataError naming every one without examples that fit.
+    Raises UnknownName for a task without a folder, TaskDataError naming every task without fitting examples.
     """
     sets: dict[str, ExampleSet] = {}
     faults: dict[str, str] = {}
