@@ -706,7 +706,7 @@ def test_merge_refuses_what_cannot_be_before_it_reads(tmp_path: Path, option: st
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "held").touch()  # an empty folder is taken
     code, said = command(*words)
-    assert (code, "the output exists already" in said, str(tmp_path / "out") in said) == (2, True, True), said
+    assert (code, "the output already exists" in said, str(tmp_path / "out") in said) == (2, True, True), said
 
 
 @pytest.mark.parametrize(
@@ -874,7 +874,7 @@ def test_a_value_that_f16_can_just_hold_is_written(tmp_path: Path) -> None:
 def test_an_output_that_exists_is_not_overwritten(tmp_path: Path) -> None:
     folder = write_peft(tmp_path / "x")
     before = state(tmp_path)
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         write_adapter(make_adapter(1), folder)
     assert command("merge", folder, "-o", folder, "--method", "linear")[0] == 2
     assert state(tmp_path) == before

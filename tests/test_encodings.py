@@ -208,7 +208,7 @@ def test_route_writes_a_folder_that_peft_loads(coded: Shelf, tmp_path: Path, mon
     assert tensors.read_bytes() == sound
     given = materialised(coded.snapshot(), "b", tmp_path / "given")["path"]
     assert given == str(tmp_path / "given")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         materialised(coded.snapshot(), "b", tmp_path / "given")
     assert coded.snapshot().bytes == sum(p.stat().st_size for p in coded.path.rglob("*") if p.is_file())
 

@@ -321,7 +321,7 @@ def test_a_link_that_leads_out_of_the_shelf_is_not_followed(shelf: Shelf, tmp_pa
     if outside.is_dir():
         (outside / "precious").write_text("keep me")
     path.symlink_to(outside)
-    said = ("a link stands where a file of the shelf should be", f"where: {path}")
+    said = ("a link is in the place of a file of the shelf", f"where: {path}")
     if name in FOLLOWED_BY:
         refused_by(FOLLOWED_BY[name], shelf, *said)
         assert len(shelf.verify()) == (name != "lock")
@@ -1049,7 +1049,7 @@ def test_a_head_that_may_not_be_read_has_a_cure_of_its_own(shelf: Shelf, monkeyp
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(atomic, "read_file", refused_to_read)
-    with pytest.raises(DiskError, match="let this user read it"):
+    with pytest.raises(DiskError, match="check the permissions"):
         shelf.snapshot()
 
 

@@ -1,4 +1,4 @@
-"""lorashelf: N LoRA adapters, K slots; merged, kept safe on disk, and routed.
+"""lorashelf: N LoRA adapters in K slots; merged, kept safe on disk, and routed.
 
 >>> import lorashelf
 >>> sorted(lorashelf.METHODS)[:3]
@@ -8,7 +8,7 @@
 import importlib
 import typing
 
-from . import early  # noqa: F401  first, as it is for the seconds in which the rest is imported
+from . import early  # noqa: F401  first: it covers the time in which the rest is imported
 from .version import VERSION
 
 if typing.TYPE_CHECKING:
@@ -36,7 +36,7 @@ if typing.TYPE_CHECKING:
     from .tasks.folders import read_tasks
 
 __version__ = VERSION
-_NAMES = {  # module → the names that are imported from it when one is asked for
+_NAMES = {  # module → the names imported from it on first use
     "errors": ("LorashelfError",),
     "evaluation.measure": ("evaluate",),
     "formats.peft": ("read_adapter", "write_adapter"),
@@ -118,7 +118,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Import a public name when it is first asked for, so that a command waits for what it uses only."""
+    """Import a public name on first use, so that a command loads only what it needs."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

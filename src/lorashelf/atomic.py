@@ -1,8 +1,7 @@
-"""Every effect on the disk, durable and all-or-nothing; nothing else in lorashelf writes. Files are opened here, too.
+"""Every write to disk, durable and all-or-nothing; no other module of lorashelf writes. Files are opened here, too.
 
-A file is complete once `write_file` returns; it is visible under its final name only after `publish` or `replace_file`,
-which are renames inside one file system followed by an fsync of the folder. What the operating system refuses becomes a
-DiskError.
+A file is complete once `write_file` returns, and visible under its final name only after `publish` or `replace_file`:
+renames inside one file system, followed by an fsync of the folder. Errors of the operating system become DiskErrors.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from pathlib import Path
 
 from .errors import CorruptShelf, DiskError, UsageError
 
-TICK = 11_000_000  # ns: file systems set a file's times by a clock that ticks every 1 to 10 ms
+TICK = 11_000_000  # ns: file systems take a file's times from a clock that ticks every 1 to 10 ms
 _STAGING = ".lorashelf-"
 _CURES = {
-    errno.ENOTEMPTY: "something was put there meanwhile: choose another path",
-    errno.EEXIST: "something was put there meanwhile: choose another path",
-    errno.ENOTDIR: "something was put there meanwhile: choose another path",
-    errno.ENOSPC: "free some space; what was there before is unchanged",
-    errno.EDQUOT: "free some space; what was there before is unchanged",
-    errno.EFBIG: "raise the file size limit; what was there before is unchanged",
+    errno.ENOTEMPTY: "another program has created this path meanwhile: choose another one",
+    errno.EEXIST: "another program has created this path meanwhile: choose another one",
+    errno.ENOTDIR: "another program has created this path meanwhile: choose another one",
+    errno.ENOSPC: "free some space; existing files are unchanged",
+    errno.EDQUOT: "free some space; existing files are unchanged",
+    errno.EFBIG: "raise the file size limit; existing files are unchanged",
     errno.EROFS: "this file system is mounted read-only; write elsewhere or remount it",
-    errno.EACCES: "give this user write permission, or write elsewhere",
-    errno.EPERM: "give this user write permission, or write elsewhere",
+    errno.EACCES: "check the permissions, or write elsewhere",
+    errno.EPERM: "check the permissions, or write elsewhere",
 }
 
 
@@ -40,17 +39,17 @@ def refusals(path: Path, act: str = "write") -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        cure = _CURES.get(error.errno or 0) if act == "write" else "let this user read it, or mend the path"
+        cure = _CURES.get(error.errno or 0) if act == "write" else "check the permissions and the path"
         raise DiskError(f"cannot {act}: {reason}", where=str(error.filename or path), cure=cure) from error
 
 
 def expanded(path: str | Path) -> Path:
-    """A path as a caller gives it, with a leading ~ or ~user replaced by that home folder."""
+    """Return a path with a leading ~ or ~user replaced by that home folder."""
     return Path(os.path.expanduser(path))
 
 
 def open_file(path: Path) -> int:
-    """A handle of a regular file, to read from. Raises OSError, also for a FIFO or a device, which could block."""
+    """Open a regular file for reading. Raises OSError, also for a FIFO or a device, which could block."""
     return _open(path, os.O_RDONLY)
 
 
@@ -63,7 +62,7 @@ def _open(path: Path, flags: int) -> int:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a regular file. Raises OSError."""
+    """Read the bytes of a regular file. Raises OSError."""
     with os.fdopen(open_file(path), "rb") as file:
         return file.read()
 
@@ -76,20 +75,20 @@ def make_folder(path: Path) -> None:
 
 
 def make_parents(path: Path) -> None:
-    """Create the folders above a path that are not there yet, and make their names durable."""
+    """Create the missing folders above a path, and make their names durable."""
     for folder in reversed(path.absolute().parents):
         if not folder.exists():
             make_folder(folder)
 
 
 def settle(folder: Path) -> None:
-    """Make durable which names a folder holds."""
+    """Make the names in a folder durable."""
     with refusals(folder):
         _sync(folder)
 
 
 def settle_files(folder: Path) -> None:
-    """Make durable the files that another program wrote into a folder, and their names."""
+    """Make the files that another program wrote into a folder durable, with their names."""
     with refusals(folder):
         for path in sorted(folder.iterdir()):
             handle = open_file(path)
@@ -101,7 +100,7 @@ def settle_files(folder: Path) -> None:
 
 
 def is_vacant(path: Path) -> bool:
-    """Whether a new folder can take this path: nothing is there, or an empty folder. Raises DiskError."""
+    """Return whether a new folder can take this path, which must be free or an empty folder. Raises DiskError."""
     with refusals(path, "read"):
         return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
 
@@ -109,14 +108,14 @@ def is_vacant(path: Path) -> bool:
 def check_output(path: Path, noun: str = "folder") -> None:
     """Raise UsageError unless a new folder, or a new file, can take this path."""
     if not is_vacant(path) or (noun == "file" and path.is_dir()):
-        raise UsageError("the output exists already", where=str(path), cure=f"choose another {noun} or delete it")
+        raise UsageError("the output already exists", where=str(path), cure=f"choose another {noun} or delete it")
 
 
 @contextlib.contextmanager
 def staging(parent: Path) -> Iterator[Path]:
-    """A fresh, empty folder in `parent` under a random name, for `publish`; deleted if the block fails.
+    """Create an empty folder in `parent` under a random name, for `publish`; deleted if the block fails.
 
-    It is locked while this process lives, so that `sweep_staging` can tell what a killed one has left.
+    The folder is locked while this process lives, so that `sweep_staging` can recognise the folders of killed ones.
     """
     path, lock = _locked_folder(parent)
     try:
@@ -134,9 +133,9 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
         with refusals(path):
             os.mkdir(path)
             try:
-                with contextlib.suppress(FileNotFoundError):  # swept before it was locked
+                with contextlib.suppress(FileNotFoundError):  # swept before this process locked it
                     lock = os.open(path, os.O_RDONLY)
-                    with contextlib.suppress(OSError):  # some file systems lock no folders; there nothing is swept
+                    with contextlib.suppress(OSError):  # some file systems cannot lock folders: there nothing is swept
                         fcntl.flock(lock, fcntl.LOCK_EX)
                     if os.path.isdir(path):
                         return path, lock
@@ -148,7 +147,7 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
 
 def sweep_staging(parent: Path) -> None:
     """Delete the folders of `staging` in `parent` whose processes were killed; those of live ones are locked."""
-    with contextlib.suppress(OSError, DiskError):  # what may not be listed or deleted stays
+    with contextlib.suppress(OSError, DiskError):  # folders that cannot be listed or deleted stay
         for path in sorted(parent.glob(f"{_STAGING}{'[0-9a-f]' * 16}")):
             if path.is_dir() and not path.is_symlink():
                 lock = os.open(path, os.O_RDONLY)
@@ -174,7 +173,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def append(path: Path, data: bytes, keep: int) -> None:
-    """Cut a file to its first `keep` bytes (what a crash tore off goes), append, fsync. The file may be new."""
+    """Truncate a file to its first `keep` bytes (removing a torn write), append, fsync. The file may be new."""
     with refusals(path):
         handle = _open(path, os.O_WRONLY | os.O_CREAT)
         try:
@@ -197,7 +196,7 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes, staging: Path) -> None:
-    """Replace a small file by way of `staging`, a folder of the same file system; readers see the old or the new."""
+    """Replace a small file via `staging`, a folder on the same file system; readers see the old or the new file."""
     staged = staging / f".{os.urandom(8).hex()}"
     try:
         write_file(staged, [data])
@@ -208,12 +207,12 @@ def replace_file(path: Path, data: bytes, staging: Path) -> None:
         with contextlib.suppress(OSError):
             os.unlink(staged)
         if isinstance(error, DiskError):
-            raise error.amended(where=str(path)) from error.__cause__  # nobody knows the other name
+            raise error.amended(where=str(path)) from error.__cause__  # the temporary name means nothing to the user
         raise
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all it holds; what is gone already is fine. Links are unlinked, not followed."""
+    """Delete a file, or a folder with its contents, if it exists. Links are unlinked, not followed."""
     with refusals(path):
         try:
             if path.is_dir() and not path.is_symlink():
@@ -233,7 +232,7 @@ def _write_all(handle: int, chunk: bytes | memoryview) -> None:
 
 
 def _flush(handle: int) -> None:
-    if sys.platform == "darwin":  # fsync there does not reach the medium
+    if sys.platform == "darwin":  # where fsync does not reach the medium
         fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
     else:
         os.fsync(handle)
@@ -251,5 +250,5 @@ def no_links(*paths: Path) -> None:
     """Raise CorruptShelf if one of the paths is a symbolic link: it could lead out of the shelf."""
     for path in paths:
         if path.is_symlink():
-            cure = "a shelf holds its own files: put the file itself there"
-            raise CorruptShelf("a link stands where a file of the shelf should be", where=str(path), cure=cure)
+            cure = "replace the link by the file itself"
+            raise CorruptShelf("a link is in the place of a file of the shelf", where=str(path), cure=cure)

@@ -1,4 +1,4 @@
-"""The user's cache folder: what can be made again."""
+"""The user's cache folder, for files that can be recomputed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$LORASHELF_CACHE, else lorashelf's folder in the user's cache folder; on Linux below $XDG_CACHE_HOME or ~/.cache.
+    """Return $LORASHELF_CACHE, else lorashelf's folder in the user's cache (Linux: $XDG_CACHE_HOME or ~/.cache).
 
-    The folder may not be there yet.
+    The folder may not exist yet.
     """
     if own := os.environ.get("LORASHELF_CACHE"):
         return Path(own)

@@ -1,7 +1,6 @@
-"""Canonical JSON and tagged hashes: the same content has the same name, on every machine.
+"""Canonical JSON and tagged hashes: the same content has the same digest on every machine.
 
-A digest is `b2-` and 64 hex digits of BLAKE2b-256; the tag lets a later version change the hash and still be told
-apart.
+A digest is `b2-` and 64 hex digits of BLAKE2b-256; the tag would distinguish a different hash of a later version.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ PATTERN = re.compile(r"b2-[0-9a-f]{64}")
 
 
 class Hasher:
-    """A digest in the making: `update` with the next bytes, `digest` of those so far."""
+    """An incremental digest."""
 
     def __init__(self) -> None:
         self._state = blake2b(digest_size=32)
 
     def update(self, chunk: bytes | memoryview) -> None:
-        """The next bytes."""
+        """Add the next bytes."""
         self._state.update(chunk)
 
     def digest(self) -> str:
-        """BLAKE2b-256 of what it was given, tagged."""
+        """Return the tagged BLAKE2b-256 of the bytes so far."""
         return TAG + self._state.hexdigest()
 
 
 def digest(chunks: Iterable[bytes | memoryview]) -> str:
-    """BLAKE2b-256 of the chunks one after the other, tagged.
+    """Return the tagged BLAKE2b-256 of the concatenated chunks.
 
     >>> digest([b"lora", b"shelf"]) == digest([b"lorashelf"])
     True
@@ -47,12 +46,12 @@ def digest(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def is_digest(text: object) -> bool:
-    """Whether `text` is a whole digest."""
+    """Return whether `text` is a complete digest."""
     return isinstance(text, str) and PATTERN.fullmatch(text) is not None
 
 
 def canonical_json(document: Any) -> bytes:
-    """The one encoding of a JSON document (RFC 8785: keys sorted, shortest numbers, UTF-8, no white space). Raises
+    """Encode a JSON document canonically (RFC 8785: keys sorted, shortest numbers, UTF-8, no white space). Raises
     NotStorable.
 
     >>> canonical_json({"b": 1.0, "a": "é"}).decode()
@@ -62,4 +61,4 @@ def canonical_json(document: Any) -> bytes:
         return rfc8785.dumps(document)
     except rfc8785.CanonicalizationError as error:
         what = f"a value cannot be stored: {error}"
-        raise NotStorable(what, cure="find where NaN, infinity or so large a number comes from") from error
+        raise NotStorable(what, cure="find the source of NaN, infinity or so large a number") from error

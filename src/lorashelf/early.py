@@ -1,6 +1,6 @@
-"""Ctrl-C while the command line is still being imported: one line and exit 130, not a traceback out of an import.
+"""Ctrl-C during the command line's imports: one line and exit code 130, not a traceback from an import.
 
-The package imports this module first. Where it is imported as a library nothing changes.
+The package imports this module first. In a library nothing changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MESSAGE = "interrupted before anything was done"
 
 
 def stop(signum: int, _: object) -> None:
-    """Print one line, under `--json` a document too, and end the process: nothing is open yet."""
+    """Print one line, with `--json` also a document, and end the process: nothing is open yet."""
     document = f'{{"error": {{"kind": "interrupted", "message": "{MESSAGE}", "cure": null}}}}\n'
     for stream, text in ((2, f"lorashelf: {MESSAGE}\n"), (1, document if "--json" in sys.argv else "")):
         with contextlib.suppress(OSError):
@@ -23,13 +23,13 @@ def stop(signum: int, _: object) -> None:
 
 
 def _is_the_command() -> bool:
-    """Whether this process was started as `lorashelf` or `python -m lorashelf`."""
+    """Return whether this process was started as `lorashelf` or `python -m lorashelf`."""
     program = sys.argv[0] if sys.argv else ""
-    if program == "-m":  # so it is called until the package is imported
+    if program == "-m":  # its value until the package is imported
         return not {"lorashelf", "-mlorashelf"}.isdisjoint(sys.orig_argv)
     return os.path.basename(program) in ("lorashelf", "lorashelf.exe")
 
 
 if _is_the_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    with contextlib.suppress(ValueError):  # in another thread than the main one
+    with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, stop)

@@ -1,35 +1,35 @@
-"""The error tree: every failure that a caller can meet, with what happened, where, and the cure.
+"""The error tree: every failure that a caller can meet: what happened, where, and the cure.
 
     LorashelfError
-    ├── UsageError            2  the request itself cannot be carried out
-    │   ├── UnknownName       2  no such task, method, policy …; carries the nearest names
-    │   ├── MissingExtra      2  an optional package is not installed; carries the install line
-    │   ├── NotStorable       2  a value that JSON cannot hold
-    │   └── TaskNameError     2  a task name that is taken, or that cannot be a name
+    ├── UsageError            2  the request cannot be carried out
+    │   ├── UnknownName       2  no such task, method, policy …; has the closest names
+    │   ├── MissingExtra      2  an optional package is not installed; has the install command
+    │   ├── NotStorable       2  a value that JSON cannot represent
+    │   └── TaskNameError     2  a task name that is taken or not valid
     ├── AdapterError          3  an adapter is refused
-    │   ├── AdapterFormatError    3  its files are not a LoRA adapter that can be read exactly
-    │   ├── BaseMismatch          3  it was trained on another base model
-    │   ├── ShapeMismatch         3  its factors do not fit the adapters beside it
-    │   └── NameMismatch          3  its modules may be those of the adapters beside it under other names
-    ├── ShelfError            4  the shelf cannot do it
+    │   ├── AdapterFormatError    3  the files are not a LoRA adapter that can be read exactly
+    │   ├── BaseMismatch          3  trained on another base model than the other adapters
+    │   ├── ShapeMismatch         3  the factors do not fit the other adapters or the base
+    │   └── NameMismatch          3  the modules may be those of the other adapters under different names
+    ├── ShelfError            4  the shelf cannot do what was asked
     │   ├── ShelfNotFound         4  there is no shelf at this path
-    │   ├── ShelfConfigError      4  shelf.toml is wrong or contradicts what is stored
-    │   ├── CorruptShelf          4  stored bytes are not what the manifest says
-    │   ├── NewerFormat           4  written by a later version of lorashelf
+    │   ├── ShelfConfigError      4  shelf.toml is invalid or contradicts what is stored
+    │   ├── CorruptShelf          4  stored bytes differ from what the manifest records
+    │   ├── NewerFormat           4  written by a newer version of lorashelf
     │   ├── ShelfLocked           4  another writer holds the lock
-    │   ├── StaleShelf            4  the head moved since the plan was made
-    │   ├── OverBudget            4  the result does not fit into the slots or the bytes
+    │   ├── StaleShelf            4  the head has moved since the plan was made
+    │   ├── OverBudget            4  the result exceeds the limit on slots or bytes
     │   ├── Refused               4  the policy or the budget refuses an adapter
-    │   └── NotReversible         4  the history needed to take something back is gone
+    │   └── NotReversible         4  the history needed to undo something is gone
     ├── DiskError             4  the file system refused: full, read-only, no permission
     ├── ModelError            5  the language model, or an evaluation with it, failed
-    │   └── OutOfMemory           5  memory ended, on any device
+    │   └── OutOfMemory           5  memory ran out, on any device
     ├── TaskDataError         5  a task folder cannot be read or used
     ├── Interrupted         130  Ctrl-C, SIGTERM or SIGHUP after part of the work; `done` says which
     └── Unread              141  the reader of standard output has closed the pipe
 
-The number is the exit status of the command line. All faults of one adapter are raised at once, in `faults`; each
-brings its own cure, and `cure` holds the distinct ones, a line for each.
+The number is the exit code of the command line. All faults of one adapter are raised at once, in `faults`; each
+has its own cure, and `cure` holds the distinct ones, one per line.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def numbered(count: int, noun: str) -> str:
-    """A number of things.
+    """Format a count with its noun.
 
     >>> numbered(1, "adapter"), numbered(2, "adapter")
     ('1 adapter', '2 adapters')
@@ -52,7 +52,7 @@ def numbered(count: int, noun: str) -> str:
 
 
 class LorashelfError(Exception):
-    """Base of every error that lorashelf raises on purpose: `what` happened, `where`, and the `cure`, one a line."""
+    """Base of every error that lorashelf raises on purpose: `what` happened, `where`, and the `cure`, one per line."""
 
     exit_code = 1
     kind = "error"
@@ -63,7 +63,7 @@ class LorashelfError(Exception):
         self.where = where
         self.cure = cure
         self.done: Mapping[str, Any] = {}
-        """What was carried out before it failed, for the error's document."""
+        """What was done before the failure, for the error's document."""
 
     def amended(
         self,
@@ -74,7 +74,7 @@ class LorashelfError(Exception):
         done: Mapping[str, Any] | None = None,
         exit_code: int | None = None,
     ) -> Self:
-        """The same error as a caller who knows more words it: to be raised in place of this one."""
+        """Return the same error with details that the caller knows, to raise instead of this one."""
         changes = {"what": what, "where": where, "cure": cure, "done": done, "exit_code": exit_code}
         known = type(self).__new__(type(self), what or self.what)
         known.__dict__ |= self.__dict__ | {name: value for name, value in changes.items() if value is not None}
@@ -88,14 +88,14 @@ class LorashelfError(Exception):
 
 
 class UsageError(LorashelfError):
-    """The request itself cannot be carried out."""
+    """The request cannot be carried out."""
 
     exit_code = 2
     kind = "usage"
 
 
 class UnknownName(UsageError):
-    """A name that nothing bears; `nearest` holds the closest existing ones."""
+    """A name that does not exist; `nearest` holds the closest existing names."""
 
     kind = "unknown_name"
 
@@ -110,12 +110,12 @@ class UnknownName(UsageError):
 
 
 class MissingExtra(UsageError):
-    """An optional package is not installed; `extra` is the extra that brings it."""
+    """An optional package is not installed; `extra` is the extra that installs it."""
 
     kind = "missing_extra"
 
     def __init__(self, purpose: str, package: str, extra: str, *, instead: str | None = None) -> None:
-        """`instead` is another cure, beside the installation."""
+        """`instead` is a cure other than the installation."""
         self.package = package
         self.extra = extra
         installation = f"pip install 'lorashelf[{extra}]'"
@@ -125,37 +125,37 @@ class MissingExtra(UsageError):
 
 
 class NotStorable(UsageError, ValueError):
-    """A value that JSON cannot hold: NaN, infinity, a number beyond 2^53."""
+    """A value that JSON cannot represent: NaN, infinity, a number beyond 2^53."""
 
     kind = "not_storable"
 
 
 class TaskNameError(UsageError):
-    """A task name that is taken, or that cannot be a name."""
+    """A task name that is taken or not valid."""
 
     kind = "task_name"
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One reason why an adapter is refused: what is wrong with it, and the cure that belongs to it."""
+    """One reason why an adapter is refused: what is wrong, and its cure."""
 
     what: str
     cure: str | None = None
 
     def at(self, name: str) -> Fault:
-        """The same fault, of the module or adapter of this name."""
+        """Return the same fault, naming the module or adapter."""
         return replace(self, what=f"{name}: {self.what}")
 
 
 class AdapterError(LorashelfError):
-    """An adapter is refused; `faults` names every reason at once, `reasons` each with its cure."""
+    """An adapter is refused; `faults` lists all reasons, `reasons` each with its cure."""
 
     exit_code = 3
     kind = "adapter"
 
     def __init__(self, faults: Sequence[str | Fault], *, where: str | None = None, cure: str | None = None) -> None:
-        """`cure` is that of every fault which does not bring one."""
+        """`cure` is for the faults without their own."""
         reasons = (fault if isinstance(fault, Fault) else Fault(fault) for fault in faults)
         self.reasons = tuple(reason if reason.cure else replace(reason, cure=cure) for reason in reasons)
         self.faults = tuple(reason.what for reason in self.reasons)
@@ -172,19 +172,19 @@ class AdapterFormatError(AdapterError):
 
 
 class BaseMismatch(AdapterError):
-    """The adapter was trained on another base model than its neighbours."""
+    """The adapter was trained on another base model than the other adapters."""
 
     kind = "base_mismatch"
 
 
 class ShapeMismatch(AdapterError):
-    """The adapter's factors do not fit those of the adapters beside it."""
+    """The adapter's factors do not fit those of the other adapters or the base."""
 
     kind = "shape_mismatch"
 
 
 class NameMismatch(AdapterError):
-    """The adapter's modules may be those of the adapters beside it under other names, and no rule decides."""
+    """The adapter's modules may be those of the other adapters under different names, and no rule decides."""
 
     kind = "name_mismatch"
 
@@ -203,7 +203,7 @@ class ShelfNotFound(ShelfError):
 
 
 class ShelfConfigError(ShelfError):
-    """shelf.toml cannot be read, or contradicts what is stored; `faults` names every reason at once."""
+    """shelf.toml cannot be read, or contradicts what is stored; `faults` lists all reasons."""
 
     kind = "shelf_config"
 
@@ -213,13 +213,13 @@ class ShelfConfigError(ShelfError):
 
 
 class CorruptShelf(ShelfError):
-    """Stored bytes are not what the manifest says."""
+    """Stored bytes differ from what the manifest records."""
 
     kind = "corrupt"
 
 
 class NewerFormat(ShelfError):
-    """The shelf was written by a later version of lorashelf."""
+    """The shelf was written by a newer version of lorashelf."""
 
     kind = "newer_format"
 
@@ -231,13 +231,13 @@ class ShelfLocked(ShelfError):
 
 
 class StaleShelf(ShelfError):
-    """The head moved since the plan was made."""
+    """The head has moved since the plan was made."""
 
     kind = "stale"
 
 
 class OverBudget(ShelfError):
-    """The result does not fit into the slots or the bytes."""
+    """The result exceeds the limit on slots or bytes."""
 
     kind = "over_budget"
 
@@ -249,7 +249,7 @@ class Refused(ShelfError):
 
 
 class NotReversible(ShelfError):
-    """The history needed to take something back is gone."""
+    """The history needed to undo something is gone."""
 
     kind = "not_reversible"
 
@@ -269,13 +269,13 @@ class ModelError(LorashelfError):
 
 
 class OutOfMemory(ModelError):
-    """Memory ended, on any device; smaller pieces may do."""
+    """Memory ran out, on any device; smaller pieces may fit."""
 
     kind = "out_of_memory"
 
 
 class TaskDataError(LorashelfError):
-    """A task folder cannot be read or used; `faults` names file, line and field of each, and has a cure for it."""
+    """A task folder cannot be read or used; `faults` lists file, line and field, `cures` the cure of each fault."""
 
     exit_code = 5
     kind = "task_data"
@@ -287,7 +287,7 @@ class TaskDataError(LorashelfError):
 
 
 class Interrupted(LorashelfError):
-    """Ctrl-C, SIGTERM or SIGHUP after part of the work, which stays; `done` says which. The exit code is 128 and the
+    """Ctrl-C, SIGTERM or SIGHUP after part of the work, which is kept; `done` lists it. The exit code is 128 plus the
     signal's number.
     """
 
@@ -296,7 +296,7 @@ class Interrupted(LorashelfError):
 
 
 class Unread(LorashelfError):
-    """Whoever reads standard output went away."""
+    """The reader of standard output has closed the pipe."""
 
     exit_code = 141
     kind = "unread"

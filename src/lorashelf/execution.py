@@ -1,8 +1,8 @@
-"""Several cores at once: many like pieces of work side by side, or one piece beside what goes on.
+"""Several cores at once: many similar pieces of work in parallel, or one piece in the background.
 
-Pieces side by side want one BLAS thread each, and BLAS knows one limit for the whole process. So it is set only where
-nobody else computes: in a process that the command line owns, or where no thread but ours runs. In a server's threads
-BLAS stays as it is, and the pieces are computed one after the other unless BLAS has one thread already.
+Parallel pieces need one BLAS thread each, and BLAS has one limit for the whole process. The limit is therefore set only
+if no other code computes: in a process owned by the command line, or if only our threads run. In a server's threads
+BLAS is left alone, and the pieces are computed in sequence unless BLAS already has one thread.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ R = TypeVar("R")
 WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-_OURS = "lorashelf"  # how the names of our threads begin
+_OURS = "lorashelf"  # prefix of our threads' names
 
 
 def own_process() -> None:
-    """Say that nobody else computes in this process, whatever threads run: for programs, not for libraries."""
+    """Declare that no other code computes in this process, whatever threads run: for programs, not for libraries."""
     _BLAS.owned = True
 
 
 def each(function: Callable[[T], R], items: Iterable[T], workers: int = WORKERS) -> Generator[R, None, None]:
-    """What `function` gives for every item, in order: several items at a time, one BLAS thread each, where nobody else
+    """Yield `function` of every item, in order: several items at a time, with one BLAS thread each, if no other code
     computes.
 
-    Closed early, it drops what has not begun.
+    If closed early, items that have not been started are dropped.
     """
     if workers == 1:
         yield from map(function, items)
@@ -48,7 +48,7 @@ def each(function: Callable[[T], R], items: Iterable[T], workers: int = WORKERS)
 
 
 class _Blas:
-    """BLAS's limit of threads: set by the first that needs it, put back by the last."""
+    """The BLAS thread limit: set by its first user, restored by the last."""
 
     def __init__(self) -> None:
         self.owned = False
@@ -57,7 +57,7 @@ class _Blas:
 
     @contextlib.contextmanager
     def one_thread(self) -> Iterator[bool]:
-        """Hold BLAS at one thread in the block where nobody else computes; yields whether it has one."""
+        """Limit BLAS to one thread in the block if no other code computes; yields whether BLAS has one thread."""
         if not self._alone():
             yield all(library["num_threads"] == 1 for library in self._libraries().info())
             return
@@ -74,13 +74,13 @@ class _Blas:
                     self._limit.restore_original_limits()
 
     def _alone(self) -> bool:
-        """Whether the process is the command line's, or runs no thread but the main one and ours."""
+        """Return whether the process is the command line's, or only the main thread and ours run."""
         main = threading.main_thread()
         return self.owned or all(t is main or t.name.startswith(_OURS) for t in threading.enumerate())
 
     @staticmethod
     def _libraries() -> Any:
-        from threadpoolctl import ThreadpoolController  # here and below: readers start without
+        from threadpoolctl import ThreadpoolController  # here and below: not needed to start reading
 
         return ThreadpoolController().select(user_api="blas")
 
@@ -95,7 +95,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 
 
 def at_once(function: Callable[[T], R], items: Sequence[T], workers: int = WORKERS) -> list[R]:
-    """What `function` gives for every item, in order; for work without BLAS, whose threads stay as they are."""
+    """Return `function` of every item, in order, computed in parallel; for work without BLAS."""
     if min(len(items), workers) < 2:
         return [function(item) for item in items]
     with _pool(min(len(items), workers)) as pool:
@@ -104,16 +104,16 @@ def at_once(function: Callable[[T], R], items: Sequence[T], workers: int = WORKE
 
 @contextlib.contextmanager
 def beside(function: Callable[[], R]) -> Iterator[Future[R]]:
-    """Run `function` while the block runs; it is done when the block is left."""
+    """Run `function` in a thread during the block; leaving the block waits for it."""
     with _pool(1) as pool:
         yield pool.submit(function)
 
 
 @contextlib.contextmanager
 def following(function: Callable[[T], object], most: int = 8) -> Iterator[Callable[[T], T]]:
-    """Give a function that returns its argument at once, while a thread calls `function` with the arguments in order.
+    """Yield a function that returns its argument at once, while a thread calls `function` with the arguments in order.
 
-    At most `most` arguments wait; the thread has done with all of them when the block is left.
+    At most `most` arguments wait; leaving the block waits for all of them.
     """
     running: deque[Future[object]] = deque()
     with _pool(1) as pool:

@@ -1,4 +1,4 @@
-"""The faults of an adapter on the way to its error: modules that share one are named together, layers in order."""
+"""Collecting the faults of an adapter for its error: modules with the same fault are merged, layers in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import Fault
 
 
 def natural(path: str) -> list[str | int]:
-    """A sort key under which numbers inside a path count as numbers.
+    """Return a sort key that orders numbers inside a path by value.
 
     >>> sorted(["h.10.q", "h.9.q"], key=natural)
     ['h.9.q', 'h.10.q']
@@ -21,25 +21,25 @@ def natural(path: str) -> list[str | int]:
 
 
 class Faults:
-    """The list of faults in the making: sentences about the whole, and about modules or tensors by their paths."""
+    """A growing list of faults: of the adapter as a whole, and of modules or tensors by path."""
 
     def __init__(self) -> None:
         self._found: list[tuple[str | None, Fault]] = []
 
     def append(self, what: str, cure: str | None = None, *, at: str | None = None) -> None:
-        """One fault more, `at` a path."""
+        """Add a fault, `at` a path or of the whole."""
         self._found.append((at, Fault(what, cure)))
 
     def extend(self, faults: Iterable[Fault]) -> None:
-        """Faults that stand for themselves."""
+        """Add faults of the whole."""
         self._found += [(None, fault) for fault in faults]
 
     def __len__(self) -> int:
         return len(self._found)
 
     def listed(self) -> list[Fault]:
-        """All of them, those about the whole first, layers in the order of their numbers; those of one kind at several
-        paths are one: "self_attn.q_proj in model.layers 0-31".
+        """Return all faults, those of the whole first, layers in numeric order; equal faults at several paths are one:
+        "self_attn.q_proj in model.layers 0-31".
         """
         listed: dict[object, tuple[Fault, list[str]]] = {}
         for path, fault in sorted(self._found, key=lambda found: natural(found[0] or "")):
@@ -49,7 +49,7 @@ class Faults:
 
 
 def together(paths: Sequence[str]) -> str:
-    """Paths that differ in their numbers only, in a few words; the first number is the layer's.
+    """Abbreviate paths that differ only in their numbers; the first number is the layer's.
 
     >>> together(["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.3.q_proj"])
     'q_proj in model.layers 0-1, 3'
@@ -68,7 +68,7 @@ def together(paths: Sequence[str]) -> str:
 
 
 def alike(paths: Iterable[str]) -> list[list[str]]:
-    """The paths in groups that differ in their numbers only."""
+    """Group the paths that differ only in their numbers."""
     groups: dict[object, list[str]] = {}
     for path in paths:
         groups.setdefault(_shape(path), []).append(path)
@@ -80,12 +80,12 @@ def _parts(path: str) -> tuple[Any, ...]:
 
 
 def _shape(path: str) -> tuple[str | None, ...]:
-    """The path without its numbers."""
+    """Return the path without its numbers."""
     return tuple(None if part.isdecimal() else part for part in path.split("."))
 
 
 def _ranges(values: Sequence[Any]) -> str:
-    """Sorted numbers as ranges, or the one word."""
+    """Format sorted numbers as ranges, or the single word."""
     if isinstance(values[0], str):
         return str(values[0])
     runs = [[value for _, value in run] for _, run in groupby(enumerate(values), lambda item: item[1] - item[0])]

@@ -1,4 +1,4 @@
-"""Locks that one holder at a time has, across threads and processes: an exclusive flock on a file that stays."""
+"""Exclusive locks across threads and processes: a flock on a file, which is not deleted."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pathlib import Path
 from . import atomic
 from .errors import ShelfLocked, UsageError
 
-POLL = 0.05  # seconds between two tries
+POLL = 0.05  # seconds between two attempts
 _REPLACED = "the lock file was deleted or replaced while this writer held it"
 
 
 class FileLock:
-    """A lock on a file, which is made if it is not there; for one thread of one process."""
+    """A lock on a file, created if missing; for one thread of one process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.depth = 0
-        """How often it was acquired and not released yet."""
+        """How many times the lock was acquired and not yet released."""
         self._handle = -1
 
     def acquire(self, seconds: float) -> bool:
-        """Take the lock, or once more what is held; False if another has it for so long. Raises OSError."""
+        """Acquire the lock, also if already held; False if another holds it for `seconds`. Raises OSError."""
         deadline = time.monotonic() + seconds
         while not self.depth and not self._take():
             if time.monotonic() >= deadline:
@@ -37,13 +37,13 @@ class FileLock:
         return True
 
     def release(self) -> None:
-        """Let go what was acquired last."""
+        """Release the last acquisition."""
         self.depth -= 1
         if not self.depth:
             self._let_go()
 
     def stands(self) -> bool:
-        """Whether the file that is locked is the one that others would lock."""
+        """Return whether the locked file is still the one that others would lock."""
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(self._handle), os.stat(self.path))
         return False
@@ -61,16 +61,16 @@ class FileLock:
             except BaseException:
                 os.close(self._handle)
                 raise
-            self._let_go()  # replaced between opening and locking: that is nobody's lock
+            self._let_go()  # replaced between opening and locking: no lock for others
 
     def _let_go(self) -> None:
-        fcntl.flock(self._handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the file open still
+        fcntl.flock(self._handle, fcntl.LOCK_UN)  # a child forked meanwhile still has the file open
         os.close(self._handle)
 
 
 @contextlib.contextmanager
 def sole(lock: Path, what: str, where: Path, cure: str) -> Iterator[None]:
-    """Hold a lock file. Raises UsageError in these words where another process holds it; DiskError."""
+    """Hold a lock file. Raises UsageError, with the given texts, if another process holds it; DiskError."""
     held = FileLock(lock)
     with atomic.refusals(lock):
         if not held.acquire(0):
@@ -82,7 +82,7 @@ def sole(lock: Path, what: str, where: Path, cure: str) -> Iterator[None]:
 
 
 class WriterLock:
-    """An exclusive lock on a file. A thread that holds it may take it again; a child process starts without it."""
+    """An exclusive lock on a file. A thread may acquire the lock repeatedly; a child process starts without it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,7 +90,7 @@ class WriterLock:
 
     @contextlib.contextmanager
     def held(self, seconds: float) -> Iterator[None]:
-        """Hold the lock. Raises ShelfLocked where another writer holds it for so long, or may by now; DiskError."""
+        """Hold the lock. Raises ShelfLocked if another writer holds it for `seconds`, or may hold it now; DiskError."""
         atomic.no_links(self.path)
         lock = self._of_this_process()
         with atomic.refusals(self.path):
@@ -103,17 +103,17 @@ class WriterLock:
         try:
             yield
         finally:
-            if process == os.getpid():  # else this is a child that was forked meanwhile: the parent holds it still
+            if process == os.getpid():  # else this is a child forked meanwhile: the parent still holds the lock
                 lock.release()
 
     def check(self) -> None:
-        """Raise ShelfLocked if the lock file was deleted or replaced, so that another writer may be at work."""
+        """Raise ShelfLocked if the lock file was deleted or replaced: another writer may be active."""
         if not self._of_this_process().stands():
             cure = "run the command again; never delete the lock file"
             raise ShelfLocked(_REPLACED, where=str(self.path), cure=cure)
 
     def _of_this_process(self) -> FileLock:
-        """The thread's lock; a child process makes one of its own, as it would share what its parent holds."""
+        """Return the thread's lock; a child process makes its own, else it would share its parent's."""
         if getattr(self._own, "process", None) != os.getpid():
             self._own.process = os.getpid()
             self._own.lock = FileLock(self.path)

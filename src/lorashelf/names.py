@@ -1,4 +1,4 @@
-"""What a task, and its problem type, may be called: text that is seen as it is, on one line."""
+"""Valid names of tasks and problem types: visible text on one line."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from .errors import TaskNameError
 
-_BREAKS = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line breaks
+_BREAKS = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, line breaks
 _UNSEEN = frozenset(
     [0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0]
-)  # fillers and such that are not of category Cf
+)  # fillers and the like that are not in category Cf
 _VARIATIONS = frozenset([*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)])
 _NON_JOINER, _JOINER, _KEYCAP = "\u200c", "\u200d", "\u20e3"
 _INDIC = {
@@ -29,8 +29,8 @@ _JOINING = _INDIC | {"ARABIC", "SYRIAC", "MANDAIC", "NKO", "MONGOLIAN", "KHMER",
 
 
 def task_name(name: str) -> str:
-    """A task name in NFC. Raises TaskNameError for an empty one, '/', '..', outer blanks, invisible characters, control
-    characters, line breaks, over 255 bytes.
+    """Return a task name in NFC. Raises TaskNameError for an empty name, a slash, '..', outer blanks, invisible
+    characters, control characters, line breaks and more than 255 bytes.
     """
     if not isinstance(name, str):
         raise TaskNameError(f"task name {name!r} is not text", cure="give a plain name")
@@ -49,7 +49,7 @@ def task_name(name: str) -> str:
 
 
 def problem_type(kind: str) -> str:
-    """The type of a task. Raises TaskNameError where it is empty, has outer blanks, or is not printable text."""
+    """Return the type of a task. Raises TaskNameError if it is empty, has outer blanks or is not printable text."""
     faults = list(_unprintable(kind)) if isinstance(kind, str) else ["is not text"]
     if faults:
         what = f"problem type {kind!a} is not printable text: it {', '.join(faults)}"
@@ -58,7 +58,7 @@ def problem_type(kind: str) -> str:
 
 
 def on_one_line(text: str) -> bool:
-    """Whether a text is without control characters, line breaks and halves of surrogate pairs."""
+    """Return whether a text has no control characters, line breaks or surrogates."""
     return not any(unicodedata.category(c) in _BREAKS for c in text)
 
 
@@ -74,10 +74,10 @@ def _unprintable(text: str) -> Iterator[str]:
 
 
 def _hidden(text: str) -> list[str]:
-    """The characters that show nothing, or turn the direction of text: two names that look alike could differ by them.
+    """Return the invisible or direction-changing characters, by which two names that look alike could differ.
 
-    What changes how its neighbours look is no such character: a joiner between letters of a script that joins, or in an
-    emoji; a variation selector after a symbol or a Chinese character.
+    Characters that change how their neighbours look do not count: a joiner between letters of a joining script or in
+    an emoji; a variation selector after a symbol or a Chinese character.
     """
     padded = f" {text} "
     return [
@@ -92,10 +92,10 @@ def _unseen(c: str) -> bool:
 
 
 def _shapes(before: str, c: str, after: str) -> bool:
-    """Whether an unseen character changes the look of those beside it."""
+    """Return whether an invisible character changes the look of its neighbours."""
     if c in (_NON_JOINER, _JOINER) and _script(before) in _JOINING and _script(after) in _JOINING:
         return True
-    if c == _JOINER:  # one person of several, one flag of two
+    if c == _JOINER:  # several emoji joined into one
         return unicodedata.category(after) == "So" and (
             unicodedata.category(before) in ("So", "Sk") or _selects(before)
         )

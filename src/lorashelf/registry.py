@@ -1,4 +1,4 @@
-"""A registry: names to values, filled by decorators, read by everything that offers a choice."""
+"""Registries: names to values, filled by decorators, read wherever a choice is offered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping from names to values of one noun; an unknown name raises with the nearest ones.
+    """A mapping from names to values of one kind; an unknown name raises UnknownName with the closest names.
 
     >>> colours = Registry[int]("colour")
     >>> colours.add("red", 1)
@@ -24,7 +24,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, value: T) -> None:
-        """Enter `value` under `name`. Raises ValueError if the name is taken: two meanings would hide one."""
+        """Register `value` under `name`. Raises ValueError if the name is taken."""
         if name in self._entries:
             raise ValueError(f"{self.noun} {name!r} is already registered")
         self._entries[name] = value

@@ -1,11 +1,11 @@
-"""What was measured so far, found again by all that a result depends on; in a file, or in memory.
+"""Results measured so far, keyed by all that a result depends on; in a file or in memory.
 
-    journal.jsonl   a line a result: {"digest", "result", "unit"}, canonical JSON, appended and fsynced
+    journal.jsonl   one line per result: {"digest", "result", "unit"}, canonical JSON, appended and fsynced
     lock            beside it, held by the evaluation that writes into this folder
 
-`unit` is a JSON document of everything the result depends on, `digest` that of [unit, result]. A result is found under
-exactly its unit, so other settings simply find nothing. A whole line that is altered or of another program is passed
-over with a warning, a torn last one without.
+`unit` is a JSON document of everything that the result depends on, `digest` that of [unit, result]. Other settings are
+another unit and find nothing. A complete line that is altered or from another program is ignored with a warning, a
+torn last line silently.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from .locks import sole
 FILE = "journal.jsonl"
 LOCK = "lock"
 _logger = logging.getLogger("lorashelf")
-_STAGED = re.compile(r"\.[0-9a-f]{16}")  # what atomic.replace_file leaves behind when it is killed
+_STAGED = re.compile(r"\.[0-9a-f]{16}")  # left by a killed atomic.replace_file
 
 
 class ResultStore:
-    """Results by unit. `kept` is the file that holds them, None in memory; open a folder with `opened`.
+    """Results by unit. `kept` is their file, None for memory only; open a folder with `opened`.
 
-    Files `beside` it are only read: what other processes measure.
+    Files `beside` it are only read: the results of other processes.
     """
 
     def __init__(self, kept: Path | None = None, beside: Iterable[Path] = ()) -> None:
         self.kept = kept
         self.written = 0
-        """How many results this journal was given, beside those it found."""
+        """The number of results put so far, without those read from files."""
         self._results: dict[bytes, Any] = {}
         self._size = 0
         for path in beside:
@@ -48,21 +48,21 @@ class ResultStore:
 
     @property
     def begun(self) -> bool:
-        """Whether its file holds anything, be it a result or not."""
+        """Whether the file is not empty."""
         return self.kept is not None and self.kept.exists() and self.kept.stat().st_size > 0
 
     def get(self, unit: Mapping[str, Any], fits: Callable[[Any], bool] = lambda _: True) -> Any:
-        """The result of a unit, or None; one that does not fit is dropped with a warning."""
+        """Return the result of a unit, or None; a result that does not fit is dropped with a warning."""
         found = self._results.get(canonical_json(unit))
         if found is None or fits(found):
             return found
         where, named = self.kept or "the journal", canonical_json(unit).decode()
-        _logger.warning("%s: a result is of another shape and is measured again: %s", where, named)
+        _logger.warning("%s: a result has another form and will be measured again: %s", where, named)
         del self._results[canonical_json(unit)]
         return None
 
     def put(self, unit: Mapping[str, Any], result: Any) -> None:
-        """Keep the result of a unit; it is on the disk when this returns. Raises DiskError."""
+        """Store the result of a unit, on disk before this returns. Raises DiskError."""
         line = _line(unit, result)
         if self.kept is not None:
             atomic.append(self.kept, line, self._size)
@@ -83,14 +83,14 @@ class ResultStore:
                 self._results[canonical_json(record["unit"])] = record["result"]
         if faulty:
             shown = ", ".join(map(str, faulty[:5])) + (", …" if len(faulty) > 5 else "")
-            _logger.warning("%s: lines that are damaged or not of this program are passed over: %s", path, shown)
+            _logger.warning("%s: ignored lines, damaged or from another program: %s", path, shown)
 
 
 @contextlib.contextmanager
 def opened(folder: Path | None) -> Iterator[ResultStore]:
-    """The journal of a folder, made if need be and locked; None: one in memory.
+    """Open and lock the journal of a folder, created if missing; None: a journal in memory.
 
-    Raises UsageError if the folder holds something else, or if another evaluation writes there; DiskError.
+    Raises UsageError if the folder holds something else or another evaluation writes there; DiskError.
     """
     if folder is None:
         yield ResultStore()
@@ -107,7 +107,7 @@ def opened(folder: Path | None) -> Iterator[ResultStore]:
 
 
 def _make(folder: Path) -> None:
-    """The folder of an evaluation, new or from before."""
+    """Create the folder of an evaluation, or check that of an earlier one."""
     if not folder.exists():
         atomic.make_parents(folder)
         atomic.make_folder(folder)
@@ -115,7 +115,7 @@ def _make(folder: Path) -> None:
         held = {path.name for path in folder.iterdir()}
     if FILE not in held and held - {LOCK}:
         cure = "choose a new folder, or that of an earlier evaluation"
-        raise UsageError("the output folder holds something else", where=str(folder), cure=cure)
+        raise UsageError("the output folder contains something else", where=str(folder), cure=cure)
 
 
 def _line(unit: Any, result: Any) -> bytes:
@@ -124,7 +124,7 @@ def _line(unit: Any, result: Any) -> bytes:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """What a line says; None unless it is whole and of this program."""
+    """Parse a line; None unless it is complete and from this program."""
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         record: dict[str, Any] = json.loads(line)
         if line + b"\n" == _line(record["unit"], record["result"]):

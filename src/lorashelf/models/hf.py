@@ -84,7 +84,7 @@ class HFBackend(LanguageModel):
 
     @property
     def context(self) -> int | None:
-        """How many positions the base has; None where it names no limit."""
+        """The number of positions of the base; None if the base sets no limit."""
         return self.text.context
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
