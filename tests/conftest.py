@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from lorashelf import Shelf, new_settings
+import shapes
 
 if TYPE_CHECKING:
+    from lorashelf import Shelf
     from lorashelf.models.hf import HFBackend
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+shapes.install(["lorashelf.lora", "lorashelf.merging", "lorashelf.placement", "lorashelf.search"])
 
 settings.register_profile(
     "default",
@@ -34,6 +37,8 @@ settings.load_profile("default")
 @pytest.fixture
 def new_shelf(tmp_path: Path) -> Callable[..., Shelf]:
     """A function that makes an empty shelf: new_shelf(slots=3, **options of new_settings)."""
+
+    from lorashelf import Shelf, new_settings
 
     def make(slots: int = 3, name: str = "a.shelf", **options: Any) -> Shelf:
         return Shelf.create(tmp_path / name, new_settings(slots, **options))

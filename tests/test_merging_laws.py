@@ -4,6 +4,7 @@ declared.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -116,6 +117,13 @@ def test_a_parameter_named_density_has_the_range_that_its_annotation_gives() -> 
     assert method.checked({})["density"] == 2.0
     with pytest.raises(UsageError, match="it must be from 0 to 1"):
         METHODS["ties"].checked({"density": 2.0})
+
+
+def test_a_rule_may_be_wrapped_by_a_decorator_of_another_module() -> None:
+    """Its annotations are text, and mean what they mean where the rule is written."""
+    other: dict[str, Any] = {"wraps": functools.wraps}
+    exec("def logged(rule):\n    return wraps(rule)(lambda *args, **params: rule(*args, **params))", other)
+    assert parameters_of(other["logged"](declared)) == parameters_of(declared)
 
 
 @pytest.mark.parametrize("name", ["xs", "weights", "method", "rank", "seed", "watch"])

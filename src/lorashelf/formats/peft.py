@@ -19,7 +19,8 @@ from ..digest import Hasher, digest
 from ..errors import AdapterFormatError, Fault
 from ..execution import following
 from ..faults import Faults
-from ..lora.adapter import WIDTHS, Adapter, BaseId, Factors, Matrix, Modules, Shape, Stack, numpy_dtype
+from ..lora.adapter import WIDTHS, Adapter, BaseId, Factors, Modules, Shape, Stack, numpy_dtype
+from ..lora.arrays import Array32, Float32
 from .codec import Codec
 from .objects import CONFIG_FILE, TENSOR_FILE, Stored, length
 from .peft_config import carried, config_faults, resolved_scales, training_only, unmatched
@@ -165,7 +166,7 @@ def rounded(adapter: Adapter) -> Adapter:
     return adapter if there else adapter.with_factors(modules)
 
 
-def _stored(values: Matrix, dtype: str, name: str) -> NDArray[Any]:
+def _stored(values: Float32[Array32, "rows columns"], dtype: str, name: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         stored = np.ascontiguousarray(values, dtype=numpy_dtype(dtype))
     if not np.isfinite(stored).all():

@@ -11,12 +11,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..digest import canonical_json, digest
 from ..errors import AdapterFormatError, ShapeMismatch
+from .arrays import Array32, Float32, SideA, SideB, Vector
 
-Matrix = NDArray[np.float32]
 WIDTHS: Mapping[str, int] = MappingProxyType({"f32": 4, "f16": 2, "bf16": 2})
 """Storage dtype → bytes per value."""
 
@@ -54,8 +53,8 @@ class Shape(NamedTuple):
 class Factors:
     """One adapted module: ΔW = scale · b @ a, with a (r, din) and b (dout, r) in float32."""
 
-    a: Matrix
-    b: Matrix
+    a: SideA
+    b: SideB
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -73,7 +72,7 @@ class Factors:
         """(dout, r, din)."""
         return Shape(self.b.shape[0], self.a.shape[0], self.a.shape[1])
 
-    def delta(self) -> Matrix:
+    def delta(self) -> Float32[Array32, "dout din"]:
         """The dense update ΔW = scale · b @ a, (dout, din) float32. For methods that need it, and for tests."""
         return np.asarray(self.b @ self.a * np.float32(self.scale), np.float32)
 
@@ -82,9 +81,9 @@ class Factors:
 class Stack:
     """n modules of one shape as arrays: a (n, r, din), b (n, dout, r) in float32, scales (n,)."""
 
-    a: NDArray[np.float32]
-    b: NDArray[np.float32]
-    scales: NDArray[np.float64]
+    a: Float32[Array32, "n rank din"]
+    b: Float32[Array32, "n dout rank"]
+    scales: Vector
 
     @property
     def shape(self) -> Shape:

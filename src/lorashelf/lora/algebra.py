@@ -13,19 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import UsageError, numbered
 from .adapter import Adapter, Factors, Modules, wider
 from .alignment import aligned
+from .arrays import Array32, Array64, Float32, Float64, Square, Vector
 from .given import as_adapters, as_numbers
 from .targets import joined
 
-Vector = NDArray[np.float64]
-Square = NDArray[np.float64]
 _AT_ONCE = 16  # adapters multiplied with all that follow
 
 
@@ -173,7 +170,9 @@ def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
     return _canonical(a, b), float(np.sum(s[rank:] ** 2)), float(np.sum(s[:rank] ** 2))
 
 
-def truncate_dense(delta: NDArray[Any], rank: int) -> tuple[Factors, float, float]:
+def truncate_dense(
+    delta: Float32[Array32, "dout din"] | Float64[Array64, "dout din"], rank: int
+) -> tuple[Factors, float, float]:
     """The best rank-`rank` factors of a dense (dout, din) update, the energy dropped, the energy kept.
 
     By the eigenvectors of the smaller Gram matrix in float64: with V the leading ones, ΔW V Vᵀ is the best
@@ -199,13 +198,23 @@ def singular_values(f: Factors) -> Vector:
     return _svd(f)[3]
 
 
-def decomposed(f: Factors) -> tuple[NDArray[Any], Vector, NDArray[Any]]:
+def decomposed(
+    f: Factors,
+) -> tuple[Float64[Array64, "dout k"], Float64[Array64, " k"], Float64[Array64, "din k"]]:
     """ΔW = U diag(σ) Vᵀ from its factors: U (dout, k), σ (k,) descending, V (din, k), k at most r; float64."""
     q_b, q_a, u, s, vt = _svd(f)
     return q_b @ u, s, q_a @ vt.T
 
 
-def _svd(f: Factors) -> tuple[Any, Any, Any, Vector, Any]:
+def _svd(
+    f: Factors,
+) -> tuple[
+    Float64[Array64, "dout p"],
+    Float64[Array64, "din q"],
+    Float64[Array64, "p k"],
+    Float64[Array64, " k"],
+    Float64[Array64, "k q"],
+]:
     a, b = _float64(f)
     q_b, r_b = np.linalg.qr(b)
     q_a, r_a = np.linalg.qr(a.T)
@@ -213,11 +222,11 @@ def _svd(f: Factors) -> tuple[Any, Any, Any, Vector, Any]:
     return q_b, q_a, u, s, vt
 
 
-def _canonical(a: NDArray[Any], b: NDArray[Any]) -> Factors:
+def _canonical(a: Float64[Array64, "rank din"], b: Float64[Array64, "dout rank"]) -> Factors:
     peaks = a[np.arange(len(a)), np.abs(a).argmax(axis=1)] if len(a) else np.empty(0)
     signs = np.where(peaks < 0, -1.0, 1.0)
     return Factors((a * signs[:, None]).astype(np.float32), np.ascontiguousarray(b * signs, dtype=np.float32))
 
 
-def _float64(f: Factors) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _float64(f: Factors) -> tuple[Float64[Array64, "rank din"], Float64[Array64, "dout rank"]]:
     return f.a.astype(np.float64), f.b.astype(np.float64)

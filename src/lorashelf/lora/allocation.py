@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .directions import Directions, Sides, Values
+from .arrays import Bool, Flags, Int, Positions, Table, Vector
+from .directions import Directions, Sides
 from .quantiser import RATIOS, STARTS
 
 Chain = tuple[int, ...]
@@ -77,7 +77,7 @@ class Options:
                 v[d] = v[d] + ((RATIOS[j[at]],) if j[at] else ())
         return Coding(u, v), bits, kept
 
-    def _prefixes(self, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _prefixes(self, wanted: Bool[Flags, " n"]) -> Bool[Flags, " n"]:
         """Of the fresh directions those that are wanted and whose predecessors in their module are coded, too."""
         all_wanted = self._coded.copy()
         all_wanted[self._fresh] = wanted
@@ -86,12 +86,12 @@ class Options:
         return (left_out < self._first)[self._fresh]
 
 
-def _started(side: Sides, rows: NDArray[np.intp]) -> tuple[Values, Values]:
+def _started(side: Sides, rows: Int[Positions, " n"]) -> tuple[Table, Table]:
     found = [side.estimate((start,), rows) for start in range(len(STARTS))]
     return np.stack([bits for bits, _ in found], 1), np.stack([kept for _, kept in found], 1)
 
 
-def _refined(side: Sides, chains: Sequence[Chain], rows: NDArray[np.intp]) -> tuple[Values, Values]:
+def _refined(side: Sides, chains: Sequence[Chain], rows: Int[Positions, " n"]) -> tuple[Table, Table]:
     bits, kept = np.zeros((len(rows), len(RATIOS))), np.zeros((len(rows), len(RATIOS)))
     groups: dict[Chain, list[int]] = {}
     for at, row in enumerate(rows.tolist()):
@@ -105,8 +105,8 @@ def _refined(side: Sides, chains: Sequence[Chain], rows: NDArray[np.intp]) -> tu
 
 
 def _best(
-    energy: Values, sides: Sequence[tuple[Values, Values]], slope: float, extra: float
-) -> tuple[NDArray[np.intp], NDArray[np.intp], Values, Values]:
+    energy: Vector, sides: Sequence[tuple[Table, Table]], slope: float, extra: float
+) -> tuple[Int[Positions, " n"], Int[Positions, " n"], Vector, Vector]:
     """For every direction the choice for u, that for v, the bits and the share c_u² c_v² kept."""
     (bits_u, kept_u), (bits_v, kept_v) = sides
     rows, j = np.arange(len(energy)), kept_v.argmax(axis=1)

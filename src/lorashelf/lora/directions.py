@@ -7,26 +7,25 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .adapter import Adapter, Factors
 from .algebra import decomposed
+from .arrays import Array32, Float32, Int, Positions, Vector
 from .quantiser import LIMIT, TOTAL, UNIT, quantiser, refining_tables, start_table
 
 CELLS = 384
 """Cells of a side's histogram, each 1/64 wide; one more holds what is larger."""
 _OUTLIER_BITS = 32.0
 _RELATIVE = 1e-7  # singular values below this share of the largest of their module are rounding
-Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """One module: σ (n,) descending, √dout u as (n, dout) and √din v as (n, din), float32."""
 
-    sigma: Values
-    u: NDArray[np.float32]
-    v: NDArray[np.float32]
+    sigma: Vector
+    u: Float32[Array32, "n dout"]
+    v: Float32[Array32, "n din"]
 
     def __len__(self) -> int:
         return len(self.sigma)
@@ -44,11 +43,11 @@ def spectrum(f: Factors) -> Spectrum:
 class Sides:
     """What rates and distortions of n sides are estimated from: how many magnitudes fall into each cell, their sums."""
 
-    counts: NDArray[np.float32]
-    sums: NDArray[np.float32]
-    lengths: Values
+    counts: Float32[Array32, "n cells"]
+    sums: Float32[Array32, "n cells"]
+    lengths: Vector
 
-    def estimate(self, chain: tuple[int, ...], rows: NDArray[np.intp] | None = None) -> tuple[Values, Values]:
+    def estimate(self, chain: tuple[int, ...], rows: Int[Positions, " n"] | None = None) -> tuple[Vector, Vector]:
         """Bits under the chain's start quantiser or last refinement, and cos² between sides and what they are coded
         as; (n,) each, of all sides or of some.
         """
@@ -61,7 +60,7 @@ class Sides:
 
 
 @cache
-def _per_cell(chain: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _per_cell(chain: tuple[int, ...]) -> tuple[Float32[Array32, " cells"], Float32[Array32, " cells"]]:
     """Bits and centre of a magnitude in each cell."""
     q, middles = quantiser(chain), (np.arange(CELLS) * 2 + 1) * (LIMIT // CELLS // 2)
     bins = np.searchsorted(q.edges, middles, side="right")
@@ -75,7 +74,7 @@ def _per_cell(chain: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.f
     return np.append(per_bin[bins], 0).astype(np.float32), centres.astype(np.float32)
 
 
-def histogram(sides: Sequence[NDArray[np.float32]]) -> Sides:
+def histogram(sides: Sequence[Float32[Array32, "_n _d"]]) -> Sides:
     """The histograms of sides, each (n, d) of one module, one after the other."""
     counts, sums = [], []
     for x in sides:
@@ -96,7 +95,7 @@ class Directions:
     """All directions of an adapter, module by module: `energy` is σ² as a share of ‖ΔW‖², (n,)."""
 
     modules: Mapping[str, Spectrum]
-    energy: Values
+    energy: Vector
     total: float
     u: Sides
     v: Sides

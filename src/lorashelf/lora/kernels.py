@@ -18,14 +18,13 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..execution import each
 from .adapter import Adapter, Factors, Shape, Stack
-from .algebra import Square, Vector, module_gram, module_inner, module_squared_norm, union
+from .algebra import module_gram, module_inner, module_squared_norm, union
+from .arrays import Array32, Array64, Bool, Flags, Float32, Float64, Int, Positions, Square, Table, Vector
 
 _PANEL = 256  # rows of stacked factors multiplied at once: a panel and its product stay in the cache
 _SMALL = 10**6  # multiplications up to which OpenBLAS multiplies without packing
@@ -121,7 +120,7 @@ def _factored_gram(fs: Sequence[Factors]) -> tuple[Square, bool]:
     return (result + result.T) / 2, sound
 
 
-def _panels(offsets: NDArray[np.intp]) -> list[tuple[int, int]]:
+def _panels(offsets: Int[Positions, " n"]) -> list[tuple[int, int]]:
     """Runs of consecutive adapters whose ranks add up to at most a panel (one adapter at least)."""
     panels, start = [], 0
     for stop in range(1, len(offsets)):
@@ -142,14 +141,14 @@ def _dense_gram(fs: Sequence[Factors]) -> Square:
     return result
 
 
-def _dense_rows(fs: Sequence[Factors], rows: slice) -> NDArray[np.float64]:
+def _dense_rows(fs: Sequence[Factors], rows: slice) -> Float64[Array64, "n values"]:
     return np.stack([(f.b[rows].astype(np.float64) @ f.a.astype(np.float64)).ravel() for f in fs])
 
 
 # one adapter against many, runs of modules side by side --------------------------------------------------------------
 
 
-def row(x: Adapter, ys: Sequence[Adapter], paths: Sequence[str]) -> tuple[Square, Vector, Square]:
+def row(x: Adapter, ys: Sequence[Adapter], paths: Sequence[str]) -> tuple[Table, Vector, Table]:
     """`module_row` of n modules that `runs` put together: ⟨ΔW, ΔW'_j⟩ (n, m) to 1e-6 ‖ΔW‖ ‖ΔW'_j‖, ‖ΔW‖² (n,) and
     ‖ΔW'_j‖² (n, m) to 1e-5 of themselves. Each adapter is read once; squared norms that are known are taken.
     """
@@ -184,7 +183,9 @@ def stack_squared_norms(f: Stack) -> Vector:
     return found
 
 
-def _squared(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[Vector, NDArray[np.bool_]]:
+def _squared(
+    a: Float32[Array32, "n rank rank"], b: Float32[Array32, "n rank rank"]
+) -> tuple[Vector, Bool[Flags, " n"]]:
     """Σ (A Aᵀ) ∘ (Bᵀ B) of stacked Gram matrices, and whether float32 is enough for it."""
     product = a * b
     found, terms = product.sum(axis=(1, 2), dtype=np.float64), np.abs(product).sum(axis=(1, 2), dtype=np.float64)
@@ -192,7 +193,7 @@ def _squared(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[Vector, ND
     return found, np.isfinite(terms) & (terms <= _CANCELS * found) & (np.minimum(terms, sides) > _TINY)
 
 
-def _stack_inner(f: Stack, a_t: NDArray[np.float32], g: Stack, bounds: Vector) -> Vector:
+def _stack_inner(f: Stack, a_t: Float32[Array32, "n din rank"], g: Stack, bounds: Vector) -> Vector:
     """`module_inner` of n stacked modules, (n,), to 1e-6 `bounds`, which are ‖ΔW‖ ‖ΔW'‖; `a_t` is f.a with its sides
     exchanged, contiguous.
     """
@@ -216,8 +217,8 @@ def _worth(f: Stack, g: Stack) -> bool:
     return rank * other * (dout + din) <= 2 * (rank + other + 2) * dout * din
 
 
-def _in_pieces(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    """The products of wide (n, r', d) and tall (n, d, r) matrices, the long side cut into pieces that OpenBLAS
+def _in_pieces(x: Float32[Array32, "n wide d"], y: Float32[Array32, "n d tall"]) -> Float32[Array32, "n wide tall"]:
+    """The products of wide and of tall matrices, the long side cut into pieces that OpenBLAS
     multiplies without packing: 3/5 of the time at rank 32.
     """
     (n, wide, length), tall = x.shape, y.shape[2]

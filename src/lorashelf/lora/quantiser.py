@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-Integers = NDArray[np.int64]
+from .arrays import Int64, Integers
+
 UNIT = 2**16
 """One standard deviation, as edges and centres count it."""
 TOTAL = 2**24
@@ -39,7 +39,7 @@ STARTS: Sequence[tuple[int, int]] = (
 
 
 @cache
-def _law() -> tuple[Integers, Integers]:
+def _law() -> tuple[Int64[Integers, " nodes"], Int64[Integers, " nodes"]]:
     """The density 2^30 e^(-x²/2) at multiples of 1/64, and its integral from 0 up to them in units of 2^-16."""
     value, fall, values = 2**62, _FALL, []
     for _ in range(_NODES + 1):
@@ -49,14 +49,14 @@ def _law() -> tuple[Integers, Integers]:
     return density, np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) * (_NODE // 2))])
 
 
-def _density(x: Integers) -> Integers:
+def _density(x: Int64[Integers, " n"]) -> Int64[Integers, " n"]:
     values, _ = _law()
     node, rest = np.divmod(x, _NODE)
     found: Integers = values[node] + (values[node + 1] - values[node]) * rest // _NODE
     return found
 
 
-def _mass(x: Integers) -> Integers:
+def _mass(x: Int64[Integers, " n"]) -> Int64[Integers, " n"]:
     """The integral of the density from 0 to x."""
     values, sums = _law()
     node, rest = np.divmod(x, _NODE)
@@ -65,7 +65,7 @@ def _mass(x: Integers) -> Integers:
     return found
 
 
-def frequencies(masses: Integers) -> Integers:
+def frequencies(masses: Int64[Integers, "n m"]) -> Int64[Integers, "n m"]:
     """(n, m) masses as n tables of m frequencies, each at least 1 and 2^24 together; the first takes what is left."""
     count = masses.shape[1]
     unit = masses.sum(axis=1, keepdims=True) // (TOTAL - count) + 1
@@ -78,7 +78,7 @@ def frequencies(masses: Integers) -> Integers:
 class Quantiser:
     """The bins of a magnitude: `edges` (K + 1,) ascending, `centres` (K + 1,) from 0, for K bins beside bin 0."""
 
-    edges: Integers
+    edges: Int64[Integers, " n"]
 
     @property
     def bins(self) -> int:
@@ -86,18 +86,18 @@ class Quantiser:
         return len(self.edges) - 1
 
     @property
-    def centres(self) -> Integers:
+    def centres(self) -> Int64[Integers, " {self.bins}+1"]:
         """The mean magnitude inside every bin: 0 of bin 0, and (p(a) − p(b)) / ∫ₐᵇ p of [a, b)."""
         low, high = self.edges[:-1], self.edges[1:]
         mass, fall = _mass(high) - _mass(low), _density(low) - _density(high)
         mean = np.where(mass > 0, fall * 2**32 // np.maximum(mass, 1), (low + high) // 2)
         return np.concatenate([[0], np.clip(mean, low, high)])
 
-    def masses(self) -> Integers:
+    def masses(self) -> Int64[Integers, " {self.bins}+1"]:
         """The mass of every bin, (K + 1,), one sign only."""
         return np.diff(_mass(self.edges), prepend=0)
 
-    def start_frequencies(self) -> Integers:
+    def start_frequencies(self) -> Int64[Integers, " 2*{self.bins}+3"]:
         """Of the symbols 0, +1, −1, +2, −2 … +K, −K and an outlier of either sign: (2 K + 3,)."""
         masses = self.masses()
         both = np.concatenate([masses[:1] * 2, np.repeat(masses[1:], 2), [0, 0]])
@@ -110,7 +110,7 @@ class Quantiser:
         cuts = low + (high - low) * np.arange(1, ratio + 1) // ratio
         return Quantiser(np.concatenate([[self.edges[0] // 3, self.edges[0]], cuts.ravel()]))
 
-    def refining_frequencies(self, ratio: int) -> tuple[Integers, Integers]:
+    def refining_frequencies(self, ratio: int) -> tuple[Int64[Integers, " 3"], Int64[Integers, "{self.bins} {ratio}"]]:
         """Of bin 0's parts 0, +1, −1: (3,); of the parts of bin k = 1 … K: (K, ratio)."""
         parts = self.refined(ratio).masses()
         inner = np.array([[2 * parts[0], parts[1], parts[1]]])
@@ -127,12 +127,12 @@ def quantiser(chain: tuple[int, ...]) -> Quantiser:
 
 
 @cache
-def start_table(chain: tuple[int, ...]) -> Integers:
+def start_table(chain: tuple[int, ...]) -> Int64[Integers, " symbols"]:
     """`start_frequencies` of the quantiser of a chain."""
     return quantiser(chain).start_frequencies()
 
 
 @cache
-def refining_tables(chain: tuple[int, ...]) -> tuple[Integers, Integers]:
+def refining_tables(chain: tuple[int, ...]) -> tuple[Int64[Integers, " 3"], Int64[Integers, "bins {chain[-1]}"]]:
     """`refining_frequencies` of the last ratio of a chain."""
     return quantiser(chain[:-1]).refining_frequencies(chain[-1])

@@ -7,24 +7,27 @@ time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..execution import each
 from ..registry import Registry
 from . import kernels
 from .adapter import Adapter
-from .algebra import Square, Vector, module_gram, module_row, union
+from .algebra import module_gram, module_row, union
 from .alignment import aligned
+from .arrays import Array64, Float64, Int, Positions, Square, Table, Vector
 from .given import as_adapters
 
-Similarity = Callable[[Sequence[Adapter], "Sequence[Adapter] | None"], Square]
-OfModule = Callable[[Square, Square, NDArray[np.float64]], Square]  # ⟨·,·⟩, and ‖·‖² of both sides that broadcast to it
+Similarity = Callable[[Sequence[Adapter], "Sequence[Adapter] | None"], Table]
+Left = Float64[Array64, "n 1"]
+Right = Float64[Array64, "#n m"]
+OfModule = Callable[[Table, Left, Right], Table]  # ⟨·,·⟩, and ‖·‖² of both sides
 METRICS: Registry[Similarity] = Registry("metric")
 
 
-def similarity(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, metric: str = "cosine") -> Square:
+def similarity(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, metric: str = "cosine") -> Table:
     """The (n, m) float64 matrix of similarities between `xs` and `ys`, or (n, n) within `xs`. Raises UnknownName,
     ShapeMismatch.
     """
@@ -40,37 +43,37 @@ def _registered(function: Similarity) -> Similarity:
 
 
 @_registered
-def cosine(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
+def cosine(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Table:
     """Mean over modules of cos(vec ΔW, vec ΔW'), in [-1, 1].
 
     Over the union of both adapters' modules; a module that one side lacks, or whose ΔW is zero, counts 0. Invariant to
     positive scales and to the gauge (B G, G⁻¹ A). K-Merge, arXiv 2510.13537, eq. 2.
     """
+    return _module_mean(xs, ys, _cosines)
 
-    def of_module(inner: Square, left: Square, right: NDArray[np.float64]) -> Square:
-        norms = np.sqrt(left * right)
-        return np.clip(np.divide(inner, norms, out=np.zeros_like(inner), where=norms > 0), -1.0, 1.0)
 
-    return _module_mean(xs, ys, of_module)
+def _cosines(inner: Table, left: Left, right: Right) -> Table:
+    norms = np.sqrt(left * right)
+    return np.clip(np.divide(inner, norms, out=np.zeros_like(inner), where=norms > 0), -1.0, 1.0)
 
 
 @_registered
-def l2(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Square:
+def l2(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Table:
     """Mean over modules of 1 / (1 + ‖ΔW − ΔW'‖_F), in (0, 1], on scaled ΔW; a module that one side lacks is ΔW = 0
     there.
     """
+    return _module_mean(xs, ys, _closeness, exact=True)  # a difference of numbers that may be equal
 
-    def of_module(inner: Square, left: Square, right: NDArray[np.float64]) -> Square:
-        squared = left + right - 2 * inner
-        rounding = 1e-14 * (left + right)  # what is left of a difference of equal numbers
-        distance: Square = np.sqrt(np.where(squared <= rounding, 0.0, squared))
-        return 1.0 / (1.0 + distance)
 
-    return _module_mean(xs, ys, of_module, exact=True)  # a difference of numbers that may be equal
+def _closeness(inner: Table, left: Left, right: Right) -> Table:
+    squared = left + right - 2 * inner
+    rounding = 1e-14 * (left + right)  # what is left of a difference of equal numbers
+    distance = np.sqrt(np.where(squared <= rounding, 0.0, squared))
+    return np.asarray(1.0 / (1.0 + distance))
 
 
 @_registered
-def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, quantile: float = 0.8) -> Square:
+def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, quantile: float = 0.8) -> Table:
     """Cosine between SVD features of the raw factors (MBC, arXiv 2405.11157; mttl's `svd_similarity`).
 
     Per adapter all A, B are flattened, values up to the `quantile` of their magnitudes set to zero; features are the
@@ -81,13 +84,13 @@ def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, 
     features = principal_coordinates(raw_gram(everyone, quantile))[:, : max(1, min(64, len(everyone) - 1))]
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     unit = np.divide(features, lengths, out=np.zeros_like(features), where=lengths > 0)
-    table: Square = np.clip(unit @ unit.T, -1.0, 1.0)
+    table: Table = np.clip(unit @ unit.T, -1.0, 1.0)
     return table if ys is None else table[: len(xs), len(xs) :]
 
 
 def _module_mean(
     xs: Sequence[Adapter], ys: Sequence[Adapter] | None, of_module: OfModule, *, exact: bool = False
-) -> Square:
+) -> Table:
     """Mean of a per-module score over the modules that either side of a pair has; by kernels, or `exact` by the
     equations.
     """
@@ -101,28 +104,30 @@ def _module_mean(
         own = np.maximum(np.diagonal(inner), 0.0)
         has = np.array([f is not None for f in fs])
         present = has[:, None] | has
-        total += np.where(present, of_module(inner, own[:, None], own), 0.0)
+        total += np.where(present, of_module(inner, own[:, None], own[None]), 0.0)
         count += present
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 
 def _one_against(x: Adapter, ys: Sequence[Adapter], of_module: OfModule, exact: bool) -> Vector:
     """The means of one adapter against many, (m,): many small products, runs of modules side by side."""
-    row = _exact_row if exact else kernels.row
-
-    def scored(paths: Sequence[str]) -> tuple[Vector, NDArray[np.int_]]:
-        inner, own, others = row(x, ys, paths)
-        present = np.array([paths[0] in x.modules or paths[0] in y.modules for y in ys])
-        return np.where(present, of_module(inner, own[:, None], others).sum(axis=0), 0.0), len(paths) * present
-
     total, count = np.zeros(len(ys)), np.zeros(len(ys))
-    for scores, present in each(scored, kernels.runs([x, *ys])):
+    for scores, present in each(partial(_sums, x, ys, of_module, exact), kernels.runs([x, *ys])):
         total += scores
         count += present
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 
-def _exact_row(x: Adapter, ys: Sequence[Adapter], paths: Sequence[str]) -> tuple[Square, Vector, Square]:
+def _sums(
+    x: Adapter, ys: Sequence[Adapter], of_module: OfModule, exact: bool, paths: Sequence[str]
+) -> tuple[Vector, Int[Positions, " n"]]:
+    """The scores of one adapter against many, summed over a run of modules, and of how many modules they are."""
+    inner, own, others = (_exact_row if exact else kernels.row)(x, ys, paths)
+    present = np.array([paths[0] in x.modules or paths[0] in y.modules for y in ys])
+    return np.where(present, of_module(inner, own[:, None], others).sum(axis=0), 0.0), len(paths) * present
+
+
+def _exact_row(x: Adapter, ys: Sequence[Adapter], paths: Sequence[str]) -> tuple[Table, Vector, Table]:
     rows = [module_row(x.modules.get(path), [y.modules.get(path) for y in ys]) for path in paths]
     inner, own, others = zip(*rows, strict=True)
     return np.stack(inner), np.array(own), np.stack(others)

@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from .methods import Draw, Tensor, merge_method
+from ..lora.arrays import Array32, Float32
+from .methods import Draw, Tensor, Weights, merge_method
 from .parameters import Fraction
 
 PEFT = "PEFT 0.21.2 add_weighted_adapter"
@@ -24,7 +25,7 @@ DARE = "DARE, arXiv 2311.03099"
 
 
 @merge_method("linear", space="factors", cites=f"{PEFT}; K-Merge's released code", mean_power=0.5)
-def linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw) -> Tensor:
+def linear(tensors: Sequence[Tensor], weights: Weights, draw: Draw) -> Tensor:
     """Σ wᵢ Xᵢ, on A with w = sgn(w s)√|w s| and on B with √|w s|: n² cross terms, and ΔW keeps about the norm of one
     adapter.
     """
@@ -32,21 +33,21 @@ def linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw) -> Tensor:
 
 
 @merge_method("factor_mean", space="factors", cites=KMERGE, weighting="plain", mean_power=1.0, duplicate=True)
-def factor_mean(tensors: Sequence[Tensor], weights: Tensor, draw: Draw) -> Tensor:
+def factor_mean(tensors: Sequence[Tensor], weights: Weights, draw: Draw) -> Tensor:
     """Σ wᵢ √sᵢ Xᵢ on A and on B: the mean of the factors, read literally; ΔW shrinks with n."""
     return _weighted_sum(tensors, weights)
 
 
 @merge_method("magnitude_prune", space="factors", cites=PEFT, weights="unary")
 @merge_method("magnitude_prune_svd", space="delta", cites=PEFT, weights="unary", gauge=True)
-def magnitude_prune(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: Fraction = 0.5) -> Tensor:
+def magnitude_prune(tensors: Sequence[Tensor], weights: Weights, draw: Draw, *, density: Fraction = 0.5) -> Tensor:
     """Σ wᵢ top(Xᵢ), the `density` largest magnitudes of each tensor kept."""
     return _weighted_sum([keep_largest(x, density) for x in tensors], weights)
 
 
 @merge_method("dare_linear", space="factors", cites=DARE, weights="unary", random=True)
 @merge_method("dare_linear_svd", space="delta", cites=DARE, weights="unary", random=True)
-def dare_linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, density: Fraction = 0.5) -> Tensor:
+def dare_linear(tensors: Sequence[Tensor], weights: Weights, draw: Draw, *, density: Fraction = 0.5) -> Tensor:
     """Σ wᵢ mᵢ ∘ Xᵢ / density, mᵢ a random mask that keeps `density` of the entries."""
     return _weighted_sum([keep_random(x, density, draw(i)) for i, x in enumerate(tensors)], weights)
 
@@ -55,7 +56,7 @@ def dare_linear(tensors: Sequence[Tensor], weights: Tensor, draw: Draw, *, densi
 @merge_method("ties_svd", space="delta", cites=TIES, weights="unary", gauge=True)
 def ties(
     tensors: Sequence[Tensor],
-    weights: Tensor,
+    weights: Weights,
     draw: Draw,
     *,
     density: Fraction = 0.5,
@@ -71,7 +72,7 @@ def ties(
 @merge_method("dare_ties_svd", space="delta", cites=f"{DARE}; {TIES}", weights="unary", random=True)
 def dare_ties(
     tensors: Sequence[Tensor],
-    weights: Tensor,
+    weights: Weights,
     draw: Draw,
     *,
     density: Fraction = 0.5,
@@ -81,7 +82,7 @@ def dare_ties(
     return agree([keep_random(x, density, draw(i)) for i, x in enumerate(tensors)], weights, majority_sign_method)
 
 
-def keep_largest(x: Tensor, density: float) -> Tensor:
+def keep_largest(x: Float32[Array32, "rows columns"], density: float) -> Float32[Array32, "rows columns"]:
     """All but the int(density · size) largest magnitudes of x set to zero; equal ones are kept from the front."""
     count = int(density * x.size)
     if count >= x.size:
@@ -96,7 +97,9 @@ def keep_largest(x: Tensor, density: float) -> Tensor:
     return np.where(keep.reshape(x.shape), x, np.float32(0))
 
 
-def keep_random(x: Tensor, density: float, rng: np.random.Generator) -> Tensor:
+def keep_random(
+    x: Float32[Array32, "rows columns"], density: float, rng: np.random.Generator
+) -> Float32[Array32, "rows columns"]:
     """X ∘ m / density, m ~ Bernoulli(density) per entry; all zeros at density 0."""
     if density >= 1.0:
         return x
@@ -105,7 +108,7 @@ def keep_random(x: Tensor, density: float, rng: np.random.Generator) -> Tensor:
     return np.where(rng.random(x.shape, dtype=np.float32) < density, x / np.float32(density), np.float32(0))
 
 
-def agree(tensors: Sequence[Tensor], weights: Tensor, majority_sign_method: Signs) -> Tensor:
+def agree(tensors: Sequence[Tensor], weights: Weights, majority_sign_method: Signs) -> Tensor:
     """Per entry: the sign of the sum ('total') or of the count of signs ('frequency'), 0 as +; then the mean of wᵢ Xᵢ
     over the tensors whose entry has that sign (and is not zero).
     """
@@ -129,7 +132,7 @@ def padded_shape(tensors: Sequence[Tensor]) -> tuple[int, int]:
     return max(x.shape[0] for x in tensors), max(x.shape[1] for x in tensors)
 
 
-def _weighted_sum(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+def _weighted_sum(tensors: Sequence[Tensor], weights: Weights) -> Tensor:
     total = np.zeros(padded_shape(tensors), dtype=np.float32)
     for x, weight in zip(tensors, weights, strict=True):
         part = total[: x.shape[0], : x.shape[1]]
@@ -137,6 +140,6 @@ def _weighted_sum(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
-def roots(products: Sequence[float]) -> Tensor:
+def roots(products: Sequence[float]) -> Weights:
     """sgn(p)√|p| of weight × scale, the factor PEFT puts on A (its magnitude on B)."""
     return np.array([math.copysign(math.sqrt(abs(p)), p) for p in products], dtype=np.float32)

@@ -12,20 +12,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import NotReversible
 from ..lora.adapter import Adapter, Factors
 from ..lora.algebra import norm, trained
 from ..lora.alignment import aligned
+from ..lora.arrays import Array64, Bool, Flags, Float64
 from . import factor
 from .driver import one_alpha
 from .methods import METHODS
 
-Energies = NDArray[np.float64]  # (2,), of the errors on A and on B of a module, both multiplied by √|s|
+Energies = Float64[Array64, "2"]
+"""Of the errors on A and on B of a module, both multiplied by √|s|."""
+Sides = tuple[Float64[Array64, "rank din"], Float64[Array64, "dout rank"]]
 UNIT_ROUNDOFF = {"f32": 2.0**-22, "f16": 2.0**-11, "bf16": 2.0**-8}  # in f32 the weights and sums of a fold round too
 SUBNORMAL = {"f32": 2.0**-149, "f16": 2.0**-24, "bf16": 2.0**-133}  # the step between the smallest values
 STATED = 1e-5  # relative precision of the norms that a manifest states
@@ -103,7 +105,7 @@ def unmerge(
     return Rest(rest, Noise(errors, elsewhere), _precision(rest, math.sqrt(missed), staying))
 
 
-def _difference(held: Factors | None, removed: Factors | None, times: float) -> tuple[Any, Any]:
+def _difference(held: Factors | None, removed: Factors | None, times: float) -> Sides:
     """`times` what is held minus what is removed, on A and on B; lower ranks zero-padded, an absent module is 0."""
     sides = [_rooted(f) for f in (held, removed) if f is not None]
     a, b = (np.zeros(np.max([pair[i].shape for pair in sides], axis=0)) for i in (0, 1))
@@ -113,7 +115,7 @@ def _difference(held: Factors | None, removed: Factors | None, times: float) -> 
     return a, b
 
 
-def _cleared(a: Any, b: Any, kept: Any) -> Factors:
+def _cleared(a: Float64[Array64, "rank din"], b: Float64[Array64, "dout rank"], kept: Bool[Flags, " rank"]) -> Factors:
     """The factors with the other ranks set to zero, and the last of them cut off: a rank has its place, in which the
     next fold adds to it.
     """
@@ -140,6 +142,6 @@ def _rounding(f: Factors, dtype: str) -> Energies:
     return np.array([unit**2 * np.sum(side**2) + step**2 * side.size for side in _rooted(f)])
 
 
-def _rooted(f: Factors) -> list[Any]:
+def _rooted(f: Factors) -> Sides:
     signed = factor.roots([f.scale])[0]
-    return [f.a.astype(np.float64) * signed, f.b.astype(np.float64) * abs(signed)]
+    return f.a.astype(np.float64) * signed, f.b.astype(np.float64) * abs(signed)

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..lora.arrays import Array32, Float32
 from ..registry import Registry
 from .parameters import Parameter, checked, parameters_of
 
-Tensor = NDArray[np.float32]
-Draw = Callable[[int], Any]  # adapter i → its np.random.Generator
+Tensor = Float32[Array32, "_rows _columns"]
+"""A, B or ΔW of one module; those of several adapters differ in rank."""
+Weights = Float32[Array32, "n"]
+Draw = Callable[[int], np.random.Generator]
+"""Adapter i → the generator of its mask."""
 Rule = Callable[..., Any]  # a Tensor, or in space "exact" Factors
 Space = Literal["factors", "exact", "delta"]
 

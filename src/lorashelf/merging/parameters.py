@@ -108,7 +108,8 @@ def _hints(rule: Callable[..., Any], noun: str) -> dict[str, Any]:
     keywords = {p.name for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY}
     alone = type(rule.__name__, (), {"__annotations__": {n: v for n, v in spelled.items() if n in keywords}})
     try:
-        return get_type_hints(alone, globalns=getattr(rule, "__globals__", {}), include_extras=True)
+        written_in = getattr(inspect.unwrap(rule), "__globals__", {})  # a decorator has the globals of its own module
+        return get_type_hints(alone, globalns=written_in, include_extras=True)
     except NameError as error:
         raise TypeError(
             f"{rule.__name__} cannot be a {noun}: an annotation names what is not there: {error}"

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelError
-from ..lora.adapter import Adapter, Matrix
+from ..lora.adapter import Adapter
+from ..lora.arrays import Array32, Float32
 from ..tasks.folders import Example, ExampleSet
 from ..tasks.template import Template
 from .base_model import BaseModel, open_base
@@ -228,7 +229,7 @@ class HFBackend(LanguageModel):
         """Identifies all that `embed` depends on besides the texts."""
         return f"{self.id} text at {DEPTH:.3f}"
 
-    def embed(self, texts: Sequence[str], depth: float = DEPTH) -> Matrix:
+    def embed(self, texts: Sequence[str], depth: float = DEPTH) -> Float32[Array32, "texts width"]:
         """Return (n, d) float32: each text's mean hidden state after `depth`, a share of the bare base's layers.
 
         The text is a user turn without an instruction; the mean is over the text's own tokens, as many as fit into

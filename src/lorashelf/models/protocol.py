@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from ..errors import UsageError
-from ..lora.adapter import Adapter, Matrix
+from ..lora.adapter import Adapter
+from ..lora.arrays import Array32, Float32
 from ..tasks.folders import ExampleSet
 from ..tasks.template import Template
 
@@ -108,7 +109,7 @@ class Embeds(Model, Protocol):
         """Identifies all that a representation depends on besides the text."""
         ...
 
-    def embed(self, texts: Sequence[str]) -> Matrix:
+    def embed(self, texts: Sequence[str]) -> Float32[Array32, "texts width"]:
         """Return one representation per text: (n, d) float32."""
         ...
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..errors import UsageError
 from ..lora.adapter import Adapter
-from ..lora.algebra import Square, gram
+from ..lora.algebra import gram
+from ..lora.arrays import Square
 from ..merging.parameters import Within
 from .partition_methods import (
     Losses,

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import MissingExtra
 from ..lora.adapter import Adapter
-from ..lora.algebra import Square
+from ..lora.arrays import Array64, Float64, Square
 from ..lora.similarity import principal_coordinates, raw_gram, similarity
 from .d2c import d2c
 from .partition_methods import PARTITIONERS, Partition, balanced, partition, partitioned, partitioner
@@ -64,7 +64,7 @@ def average_linkage(distances: Square, k: int) -> list[int]:
     return [int(label) for label in model.fit_predict(np.maximum(distances, 0.0))]
 
 
-def _kmeans(points: Square, k: int, seed: int) -> list[int]:
+def _kmeans(points: Float64[Array64, "n m"], k: int, seed: int) -> list[int]:
     cluster = _sklearn()
     apart = np.stack([np.linalg.norm(points - point, axis=1) for point in points])
     first = (apart <= COPIES * np.linalg.norm(points, axis=1).max()).argmax(axis=1)  # copies count as one point

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..lora.algebra import Square
+from ..lora.arrays import Array64, Float64, Int, Positions, Square
 
 
 class Surrogate:
@@ -24,7 +23,7 @@ class Surrogate:
         inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)  # 0 for an untrained adapter
         self._gram, self._cosines = gram, inverse[:, None] * gram
 
-    def gains(self, blocks: Sequence[frozenset[int]]) -> tuple[Square, Square]:
+    def gains(self, blocks: Sequence[frozenset[int]]) -> tuple[Float64[Array64, "n k"], Square]:
         """Return the gain of Σ_B f(B) from moving task t to block c, (n, K), and from swapping t and u, (n, n) with
         t < u; −∞ where nothing would change.
         """
@@ -47,7 +46,7 @@ class Surrogate:
 class _Form:
     """xᵀ M x of every block's indicator x: now, and after a task joins, leaves, or replaces another."""
 
-    def __init__(self, matrix: Square, inside: Square, own: NDArray[np.intp]) -> None:
+    def __init__(self, matrix: Square, inside: Float64[Array64, "n k"], own: Int[Positions, " n"]) -> None:
         tasks = np.arange(len(matrix))
         both, diagonal = matrix + matrix.T, np.diagonal(matrix)
         linear = both @ inside  # (n, K): ∂/∂x_t
@@ -58,7 +57,7 @@ class _Form:
         self.swapped = self.less[:, None] + linear[:, own].T - both + diagonal
 
 
-def _ratio(sums: Square, squares: Square) -> Square:
+def _ratio(sums: Float64[Array64, "*shape"], squares: Float64[Array64, "*shape"]) -> Float64[Array64, "*shape"]:
     """Return sums / √squares, 0 for a block that is empty or cancels."""
     floor = 1e-12 * max(float(np.abs(squares).max(initial=0.0)), 1e-300)
     return np.divide(sums, np.sqrt(np.maximum(squares, floor)), out=np.zeros_like(sums), where=squares > floor)

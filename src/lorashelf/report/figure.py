@@ -17,7 +17,7 @@ from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 from sklearn.metrics import silhouette_score
 
-from ..lora.algebra import Square, Vector
+from ..lora.arrays import Square, Vector
 from .fonts import families
 
 UNSIGNED = {"l2"}  # metrics in (0, 1], whose middle is not 0

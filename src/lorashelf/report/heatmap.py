@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..atomic import replace_file
 from ..errors import MissingExtra, UsageError
-from ..lora.algebra import Square
+from ..lora.arrays import Square
 
 FORMATS = ("png", "svg", "pdf")
 NEEDED = {"matplotlib": "matplotlib", "scipy": "SciPy", "sklearn": "scikit-learn"}

@@ -11,8 +11,9 @@ import numpy as np
 from ..faults import natural
 from ..formats.peft import encode
 from ..lora.adapter import Adapter
-from ..lora.algebra import Square, norm, singular_values
+from ..lora.algebra import norm, singular_values
 from ..lora.alignment import fitting
+from ..lora.arrays import Square
 from ..lora.similarity import similarity
 from ..merging.average import block, one_base, source
 from ..merging.spec import MergeSpec

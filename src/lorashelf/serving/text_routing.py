@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import atomic
 from ..digest import canonical_json, digest
 from ..errors import DiskError, UsageError
-from ..lora.adapter import Matrix
+from ..lora.arrays import Array32, Array64, Float32, Float64
 from ..models.protocol import Embeds
 from ..shelf.snapshot import Snapshot
 from ..tasks.folders import ExampleSet, Task
@@ -34,9 +33,9 @@ class Prototypes:
     """Task names and the mean representations of the tasks' texts, (n, d)."""
 
     tasks: tuple[str, ...]
-    means: Matrix
+    means: Float32[Array32, "tasks width"]
 
-    def confidences(self, embeddings: Matrix) -> NDArray[np.float64]:
+    def confidences(self, embeddings: Float32[Array32, "texts width"]) -> Float64[Array64, "texts tasks"]:
         """Return (m, n) confidences of m representations in each task; every row sums to 1."""
         centre = self.means.mean(axis=0)
         cosines = _directions(embeddings - centre) @ _directions(self.means - centre).T
@@ -96,7 +95,7 @@ def choose(model: Embeds, known: Prototypes, snapshot: Snapshot, text: str) -> C
     )
 
 
-def _mean(model: Embeds, examples: ExampleSet, cache: Path | None) -> Matrix:
+def _mean(model: Embeds, examples: ExampleSet, cache: Path | None) -> Float32[Array32, " width"]:
     """Return the mean representation of a task's texts, from the cache if stored there undamaged."""
     key = digest([canonical_json([model.embedding_id, examples.digest])])
     file = None if cache is None else cache / f"{key}{KEPT}"
@@ -111,7 +110,7 @@ def _mean(model: Embeds, examples: ExampleSet, cache: Path | None) -> Matrix:
     return mean
 
 
-def _kept(file: Path | None, task: str) -> Matrix | None:
+def _kept(file: Path | None, task: str) -> Float32[Array32, " width"] | None:
     """Return the mean in a cache file; None if there is no such file, or, with a warning, if it is damaged."""
     if file is None or not file.exists():
         return None
@@ -131,7 +130,7 @@ def _sealed(values: bytes) -> bytes:
     return values + digest([values]).encode()
 
 
-def _directions(vectors: Matrix) -> NDArray[np.float64]:
+def _directions(vectors: Float32[Array32, "n width"]) -> Float64[Array64, "n width"]:
     """Return the rows scaled to length 1; rows of zeros are kept."""
     wide = vectors.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)

@@ -10,7 +10,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ...lora.quantiser import UNIT, Integers, quantiser, refining_tables, start_table
+from ...lora.arrays import Integers
+from ...lora.quantiser import UNIT, quantiser, refining_tables, start_table
 from .stream import UNIFORM, StreamReader, StreamWriter, malformed
 
 Indices = NDArray[np.int16]

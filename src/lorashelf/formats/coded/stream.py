@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import AdapterFormatError
-from ...lora.quantiser import TOTAL, Integers, frequencies
+from ...lora.arrays import Integers
+from ...lora.quantiser import TOTAL, frequencies
 
 Symbols = NDArray[np.int32]
 _LEVELS = 15  # weights of a table of small numbers are 0 or 2^0 … 2^14
