@@ -5,10 +5,12 @@ in words.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypeVar
 
 from ..errors import UsageError
 from .adapter import Adapter
+
+T = TypeVar("T")
 
 
 def as_adapters(given: Iterable[Adapter], name: str = "xs") -> list[Adapter]:
@@ -51,12 +53,12 @@ def as_texts(given: Iterable[str], name: str) -> tuple[str, ...]:
     return tuple(_listed(given, name, "strings", (str, bytes, Mapping)))
 
 
-def _listed(given: Any, name: str, noun: str, single: tuple[type, ...]) -> list[Any]:
+def _listed(given: Iterable[T], name: str, noun: str, single: tuple[type, ...]) -> list[T]:
     if isinstance(given, single) or not isinstance(given, Iterable):
         raise UsageError(f"{name} is {_kind(given)}, not a list of {noun}", cure=f"give a list: [{noun[:-1]}, …]")
     return list(given)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """What a value is, for a message: text is quoted, of anything else the type is named."""
     return f"the string {value!r}" if isinstance(value, str) else f"of type {type(value).__name__}"

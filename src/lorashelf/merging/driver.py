@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
@@ -21,6 +21,7 @@ from ..lora.alignment import fitting
 from ..lora.given import as_adapters, as_numbers
 from . import factor
 from .methods import METHODS, Draw, MergeMethod, Tensor
+from .parameters import Value
 
 _LARGE = 2**17  # values of all adapters' factors of a module that are worth a thread
 
@@ -61,7 +62,7 @@ def merge_measured(
     wraps the module paths as they are worked through: a progress bar, for methods that take minutes.
     """
     chosen = METHODS[method]
-    params = chosen.checked(params)
+    checked = chosen.checked(params)
     xs = as_adapters(xs)
     ws = _weights(xs, None if weights is None else as_numbers(weights), chosen)
     if rank is not None and rank < 1:
@@ -80,7 +81,7 @@ def merge_measured(
             cap, found = rank, (replace(fs[0], scale=fs[0].scale * ws[0]), 0.0, 0.0)
         else:
             cap = rank if rank is not None else _default_rank(chosen, fs)
-            found = _merge_module(chosen, fs, share, _masks(sources, present, path, seed), cap, params)
+            found = _merge_module(chosen, fs, share, _masks(sources, present, path, seed), cap, checked)
         return truncate(found[0], cap) if cap is not None and found[0].shape.rank > cap else found
 
     # Averages wait for memory, small modules for Python: threads help neither.
@@ -107,7 +108,7 @@ def _merge_module(
     weights: list[float],
     masks: dict[str, Draw],
     cap: int | None,
-    params: dict[str, Any],
+    params: Mapping[str, Value],
 ) -> tuple[Factors, float, float]:
     """One module: its factors, and the energy dropped and kept where the rank was cut on the way."""
     if method.space == "exact":

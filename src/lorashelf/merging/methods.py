@@ -10,7 +10,7 @@ import numpy as np
 
 from ..lora.arrays import Array32, Float32
 from ..registry import Registry
-from .parameters import Parameter, checked, parameters_of
+from .parameters import Parameter, Value, checked, parameters_of
 
 Tensor = Float32[Array32, "_rows _columns"]
 """A, B or ΔW of one module; those of several adapters differ in rank."""
@@ -49,7 +49,7 @@ class MergeMethod:
     parameters: Mapping[str, Parameter]
     """The rule's keyword-only parameters, by name."""
 
-    def checked(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def checked(self, params: Mapping[str, Value]) -> dict[str, Value]:
         """The parameters with defaults filled in. Raises UsageError naming every unknown or unusable one."""
         return checked(self.name, self.parameters, params, "see docs/methods.md for the parameters of each method")
 

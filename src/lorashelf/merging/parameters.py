@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError
 
+Value = bool | int | float | str
+"""What a parameter of a method may be given."""
 RESERVED = frozenset({"xs", "weights", "method", "rank", "seed", "watch"})
 """Names that `merge` takes for itself: a parameter of such a name could never be given."""
 _KINDS: Mapping[type, str] = MappingProxyType(
@@ -42,29 +44,29 @@ class Parameter:
 
     name: str
     kind: type
-    default: Any
+    default: Value
     choices: tuple[str, ...] = ()
     """What a text may be; empty for any."""
     within: Within = Within()
 
-    def fault(self, value: Any) -> str | None:
+    def fault(self, value: object) -> str | None:
         """What is wrong with a value, None if nothing is."""
         if self.choices:
             return None if value in self.choices else f"{self.name} is {value!r}; choose from {', '.join(self.choices)}"
         if not self._is_kind(value):
             return f"{self.name} is {value!r}, not {_KINDS[self.kind]}"
-        if self.kind in (int, float) and value not in self.within:
+        if isinstance(value, int | float) and self.kind in (int, float) and value not in self.within:
             return f"{self.name} is {value!r}; it must be {self.within}"
         return None
 
-    def _is_kind(self, value: Any) -> bool:
+    def _is_kind(self, value: object) -> bool:
         if self.kind is float:
             return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return type(value) is self.kind
 
 
 def parameters_of(
-    rule: Callable[..., Any], noun: str = "merge method", reserved: frozenset[str] = RESERVED
+    rule: Callable[..., object], noun: str = "merge method", reserved: frozenset[str] = RESERVED
 ) -> Mapping[str, Parameter]:
     """The keyword-only parameters of a rule, by name.
 
@@ -89,7 +91,7 @@ def parameters_of(
     return MappingProxyType(found)
 
 
-def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, Any], cure: str) -> dict[str, Any]:
+def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, Value], cure: str) -> dict[str, Value]:
     """The given parameters with the defaults of the others. Raises UsageError naming every unknown or unusable one."""
     faults = [
         f"{owner} has no parameter {name!r} (it has: {', '.join(known) or 'none'})"
@@ -102,7 +104,7 @@ def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, Any]
     return {**{name: parameter.default for name, parameter in known.items()}, **given}
 
 
-def _hints(rule: Callable[..., Any], noun: str) -> dict[str, Any]:
+def _hints(rule: Callable[..., object], noun: str) -> dict[str, Any]:
     """The annotations of keyword-only parameters; those of the others may be for a type checker only."""
     spelled = inspect.get_annotations(rule)
     keywords = {p.name for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -127,7 +129,7 @@ def _faults(given: inspect.Parameter, hint: Any, reserved: frozenset[str]) -> It
         yield "annotate it as bool, int, float, str, a Literal of texts, or Annotated[float, Within(least, most)]"
 
 
-def _parameter(name: str, hint: Any, default: Any) -> Parameter:
+def _parameter(name: str, hint: Any, default: Value) -> Parameter:
     plain, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     within = next((extra for extra in extras if isinstance(extra, Within)), Within())
     if get_origin(plain) is Literal:
