@@ -193,7 +193,7 @@ def test_add_skip_existing_goes_on_after_an_interrupt(
     for added, skipped in ((["b-x", "b-y"], ["a-x", "a-y"]), ([], list(zoo))):
         code, document = run("add", shelf, *zoo.values(), "--skip-existing")
         assert (code, [d["task"] for d in document["added"]], document["skipped"]) == (0, added, skipped)
-    assert "every task is on the shelf already" in run("add", shelf, zoo["a-x"], "--skip-existing", as_json=False)[1]
+    assert "every task is already on the shelf" in run("add", shelf, zoo["a-x"], "--skip-existing", as_json=False)[1]
     before = tree(shelf)
     new = write_peft(tmp_path / "new", make_adapter(99))
     code, document = run("add", shelf, zoo["a-y"], f"a-x={new}", f"z={new}", "--skip-existing")
@@ -668,7 +668,7 @@ def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     with Meter(2) as meter:
-        meter.at(1, "[/x] :cat:", telling=True)
+        meter.at(1, "[/x] :cat:", force=True)
     assert "[/x] :cat:" in terminal.getvalue()
 
 
@@ -721,9 +721,9 @@ def test_home_is_found_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--policy", "kmerge", "--threshold", "0.1"], "leave --threshold out"),
-        (["--policy", "half", "--threshold", "auto"], "leave --threshold out"),
-        (["--policy", "oracle", "--held-out", "zoo"], "leave --held-out out"),
+        (["--policy", "kmerge", "--threshold", "0.1"], "omit --threshold"),
+        (["--policy", "half", "--threshold", "auto"], "omit --threshold"),
+        (["--policy", "oracle", "--held-out", "zoo"], "omit --held-out"),
         (["--held-out", "zoo", "--threshold", "auto"], "exclude each other"),
         (["--held-out", "zoo", "--threshold", "0.1"], "exclude each other"),
         (["--base-name", ""], "base"),
@@ -898,7 +898,7 @@ def test_an_empty_adapter_is_not_the_current_folder(
     monkeypatch.chdir(zoo["a-x"])
     before = tree(shelf)
     code, document = run("add", shelf, text)
-    assert (code, document["error"]["message"]) == (2, f"{text!r} names no adapter")
+    assert (code, document["error"]["message"]) == (2, f"{text!r} does not name an adapter")
     assert tree(shelf) == before
 
 

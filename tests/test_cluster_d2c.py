@@ -143,9 +143,9 @@ def test_a_second_search_in_one_journal_is_refused(
 def test_progress_is_told_where_there_is_no_terminal(
     house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "TELLING", 0.0)
+    monkeypatch.setattr(output, "INTERVAL", 0.0)
     said = run(capsys, house, tmp_path / "s")[2]
-    assert "D2C: move 1 of 12 is tried  (0 of 12)" in said
+    assert "D2C: trying move 1 of 12  (0 of 12)" in said
     assert " left)" in said
 
 
@@ -369,7 +369,7 @@ def test_options_of_the_search_are_refused_by_name_under_other_methods(
         main(["cluster", "anything", "-o", str(tmp_path / "s"), "--slots", "2", "--method", method, *given])
     assert exit_.value.code == 2
     said = capsys.readouterr().err
-    assert f"--method {method} takes no" in said
+    assert f"--method {method} does not use" in said
     assert all(option in said for option in given if option.startswith("--"))
     assert list(tmp_path.iterdir()) == []
 

@@ -101,7 +101,7 @@ def test_the_second_half_on_a_real_model(
     told = capsys.readouterr().out
     assert end.value.code == 0
     assert "4 adapters, 2 slots" in told
-    assert re.search(r"D2C: [012] of 2 moves accepted; 4 losses asked for, [1-4] measured", told), told
+    assert re.search(r"D2C: [012] of 2 moves accepted; 4 losses requested, [1-4] measured", told), told
     losses = {
         line.split()[0]: [float(x) for x in line.split()[1:]]
         for line in told.splitlines()

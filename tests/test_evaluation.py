@@ -709,7 +709,7 @@ def test_the_table_fits_eighty_columns_and_groups_what_is_left_out(capsys: pytes
         "not measured, no adapter of this name: left-0, left-2, left-4",
         "not measured, no data: left-1, left-3, left-5",
         "not in S, no own score of at least 1 to compare with: task-01, task-02",
-        "not in loss kept, no own gain of at least 0.02 nats over zero-shot: task-03",
+        "not in loss kept, no own gain of at least 0.02 nats per token over zero-shot: task-03",
     ]
 
 
@@ -746,14 +746,14 @@ def test_a_prompt_that_an_adapter_was_not_trained_under_is_said(
         write_adapter(world.own[name], tmp_path / "adapters" / name, extra_files=content)
     for words in ([tmp_path / "adapters"], [world.shelf, "--own", tmp_path / "adapters"]):
         assert run(*words, *common, "--loss-only")[0] == 0
-        said = f"a-en: trained under the prompt rendering pr-other, measured under {here}"
+        said = f"a-en: trained with the prompt rendering pr-other, measured with {here}"
         assert run.stderr.strip() == said
 
 
 def test_progress_is_told_with_the_time_left(
     world: World, run: Command, common: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "TELLING", 0.0)
+    monkeypatch.setattr(output, "INTERVAL", 0.0)
     run(*common)
     lines = run.stderr.splitlines()
     assert lines[0] == "measuring: loss of a-en  (0 of 5)"
@@ -823,7 +823,7 @@ def test_all_faults_of_the_data_are_named_at_once() -> None:
     [
         (["--tasks", "a-em"], "did you mean 'a-en'"),
         (["--tasks", "x,y"], "unknown tasks x, y"),
-        (["--tasks", ","], "names no task"),
+        (["--tasks", ","], "--tasks is empty"),
         (["--split", "test"], "no examples in split 'test'"),
         (["--limit", "0"], "limit is 0"),
         (["--own", "absent.json"], "cannot be read: No such file or directory"),
@@ -860,7 +860,7 @@ def test_a_shelf_without_any_of_the_tasks_is_refused(
     shelf.commit(plan_add(shelf.snapshot(), world.own["a-en"], "elsewhere"))
     code, document = run(shelf.path, *common)
     assert code == 2
-    assert "it holds elsewhere" in document["error"]["message"]
+    assert "which has elsewhere" in document["error"]["message"]
 
 
 def test_a_name_that_no_file_can_bear_is_not_written(tmp_path: Path) -> None:
@@ -885,7 +885,7 @@ def test_real_adapters_of_smollm2(tmp_path: Path, run: Command) -> None:
     assert document["base"] == EMBEDDED
     told = [line for line in run.stderr.splitlines() if not line.endswith("left)")]
     (notice,) = told  # beside progress, where the machine is slow
-    assert notice.startswith("the chat template's own system turn is left out of the prompt: ")
+    assert notice.startswith("the chat template's default system turn is left out of the prompt: ")
     for name in ("qa-es", "qa-it"):
         assert document["tasks"][name]["loss"] < zero["tasks"][name]["loss"] - 0.1
         assert document["tasks"][name]["n"] == 2

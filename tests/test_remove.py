@@ -135,7 +135,7 @@ def test_a_base_in_the_settings_outlasts_the_adapters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("slots", "fault"),
     [
-        ("0..3", "contains 0; the least number of slots is 1"),
+        ("0..3", "contains 0; the minimum is 1"),
         ("2,0", "contains 0"),
         ("8..1", "runs backwards"),
         ("a..b", "is not a number, a list or a range"),

@@ -34,7 +34,7 @@ def test_plan_tells_which_number_of_slots_it_is_at(
     folders = [str(write_peft(tmp_path / name, make_adapter(i))) for i, name in enumerate("abc")]
     words = ["plan", *folders, "--slots", "1..2"]
     assert "planning" not in stderr_of(words, monkeypatch, io.StringIO())  # done before it is worth a line
-    monkeypatch.setattr(output, "TELLING", 0.0)
+    monkeypatch.setattr(output, "INTERVAL", 0.0)
     told = stderr_of(words, monkeypatch, Terminal() if terminal else io.StringIO())
     assert "planning 2 slots" in told
 

@@ -249,7 +249,7 @@ def _fault(name: str, value: Any) -> str | None:
         return None if isinstance(value, dict) else f"parameters is {value!r}, not a table"
     if name == "threshold":
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1
-        return None if value == "auto" or number else f"threshold is {value!r}, neither 'auto' nor from -1 to 1"
+        return None if value == "auto" or number else f"threshold is {value!r}, not 'auto' or from -1 to 1"
     if name == "rank" and value is None:
         return None
     least = 0 if name == "seed" else 1

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(words: list[str]) -> int:
-    """The exit code, once everything is printed, errors too."""
+    """Run the command, print everything, errors included, and return the exit code."""
     try:
         code = _called(words)
         sys.stdout.flush()
@@ -39,13 +39,13 @@ def _run(words: list[str]) -> int:
     except BaseException as error:
         try:
             return _fail(words, _known(error))
-        except LorashelfError as second:  # the answer cannot be printed either
+        except LorashelfError as second:  # the error cannot be printed either
             print(f"lorashelf: {second}", file=sys.stderr)
             return second.exit_code
 
 
 def _called(words: list[str]) -> int:
-    """Call the command. Not by calling typer's: that takes the end of a pipe, Ctrl-C and SystemExit for its own."""
+    """Call the command. Not through typer's call, which handles a closed pipe, Ctrl-C and SystemExit itself."""
     command = command_line(words)
     try:
         with signals(), command.make_context("lorashelf", list(words)) as context:
@@ -56,7 +56,7 @@ def _called(words: list[str]) -> int:
 
 
 def _known(error: BaseException) -> LorashelfError:
-    """The error as one of ours: of typer's, those of usage; what else is raised is a bug, and its traceback printed."""
+    """Convert an error to one of ours: typer's are usage errors; any other is a bug, whose traceback is printed."""
     if isinstance(error, LorashelfError):
         return error
     if isinstance(error, KeyboardInterrupt):
@@ -71,7 +71,7 @@ def _known(error: BaseException) -> LorashelfError:
 
 
 def _usage(error: Any) -> str:
-    """What helps with an error of typer's: what the parameter that lacks or is wrong stands for."""
+    """Return the cure for one of typer's errors: the help of the missing or wrong parameter."""
     parameter: Any = getattr(error, "param", None)
     if not getattr(parameter, "help", None):
         return "lorashelf --help, or lorashelf COMMAND --help"
@@ -80,7 +80,7 @@ def _usage(error: Any) -> str:
 
 
 def _fail(words: list[str], error: LorashelfError) -> int:
-    """Print the error, under --json as a document too; its exit code."""
+    """Print the error, with --json also as a document, and return the exit code."""
     if isinstance(error, Unread):
         return error.exit_code
     print(f"lorashelf: {error}", file=sys.stderr)

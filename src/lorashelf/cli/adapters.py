@@ -32,7 +32,7 @@ def show_adapter(
     ],
     json: arg.Json = False,
 ) -> None:
-    """Show an adapter: modules, ranks, scales, norms, and the energy that lower ranks keep."""
+    """Show an adapter: modules, ranks, scales, norms, and the share of ‖ΔW‖² that lower ranks keep."""
     read = arg.read_one(adapter)
     arg.note_adapters({arg.name_of(adapter): read})
     show(describe(read), json, _described)
@@ -166,7 +166,7 @@ def _described(document: dict[str, Any]) -> list[Any]:
         ("digest", document["digest"]),
         ("stored", f"{document['dtype']}, {size(document['bytes'])}, {document['parameters']:,} parameters"),
         ("norm", f"{document['norm']:.4g}"),
-        ("energy kept", "  ".join(f"rank {rank}: {100 * kept:.1f} %" for rank, kept in document["energy"].items())),
+        ("‖ΔW‖² kept", "  ".join(f"rank {rank}: {100 * kept:.1f} %" for rank, kept in document["energy"].items())),
     ]
     rows = [
         (m["module"], "x".join(map(str, m["shape"])), m["rank"], m["scale"], m["norm"]) for m in document["modules"]

@@ -1,4 +1,4 @@
-"""The application: every command, or only those of the module that has the requested command."""
+"""The application: all commands, or only those of the module with the requested command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODULES: Mapping[str, Sequence[str]] = MappingProxyType(
 
 
 def application(words: Sequence[str] = ()) -> typer.Typer:
-    """The command line for these words: with every command, unless the first word is a known one."""
+    """Return the command line for these words: with every command, unless the first word is a known one."""
     app = typer.Typer(
         name="lorashelf",
         help="N LoRA adapters, K slots: merge them, keep them safe on disk, route every task to its slot.",
@@ -51,7 +51,7 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
 
 
 def command_line(words: Sequence[str] = ()) -> Any:
-    """The same as typer's command, to be called with these words. Its paths are read by `_path`."""
+    """Return the typer command to call with these words. Paths are parsed by `_path`."""
     command = typer.main.get_command(application(words))
     for each in _commands(command):
         for parameter in each.params:
@@ -61,15 +61,15 @@ def command_line(words: Sequence[str] = ()) -> Any:
 
 
 def _commands(command: Any) -> Iterator[Any]:
-    """A command, and those below it."""
+    """Yield a command and its subcommands."""
     yield command
     for each in getattr(command, "commands", {}).values():
         yield from _commands(each)
 
 
 def _path(convert: Callable[..., Any], text: str | Path, parameter: Any, context: Any) -> Path:
-    """A path of the command line, with ~ replaced: the shell does not do that in --option=~/path. An empty one, as an
-    unset variable gives it, would be the current folder. Raises typer's BadParameter.
+    """Parse a path, expanding ~, which the shell does not do in --option=~/path. An empty path, as from an unset
+    variable, would mean the current folder. Raises typer's BadParameter.
     """
     if not str(text):
         raise typer.BadParameter("the path is empty", ctx=context, param=parameter)

@@ -1,4 +1,4 @@
-"""The arguments of the commands: options shared by several, and ADAPTER arguments."""
+"""Arguments of the commands: options shared by several, and ADAPTER arguments."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ _UNITS = {"": 1, "b": 1} | {
 
 
 def byte_count(text: str) -> int:
-    """A number of bytes, with kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024); a fraction of a byte is
-    dropped. Raises UsageError.
+    """Parse a number of bytes, with kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024); a fraction of a
+    byte is dropped. Raises UsageError.
 
     >>> byte_count("1600000"), byte_count("1.6MB"), byte_count("1.5 KiB")
     (1600000, 1600000, 1536)
@@ -120,22 +120,22 @@ Bytes = Annotated[
 
 
 def stated(context: typer.Context, options: Mapping[str, str]) -> list[str]:
-    """The options (parameter → option) that the command line gives, whatever their values."""
+    """Return the options, of parameter → option, that are on the command line, whatever their values."""
     sources = {option: context.get_parameter_source(name) for name, option in options.items()}
     return [option for option, source in sources.items() if source is not None and source.name != "DEFAULT"]
 
 
 def named(text: str) -> tuple[str | None, str]:
-    """The NAME of an ADAPTER argument NAME=ADAPTER, None without one, and the rest."""
+    """Split an ADAPTER argument NAME=ADAPTER into NAME, None if absent, and the rest."""
     name, separator, rest = text.partition("=")
     given, rest = (name, rest) if separator and not os.path.lexists(expanded(text)) else (None, text)
     if not rest:
-        raise UsageError(f"{text!r} names no adapter", cure="give a PEFT folder, or NAME=FOLDER")
+        raise UsageError(f"{text!r} does not name an adapter", cure="give a PEFT folder, or NAME=FOLDER")
     return given, rest
 
 
 def name_of(text: str, default: str | None = None) -> str:
-    """The task name of an ADAPTER argument: NAME, else `default`, else the folder's (a link keeps its own), else the
+    """Return the task name of an ADAPTER argument: NAME, else `default`, else the folder's (a link's own), else the
     last part of the hub id.
     """
     name, rest = named(text)
@@ -144,7 +144,7 @@ def name_of(text: str, default: str | None = None) -> str:
 
 
 def read_one(text: str) -> Adapter:
-    """The adapter of an ADAPTER argument."""
+    """Read the adapter of an ADAPTER argument."""
     return read_adapter(_folder(named(text)[1]))
 
 
@@ -162,17 +162,17 @@ def _folder(text: str) -> Path:
         return Path(snapshot_download(text, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError) as error:
         cure = "give an existing folder, or download the adapter first (hf download)"
-        raise AdapterFormatError([f"{text!r} is neither a folder nor a hub id in the cache"], cure=cure) from error
+        raise AdapterFormatError([f"{text!r} is not a folder or a hub id in the cache"], cure=cure) from error
 
 
 def read_each(texts: Sequence[str], task: str | None = None) -> list[tuple[str, Adapter]]:
-    """The task name and the adapter of every ADAPTER argument; plain files among folders (a README in adapters/*) are
-    passed over with a notice. Raises AdapterFormatError with the faults of all.
+    """Read the task name and adapter of every ADAPTER argument; plain files among folders (a README in adapters/*) are
+    ignored with a notice. Raises AdapterFormatError with the faults of all.
     """
     folders = [text for text in texts if not expanded(text).is_file()]
     for text in texts if folders else ():
         if text not in folders:
-            note(f"{text}: ignored: it is a file, and an adapter is a folder")
+            note(f"{text}: ignored: a file, not an adapter's folder")
     found: list[tuple[str, Adapter]] = []
     faults: list[Fault] = []
     for text in folders or texts:
@@ -189,7 +189,7 @@ def read_each(texts: Sequence[str], task: str | None = None) -> list[tuple[str, 
 
 
 def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
-    """Task name → adapter for several ADAPTER arguments. Raises TaskNameError for a name given twice, and as
+    """Return task name → adapter of several ADAPTER arguments. Raises TaskNameError for a name given twice, and as
     `read_each`.
     """
     found = read_each(texts)
@@ -203,10 +203,10 @@ def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
 
 
 def note_adapters(adapters: Mapping[str, Adapter]) -> None:
-    """Print notices: adapters without the name of a base, and what is not kept of their folders; like ones once."""
+    """Print notices, equal ones once: adapters that do not name a base, and what is not kept of adapters' folders."""
     alike: dict[str, list[str]] = {}
     for name, adapter in adapters.items():
-        nameless = () if adapter.base.name else ("its config does not name a base model; only shapes can be checked",)
+        nameless = () if adapter.base.name else ("the config does not name a base model; only shapes can be checked",)
         for notice in (*nameless, *adapter.notices):
             alike.setdefault(notice, []).append(name)
     for notice, names in alike.items():
@@ -216,7 +216,7 @@ def note_adapters(adapters: Mapping[str, Adapter]) -> None:
 def note_few_shared(
     name: str, shared: Mapping[str, int], lacking: str = "is merged as if the others had not changed it"
 ) -> None:
-    """Warn where adapters have few modules in common; `lacking` is what happens to a module of one of them alone."""
+    """Warn if adapters have few modules in common; `lacking` states what happens to a module of one adapter alone."""
     if shared["modules"] < FEW * shared["of"]:
         count = f"{shared['modules']} of {shared['of']} modules in common"
         note(f"{name}: {count}; a module of one adapter alone {lacking}")
@@ -225,15 +225,15 @@ def note_few_shared(
 def note_untrained(adapters: Mapping[str, Adapter]) -> None:
     """Print a notice for adapters and modules whose ΔW is 0."""
     for name, adapter in adapters.items():
-        idle = sum(not energy for energy in squared_norms(adapter).values())
+        idle = sum(not squared for squared in squared_norms(adapter).values())
         if idle == len(adapter.modules):
-            note(f"{name}: untrained (ΔW is 0 in every module): it changes nothing, and is left out of averages")
+            note(f"{name}: untrained (ΔW is 0 in every module): without effect, and left out of averages")
         elif idle:
             note(f"{name}: {idle} of {len(adapter.modules)} modules are untrained (ΔW is 0) and left out of averages")
 
 
 def adapters_in(folder: Path) -> dict[str, Adapter]:
-    """All adapters in the subfolders of a folder, by their names."""
+    """Read the adapters in the subfolders of a folder, by name."""
     if not folder.is_dir():
         raise UsageError("no such folder", where=str(folder), cure="give a folder of PEFT folders")
     found = sorted(child for child in folder.iterdir() if (child / CONFIG_FILE).exists())
@@ -247,12 +247,12 @@ def adapters_in(folder: Path) -> dict[str, Adapter]:
 
 
 def parameters(texts: Iterable[str] | None) -> dict[str, Any]:
-    """`key=value` options of a merge method; numbers become numbers, true and false become truth values."""
+    """Parse `key=value` options of a merge method; numbers become numbers, true and false become booleans."""
     return {key: _value(value) for key, value in _pairs(texts, "-p", "KEY=VALUE", "density=0.3")}
 
 
 def template_arguments(texts: Iterable[str] | None) -> dict[str, Any]:
-    """`name=value` arguments of a chat template; true, false, null and numbers become such."""
+    """Parse `name=value` arguments of a chat template; true, false, null and numbers are read as JSON."""
     found: dict[str, Any] = {}
     for name, value in _pairs(texts, "--template-arg", "NAME=VALUE", "enable_thinking=false"):
         try:
@@ -263,7 +263,7 @@ def template_arguments(texts: Iterable[str] | None) -> dict[str, Any]:
 
 
 def _pairs(texts: Iterable[str] | None, option: str, form: str, example: str) -> Iterator[tuple[str, str]]:
-    """The two sides of each text. Raises UsageError."""
+    """Yield the two sides of each text. Raises UsageError."""
     for text in texts or ():
         key, separator, value = text.partition("=")
         if not separator or not key:
@@ -283,7 +283,7 @@ def _value(text: str) -> Any:
 
 
 def slot_range(text: str, most: int) -> list[int]:
-    """`1..8`, `3` or `2,5` as numbers of slots; a range ends at `most`, from where on every adapter has its own.
+    """Parse `1..8`, `3` or `2,5` as numbers of slots; a range ends at `most`, where every adapter has its own slot.
 
     >>> slot_range("1..3", 31), slot_range("2,5", 31), slot_range("1..100000000", 3)
     ([1, 2, 3], [2, 5], [1, 2, 3])
@@ -295,29 +295,29 @@ def slot_range(text: str, most: int) -> list[int]:
     except ValueError:
         raise UsageError(f"--slots {text!r} is not a number, a list or a range", cure=cure) from None
     if min(ends) < 1:
-        raise UsageError(f"--slots {text!r} contains {min(ends)}; the least number of slots is 1", cure=cure)
+        raise UsageError(f"--slots {text!r} contains {min(ends)}; the minimum is 1", cure=cure)
     if match and ends[0] > ends[1]:
         raise UsageError(f"--slots {text!r} runs backwards", cure=f"give {ends[1]}..{ends[0]}")
     return list(range(ends[0], min(ends[1], max(ends[0], most)) + 1)) if match else ends
 
 
 def threshold(text: str | None, held_out: Path | None, policy: str) -> float | str:
-    """A similarity, 'auto' (also of None), or the median similarity of held-out adapters. Raises UsageError, also where
-    the policy would ignore it.
+    """Return a similarity, 'auto' (also for None), or the median similarity of held-out adapters. Raises UsageError,
+    also if the policy would ignore it.
     """
     given = [option for option, value in (("--threshold", text), ("--held-out", held_out)) if value is not None]
     if len(given) > 1:
         raise UsageError("--threshold and --held-out exclude each other", cure="give one of them")
     if given and policy != "kmerge++":
-        raise UsageError(f"policy {policy!r} has no threshold", cure=f"leave {given[0]} out, or --policy kmerge++")
+        raise UsageError(f"policy {policy!r} has no threshold", cure=f"omit {given[0]}, or give --policy kmerge++")
     if held_out is not None:
         return median_similarity(similarity(list(adapters_in(held_out).values())))
     return "auto" if text is None else similarity_or_auto(text)
 
 
 def similarity_or_auto(text: str) -> float | str:
-    """A threshold. Raises UsageError."""
+    """Parse a threshold. Raises UsageError."""
     try:
         return text if text == "auto" else float(text)
     except ValueError:
-        raise UsageError(f"--threshold {text!r} is neither a number nor 'auto'", cure="for example 0.02") from None
+        raise UsageError(f"--threshold {text!r} is not a number or 'auto'", cure="for example 0.02") from None

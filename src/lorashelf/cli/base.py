@@ -1,4 +1,4 @@
-"""Open the base model of a command, with a notice while that takes time."""
+"""Open the base model of a command, with a notice if that takes time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..tasks.template import Template
 from .arguments import template_arguments
 from .output import note
 
-PATIENCE = 1.0  # seconds before a silent wait is explained where there is no terminal
+PATIENCE = 1.0  # seconds without a terminal before a silent wait is explained
 C = TypeVar("C", bound=Model)
 
 
@@ -27,9 +27,9 @@ def open_named(
     template: Sequence[str] | None,
     learns: bool = True,
 ) -> C:
-    """Open the model that a command's options name, with the capability that the command needs.
+    """Open the model named by a command's options, with the capability that the command needs.
 
-    Where losses are measured or learned from (`learns`), the system turn that is left out of the prompt is named.
+    If losses are measured or trained on (`learns`), a notice shows the system turn that the prompt omits.
     """
     arguments = template_arguments(template)
     with explained(name):
@@ -40,9 +40,9 @@ def open_named(
 
 
 def note_system_turn(template: Template) -> None:
-    """Print the system turn that a chat template adds and the prompt leaves out."""
+    """Print the chat template's default system turn, which the prompt omits."""
     if template.system:
-        note(f"the chat template's own system turn is left out of the prompt: {template.system!r}")
+        note(f"the chat template's default system turn is left out of the prompt: {template.system!r}")
 
 
 @contextlib.contextmanager

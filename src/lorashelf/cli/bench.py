@@ -38,7 +38,7 @@ def run(
     device: arg.Device = None,
     json: arg.Json = False,
 ) -> None:
-    """Measure the cells that are not measured yet. Can be interrupted at any time, and run in several processes."""
+    """Measure the remaining cells. Can be interrupted at any time, and run in several processes."""
     from ..models.protocol import Scores
     from . import base
 
@@ -79,15 +79,16 @@ def plot(
     if y not in ("loss", "loss_kept", "score", "S"):
         raise UsageError(f"--y is {y!r}", cure="choose from loss, loss_kept, score, S")
     page.plot(opened, read_results(opened, output or opened.folder), file, x, y)
-    note(f"drawn: {file}")
+    note(f"written: {file}")
 
 
 def _inputs(suite: Suite, adapters: Path | None, data: Path | None) -> tuple[dict[str, Adapter], dict[str, Task]]:
-    """The tasks that have both an adapter and examples, or those that the suite names. Raises UsageError."""
+    """Read the adapters and tasks of the suite, or of all tasks that have both. Raises UsageError."""
     folder, examples = adapters or suite.adapters, data or suite.data
-    lacking = [name for name, path in (("--adapters", folder), ("--data", examples)) if path is None]
+    lacking = [name for name, path in (("adapters", folder), ("data", examples)) if path is None]
     if folder is None or examples is None:
-        raise UsageError(f"the suite names no folder for {' and '.join(lacking)}", cure="give it on the command line")
+        what = f"the suite does not set {' and '.join(lacking)}"
+        raise UsageError(what, cure=f"give {' and '.join(f'--{name} DIR' for name in lacking)}")
     if not folder.is_dir():
         raise UsageError("no such folder", where=str(folder), cure="give a folder of PEFT folders: --adapters DIR")
     tasks = read_tasks(examples)
@@ -96,7 +97,7 @@ def _inputs(suite: Suite, adapters: Path | None, data: Path | None) -> tuple[dic
     absent = sorted(set(wanted) - set(both))
     if absent or not wanted:
         what = f"no adapter or no examples for {', '.join(absent) or 'any task'}"
-        raise UsageError(what, where=f"{folder}, {examples}", cure="give an adapter's folder the name of its task")
+        raise UsageError(what, where=f"{folder}, {examples}", cure="name each adapter's folder after its task")
     named = arg.read_named([f"{name}={folder / name}" for name in wanted])
     return named, {name: tasks[name] for name in wanted}
 

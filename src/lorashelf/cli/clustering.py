@@ -34,7 +34,7 @@ from .output import counted, note, show, table
 if TYPE_CHECKING:
     from ..models.protocol import Scores
 
-LOSSES = {  # the options that only methods read which ask for losses, beside their own parameters
+LOSSES = {  # options read only by methods that use losses, besides their own parameters
     "per_task": "--examples-per-task",
     "journal": "--journal",
     "base_model": "--base",
@@ -179,12 +179,11 @@ def cluster(
 
 
 def _check(method: PartitionMethod, examples: Path | None, parameters: Mapping[str, Any], given: Sequence[str]) -> None:
-    """Refuse what the options cannot mean, before anything is read; `given` are those in the command."""
+    """Refuse contradictory options before anything is read; `given` are those on the command line."""
     if unread := [option for option in given if option not in _read(method)]:
         readers = sorted(name for name, other in PARTITIONERS.items() if set(unread) & _read(other))
-        what = f"--method {method.name} takes no {', '.join(unread)}: only {', '.join(readers)} reads "
-        cure = f"leave out what is not for this method, or give --method {readers[0]}"
-        raise UsageError(what + ("it" if len(unread) == 1 else "them"), cure=cure)
+        what = f"--method {method.name} does not use {', '.join(unread)} (only {', '.join(readers)})"
+        raise UsageError(what, cure=f"omit {', '.join(unread)}, or give --method {readers[0]}")
     method.check_losses(examples is not None)
     faults = [f"--{fault}" for name, value in parameters.items() if (fault := method.parameters[name].fault(value))]
     if faults:
@@ -192,7 +191,7 @@ def _check(method: PartitionMethod, examples: Path | None, parameters: Mapping[s
 
 
 def _read(method: PartitionMethod) -> set[str]:
-    """The options that a method reads."""
+    """Return the options that a method reads."""
     return {*(LOSSES.values() if method.by_loss else ()), *(PARAMETERS[name] for name in method.parameters)}
 
 
@@ -210,7 +209,7 @@ def _searched(
     """Search on examples of the train splits; also report on the validation splits, if every task has one."""
     absent = sorted(set(named) - set(tasks))
     if absent:
-        cure = "give a task folder per task, named as the task: NAME=ADAPTER names an adapter"
+        cure = "give one task folder per task, with the task's name; NAME=ADAPTER names an adapter"
         raise UsageError(f"no examples for {', '.join(absent)}", cure=cure)
     backend = opened()
     backend.fits(named)
@@ -231,7 +230,7 @@ def _searched(
         method=method,
         held_out=others,
         journal=journal,
-        watch=lambda steps: counted(steps, lambda step: f"D2C: move {step + 1} of {len(steps)} is tried"),
+        watch=lambda steps: counted(steps, lambda step: f"D2C: trying move {step + 1} of {len(steps)}"),
         **parameters,
     )
 
@@ -245,7 +244,7 @@ def _opened(name: str | None, device: str | None, dtype: str | None, template: S
 
 @contextlib.contextmanager
 def _alone(journal: Path) -> Iterator[None]:
-    """Keep the journal to this search; note that it stays after an interrupt. Raises UsageError, DiskError."""
+    """Lock the journal for the block; on an interrupt, print where the losses are. Raises UsageError, DiskError."""
     lock, cure = journal.with_name(journal.name + ".lock"), "wait until it is done, or give another --journal"
     with sole(lock, "another search is writing to this journal", journal, cure):
         try:
@@ -255,7 +254,7 @@ def _alone(journal: Path) -> Iterator[None]:
                 note(f"the losses measured so far are in {journal}: run the same command again to continue")
             raise
         finally:
-            atomic.remove(lock)  # before it is released: the next process creates its own
+            atomic.remove(lock)  # before the release: the next process creates a new one
 
 
 def _clustered(document: dict[str, Any]) -> list[Any]:
@@ -267,8 +266,8 @@ def _clustered(document: dict[str, Any]) -> list[Any]:
         loss, counts = document["loss"], document["losses"]
         others = "" if loss["held_out"] is None else f", {loss['held_out']:.4f} on others"
         shown.append(
-            f"{document['accepted']} of {document['proposals']} moves taken; mean loss {loss['start']:.4f} before and "
-            f"{loss['search']:.4f} after on the examples searched with{others}\n{counts['asked']} losses asked for, "
+            f"{document['accepted']} of {document['proposals']} moves accepted; mean loss on the search examples "
+            f"{loss['start']:.4f} before and {loss['search']:.4f} after{others}\n{counts['asked']} losses requested, "
             f"{counts['distinct']} distinct, {document['evaluations']} measured in this run"
         )
     return shown

@@ -98,7 +98,7 @@ def _document(coded: list[bytes], where: str) -> dict[str, Any]:
 
 
 def _listed(document: dict[str, Any]) -> list[Any]:
-    columns = [">levels", ">size", ">of 16 bits", ">energy kept", ">predicted quality"]
+    columns = [">levels", ">size", ">of 16 bits", ">‖ΔW‖² kept", ">predicted quality"]
     rows = [
         (
             str(place),

@@ -1,6 +1,4 @@
-"""`lorashelf demo`: the zoo of real adapters arrives at a shelf of five slots, and everything a shelf does is shown
-once.
-"""
+"""`lorashelf demo`: real adapters arrive at a shelf of five slots, which then shows everything that a shelf does."""
 
 from __future__ import annotations
 
@@ -52,11 +50,11 @@ def demo(
 ) -> None:
     """Show lorashelf on real adapters: the shelf in seconds, then losses and answers of a language model."""
     if examples is not None and not llm:
-        raise UsageError("--examples is for the language model", cure="leave out --examples or --no-llm")
+        raise UsageError("--examples is for the language model", cure="omit --examples or --no-llm")
     if not zoo.is_dir():
         cure = "run it in a checkout of lorashelf, or give --zoo a folder of PEFT folders of one base"
-        raise UsageError("the demo's adapters are not here", where=str(zoo), cure=cure)
-    from rich.console import Console  # here: no other command should wait for it
+        raise UsageError("the demo's adapters are missing", where=str(zoo), cure=cure)
+    from rich.console import Console  # here: other commands should not wait for it
 
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     named = arg.adapters_in(zoo)
@@ -81,7 +79,7 @@ def demo(
 
 
 def _on_a_model(console: Console, named: Mapping[str, Adapter], examples: Path, seed: int) -> None:
-    """The second half; where the language model's packages are not installed, what would bring them."""
+    """Run the second half; if the language model's packages are not installed, print how to install them."""
     try:
         from .demo_model import show_model
 
@@ -119,7 +117,7 @@ def _shelf_table(console: Console, snapshot: Snapshot, named: Mapping[str, Adapt
 
 
 def _offline(console: Console, named: Mapping[str, Adapter]) -> Mapping[str, Blocks]:
-    """The same adapters at once; where what clusters them is not installed, what would bring it."""
+    """Cluster the same adapters offline; if a package is not installed, print how to install it."""
     console.rule("The same adapters clustered offline (average linkage)", align="left")
     try:
         return {"offline, agglomerative": _cluster(console, named)}
@@ -140,13 +138,13 @@ def _cluster(console: Console, named: Mapping[str, Adapter]) -> Blocks:
 
 
 def purity(blocks: Blocks) -> float:
-    """The share of tasks that are of their slot's commonest type."""
+    """Return the share of tasks that have their slot's most common type."""
     commonest = [Counter(task.split("-")[0] for task in block).most_common(1)[0][1] for block in blocks]
     return sum(commonest) / sum(len(block) for block in blocks)
 
 
 def chance_purity(blocks: Blocks, tasks: Sequence[str], seed: int, draws: int = 200) -> float:
-    """The mean purity of random blocks of the same sizes."""
+    """Return the mean purity of random blocks of the same sizes."""
     rng = random.Random(seed)
     total = 0.0
     for _ in range(draws):

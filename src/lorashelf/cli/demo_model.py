@@ -41,7 +41,7 @@ Serving = Mapping[str, Adapter | None]
 
 
 def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, folder: Path, seed: int) -> None:
-    """Search with six examples per task, report on the other six; all methods merge `linear` into the same slots."""
+    """Search on six examples per task, report on the other six; all methods merge by `linear` into as many slots."""
     tasks = read_tasks(examples)
     names = [name for name in DOZEN if name in zoo and name in tasks]
     adapters = {name: zoo[name] for name in names}
@@ -72,7 +72,7 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
     report = found.report
     console.print(
         f"  D2C: {report['accepted']} of {report['proposals']} moves accepted; "
-        f"{report['losses']['asked']} losses asked for, {report['evaluations']} measured; slots: {blocks}",
+        f"{report['losses']['asked']} losses requested, {report['evaluations']} measured; slots: {blocks}",
         markup=False,
     )
     _loss_table(console, model, served, sets["validation"])
@@ -84,7 +84,7 @@ def _serving(blocks: Sequence[Sequence[str]], merged: Callable[[Sequence[str]], 
 
 
 def _arrived(path: Path, adapters: Mapping[str, Adapter], seed: int) -> Serving:
-    """Which adapter serves each task once all arrived at a new shelf, in random order, under K-Merge++."""
+    """Return the adapter of each task after all have arrived at a new shelf, in random order, under K-Merge++."""
     snapshot = Shelf.create(path, new_settings(SLOTS, seed=seed)).snapshot()
     for name in random.Random(seed).sample(sorted(adapters), len(adapters)):
         snapshot = snapshot.after(plan_add(snapshot, adapters[name], name))
@@ -94,7 +94,7 @@ def _arrived(path: Path, adapters: Mapping[str, Adapter], seed: int) -> Serving:
 def _loss_table(
     console: Console, model: LanguageModel, served: Mapping[str, Serving], sets: Mapping[str, ExampleSet]
 ) -> None:
-    console.rule("Loss of the answers, nats per token (examples the search has not seen)", align="left")
+    console.rule("Loss of the answers, nats per token (examples not used in the search)", align="left")
     losses: dict[str, list[float]] = {method: [] for method in served}
     for name in progress(list(sets), "  measuring"):
         found = model.nll([(serving[name], sets[name]) for serving in served.values()])

@@ -33,7 +33,7 @@ from . import arguments as arg
 from .base import open_named
 from .output import counted, note, show, table
 
-OWN = "own"  # the folder of own adapters' results inside an output folder
+OWN = "own"  # the folder of the own adapters' results in the output folder
 
 
 def evaluation(
@@ -91,16 +91,16 @@ def evaluation(
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Which adapter serves which task, what share of the adapters' bytes is kept, and what is known of them."""
+    """Which adapter serves which task, the share of the adapters' bytes that is stored, and the adapters' origin."""
 
     adapters: Mapping[str, Adapter | None]
     storage: float | None = None
     aliases: frozenset[str] = frozenset()
     trained: Mapping[str, str] = field(default_factory=dict)
-    """Task → the prompt rendering its adapter was trained under, where a training record states it."""
+    """Task → the prompt rendering that the adapter was trained with, if a training record has it."""
 
     def under(self, base: str) -> Mapping[str, Adapter | None]:
-        """The adapters, renamed to this base where the shelf declares the name another of its own."""
+        """Return the adapters, with their base renamed to `base` if that is an alias of the shelf's base."""
         if base not in self.aliases:
             return self.adapters
         renamed = {x.digest: replace(x, base=BaseId(base)) for x in self.adapters.values() if x is not None}
@@ -115,13 +115,13 @@ def _chosen(tasks: Mapping[str, Task], names: str | None) -> Mapping[str, Task]:
     if len(unknown) == 1:
         raise UnknownName("task", unknown[0], sorted(tasks))
     if unknown or not wanted:
-        what = f"unknown tasks {', '.join(unknown)}" if unknown else "--tasks names no task"
-        raise UsageError(what, cure=f"the data holds {', '.join(sorted(tasks))}")
+        what = f"unknown tasks {', '.join(unknown)}" if unknown else "--tasks is empty"
+        raise UsageError(what, cure=f"the data contains {', '.join(sorted(tasks))}")
     return {name: tasks[name] for name in wanted}
 
 
 def _served(target: Path | None, tasks: Mapping[str, Task]) -> Served:
-    """The adapters of a shelf's slots, of a folder, or none at all."""
+    """Return the adapters of a shelf, of a folder, or, without a target, none."""
     if target is None:
         return Served(dict.fromkeys(tasks))
     if not (target / settings.FILE).exists() and not (target / "HEAD").exists():
@@ -130,19 +130,19 @@ def _served(target: Path | None, tasks: Mapping[str, Task]) -> Served:
 
 
 def _served_by(snapshot: Snapshot, tasks: Mapping[str, Task]) -> Served:
-    """The adapters of a shelf's slots, for the tasks that it holds."""
+    """Return the adapters of a shelf's slots, for the tasks on the shelf."""
     routed = {name: snapshot.manifest.slot_of(unicodedata.normalize("NFC", name)) for name in tasks}
     adapters = {name: snapshot.adapter(name) for name, slot in routed.items() if slot is not None}
     if not adapters:
         have = ", ".join(sorted(snapshot.manifest.tasks)) or "none"
-        cure = "a task's folder bears the name it has on the shelf"
-        raise UsageError(f"none of the tasks is on the shelf; it holds {have}", where=str(snapshot.path), cure=cure)
+        cure = "name task folders after the tasks on the shelf"
+        raise UsageError(f"none of the tasks is on the shelf, which has {have}", where=str(snapshot.path), cure=cure)
     snapshot.check_bytes(*{slot for slot in routed.values() if slot})  # before a model is loaded
     return Served(adapters, storage(snapshot), frozenset(snapshot.settings.base_aliases))
 
 
 def _adapters_of(folder: Path, tasks: Mapping[str, Task]) -> Served:
-    """The adapters in a folder that bear a task's name, or the folder itself if it is one."""
+    """Read the adapters in a folder that are named after a task, or the folder itself if it is an adapter."""
     one = (folder / CONFIG_FILE).exists()
     folders = (
         {os.path.basename(os.path.abspath(folder)): folder} if one else {name: folder / name for name in sorted(tasks)}
@@ -150,7 +150,7 @@ def _adapters_of(folder: Path, tasks: Mapping[str, Task]) -> Served:
     found = {name: path for name, path in folders.items() if name in tasks and (path / CONFIG_FILE).exists()}
     if not found:
         names = ", ".join(sorted(tasks))
-        cure = "give a shelf, or a folder of PEFT folders that bear the tasks' names"
+        cure = "give a shelf, or a folder of PEFT folders named after the tasks"
         raise UsageError(f"no adapter here for any of {names}", where=str(folder), cure=cure)
     named = arg.read_named([f"{name}={path}" for name, path in found.items()])
     arg.note_adapters(named)
@@ -159,14 +159,14 @@ def _adapters_of(folder: Path, tasks: Mapping[str, Task]) -> Served:
 
 
 def _trained_under(folder: Path) -> str | None:
-    """The prompt rendering that the training record in an adapter's folder states; None without one."""
+    """Return the prompt rendering in the training record of an adapter's folder; None without one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return str(json_of(read_file(folder / RECORD_FILE))["settings"]["prompt"])
     return None
 
 
 def _own(path: Path | None, tasks: Mapping[str, Task]) -> Mapping[str, Any] | Served | None:
-    """What --own names: an earlier result's document, or adapters that are to be measured."""
+    """Return what --own gives: an earlier result's document, or adapters to measure."""
     if path is None:
         return None
     if path.is_dir() and not (path / FILE).exists():
@@ -183,12 +183,12 @@ def _measured(
     journal: ResultStore,
     output: Path | None,
 ) -> Evaluation:
-    """The target's evaluation, and before that, where their folder is given, the own adapters'."""
+    """Measure the target, and before that the own adapters if their folder is given."""
     own, zero_shot = compared
     name = model.name
     for task, prompt in {**served.trained, **(own.trained if isinstance(own, Served) else {})}.items():
         if prompt != model.prompt_id:
-            note(f"{task}: trained under the prompt rendering {prompt}, measured under {model.prompt_id}")
+            note(f"{task}: trained with the prompt rendering {prompt}, measured with {model.prompt_id}")
     prepared = prepare(model, served.under(name), tasks, **options)
     if isinstance(own, Served):
         shared = {task: tasks[task] for task in tasks if task in served.adapters}
@@ -207,16 +207,16 @@ def _said(title: str, unit: Unit) -> str:
 
 @contextlib.contextmanager
 def _kept(output: Path | None) -> Iterator[ResultStore]:
-    """The journal of the output folder; who interrupts is told what is kept."""
+    """Open the journal of the output folder for the block; on an interrupt, print what is kept."""
     with opened(output) as journal:
         try:
             yield journal
         except (LorashelfError, KeyboardInterrupt):
             if journal.written:
                 note(
-                    f"{journal.written} results are kept in {output}: the same command goes on from there"
+                    f"{journal.written} results are kept in {output}: run the same command again to resume"
                     if output
-                    else "nothing is kept: with -o FOLDER the same command would go on from here"
+                    else "nothing is kept: with -o FOLDER the command could be resumed"
                 )
             raise
 
@@ -227,7 +227,7 @@ def _check_parent(path: Path | None) -> None:
 
 
 def _tables(document: dict[str, Any]) -> list[Any]:
-    """A row per task, within 80 columns, and below it what holds for all of them."""
+    """Return a table with one row per task, within 80 columns, and a summary below."""
     entries = document["tasks"]
     columns = {"task": list(entries), ">n": [str(e["n"]) for e in entries.values()]}
     columns[">loss"] = [_number(e["loss"], 4) for e in entries.values()]
@@ -245,7 +245,7 @@ def _tables(document: dict[str, Any]) -> list[Any]:
 
 
 def _interval(entry: Mapping[str, Any]) -> str:
-    """A score with its 95 % interval."""
+    """Return a score with its 95 % interval."""
     return "-" if entry["score"] is None else f"{entry['score']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"
 
 
@@ -263,20 +263,20 @@ def _summary(document: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _scored_by(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The metrics, each with its tasks."""
+    """Return a line per metric with the tasks scored by it."""
     by_metric = _grouped({name: e["metric"] for name, e in entries.items() if e["metric"]})
     return [f"scored by {metric}: {', '.join(tasks)}" for metric, tasks in by_metric.items()]
 
 
 def _left_out(document: Mapping[str, Any]) -> list[str]:
-    """The tasks that were not measured, or not counted, one line per reason."""
+    """Return a line per reason with the tasks that were not measured or not counted."""
     lines = [f"not measured, {why}: {', '.join(tasks)}" for why, tasks in _grouped(document["left_out"]).items()]
     kept = document["normalised"]["left_out"] if document["normalised"] is not None else {}
     return lines + [f"not in {_NOT_IN[name]}: {', '.join(tasks)}" for name, tasks in kept.items() if tasks]
 
 
 def _grouped(labels: Mapping[str, str]) -> dict[str, list[str]]:
-    """The tasks of each label."""
+    """Group tasks by label."""
     found: dict[str, list[str]] = {}
     for task, label in labels.items():
         found.setdefault(label, []).append(task)
@@ -285,7 +285,7 @@ def _grouped(labels: Mapping[str, str]) -> dict[str, list[str]]:
 
 _NOT_IN = {
     "S": "S, no own score of at least 1 to compare with",
-    "loss_kept": "loss kept, no own gain of at least 0.02 nats over zero-shot",
+    "loss_kept": "loss kept, no own gain of at least 0.02 nats per token over zero-shot",
 }
 
 

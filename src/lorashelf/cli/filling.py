@@ -139,7 +139,7 @@ def add(
         arrivals = arg.read_each(adapters, task)
         details = _details([name for name, _ in arrivals], task_file)
         arg.note_adapters(dict(arrivals))
-        with contextlib.nullcontext() if dry_run else opened.writing(), _watched(len(arrivals), json) as told:
+        with contextlib.nullcontext() if dry_run else opened.writing(), _watched(len(arrivals), json) as print_decision:
             snapshot = opened.snapshot()
             arrivals, skipped = _new(snapshot, arrivals, skip_existing)
             report |= {"skipped": skipped} if skip_existing else {}
@@ -153,23 +153,23 @@ def add(
                 if plan.refused is not None:
                     raise Refused(f"{plan.report['task']} is refused: {plan.refused}", where=str(shelf))
                 snapshot = snapshot.after(plan) if dry_run else opened.snapshot()
-                told(plan.report)
+                print_decision(plan.report)
                 if "shared" in plan.report:
                     arg.note_few_shared(f"{name} and slot {plan.report['slot']}", plan.report["shared"])
     if json or not report["added"]:
-        show(report, json, lambda _: "nothing to add: every task is on the shelf already")
+        show(report, json, lambda _: "nothing to add: every task is already on the shelf")
 
 
 def _check_names(texts: Sequence[str], task: str | None) -> None:
-    """Refuse names that cannot be before anything is read. Raises UsageError, TaskNameError."""
+    """Check the names before anything is read. Raises UsageError, TaskNameError."""
     if task is not None and len(texts) > 1:
-        raise UsageError(f"--task with {len(texts)} adapters", cure="name each: NAME=ADAPTER")
+        raise UsageError(f"--task is for one adapter, not {len(texts)}", cure="name each: NAME=ADAPTER")
     if task is not None and arg.named(texts[0])[0] is not None:
         raise UsageError(f"--task and a name in {texts[0]!r} exclude each other", cure="give one of them")
     names = [task_name(arg.name_of(text, task)) for text in texts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise TaskNameError(f"several adapters would be {', '.join(map(repr, twice))}", cure="name them: NAME=ADAPTER")
+        raise TaskNameError(f"several adapters are named {', '.join(map(repr, twice))}", cure="name them: NAME=ADAPTER")
 
 
 def _details(names: Sequence[str], task_file: Path | None) -> dict[str, Mapping[str, Any]]:
@@ -184,13 +184,13 @@ def _details(names: Sequence[str], task_file: Path | None) -> dict[str, Mapping[
 
 
 def _new(snapshot: Snapshot, arrivals: Arrivals, skip: bool) -> tuple[list[tuple[str, Adapter]], list[str]]:
-    """The arrivals that are to be added, and the names of those that are on the shelf already. Raises TaskNameError."""
+    """Return the arrivals to add, and the names of those already on the shelf. Raises TaskNameError."""
     held = {name: snapshot.manifest.tasks.get(task_name(name)) for name, _ in arrivals}
     there = [(name, adapter) for name, adapter in arrivals if held[name] is not None]
     if there and not skip:
         names, verb = ", ".join(repr(name) for name, _ in there), "are" if len(there) > 1 else "is"
-        cure = "choose another name, or lorashelf update to replace the adapter, or --skip-existing to leave it out"
-        raise TaskNameError(f"{names} {verb} on the shelf already", where=str(snapshot.path), cure=cure)
+        cure = "choose another name, or lorashelf update to replace the adapter, or --skip-existing to skip it"
+        raise TaskNameError(f"{names} {verb} already on the shelf", where=str(snapshot.path), cure=cure)
     others = [name for name, adapter in there if adapter.digest != (held[name] or {})["digest"]]
     if others:
         what = f"on the shelf with another adapter: {', '.join(map(repr, others))}"
@@ -201,7 +201,7 @@ def _new(snapshot: Snapshot, arrivals: Arrivals, skip: bool) -> tuple[list[tuple
 
 @contextlib.contextmanager
 def _reporting(report: dict[str, Any], path: Path, dry_run: bool) -> Iterator[None]:
-    """What was added is part of every outcome: of an error's document, and of a notice before its message."""
+    """Report what was added with every outcome: in an error's document, and in a notice before the error's message."""
     try:
         yield
     except (LorashelfError, KeyboardInterrupt) as error:
@@ -218,7 +218,7 @@ def _reporting(report: dict[str, Any], path: Path, dry_run: bool) -> Iterator[No
 
 
 def _complete(report: dict[str, Any], path: Path, dry_run: bool) -> None:
-    """Settle whether the last one was added: its commit may have been made and not been told."""
+    """Find out whether the last adapter was added: the commit may have been made but not reported."""
     last = report["added"][-1] if report["added"] and not dry_run else None
     if last is None or last["head"] is not None:
         return
@@ -231,20 +231,20 @@ def _complete(report: dict[str, Any], path: Path, dry_run: bool) -> None:
 
 
 def _note_originals(report: Mapping[str, Any]) -> None:
-    """Once a command, where it is true: what was averaged can be taken out again, with its original."""
+    """Print, once per command, that an averaged adapter can be removed again given its original, if that is true."""
     folded = {d["slot"]: d["reversible"] for d in report["added"] if d["decision"] == "fold"}
-    if any(folded.values()):  # as each slot's last fold left it
+    if any(folded.values()):  # after each slot's last fold
         note("keep the original adapters: in a shared slot `update` and an exact `remove` need them")
 
 
 @contextlib.contextmanager
 def _watched(count: int, json: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that prints each decision as it is made; on stderr a bar, where no terminal shows the decisions."""
+    """Yield a function that prints each decision as it is made, with a bar on stderr if no terminal shows them."""
     done = 0
     silent = count < 2 or (sys.stdout.isatty() and not json)
     with contextlib.nullcontext() if silent else Meter(count) as meter:
 
-        def told(item: Mapping[str, Any]) -> None:
+        def report(item: Mapping[str, Any]) -> None:
             nonlocal done
             done += 1
             if "reason" in item:
@@ -252,20 +252,20 @@ def _watched(count: int, json: bool) -> Iterator[Callable[[Mapping[str, Any]], N
             if not json:
                 print_fitting(*_lines(item))
             if meter is not None:
-                meter.at(done, f"adding: {item['task']}", telling=False)
+                meter.at(done, f"adding: {item['task']}")
 
-        yield told
+        yield report
 
 
 def _lines(item: Mapping[str, Any]) -> list[str]:
-    """The decision on one line, from the longest wording to the shortest."""
+    """Return the decision as one line, in wordings from the longest to the shortest."""
     if "coded" in item:
         return coded_lines(item)
     place = f"{item['task']}: {'opens' if item['decision'] == 'open' else 'folds into'} slot {item['slot']}"
     others = [member for member in item["members"] if member != item["task"]]
     best = score(max(item["scores"].values(), default=None))
     limit = f", threshold {score(item['threshold'])}" if item["threshold"] is not None else ""
-    routed = "" if item["merged"] else ", which has averaged it in already"
+    routed = "" if item["merged"] else ", whose average already includes it"
     if item.get("untrained"):
         routed = ", only routed"
     scores = f"{routed} (best score {best}{limit})" if item["scores"] else routed

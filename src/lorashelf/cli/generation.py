@@ -71,13 +71,13 @@ def generate(
         document = {"task": asked.task, "slot": asked.slot, "text": "".join(pieces), "base": model.name}
         print_json({**document, "auto": None if choice is None else asdict(choice)})
     else:
-        _tell(pieces)
+        _print(pieces)
 
 
 def _positionals(snapshot: Snapshot, task: str | None, text: str | None, auto: bool) -> tuple[str | None, str | None]:
-    """TASK and TEXT; under --auto the only one is TEXT."""
+    """Return TASK and TEXT; with --auto the only argument is TEXT."""
     if auto and text is not None:
-        raise UsageError("--auto chooses the task", cure="give the text alone, or leave --auto out")
+        raise UsageError("--auto chooses the task", cure="give the text alone, or omit --auto")
     if not auto and task is None:
         raise UsageError(
             "no task is given", cure=f"the shelf has {', '.join(sorted(snapshot.manifest.tasks)) or 'none'}"
@@ -86,10 +86,10 @@ def _positionals(snapshot: Snapshot, task: str | None, text: str | None, auto: b
 
 
 def _shown(snapshot: Snapshot, examples: Path | None, auto: bool) -> Mapping[str, ExampleSet]:
-    """The examples that --auto chooses by; tasks of the shelf without any are said."""
+    """Return the examples by which --auto chooses; a notice lists the shelf's tasks without examples."""
     if not auto:
         if examples is not None:
-            raise UsageError("--examples is for --auto", cure="add --auto, or leave --examples out")
+            raise UsageError("--examples is for --auto", cure="add --auto, or omit --examples")
         return {}
     if examples is None:
         raise UsageError("--auto needs examples", cure="give a folder of task folders: --examples DIR")
@@ -110,10 +110,10 @@ def _chosen(model: Embeds, snapshot: Snapshot, shown: Mapping[str, ExampleSet], 
 
 
 def _read(text: str | None) -> str:
-    """The text, or standard input whole without the last line's end."""
+    """Return the text, or all of standard input without the final line break."""
     if text is None:
         if sys.stdin.isatty():
-            note("the text to answer, then Ctrl-D:")
+            note("type the text to answer, then Ctrl-D:")
         try:
             text = sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -121,7 +121,7 @@ def _read(text: str | None) -> str:
     return checked(text)
 
 
-def _tell(pieces: Iterable[str]) -> None:
+def _print(pieces: Iterable[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)

@@ -50,9 +50,9 @@ def redo(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
 
 
 def _restore(shelf: Path, json: bool, act: Callable[[Shelf], str]) -> None:
-    """Undo or redo, and what it did."""
+    """Undo or redo, and print what changed."""
     opened = Shelf(shelf)
-    with opened.writing():  # nobody commits in between
+    with opened.writing():  # no other process commits in between
         before = opened.snapshot()
         head = act(opened)
         after = opened.snapshot()
@@ -92,23 +92,23 @@ def repair(
 
 
 def _repaired(document: dict[str, Any], shelf: Path) -> Iterator[str]:
-    """What a repair did, a line per file and slot."""
+    """Yield what a repair did, one line per file and slot."""
     yield from document["files"]
     for slot in document["slots"]:
-        given, state = ", ".join(slot["given"]), f"its content in the state {str(slot['state'])[:15]}…"
+        given, state = ", ".join(slot["given"]), f"the object of state {str(slot['state'])[:15]}…"
         came = {
-            "rewritten": "its bytes are restored" + (f" from the originals of {given}" if given else ""),
-            "merged": f"merged anew from {'' if slot['state'] is None else state + ' and '}the originals of {given}",
+            "rewritten": "bytes restored" + (f" from the originals of {given}" if given else ""),
+            "merged": f"merged again from {'' if slot['state'] is None else state + ' and '}the originals of {given}",
             "earlier": f"restored to {state}",
             "none": "no undamaged copy is left",
         }[slot["how"]]
         tasks = {"serves": slot["tasks"], "no longer routed": slot["unrouted"]}
-        told = "; ".join(f"{what}: {', '.join(names)}" for what, names in tasks.items() if names)
-        yield f"slot {slot['slot']}: {came}; {told}"
+        routed = "; ".join(f"{what}: {', '.join(names)}" for what, names in tasks.items() if names)
+        yield f"slot {slot['slot']}: {came}; {routed}"
     if lost := [task for slot in document["slots"] for task in slot["unrouted"]]:
         yield f"add them again from their adapters: lorashelf add {shelf} {' '.join(f'{t}=ADAPTER' for t in lost)}"
     if document["unused"]:
-        yield f"not used, as the shelf has no record of them: {', '.join(document['unused'])}"
+        yield f"not used, because the shelf has no record of them: {', '.join(document['unused'])}"
     yield from document["problems"]
     if document["states"]:
         yield f"{numbered(len(document['states']), 'damaged state')} no longer kept"
@@ -124,45 +124,45 @@ def gc(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
 
 
 def _logged(entries: list[dict[str, Any]]) -> Any:
-    """A row for every entry; a column for where they went only if there are undos."""
+    """Return one row per entry, with a column of target states if there are undos."""
     numbers = {entry["id"]: entry["sequence"] for entry in entries}
     columns = ["time", "operation", "task", "decision", "slot"]
     went = any("to" in entry for entry in entries)
     rows = []
-    for told in entries:
-        to = told.get("to", "")
+    for record in entries:
+        to = record.get("to", "")
         rows.append(
             [
-                f"#{told['sequence']}",
-                *(str({"decision": told.get("method", ""), **told}.get(column, "")) for column in columns),
+                f"#{record['sequence']}",
+                *(str({"decision": record.get("method", ""), **record}.get(column, "")) for column in columns),
                 *([f"#{numbers[to]}" if to in numbers else to[:15]] if went else []),
-                told["id"][:15],
+                record["id"][:15],
             ]
         )
     return table([">", *columns, *(["to"] if went else []), "id"], rows)
 
 
 def _restored(document: dict[str, Any], state: dict[str, Any]) -> str:
-    """What an undo or a redo did, in a line; `state` is the log's entry of the state that it led to."""
+    """Return one line on what an undo or redo did; `state` is the log's entry of the state reached."""
     came = f"{state['operation']} {state.get('task', '')}".rstrip()
     both = {*document["left"], *document["returned"]}
-    told = {
+    changes = {
         "left": document["left"],
         "back": document["returned"],
         "changed": [task for task in document["changed"] if task not in both],
     }
-    tasks = "; ".join(f"{what}: {', '.join(names)}" for what, names in told.items() if names) or "no task changed"
+    tasks = "; ".join(f"{what}: {', '.join(names)}" for what, names in changes.items() if names) or "no task changed"
     reach = f"{document['undo']} more to undo, {document['redo']} to redo"
     return f"at #{state['sequence']} ({came}, {document['to'][:15]}…); {tasks}; {reach}"
 
 
 def _served(manifest: Manifest) -> dict[str, tuple[int, str, Mapping[str, Any]]]:
-    """Task → what it is served by: slot, object, and what is stored with the task."""
+    """Return task → what serves it: slot, object, and the details stored with the task."""
     return {t: (s.id, s.object.id, manifest.tasks[t]) for s in manifest.slots for t in s.members}
 
 
 def _changed_slots(before: Manifest, after: Manifest) -> list[int]:
-    """The slots that are not what they were, by id."""
+    """Return the ids of the slots that changed."""
     return sorted({slot.id for slot in set(before.slots) ^ set(after.slots)})
 
 

@@ -1,4 +1,4 @@
-"""What the commands print: one JSON document, or tables for people; progress goes to stderr."""
+"""Output of the commands: one JSON document, or tables for people; progress goes to stderr."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 T = TypeVar("T")
-TELLING = 30.0  # seconds between lines of progress where there is no terminal
+INTERVAL = 30.0  # seconds between lines of progress without a terminal
 
 
 def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
-    """Print the document of a command that is done: as JSON, or the lines and tables that `view` makes of it. Raises
-    DiskError, saying that it is done.
+    """Print the document of a finished command: as JSON, or as the lines and tables that `view` makes of it. Raises
+    DiskError with a message that the command is done.
     """
     try:
         if as_json:
@@ -39,7 +39,7 @@ def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
 
 def print_parts(parts: Iterable[Any]) -> None:
     """Print lines and tables for people."""
-    from rich.console import Console  # here and below: a tenth of the start, which --json never needs
+    from rich.console import Console  # here and below: a tenth of the start-up time, which --json never needs
 
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
@@ -49,8 +49,8 @@ def print_parts(parts: Iterable[Any]) -> None:
 
 
 def print_fitting(*texts: str) -> None:
-    """Print, at once, the first of these lines that fits the terminal's width, the last one cut if none does. A pipe
-    gets the first.
+    """Print, unbuffered, the first of these lines that fits the terminal's width, or the last one cut if none does. A
+    pipe gets the first.
     """
     text = texts[0]
     if sys.stdout.isatty():
@@ -62,18 +62,18 @@ def print_fitting(*texts: str) -> None:
 
 
 def cells(text: str) -> int:
-    """How many columns of a terminal a text takes: two for a wide letter, none for a mark on another letter."""
+    """Return a text's width in terminal columns: two for a wide character, none for a combining mark."""
     return sum(2 if east_asian_width(c) in "WF" else 0 if combining(c) else 1 for c in text)
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout, escaped where stdout cannot hold all of Unicode."""
+    """Print one JSON document on stdout, escaped if stdout cannot encode all of Unicode."""
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     print(json.dumps(_finite(document), ensure_ascii=not unicode, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
-    """The document with null in place of NaN and infinity, which JSON has not."""
+    """Return the document with null instead of NaN and infinity, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -82,12 +82,12 @@ def _finite(value: Any) -> Any:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """A plain table; columns whose name starts with '>' are aligned to the right."""
+    """Return a plain table; columns whose name starts with '>' are right-aligned."""
     from rich.table import Table
 
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
-        number = name.startswith(">")  # names are folded where a line is too short, numbers are not
+        number = name.startswith(">")  # in a narrow terminal names are wrapped, numbers are not
         justify: Literal["left", "right"] = "right" if number else "left"
         drawn.add_column(name.lstrip(">"), justify=justify, overflow="fold", no_wrap=number)
     for row in rows:
@@ -96,7 +96,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
 
 
 def progress(items: Sequence[T], title: str) -> Iterable[T]:
-    """The items, with a progress bar and an ETA on stderr where that is a terminal and there are several."""
+    """Return the items, with a progress bar and an ETA if stderr is a terminal and there are several items."""
     if len(items) < 2 or not sys.stderr.isatty():
         return items
     from rich.console import Console
@@ -106,12 +106,12 @@ def progress(items: Sequence[T], title: str) -> Iterable[T]:
 
 
 class Meter:
-    """Counted work on stderr: a bar with the time left on a terminal, else lines."""
+    """Progress of counted work on stderr: a bar with the remaining time on a terminal, else lines."""
 
     def __init__(self, total: int) -> None:
         self._total = total
         self._begun: tuple[int, float] | None = None
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
         self._bar: Progress | None = None
         self._row: TaskID | None = None
 
@@ -138,21 +138,21 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
-    def at(self, done: int, text: str, telling: bool = False) -> None:
-        """Show how far the work is: without a terminal as a line, if `telling` or if the last is half a minute old."""
+    def at(self, done: int, text: str, force: bool = False) -> None:
+        """Show the progress: without a terminal as a line, if `force` or if the last line is half a minute old."""
         if self._bar is not None and self._row is not None:
             self._bar.update(self._row, completed=done, description=text)
             return
         now = time.monotonic()
         first, since = self._begun = self._begun or (done, now)
-        if telling or now - self._told >= TELLING:
-            self._told = now
+        if force or now - self._printed >= INTERVAL:
+            self._printed = now
             left = "" if done == first else f", {duration((now - since) * (self._total - done) / (done - first))} left"
             note(f"{text}  ({done} of {self._total}{left})")
 
 
 def counted(items: Sequence[T], said: Callable[[T], str]) -> Iterator[T]:
-    """The items, each said, with the time left on stderr: a bar on a terminal, else a line now and then."""
+    """Yield the items, showing each as progress with the remaining time: a bar on a terminal, else a line at times."""
     with Meter(len(items)) as meter:
         for done, item in enumerate(items):
             meter.at(done, said(item))
@@ -160,7 +160,7 @@ def counted(items: Sequence[T], said: Callable[[T], str]) -> Iterator[T]:
 
 
 def duration(seconds: float) -> str:
-    """A time for people.
+    """Format seconds for people.
 
     >>> duration(42.4), duration(130), duration(7500)
     ('42 s', '2 min 10 s', '2 h 5 min')
@@ -172,12 +172,12 @@ def duration(seconds: float) -> str:
 
 
 def note(text: str) -> None:
-    """A line for people on stderr."""
+    """Print a line for people on stderr."""
     print(text, file=sys.stderr)
 
 
 def size(count: float) -> str:
-    """A number of bytes in units of 1000, as `--bytes` takes it.
+    """Format a number of bytes in units of 1000, as `--bytes` takes it.
 
     >>> size(597), size(1234), size(499_000), size(2_500_000_000)
     ('597 B', '1.2 kB', '0.50 MB', '2.50 GB')
@@ -190,7 +190,7 @@ def size(count: float) -> str:
 
 
 def rate(coded: Mapping[str, Any]) -> str:
-    """What a coded object takes and keeps.
+    """Format the size and the predicted quality of a coded object.
 
     >>> rate({"bytes": 18432, "percent": 1.0, "predicted_quality": 0.954})
     '18.4 kB (1.00 % of 16 bits), predicted quality 0.954'
@@ -201,7 +201,7 @@ def rate(coded: Mapping[str, Any]) -> str:
 
 
 def coded_lines(item: Mapping[str, Any]) -> list[str]:
-    """How a task was coded on a shelf that counts bytes, on one line, from the longest wording to the shortest."""
+    """Return how a task was coded on a shelf of bytes as one line, in wordings from the longest to the shortest."""
     coded = f"{item['task']}: {rate(item['coded'][item['task']])}"
     if not item["coarser"]:
         return [coded]
@@ -213,7 +213,7 @@ def coded_lines(item: Mapping[str, Any]) -> list[str]:
 
 
 def score(value: float | None) -> str:
-    """A similarity with its sign, four decimals; '-' for none."""
+    """Format a similarity with four decimals; '-' for none."""
     return "-" if value is None else f"{value:.4f}"
 
 

@@ -1,4 +1,4 @@
-"""The command as a process: streams whose failures are errors of our own, and signals that end it in order."""
+"""The command as a process: streams whose failures raise our own errors, and signals that end it in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is unknown on Windows
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks the command to end; handled wherever Ctrl-C is."""
+    """A signal to end the command, handled like Ctrl-C."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.strsignal(signum))
@@ -26,14 +26,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def interrupted(stop: KeyboardInterrupt, cure: str | None = None) -> Interrupted:
-    """The error of an interrupt: its exit code is 128 and the signal's number, 130 for Ctrl-C."""
+    """Return the error of an interrupt, with exit code 128 plus the signal's number: 130 for Ctrl-C."""
     code = 128 + getattr(stop, "signum", signal.SIGINT)
     return Interrupted("interrupted; committed changes are kept", cure=cure).amended(exit_code=code)
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP raise Stopped, once: the same again ends the process at once.
+    """Make Ctrl-C, SIGTERM and SIGHUP raise Stopped in the block; a repetition ends the process at once.
 
     A signal that is ignored (nohup, a background job) stays ignored.
     """
@@ -55,8 +55,8 @@ def signals() -> Iterator[None]:
 
 
 class _Output(io.FileIO):
-    """Standard output. Its first failure is raised as an error that rich and typer do not take for theirs; what is
-    written later, at the latest by Python at exit, goes nowhere.
+    """Standard output. The first failure raises an error that rich and typer do not handle themselves; later output,
+    at the latest by Python at exit, is discarded.
     """
 
     failed = False
@@ -77,12 +77,12 @@ class _Output(io.FileIO):
 
 
 class _Notices(io.FileIO):
-    """Standard error: a notice that cannot be written stops nothing."""
+    """Standard error: failures to write a notice are ignored."""
 
     unread = False
 
     def write(self, data: Any) -> int:
-        """Write, or pretend to."""
+        """Write, or discard the data on failure."""
         try:
             return super().write(data) or 0
         except OSError as error:
@@ -91,10 +91,9 @@ class _Notices(io.FileIO):
 
 
 def open_streams() -> None:
-    """Put these streams in place of Python's own; tests that put theirs there keep them.
+    """Replace Python's standard streams with these; streams that tests have put there stay.
 
-    A standard stream that is closed is opened for reading only: writing to it fails, and no file of ours gets its
-    number.
+    A closed standard stream is opened for reading only: writing to it fails, and none of our files gets its number.
     """
     for number in (0, 1, 2):
         try:
@@ -110,7 +109,7 @@ def open_streams() -> None:
 
 
 def _text(raw: io.FileIO, like: TextIO | None) -> TextIO:
-    """A text stream; a name is printed even where the terminal lacks a letter."""
+    """Return a text stream that escapes characters which the terminal cannot show."""
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=getattr(like, "encoding", "utf-8"),
@@ -121,6 +120,6 @@ def _text(raw: io.FileIO, like: TextIO | None) -> TextIO:
 
 
 def notices_unread() -> bool:
-    """Whether the reader of standard error has closed the pipe."""
+    """Return whether the reader of standard error has closed the pipe."""
     raw = getattr(getattr(sys.stderr, "buffer", None), "raw", None)
     return isinstance(raw, _Notices) and raw.unread

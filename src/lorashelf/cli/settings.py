@@ -20,7 +20,7 @@ NONE = "none"
 
 
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser that leaves the word none as it is."""
+    """Return a parser that keeps the word none."""
     return lambda text: text if text == NONE else parse(text)
 
 
@@ -114,7 +114,7 @@ def set_(
     changes = {name: None if value == NONE else value for name, value in settings.items() if value is not None}
     if task is None:
         if fields or task_file:
-            raise UsageError("these are fields of a task, and no task is given", cure="lorashelf set SHELF TASK …")
+            raise UsageError("fields of a task are given without a task", cure="lorashelf set SHELF TASK …")
         _set_shelf(shelf, changes, json)
     else:
         if changes:
@@ -147,12 +147,12 @@ def _set_shelf(shelf: Path, changes: dict[str, Any], json: bool) -> None:
     was, now = _flat(before.settings), _flat(after)
     changed = {name: [was[name], now[name]] for name in SECTIONS if was[name] != now[name]}
     document = {"head": before.head, "changed": changed, "settings": now}
-    told = ", ".join(f"{name} {_word(old)} → {_word(new)}" for name, (old, new) in changed.items())
-    show(document, json, lambda _: f"{shelf}: {told or 'nothing changed'}")
+    listed = ", ".join(f"{name} {_word(old)} → {_word(new)}" for name, (old, new) in changed.items())
+    show(document, json, lambda _: f"{shelf}: {listed or 'nothing changed'}")
 
 
 def _flat(settings: Settings) -> dict[str, Any]:
-    """Every setting by its flat name."""
+    """Return every setting by its flat name."""
     outer = {"base": settings.base, "base_aliases": list(settings.base_aliases)}
     stored = {"encoding": settings.merge.encoding, "quality": settings.merge.quality}
     stored |= {"floor": settings.placement.floor}

@@ -79,7 +79,7 @@ def route(
     ] = None,
     json: arg.Json = False,
 ) -> None:
-    """Which slot serves a task, and its PEFT folder; of a coded slot, one that is written to a cache or to --output."""
+    """Print the PEFT folder that serves a task; for a coded slot it is written to a cache or to --output."""
     if task is not None:
         answer = Shelf(shelf).read(lambda s: routing.materialised(s, task, output, verify=verify))
         show(answer, json, lambda d: d["path"])
@@ -100,7 +100,7 @@ def ls(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
 
 
 def _updated(document: dict[str, Any]) -> str:
-    """An update on a shelf that counts bytes."""
+    """Describe an update on a shelf of bytes."""
     return coded_lines(document)[0].replace(": ", ": replaced, ", 1)
 
 
@@ -131,7 +131,7 @@ def _listed(document: dict[str, Any]) -> list[Any]:
 
 
 def _rate(slot: dict[str, Any]) -> tuple[str, str]:
-    """The last columns of a slot, empty where it is not coded."""
+    """Return the last columns of a slot, empty if the slot is not coded."""
     if "percent" not in slot:
         return "", ""
     kept = slot["predicted_quality"]

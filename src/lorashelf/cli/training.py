@@ -77,7 +77,7 @@ def train(
 ) -> None:
     """Train a LoRA adapter for every task, on the answers only. After an interrupt, run it again to resume."""
     if not validation_limit and arg.stated(context, {"patience": "--patience"}):
-        raise UsageError("without validation nothing is stopped early", cure="leave --patience out")
+        raise UsageError("without validation there is no early stop", cure="omit --patience")
     settings = TrainSettings(
         rank=rank,
         alpha=alpha,
@@ -100,14 +100,14 @@ def train(
         model = open_base(base, device=device, dtype=model_dtype, template_arguments=arguments)
     note_system_turn(model.template)
     jobs = training_jobs(tasks, model, settings)
-    note(f"rank, steps and rate are scaled to the data where no option sets them (the papers: {PAPERS})")
+    note(f"rank, steps and learning rate, unless set by options, are scaled to the data (the papers: {PAPERS})")
     for job in jobs:
         note(job.summary)
     with Meter(sum(job.hyperparameters.steps for job in jobs)) as meter:
         records = train_into(output, jobs, model, watch=_progress(jobs, meter))
     for name, record in records.items():
         if record["improved"] is False:
-            note(f"{name}: the validation loss is not below the bare base's; try more data, or another --lr")
+            note(f"{name}: the validation loss is not below that of the bare base; try more data or another --lr")
     document = {"output": str(output), "tasks": records}
     show(
         document,
@@ -124,7 +124,7 @@ def _chosen(tasks: dict[str, Task], names: Sequence[str] | None) -> dict[str, Ta
 
 
 def _progress(jobs: Sequence[TrainingJob], meter: Meter) -> Watch:
-    """A watch that prints the progress of all jobs together."""
+    """Return a watch that shows the progress of all jobs together."""
     lengths = [job.hyperparameters.steps for job in jobs]
     before = dict(zip([job.task for job in jobs], accumulate([0, *lengths]), strict=False))
     latest: dict[str, float] = {}

@@ -132,7 +132,7 @@ def _unread(what: str, error: OSError | UnicodeDecodeError) -> tuple[str, str]:
     """Return the fault of a file that cannot be read, and its cure."""
     if isinstance(error, UnicodeDecodeError):
         return f"{what} is not UTF-8: {error}", "save it as UTF-8 (iconv -t UTF-8)"
-    cure = "add it" if isinstance(error, FileNotFoundError) else "let this user read it"
+    cure = "add it" if isinstance(error, FileNotFoundError) else "check the permissions"
     return f"{what} cannot be read: {error.strerror}", cure
 
 
