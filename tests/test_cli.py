@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from lorashelf.cli.app import MODULES
 from lorashelf.cli.output import Meter, cells
 from lorashelf.errors import DiskError, UsageError
 from lorashelf.placement.partitioners import PARTITIONERS
+from manifests import unfolded
 
 
 @pytest.fixture
@@ -538,7 +538,7 @@ def test_task_file_is_stored_with_the_task(shelf: Path, tmp_path: Path, zoo: dic
         'type = "gec"\nlanguage = "de"\nprompt = "Mend:"\nmetric = "f0.5"\nmax_new_tokens = 96\n'
     )
     assert run("add", shelf, zoo["a-x"], "--task-file", tmp_path / "task.toml")[0] == 0
-    manifest = json.loads((shelf / "manifests" / f"{(shelf / 'HEAD').read_text().strip()}.json").read_text())
+    manifest = unfolded(shelf)
     assert manifest["tasks"]["a-x"] | {"digest": ""} == {
         "type": "gec", "language": "de", "prompt": "Mend:", "metric": "f0.5", "max_new_tokens": 96, "digest": "",
     }  # fmt: skip

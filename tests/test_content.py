@@ -32,7 +32,7 @@ from lorashelf.lora.algebra import trained
 from lorashelf.merging.average import Average, History, Source, alone, block, fold, one_base, scaled, source, without
 from lorashelf.merging.average import _restored as restored
 from lorashelf.merging.spec import MergeSpec
-from lorashelf.shelf.manifest import PENDING, Slot
+from lorashelf.shelf.slot import PENDING, Slot
 
 AVERAGES = [name for name, method in METHODS.items() if method.mean_power is not None]
 LINEAR = MergeSpec(method="linear")

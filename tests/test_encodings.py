@@ -28,13 +28,12 @@ from lorashelf import (
     read_adapter,
     route,
 )
-from lorashelf.digest import canonical_json
 from lorashelf.errors import CorruptShelf, NewerFormat, UsageError
 from lorashelf.formats.peft import encode
 from lorashelf.lora.quality import MOST_QUALITY
-from lorashelf.shelf.manifest import manifest_id
 from lorashelf.shelf.repair import repair
 from lorashelf.shelf.routing import materialised
+from manifests import forged
 from test_attacks import command
 
 
@@ -44,11 +43,7 @@ def shelf(tmp_path: Path) -> Shelf:
     shelf = Shelf.create(tmp_path / "s", new_settings(4, policy="kmerge"))
     for seed, task in enumerate(["now", "later", "also"]):
         shelf.commit(plan_add(shelf.snapshot(), make_adapter(seed), task))
-    document = json.loads(shelf.snapshot().manifest.encode())
-    document["slots"][1]["encoding"] = "holographic"
-    data = canonical_json(document)
-    (shelf.path / "manifests" / f"{manifest_id(data)}.json").write_bytes(data)
-    (shelf.path / "HEAD").write_text(f"{manifest_id(data)}\n")
+    forged(shelf.path, lambda document: document["slots"][1].update(encoding="holographic"))
     return shelf
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -30,10 +31,13 @@ from lorashelf import (
     plan_remove,
     plan_update,
 )
-from lorashelf.digest import canonical_json
+from lorashelf.digest import digest
 from lorashelf.errors import CorruptShelf, TaskNameError, UsageError
-from lorashelf.merging.average import Average, without
-from lorashelf.shelf.manifest import manifest_id
+from lorashelf.merging.average import Average, History, Source, without
+from lorashelf.shelf.pages import compressed, read_page
+from lorashelf.shelf.repair import repair
+from lorashelf.shelf.slot import Facts, Slot, StoredObject
+from manifests import as_format_1, forged, page, unfolded
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
 
@@ -74,14 +78,121 @@ def actual(shelf: Shelf) -> dict[str, str]:
     manifest = (shelf.path / "manifests" / f"{head.strip()}.json").read_text()
     folder = shelf.snapshot().slot_path(shelf.snapshot().manifest.slots[0])
     tensors = (folder / "adapter_model.safetensors").read_bytes()
+    document = json.loads(manifest)
+    pages = {"page of slots": document["slots"][0], "page of tasks": document["tasks"][0]}
+    pages["page of facts"] = page(shelf.path, pages["page of slots"])[0]["facts"]
     return {
         "shelf.toml": (shelf.path / "shelf.toml").read_text(),
         "HEAD": head,
         "manifest": manifest + "\n",
+        **{name: f"{read_page(shelf.path, identity).decode()}\n" for name, identity in pages.items()},
         "log.jsonl": (shelf.path / "log.jsonl").read_text(),
         "adapter_config.json": (folder / "adapter_config.json").read_text(),
         "adapter_model.safetensors": "".join(f"{tensors[i : i + 32].hex(' ')}\n" for i in range(0, len(tensors), 32)),
     }
+
+
+def golden_format_1(path: Path) -> Shelf:
+    """The golden shelf as a lorashelf that knew format 1 only made it."""
+    shelf = golden_shelf(path)
+    first = {which: json.loads(golden(f"log.jsonl{which}").splitlines()[0])["id"] for which in ("", " of format 1")}
+    as_format_1(path, {first[""]: first[" of format 1"]})
+    return shelf
+
+
+def test_a_shelf_of_format_1_is_these_bytes(tmp_path: Path) -> None:
+    shelf = golden_format_1(tmp_path / "golden.shelf")
+    head = (shelf.path / "HEAD").read_text()
+    assert head == golden("HEAD of format 1")
+    assert (shelf.path / "manifests" / f"{head.strip()}.json").read_text() + "\n" == golden("manifest of format 1")
+    assert (shelf.path / "log.jsonl").read_text() == golden("log.jsonl of format 1")
+
+
+def test_a_shelf_of_format_1_is_read_and_the_next_commit_is_of_format_2(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf = golden_format_1(tmp_path / "golden.shelf")
+    before = shelf.snapshot()
+    assert before.manifest.files.format == 1
+    assert shelf.verify() == []
+    assert sorted(before.manifest.tasks) == ["gec-de", "gec-fr"]
+    plan = plan_remove(before, "gec-fr")
+    assert caplog.messages == []
+    predicted = before.at_rest(plan)
+    shelf.commit(plan)
+    assert ["is of format 2 from now on" in message for message in caplog.messages] == [True]
+    after = shelf.snapshot()
+    assert after.bytes == predicted
+    assert (after.manifest.files.format, after.manifest.parent) == (2, before.head)
+    assert after.kept[before.head].files.format == 1
+    shelf.undo()
+    again = shelf.snapshot().manifest
+    assert (again.tasks, again.state, again.files.format) == (before.manifest.tasks, before.head, 2)
+    assert [slot.document() for slot in again.slots] == [slot.document() for slot in before.manifest.slots]
+    assert shelf.verify() == []
+    assert len(caplog.messages) == 1
+
+
+def test_a_shelf_of_format_1_can_be_undone_to_before_the_conversion(tmp_path: Path) -> None:
+    shelf = Shelf.create(tmp_path / "s", new_settings(2, policy="kmerge", keep=3), clock)
+    for i, task in enumerate("abc"):
+        shelf.commit(plan_add(shelf.snapshot(), make_adapter(i, dtype="f16"), task))
+    as_format_1(shelf.path)
+    for tasks in ("ab", "a", ""):
+        shelf.undo()
+        assert "".join(sorted(shelf.snapshot().manifest.tasks)) == tasks
+        assert shelf.verify() == []
+    for tasks in ("a", "ab", "abc"):
+        shelf.redo()
+        assert "".join(sorted(shelf.snapshot().manifest.tasks)) == tasks
+    for seed in range(5, 9):  # the manifests of format 1 go as any others
+        shelf.commit(plan_update(shelf.snapshot(), "b", make_adapter(seed, dtype="f16")))
+    assert {manifest.files.format for manifest in shelf.snapshot().kept.values()} == {2}
+    assert shelf.verify() == []
+
+
+def test_a_task_costs_few_bytes_and_a_commit_writes_few_pages() -> None:
+    """Of 1,000 tasks, in a slot each or all in one: outside its object at most 300 bytes at rest; 64 kB per commit."""
+    for each in (1, 1000):
+        manifest = imagined(1000, each)
+        pages = manifest.files.pages
+        size = len(manifest.files.root) + sum(len(compressed(data)) for data in pages.values() if data)
+        assert size / 1000 <= 300
+        for seed in range(5):
+            new = imagined(1001, each, changed=seed).files
+            written = [compressed(data) for identity, data in new.pages.items() if data and identity not in pages]
+            assert len(new.root) + sum(map(len, written)) <= 64_000
+            assert len(written) <= 4
+
+
+def imagined(count: int, each: int, changed: int | None = None) -> Manifest:
+    """A manifest of tasks that came without a shelf, with all that a task file may give; `changed` has the last one."""
+    names = [f"summary-{i:04d}" for i in range(count)]
+    places = {name: min(i // each, 1000 // each - 1) for i, name in enumerate(names)}
+    if changed is not None:
+        places[names[-1]] = random.Random(changed).randrange(1000 // each)
+    slots = []
+    for number in range(1000 // each):
+        members = [name for name in names if places[name] == number]
+        sources = tuple(
+            Source(
+                name,
+                "summary",
+                digest([name.encode()]),
+                1 / len(members),
+                8,
+                921_600,
+                "f16",
+                random.Random(name).random(),
+            )
+            for name in members
+        )
+        stored = StoredObject(digest([str(members).encode()]), 8, "f16", 18_000 + number, "coded")
+        slots.append(Slot(number, stored, History(sources, error=random.Random(number).random()), tuple(members)))
+    given = {"prompt": "Summarise the text in one sentence. " * 4, "language": "de", "metric": "rouge_l"}
+    tasks = {name: {**given, "type": "summary", "digest": digest([name.encode()])} for name in names}
+    settings = new_settings(1000)
+    return Manifest(digest([]), 7, settings.recipe, settings.budget.document(), {}, slots=tuple(slots), tasks=tasks)
 
 
 def test_the_bytes_on_disk_are_those_of_the_document(tmp_path: Path) -> None:
@@ -109,7 +220,7 @@ def test_noise_stands_in_a_manifest_only_where_an_adapter_was_taken_out(tmp_path
     snapshot = taken_out(tmp_path / "s").snapshot()
     slot = snapshot.manifest.slots[0]
     assert len(slot.history.noise) == 2 * len(snapshot.stored(slot).modules) + 2
-    assert Manifest.decode(snapshot.manifest.encode(), "here").slots[0] == slot
+    assert unfolded(snapshot.path)["slots"][0]["noise"] == packed(slot.history.noise)
     assert "noise" not in slot.document()
     held = snapshot.average(slot).noise
     assert held is not None
@@ -129,8 +240,9 @@ def test_what_earlier_writers_counted_as_worn_is_noise(tmp_path: Path) -> None:
     fresh = Average(snapshot.stored(slot), replace(slot.history, extra_roundings=0))
     expected = without(fresh, c.digest, c, snapshot.settings.merge)[1]
     assert plan_remove(snapshot, "c", c).report["precision"] == pytest.approx(expected * 26**0.5, rel=0.2)
-    with pytest.raises(CorruptShelf):
-        Manifest.decode(snapshot.manifest.encode().replace(b'"worn":50', b'"worn":-2'), "here")
+    rewritten(shelf, lambda slot: slot.update(worn=-2))
+    with pytest.raises(CorruptShelf, match="slots\\[0\\]: worn"):
+        shelf.snapshot()
 
 
 def test_the_golden_shelf_verifies(tmp_path: Path) -> None:
@@ -145,6 +257,10 @@ if __name__ == "__main__":
             print(f"<!-- golden: {name} -->\n```\n{text}```\n")
 
 
+def facts(shelf: Shelf) -> list[Facts]:
+    return [shelf.snapshot().facts(slot) for slot in shelf.snapshot().manifest.slots]
+
+
 def filled(path: Path) -> Shelf:
     shelf = Shelf.create(path, new_settings(2, policy="kmerge"), clock)
     for i, task in enumerate(("a", "b", "c")):
@@ -154,40 +270,35 @@ def filled(path: Path) -> Shelf:
 
 def rewritten(shelf: Shelf, change: Callable[[dict[str, Any]], None]) -> None:
     """The head's manifest changed, under its new id."""
-    document = json.loads(shelf.snapshot().manifest.encode())
-    for slot in document["slots"]:
-        change(slot)
-    data = canonical_json(document)
-    (shelf.path / "manifests" / f"{manifest_id(data)}.json").write_bytes(data)
-    (shelf.path / "HEAD").write_text(f"{manifest_id(data)}\n")
+    forged(shelf.path, lambda document: [change(slot) for slot in document["slots"]])
 
 
-def test_energies_are_those_of_the_bytes_stored(tmp_path: Path) -> None:
+def test_squared_norms_are_those_of_the_bytes_stored(tmp_path: Path) -> None:
     snapshot = filled(tmp_path / "s").snapshot()
     for slot in snapshot.manifest.slots:
         exact = [float(np.sum(np.square(w, dtype=np.float64))) for _, w in sorted(dense(snapshot.stored(slot)).items())]
-        assert slot.object.squared_norms == pytest.approx(exact, rel=1e-6)
-        assert "energies" not in slot.document()  # answers are for people and programs, not for the next fold
+        assert snapshot.facts(slot).squared_norms == pytest.approx(exact, rel=1e-6)
+        assert "facts" not in slot.document()  # answers are for people and programs, not for the next fold
 
 
-def test_a_shelf_without_energies_goes_on_and_gets_them_where_it_writes(tmp_path: Path) -> None:
+def test_a_shelf_without_squared_norms_goes_on_and_gets_them_where_it_writes(tmp_path: Path) -> None:
     shelf, arriving = filled(tmp_path / "s"), make_adapter(9, dtype="f16")
     expected = plan_add(shelf.snapshot(), arriving, "new").report
-    rewritten(shelf, lambda slot: slot.pop("energies"))
+    rewritten(shelf, lambda slot: slot.pop("squared_norms"))
     plan = plan_add(shelf.snapshot(), arriving, "new")
     assert plan.report["scores"] == pytest.approx(expected["scores"], abs=1e-7)
     assert shelf.verify() == []
     shelf.commit(plan)
-    assert {bool(slot.object.squared_norms) for slot in shelf.snapshot().manifest.slots} == {True, False}
+    assert {bool(found.squared_norms) for found in facts(shelf)} == {True, False}
 
 
 def test_a_shelf_without_sums_is_checked_against_its_ids_and_gets_them_where_it_writes(tmp_path: Path) -> None:
     shelf, arriving = filled(tmp_path / "s"), make_adapter(9, dtype="f16")
-    assert all(slot.object.sums for slot in shelf.snapshot().manifest.slots)
+    assert all(found.sums for found in facts(shelf))
     scores = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
     rewritten(shelf, lambda slot: slot.pop("sums"))
     slots = shelf.snapshot().manifest.slots
-    assert not any(slot.object.sums for slot in slots)
+    assert not any(found.sums for found in facts(shelf))
     assert shelf.verify() == []
     plan = plan_add(shelf.snapshot(), arriving, "new")
     assert plan.report["scores"] == scores
@@ -199,7 +310,7 @@ def test_a_shelf_without_sums_is_checked_against_its_ids_and_gets_them_where_it_
             read()
     folder.write_bytes(data)
     shelf.commit(plan)
-    assert {bool(slot.object.sums) for slot in shelf.snapshot().manifest.slots} == {True, False}
+    assert {bool(found.sums) for found in facts(shelf)} == {True, False}
 
 
 def test_sums_are_those_of_the_bytes_stored(tmp_path: Path) -> None:
@@ -211,52 +322,66 @@ def test_sums_are_those_of_the_bytes_stored(tmp_path: Path) -> None:
         size = 8 + int.from_bytes(data[:8], "little")
         spans = [entry["data_offsets"] for name, entry in json.loads(data[8:size]).items() if name != "__metadata__"]
         tensors = [zlib.crc32(data[size + start : size + stop]) for start, stop in sorted(spans)]
-        assert slot.object.sums == (zlib.crc32(config + data[:size]), *tensors)
+        assert shelf.snapshot().facts(slot).sums == (zlib.crc32(config + data[:size]), *tensors)
 
 
-@pytest.mark.parametrize("sums", ["AAAA", "%%%", "é", 3, None])
-def test_sums_that_cannot_be_are_refused(tmp_path: Path, sums: Any) -> None:
+IMPOSSIBLE = ["AAAA", "%%%", "é", 3, None]
+
+
+@pytest.mark.parametrize("name", ["squared_norms", "sums"])
+@pytest.mark.parametrize("value", [*IMPOSSIBLE, packed([-1.0]), packed([float("nan")]), packed([np.inf])])
+def test_facts_that_cannot_be_are_passed_over_and_seen_by_verify(tmp_path: Path, name: str, value: Any) -> None:
+    """Without them all the bytes of an object are checked against its id. (Bytes of doubles may be sums: not these.)"""
+    if name == "sums" and value not in IMPOSSIBLE:
+        value = value[:-1]
+    shelf, arriving = filled(tmp_path / "s"), make_adapter(9, dtype="f16")
+    scores = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
+    rewritten(shelf, lambda slot: slot.update({name: value}))
+    assert plan_add(shelf.snapshot(), arriving, "new").report["scores"] == pytest.approx(scores, abs=1e-7)
+    assert len(shelf.verify()) == 2
+    repair(shelf)
+    assert shelf.verify() == []
+    assert len(shelf.snapshot().manifest.tasks) == 3
+
+
+@pytest.mark.parametrize("name", ["energies", "sums"])
+@pytest.mark.parametrize("value", IMPOSSIBLE)
+def test_arrays_of_format_1_that_cannot_be_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     shelf = filled(tmp_path / "s")
-    rewritten(shelf, lambda slot: slot.update(sums=sums))
+    as_format_1(shelf.path)
+    rewritten(shelf, lambda slot: slot.update({name: value}))
     with pytest.raises(CorruptShelf, match="manifest cannot be read"):
         shelf.snapshot()
 
 
-def test_the_next_fold_takes_energies_from_the_manifest(tmp_path: Path) -> None:
+def test_the_next_fold_takes_squared_norms_from_the_manifest(tmp_path: Path) -> None:
     shelf, arriving = filled(tmp_path / "s"), make_adapter(9, dtype="f16")
     scores = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
-    rewritten(shelf, lambda slot: slot.update(energies=packed([4 * value for value in unpacked(slot["energies"])])))
+    rewritten(shelf, lambda slot: slot.update(squared_norms=packed([4 * v for v in unpacked(slot["squared_norms"])])))
     halved = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
     assert halved == pytest.approx({slot: score / 2 for slot, score in scores.items()}, abs=1e-7)
     assert shelf.verify() == [
-        f"slot {slot.id}, objects/{slot.object.id}: the manifest's energies are not those of its values; "
+        f"slot {slot.id}, objects/{slot.object.id}: the squared norms recorded are not those of its values; "
         f"tasks: {', '.join(slot.members)}"
         for slot in shelf.snapshot().manifest.slots
     ]
 
 
-def test_energies_of_another_number_of_modules_are_passed_over_and_seen_by_verify(tmp_path: Path) -> None:
+def test_squared_norms_of_another_number_of_modules_are_passed_over_and_seen_by_verify(tmp_path: Path) -> None:
     shelf, arriving = filled(tmp_path / "s"), make_adapter(9, dtype="f16")
     scores = plan_add(shelf.snapshot(), arriving, "new").report["scores"]
-    rewritten(shelf, lambda slot: slot.update(energies=packed(unpacked(slot["energies"])[1:])))
+    rewritten(shelf, lambda slot: slot.update(squared_norms=packed(unpacked(slot["squared_norms"])[1:])))
     assert plan_add(shelf.snapshot(), arriving, "new").report["scores"] == pytest.approx(scores, abs=1e-7)
     assert len(shelf.verify()) == 2
 
 
-@pytest.mark.parametrize(
-    "energies", ["AAAA", "%%%", "AAAAAABAM0A", "é", 3, None, packed([-1.0]), packed([float("nan")]), packed([np.inf])]
-)
-def test_energies_that_cannot_be_are_refused(tmp_path: Path, energies: Any) -> None:
-    shelf = filled(tmp_path / "s")
-    rewritten(shelf, lambda slot: slot.update(energies=energies))
-    with pytest.raises(CorruptShelf, match="manifest cannot be read"):
-        shelf.snapshot()
-
-
-def test_energies_of_another_writer_and_of_huge_values_hold(tmp_path: Path) -> None:
+def test_squared_norms_of_another_writer_and_of_huge_values_hold(tmp_path: Path) -> None:
     shelf = filled(tmp_path / "s")
     exact = {slot.id: norm(shelf.snapshot().stored(slot)) for slot in shelf.snapshot().manifest.slots}
-    rewritten(shelf, lambda slot: slot.update(energies=packed([v * (1 + 1e-5) for v in unpacked(slot["energies"])])))
+    more = 1 + 1e-5
+    rewritten(
+        shelf, lambda slot: slot.update(squared_norms=packed([v * more for v in unpacked(slot["squared_norms"])]))
+    )
     assert shelf.verify() == []
     assert sorted(exact) == [0, 1]
     sum_of_halves = new_settings(1, policy="kmerge", merge="dare_linear", parameters={"density": 0.1})
@@ -269,7 +394,7 @@ def test_energies_of_another_writer_and_of_huge_values_hold(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("ranks", ["cancel", "cancel to nothing"])
-def test_energies_hold_where_ranks_cancel(tmp_path: Path, ranks: str) -> None:
+def test_squared_norms_hold_where_ranks_cancel(tmp_path: Path, ranks: str) -> None:
     f = next(iter(make_adapter(0).modules.values()))
     moved = f.a if ranks == "cancel to nothing" else f.a * np.float32(1.001)
     pair = Factors(np.concatenate([moved, f.a]), np.concatenate([f.b, -f.b], axis=1), 2.0)
@@ -300,7 +425,8 @@ def test_an_object_that_is_there_already_counts_once(tmp_path: Path) -> None:
     snapshot = shelf.snapshot()
     plan = plan_update(snapshot, "a", x)
     predicted = snapshot.at_rest(plan)
-    assert snapshot.at_rest(plan, hashed=False) == predicted + plan.manifest.slots[0].object.bytes
+    size = plan.manifest.slots[0].object.bytes
+    assert predicted + size <= snapshot.at_rest(plan, hashed=False) <= predicted + size + 1000
     toml = (shelf.path / "shelf.toml").read_text()
     (shelf.path / "shelf.toml").write_text(toml.replace("# bytes: room", f"bytes = {predicted + 200} # room"))
     plan = plan_update(shelf.snapshot(), "a", x)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import signal
@@ -54,6 +53,7 @@ from lorashelf.formats import objects
 from lorashelf.serving.generate import service
 from lorashelf.shelf import routing
 from lorashelf.shelf.log import line as line_of
+from manifests import forged, manifest
 from test_attacks import command, state
 
 
@@ -116,6 +116,10 @@ def object_of(shelf: Shelf, task: str = "gec-de") -> Path:
 
 def head_manifest(shelf: Shelf) -> Path:
     return shelf.path / "manifests" / f"{shelf.snapshot().head}.json"
+
+
+def page_of(shelf: Shelf, kind: str) -> Path:
+    return shelf.path / "pages" / f"{manifest(shelf.path)[kind][0]}.json.gz"
 
 
 def test_a_good_shelf_is_not_refused(shelf: Shelf) -> None:
@@ -395,24 +399,13 @@ def test_a_manifest_with_a_changed_byte_is_refused(shelf: Shelf, ancestor: bool,
 
 def test_a_manifest_edited_by_hand_is_refused(shelf: Shelf) -> None:
     path = head_manifest(shelf)
-    path.write_bytes(path.read_bytes().replace(b'"gec-de"', b'"gec-fr"'))
+    path.write_bytes(path.read_bytes().replace(b'"add"', b'"set"'))
     refused(shelf, CorruptShelf, "the manifest was changed after it was written", f"where: {path}", commands=EVERY)
-
-
-def forged(shelf: Shelf, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """A manifest changed by somebody who knows how ids are made, with HEAD moved to it."""
-    document = json.loads(head_manifest(shelf).read_bytes())
-    change(document)
-    data = json.dumps(document).encode()
-    path = shelf.path / "manifests" / f"{digest([data])}.json"
-    path.write_bytes(data)
-    (shelf.path / "HEAD").write_text(f"{path.stem}\n")
-    return path
 
 
 def test_a_forged_manifest_without_a_change_is_the_same_shelf(shelf: Shelf) -> None:
     before = shelf.snapshot().manifest
-    forged(shelf, lambda document: None)
+    forged(shelf.path, lambda document: None)
     assert shelf.snapshot().manifest == before
     assert shelf.verify() == []
 
@@ -458,7 +451,7 @@ def test_a_forged_manifest_that_cannot_be_is_refused(shelf: Shelf, place: tuple[
             document = document[key]
         document[place[-1]] = value
 
-    path = forged(shelf, change)
+    path = forged(shelf.path, change)
     refused(shelf, CorruptShelf, "manifest cannot be read", f"where: {path}")
 
 
@@ -467,7 +460,7 @@ def test_all_fields_that_cannot_be_are_named_at_once(shelf: Shelf) -> None:
         document["arrived"] = "x"
         document["slots"][1] |= {"rank": 0, "encoding": 7}
 
-    forged(shelf, change)
+    forged(shelf.path, change)
     refused(shelf, CorruptShelf, "not what lorashelf writes: arrived, slots[1]: encoding, slots[1]: rank")
 
 
@@ -485,13 +478,13 @@ def test_a_manifest_that_is_none_is_refused(shelf: Shelf, data: bytes) -> None:
 
 
 def test_a_manifest_of_a_newer_format_is_refused(shelf: Shelf) -> None:
-    path = forged(shelf, lambda document: document.update(format=2, slots="in a way yet to come"))
-    refused(shelf, NewerFormat, "manifest of format 2", f"where: {path}", "upgrade lorashelf", commands=EVERY)
+    path = forged(shelf.path, lambda document: document.update(format=3, slots="in a way yet to come"))
+    refused(shelf, NewerFormat, "manifest of format 3", f"where: {path}", "upgrade lorashelf", commands=EVERY)
 
 
 def test_a_shelf_toml_of_a_newer_format_is_refused_as_such_whatever_else_it_holds(shelf: Shelf) -> None:
-    edited(shelf, "format = 1", "format = 2\nyet_to_come = true")
-    refused(shelf, NewerFormat, "format 2; this lorashelf reads up to 1", "upgrade lorashelf", commands=EVERY)
+    edited(shelf, "format = 2", "format = 3\nyet_to_come = true")
+    refused(shelf, NewerFormat, "format 3; this lorashelf reads up to 2", "upgrade lorashelf", commands=EVERY)
 
 
 # shelf.toml ----------------------------------------------------------------------------------------------------------
@@ -546,8 +539,8 @@ BAD_LINES: dict[str, tuple[str, str, str]] = {
     "seed beyond JSON's numbers": (SEED, f"seed = {2**60}", f"seed is {2**60}"),
     "seed a date": (SEED, "seed = 1979-05-27", "seed is datetime.date(1979, 5, 27)"),
     "restore_norm a number": ("restore_norm = false", "restore_norm = 0", "restore_norm is 0"),
-    "format zero": ("format = 1", "format = 0", "format is 0, not 1"),
-    "format a string": ("format = 1", 'format = "1"', "format is '1', not 1"),
+    "format zero": ("format = 2", "format = 0", "format is 0, not 2"),
+    "format a string": ("format = 2", 'format = "2"', "format is '2', not 2"),
 }
 WITHOUT_LINE = {"an unknown parameter", "a merge that the policy cannot use"}  # told by another key's line, see below
 
@@ -576,7 +569,7 @@ def test_all_bad_lines_are_named_at_once(shelf: Shelf) -> None:
 @pytest.mark.parametrize(
     ("data", "fragment"),
     [
-        (b"", "format is None, not 1"),
+        (b"", "format is None, not 2"),
         (b"format = 1\n", "policy 'kmerge++' needs slots"),
         (b"format = 1\nbudget = 3\n", "line 2: budget is not a table"),
         (b"format = 1\n[budget\nslots = 3\n", "(at line 2"),
@@ -860,6 +853,8 @@ PLACES: dict[str, Callable[[Shelf], Path]] = {
     "HEAD": lambda shelf: shelf.path / "HEAD",
     "shelf.toml": lambda shelf: shelf.path / "shelf.toml",
     "the manifest": head_manifest,
+    "a page of slots": lambda shelf: page_of(shelf, "slots"),
+    "a page of tasks": lambda shelf: page_of(shelf, "tasks"),
     "the manifest before": lambda shelf: shelf.path / "manifests" / f"{shelf.snapshot().manifest.parent}.json",
     "log.jsonl": lambda shelf: shelf.path / "log.jsonl",
     "a config": lambda shelf: object_of(shelf) / "adapter_config.json",

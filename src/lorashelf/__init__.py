@@ -27,11 +27,12 @@ if typing.TYPE_CHECKING:
     from .placement.policies import POLICIES, PlacementSpec, policy
     from .search.cluster import cluster_by_loss
     from .shelf.arrival import candidates, plan_add
-    from .shelf.manifest import Manifest, Plan, Slot
+    from .shelf.manifest import Manifest, Plan
     from .shelf.plans import plan_cluster, plan_remove, plan_set, plan_update
     from .shelf.routing import route, routes
     from .shelf.settings import Budget, Settings, new_settings
     from .shelf.shelf import Shelf
+    from .shelf.slot import Slot
     from .shelf.snapshot import Snapshot
     from .tasks.folders import read_tasks
 
@@ -51,7 +52,8 @@ _NAMES = {  # module → the names imported from it on first use
     "placement.partitioners": ("PARTITIONERS", "partition", "partitioner"),
     "placement.policies": ("POLICIES", "PlacementSpec", "policy"),
     "search.cluster": ("cluster_by_loss",),
-    "shelf.manifest": ("Manifest", "Plan", "Slot"),
+    "shelf.manifest": ("Manifest", "Plan"),
+    "shelf.slot": ("Slot",),
     "shelf.arrival": ("candidates", "plan_add"),
     "shelf.plans": ("plan_cluster", "plan_remove", "plan_set", "plan_update"),
     "shelf.routing": ("route", "routes"),

@@ -197,12 +197,17 @@ def publish(staged: Path, final: Path) -> None:
 
 def replace_file(path: Path, data: bytes, staging: Path) -> None:
     """Replace a small file via `staging`, a folder on the same file system; readers see the old or the new file."""
+    place_file(path, data, staging)
+    settle(path.parent)
+
+
+def place_file(path: Path, data: bytes, staging: Path) -> None:
+    """Replace a file as `replace_file` does, but durably only once its folder is settled: for several files."""
     staged = staging / f".{os.urandom(8).hex()}"
     try:
         write_file(staged, [data])
         with refusals(path):
             os.replace(staged, path)
-            _sync(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(staged)

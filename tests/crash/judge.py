@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from factory import dense
 from lorashelf import Adapter, Shelf, plan_add, read_adapter
 from lorashelf.formats.codecs import CODECS
+from manifests import manifest, references
 
 from .disk import Call, Picture, picture, restored, watched
 from .scenes import Scene, clock
@@ -50,9 +50,8 @@ def tidy(shelf: Shelf, predicted: int) -> None:
     snapshot = shelf.snapshot()
     window = {snapshot.head: snapshot.manifest, **snapshot.kept}
     assert set(window) == must_stay(shelf.path, snapshot.keep), "not exactly the states that must stay are there"
-    reached = {f"manifests/{identity}.json" for identity in window}
-    reached |= {f"objects/{slot.object.id}" for manifest in window.values() for slot in manifest.slots}
-    held = {str(path.relative_to(shelf.path)) for path in shelf.path.glob("[mot]*/*")}
+    reached = {path for identity in window for path in references(shelf.path, identity)}
+    held = {str(path.relative_to(shelf.path)) for path in shelf.path.glob("[mopt]*/*")}
     assert held == reached, f"left over: {held - reached}, missing: {reached - held}"
     size = sum(path.stat().st_size for path in shelf.path.rglob("*") if path.is_file())
     assert snapshot.bytes == size, f"{snapshot.bytes} bytes are told, {size} are there"
@@ -69,7 +68,7 @@ def must_stay(path: Path, keep: int) -> set[str]:
     for distance in range(keep + 1):
         if identity is None:
             break
-        document = json.loads((path / "manifests" / f"{identity}.json").read_text())
+        document = manifest(path, identity)
         stay |= {identity, *document.get("ended", ())}
         if reach is None and "state" in document:
             reach = [document["state"], *document["undo"], *(document["redo"] if distance == 0 else ())]

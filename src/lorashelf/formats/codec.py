@@ -25,8 +25,8 @@ class Encoded(Protocol):
         """The number of sums that `Stored` will have."""
         ...
 
-    def digest(self) -> str:
-        """Return the id of the object that `write` would make."""
+    def stored(self) -> Stored:
+        """Return what `write` would return, without writing."""
         ...
 
     def write(self, folder: Path) -> Stored:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import atomic
-from ..digest import Hasher, digest
+from ..digest import Hasher
 from ..errors import AdapterFormatError, Fault
 from ..execution import following
 from ..faults import Faults
@@ -112,13 +111,18 @@ class PeftFiles:
     header: bytes
     size: int
 
-    def digest(self) -> str:
-        """Return the object digest of the folder that would be written."""
-        return digest(chain([self.head], self.tensor_chunks()))
+    def stored(self) -> Stored:
+        """Return what `write` would return, without writing."""
+        identity, sums = Hasher(), []
+        identity.update(self.head)
+        for chunk in self.tensor_chunks():
+            identity.update(chunk)
+            sums.append(crc32(chunk))
+        return self._stored(identity, sums)
 
     def write(self, folder: Path) -> Stored:
         """Write both files into an existing folder, synced; the id and sums are those of the bytes written."""
-        identity, sums = Hasher(), [0]
+        identity, sums = Hasher(), []
 
         def note(chunk: bytes | memoryview) -> None:
             identity.update(chunk)
@@ -128,8 +132,11 @@ class PeftFiles:
             identity.update(self.head)
             atomic.write_file(folder / CONFIG_FILE, [self.config])
             atomic.write_file(folder / TENSOR_FILE, map(noted, self.tensor_chunks()))
-        sums[:2] = [crc32(self.header, crc32(self.config))]  # the header is the first chunk
-        return Stored(identity.digest(), tuple(sums))
+        return self._stored(identity, sums)
+
+    def _stored(self, identity: Hasher, sums: Sequence[int]) -> Stored:
+        """By the CRC-32 of every chunk, of which the header is the first."""
+        return Stored(identity.digest(), (crc32(self.header, crc32(self.config)), *sums[1:]))
 
     @property
     def parts(self) -> int:

@@ -15,7 +15,8 @@ from ..lora.quality import quality
 from ..merging.average import Average
 from ..placement.rates import Rate, Step, steps
 from .budget import EDIT, after_changes
-from .manifest import PENDING, Plan, Slot
+from .manifest import Plan
+from .slot import PENDING, Slot
 from .snapshot import Snapshot
 
 

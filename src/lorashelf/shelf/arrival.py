@@ -21,8 +21,9 @@ from ..placement import policies
 from ..placement.actions import Action, Candidate, Effect, Fold, Open, Refuse, folds, nearest
 from .allocation import fitted
 from .budget import Shortage, check_budget, shortage_of_room
-from .manifest import Manifest, Plan, Slot
+from .manifest import Manifest, Plan
 from .plan_parts import agreed_base, all_damage, kind_of, planned, storable
+from .slot import Slot
 from .snapshot import Snapshot
 
 MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..digest import digest
 from ..errors import OverBudget
 from ..lora.adapter import WIDTHS, Adapter, Factors, Modules
-from .manifest import Plan, Slot
+from .manifest import Plan
+from .pages import compressed
+from .slot import Slot
 from .snapshot import Snapshot
 
 Size = Callable[[Snapshot, Plan], int]
@@ -94,7 +97,7 @@ def after_changes(snapshot: Snapshot, plan: Plan) -> int:
         times = min(times, limit // largest.object.bytes + 1)
     for i in range(times):
         snapshot = snapshot.after(plan)
-        slot = replace(largest, object=replace(largest.object, id=f"b2-{i + 1:064x}"))
+        slot = replace(largest, object=replace(largest.object, id=digest([bytes(i)])))
         manifest = replace(
             plan.manifest,
             parent=snapshot.head,
@@ -102,7 +105,9 @@ def after_changes(snapshot: Snapshot, plan: Plan) -> int:
             slots=plan.manifest.with_slot(slot),
         )
         plan = Plan(snapshot.head, manifest, {}, {})
-    return snapshot.at_rest(plan, hashed=False) + len(plan.manifest.encode())
+    files = plan.manifest.files
+    largest_page = max(len(compressed(data)) for data in files.pages.values() if data is not None)
+    return snapshot.at_rest(plan, hashed=False) + len(files.root) + largest_page
 
 
 def _cures(snapshot: Snapshot, plan: Plan, size: Size) -> Iterator[str]:

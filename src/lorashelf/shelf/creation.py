@@ -9,8 +9,8 @@ from pathlib import Path
 from .. import atomic
 from ..errors import DiskError, LorashelfError, OverBudget, ShelfError
 from ..version import VERSION
-from .folder import FOLDERS
-from .manifest import Clock, Manifest, manifest_id, stamp
+from .folder import FOLDERS, MANIFESTS
+from .manifest import Clock, Manifest, stamp
 from .settings import FILE, Settings, write_toml
 from .snapshot import HEAD_BYTES
 
@@ -50,14 +50,13 @@ def first_files(path: Path, settings: Settings, clock: Clock) -> Mapping[str, by
     """The files of an empty shelf, in the order of writing. Raises UsageError, OverBudget."""
     settings.checked()
     cause = {"operation": "init", "time": stamp(clock), "version": VERSION}
-    first = Manifest(None, 0, settings.recipe, settings.budget.document(), cause).encode()
+    first = Manifest(None, 0, settings.recipe, settings.budget.document(), cause).files
     written = write_toml(settings)
-    empty, limit = HEAD_BYTES + len(first) + len(written), settings.budget.bytes
+    empty, limit = HEAD_BYTES + len(first.root) + len(written), settings.budget.bytes
     if limit is not None and empty > limit:
         what = f"an empty shelf takes {empty} bytes already, the budget is {limit}"
         raise OverBudget(what, where=str(path), cure="raise the budget (--bytes, budget.bytes)")
-    identity = manifest_id(first)
-    return {FILE: written, f"manifests/{identity}.json": first, "HEAD": f"{identity}\n".encode()}
+    return {FILE: written, f"{MANIFESTS}/{first.id}.json": first.root, "HEAD": f"{first.id}\n".encode()}
 
 
 def fill(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -66,7 +65,7 @@ def fill(folder: Path, files: Mapping[str, bytes]) -> None:
         atomic.make_folder(folder / name)
     for name, data in files.items():
         atomic.write_file(folder / name, [data])
-    atomic.settle(folder / "manifests")
+    atomic.settle(folder / MANIFESTS)
 
 
 def _taken(path: Path) -> ShelfError:

@@ -1,7 +1,10 @@
-"""The files of a shelf: HEAD, manifests, objects, staging; read, written and swept. The shelf holds the lock."""
+"""The files of a shelf: HEAD, manifests, pages, objects, staging; read, written and swept. The shelf holds the lock."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 
 from .. import atomic
@@ -13,9 +16,12 @@ from ..formats.objects import Stored
 from ..lora.adapter import Adapter
 from . import log
 from .manifest import Manifest, manifest_id
+from .pages import FOLDER as PAGES
+from .pages import SUFFIX, Reader, compressed, page_path, read_page
 from .snapshot import Snapshot
 
-FOLDERS = ("manifests", "objects", "tmp")
+MANIFESTS = "manifests"
+FOLDERS = (MANIFESTS, PAGES, "objects", "tmp")
 
 
 class ShelfFolder:
@@ -57,11 +63,15 @@ class ShelfFolder:
 
     def manifest_path(self, identity: str) -> Path:
         """Where the manifest of this id lies."""
-        return self.path / "manifests" / f"{identity}.json"
+        return self.path / MANIFESTS / f"{identity}.json"
 
-    def manifest(self, identity: str) -> Manifest | None:
-        """The manifest of this id, None if it is not kept."""
-        path = self.manifest_path(identity)
+    def reader(self) -> Reader:
+        """A reader of pages, which reads each once."""
+        return cache(lambda identity: read_page(self.path, identity))
+
+    def manifest(self, identity: str, reader: Reader | None = None) -> Manifest | None:
+        """The manifest of this id with its pages, None if it is not kept. Raises CorruptShelf, NewerFormat."""
+        path, reader = self.manifest_path(identity), reader or self.reader()
         no_links(path)
         try:
             data = atomic.read_file(path)
@@ -73,7 +83,16 @@ class ShelfFolder:
         if manifest_id(data) != identity:
             cure = f"lorashelf repair {self.path}"
             raise CorruptShelf("the manifest was changed after it was written", where=str(path), cure=cure)
-        return Manifest.decode(data, str(path))
+        try:
+            manifest = Manifest.decode(data, str(path), reader)
+            for page, content in manifest.files.pages.items():
+                if content is not None:  # remembered, perhaps, from before the page was damaged
+                    reader(page)
+        except CorruptShelf:
+            if not path.exists():  # a writer retires a manifest before its pages
+                return None
+            raise
+        return manifest
 
     def store(self, adapter: Adapter, codec: Codec) -> Stored:
         """Write an object, unless it is there and whole already. Raises DiskError."""
@@ -96,15 +115,24 @@ class ShelfFolder:
             return False
 
     def publish(self, manifest: Manifest) -> str:
-        """Write a manifest; its id. Raises CorruptShelf for one that could not be read again, DiskError."""
-        data = manifest.encode()
-        identity = manifest_id(data)
-        Manifest.decode(data, str(self.manifest_path(identity)))
-        staged = self.path / "tmp" / f".{identity}.json"
-        atomic.remove(staged)
-        atomic.write_file(staged, [data])
-        atomic.publish(staged, self.manifest_path(identity))
-        return identity
+        """Write a manifest, its new pages first; its id. Raises CorruptShelf for one that could not be read again,
+        DiskError.
+        """
+        files, path = manifest.files, self.manifest_path(manifest.files.id)
+        pages = {identity: data for identity, data in files.pages.items() if data is not None}
+        Manifest.decode(files.root, str(path), lambda identity: pages[identity])
+        for identity, data in pages.items():
+            if not self._has(identity):
+                atomic.place_file(page_path(self.path, identity), compressed(data), self.path / "tmp")
+        atomic.settle(self.path / PAGES)
+        atomic.replace_file(path, files.root, self.path / "tmp")
+        return files.id
+
+    def _has(self, identity: str) -> bool:
+        """Whether the page of this id is there and whole."""
+        with contextlib.suppress(CorruptShelf, OSError):
+            return bool(read_page(self.path, identity))
+        return False
 
     def move_head(self, identity: str) -> None:
         """Let HEAD name a manifest. Raises DiskError, which states whether the commit stands."""
@@ -131,17 +159,17 @@ class ShelfFolder:
         leaving = list(snapshot.ancestors.items())[snapshot.keep :]
         if leaving:
             self.history.append(reversed(leaving))
-        kept = {snapshot.head, *retained}
-        reached = {slot.object.id for manifest in (snapshot.manifest, *retained.values()) for slot in manifest.slots}
-        gone = []
-        for path in sorted((self.path / "manifests").iterdir()):
-            if path.name.removesuffix(".json") not in kept:
-                atomic.remove(path)
-                gone.append(f"manifests/{path.name}")
-        if gone:  # before its objects go: a manifest that came back after a power cut would miss them
-            atomic.settle(self.path / "manifests")
-        for path in sorted((self.path / "objects").iterdir()):
-            if path.name not in reached:
-                atomic.remove(path)
-                gone.append(f"objects/{path.name}")
-        return gone
+        stay = {snapshot.head: snapshot.manifest, **retained}
+        gone = self._deleted(MANIFESTS, {f"{identity}.json" for identity in stay})
+        if gone:  # before what they refer to goes: a manifest that came back after a power cut would miss it
+            atomic.settle(self.path / MANIFESTS)
+        pages = {f"{identity}{SUFFIX}" for manifest in stay.values() for identity in manifest.files.pages}
+        objects = {slot.object.id for manifest in stay.values() for slot in manifest.slots}
+        return [*gone, *self._deleted(PAGES, pages), *self._deleted("objects", objects)]
+
+    def _deleted(self, folder: str, stay: Collection[str]) -> list[str]:
+        """Delete what lies in a folder under other names; the relative paths."""
+        gone = [path for path in sorted((self.path / folder).iterdir()) if path.name not in stay]
+        for path in gone:
+            atomic.remove(path)
+        return [f"{folder}/{path.name}" for path in gone]

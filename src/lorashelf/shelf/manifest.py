@@ -3,138 +3,50 @@
 from __future__ import annotations
 
 import json
-import math
-import struct
-from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar, cast
 
 from ..digest import canonical_json, digest, is_digest
 from ..errors import CorruptShelf, NewerFormat
-from ..formats.codec import Codec
-from ..formats.codecs import CODECS
 from ..formats.objects import Stored
-from ..lora.adapter import WIDTHS, Adapter, BaseId
-from ..lora.kernels import squared_norms
-from ..merging.average import Average, History, Source
-from ..names import on_one_line
+from ..lora.adapter import Adapter, BaseId
+from .pages import Pages, Reader, divided
 from .settings import FORMAT
+from .slot import Facts, Slot, StoredObject, is_number, record_faults
 
-PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of a digest's length, so sizes are exact
-_PACKED = {"energies": "d", "noise": "d", "sums": "I"}  # keys of a slot that are stored in base64: float64, uint32
-_KEYS = _PACKED.keys() | {"slot", "object", "rank", "dtype", "bytes", "merged", "members", "error", "average"}
-_KEYS |= {"restored", "encoding", "worn", "fixed"}
 PENDING_TIME = "0000-00-00T00:00:00Z"
 Clock = Callable[[], datetime]
+Details = Mapping[str, Any]
+"""What is stored with a task: type, digest of its adapter, and what --task-file gave."""
+K = TypeVar("K")
+T = TypeVar("T")
 _STATES = ("undo", "redo", "ended")
-MOST_DECODED = 16
+MOST_REMEMBERED = 4096  # manifests and pages, read or encoded in this process
 
 
 @dataclass(frozen=True, slots=True)
-class StoredObject:
-    """An adapter as bytes: where it lies (`id`), how it is written, and what is known of it without reading it."""
+class Files:
+    """A manifest as files: its own, and the pages that it refers to, of which it knows the JSON or only the id."""
 
-    id: str
-    rank: int
-    dtype: str
-    bytes: int
-    encoding: str = "peft"
-    squared_norms: tuple[float, ...] = ()
-    """‖ΔW‖² of every module, in the order of their paths; empty where its writer kept none."""
-    sums: tuple[int, ...] = ()
-    """CRC-32 of its config and header together, then of every tensor in the order of the file; empty where its writer
-    kept none.
-    """
-
-    @staticmethod
-    def pending(adapter: Adapter, encoding: str) -> StoredObject:
-        """What an adapter will be once it is written."""
-        encoded = CODECS[encoding].encode(adapter)
-        return StoredObject(
-            id=PENDING,
-            rank=adapter.rank,
-            dtype=adapter.dtype,
-            bytes=encoded.size,
-            encoding=encoding,
-            squared_norms=tuple(squared_norms(adapter).values()),
-            sums=(0,) * encoded.parts,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A numbered place: the object that it holds, what that averages, and the tasks that are routed to it."""
-
-    id: int
-    object: StoredObject
-    history: History
-    members: tuple[str, ...]
-
-    @staticmethod
-    def planned(slot_id: int, average: Average, members: Sequence[str], encoding: str = "peft") -> Slot:
-        """A slot whose object is not written yet."""
-        return Slot(slot_id, StoredObject.pending(average.adapter, encoding), average.history, tuple(members))
+    format: int
+    root: bytes
+    pages: Pages = field(default_factory=Pages)
 
     @property
-    def readable(self) -> bool:
-        """Whether this lorashelf knows the encoding of its object."""
-        return self.object.encoding in CODECS
-
-    @property
-    def codec(self) -> Codec:
-        """What reads and writes its object. Raises NewerFormat for an encoding that this lorashelf does not know."""
-        if not self.readable:
-            what = f"slot {self.id} has the encoding {self.object.encoding!r}, which this lorashelf does not know"
-            raise NewerFormat(f"{what}; tasks: {', '.join(self.members)}", cure="upgrade lorashelf")
-        return CODECS[self.object.encoding]
-
-    def document(self) -> dict[str, Any]:
-        """As in every JSON answer: without squared norms, noise and sums; `worn`, `fixed` only where there is any."""
-        stored, history = self.object, self.history
-        document = {
-            "slot": self.id,
-            "object": stored.id,
-            "rank": stored.rank,
-            "dtype": stored.dtype,
-            "bytes": stored.bytes,
-            "merged": [asdict(source) for source in history.merged],
-            "members": list(self.members),
-            "error": history.error,
-            "average": history.method,
-            "restored": history.restored,
-            "encoding": stored.encoding,
-        }
-        rare = {"worn": history.extra_roundings, "fixed": history.fixed}
-        return document | {key: value for key, value in rare.items() if value}
-
-    def stored(self) -> dict[str, Any]:
-        """As in a manifest."""
-        arrays = {"energies": self.object.squared_norms, "noise": self.history.noise, "sums": self.object.sums}
-        return self.document() | {key: _packed(values, _PACKED[key]) for key, values in arrays.items() if values}
-
-    @staticmethod
-    def read(document: Mapping[str, Any]) -> Slot:
-        """The slot of an entry in a manifest. Raises KeyError, TypeError, ValueError."""
-        if unknown := document.keys() - _KEYS:
-            raise ValueError(f"not what lorashelf writes: {', '.join(sorted(unknown))}")
-        arrays: dict[str, Any] = {key: _unpacked(document.get(key, ""), code) for key, code in _PACKED.items()}
-        stored = {key: document[key] for key in ("rank", "dtype", "bytes", "encoding")}
-        history = History(
-            merged=tuple(Source(**source) for source in document["merged"]),
-            error=document["error"],
-            method=document["average"],
-            restored=document["restored"],
-            noise=arrays["noise"],
-            extra_roundings=document.get("worn", 0),
-            fixed=document.get("fixed"),
-        )
-        kept = StoredObject(document["object"], **stored, squared_norms=arrays["energies"], sums=arrays["sums"])
-        return Slot(document["slot"], kept, history, tuple(document["members"]))
+    def id(self) -> str:
+        """The id of the manifest."""
+        return digest([self.root])
 
 
-@dataclass(frozen=True, slots=True)
+def no_page(identity: str) -> bytes:
+    """The reader of a manifest that has no pages. Raises ValueError."""
+    raise ValueError(f"page {identity!r} is not here")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole content of a shelf. Its id is the digest of its canonical JSON; `parent` links it to the one before."""
 
@@ -160,8 +72,23 @@ class Manifest:
     ended: tuple[str, ...] = ()
     """The states that could be redone until this change."""
 
+    @cached_property
+    def files(self) -> Files:
+        """Its files: those that it was read from, else those of the present format."""
+        pages = Pages()
+        slots = [_slots_page(run, pages) for run in divided(self.slots, lambda slot: str(slot.id))]
+        names = divided(sorted(self.tasks), lambda name: name)
+        tasks = [_tasks_page({name: self.tasks[name] for name in run}, pages) for run in names]
+        return Files(FORMAT, canonical_json(self._document(slots, tasks)), pages)
+
     def document(self) -> dict[str, Any]:
-        """The JSON document that is stored."""
+        """The JSON document of all that it holds, as in answers."""
+        slots = [slot.document() for slot in self.slots]
+        return self._document(slots, {name: dict(value) for name, value in self.tasks.items()})
+
+    def _document(self, slots: object, tasks: object) -> dict[str, Any]:
+        ended = {"ended": list(self.ended)} if self.ended else {}
+        line = {"state": self.state, "undo": list(self.undo), "redo": list(self.redo)} if self.state else {}
         return {
             "format": FORMAT,
             "parent": self.parent,
@@ -169,51 +96,43 @@ class Manifest:
             "base": None if self.base is None else {"name": self.base.name, "revision": self.base.revision},
             "recipe": dict(self.recipe),
             "budget": dict(self.budget),
-            "slots": [slot.stored() for slot in self.slots],
-            "tasks": {name: dict(value) for name, value in self.tasks.items()},
+            "slots": slots,
+            "tasks": tasks,
             "arrived": self.arrived,
             "scores": list(self.scores),
             "cause": dict(self.cause),
-            **self._line(),
+            **line,
+            **ended,
         }
 
-    def _line(self) -> dict[str, Any]:
-        """The optional keys about undo and redo, where there is something to say."""
-        ended = {"ended": list(self.ended)} if self.ended else {}
-        if self.state is None:
-            return ended
-        return {"state": self.state, "undo": list(self.undo), "redo": list(self.redo), **ended}
-
-    def encode(self) -> bytes:
-        """Canonical JSON, UTF-8, no newline."""
-        return canonical_json(self.document())
-
     @staticmethod
-    def decode(data: bytes, where: str) -> Manifest:
-        """The manifest of these bytes; the latest ones are remembered. Raises CorruptShelf or NewerFormat."""
-        identity = manifest_id(data)
+    def decode(data: bytes, where: str, reader: Reader = no_page) -> Manifest:
+        """The manifest of these bytes and of the pages that they refer to; the latest ones are remembered.
+
+        Raises CorruptShelf, NewerFormat, and what `reader` raises.
+        """
+        identity = digest([data])
         if identity not in _decoded:
-            if len(_decoded) >= MOST_DECODED:
-                del _decoded[next(iter(_decoded))]
-            _decoded[identity] = Manifest._decode(data, where)
+            _remember(_decoded, identity, Manifest._decode(data, where, reader))
         return _decoded[identity]
 
     @staticmethod
-    def _decode(data: bytes, where: str) -> Manifest:
+    def _decode(data: bytes, where: str, reader: Reader) -> Manifest:
         try:
             document = json.loads(data)
             if document["format"] > FORMAT:
                 raise NewerFormat(f"manifest of format {document['format']}", where=where, cure="upgrade lorashelf")
-            base = document["base"]
+            slot_pages, task_pages = _resolve(document, reader) if document["format"] == FORMAT else ((), ())
             _check(document)
-            return Manifest(
+            base = document["base"]
+            manifest = Manifest(
                 parent=document["parent"],
                 sequence=document["sequence"],
                 recipe=document["recipe"],
                 budget=document["budget"],
                 cause=document["cause"],
                 base=None if base is None else BaseId(base["name"], base["revision"]),
-                slots=tuple(Slot.read(item) for item in document["slots"]),
+                slots=tuple(map(Slot.read, document["slots"])),
                 tasks=document["tasks"],
                 arrived=document["arrived"],
                 scores=tuple(document["scores"]),
@@ -223,6 +142,12 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what, cure = f"manifest cannot be read: {error!r}", "lorashelf repair SHELF"
             raise CorruptShelf(what, where=where, cure=cure) from error
+        pages = Pages()
+        for found in (*slot_pages, *task_pages):
+            pages.update(found.pages)
+        manifest.__dict__["files"] = Files(document["format"], data, pages)
+        _encoded_already(manifest, slot_pages, task_pages)
+        return manifest
 
     def slot(self, slot_id: int) -> Slot:
         """The slot of this id. Raises KeyError."""
@@ -245,6 +170,118 @@ class Manifest:
         return tuple(slot for slot in self.slots if slot.id != slot_id)
 
 
+def salvaged(data: bytes, where: str, reader: Reader) -> tuple[Manifest, list[str]]:
+    """What is left of a manifest of which pages are lost, and the ids of these pages.
+
+    A task is left where its slot is, and either its own page or its adapter among the sources. Raises as `decode`.
+    """
+    lost: list[str] = []
+
+    def page(identity: str, otherwise: T) -> T:
+        try:
+            return cast(T, json.loads(reader(identity)))
+        except CorruptShelf:
+            lost.append(identity)
+            return otherwise
+
+    document = json.loads(data)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        return Manifest.decode(data, where), lost
+    tasks: dict[str, Any] = {}
+    for identity in document["tasks"]:
+        tasks |= page(identity, dict[str, Any]())
+    records: list[dict[str, Any]] = [each for i in document["slots"] for each in page(i, list[dict[str, Any]]())]
+    document |= {"format": 1, "slots": [], "tasks": {}}
+    for record in records:
+        before, whole = len(lost), Slot.whole(record, Pages(), lambda i: canonical_json(page(i, [])))
+        if len(lost) > before:
+            whole |= {"average": None, "fixed": "a part of the record of what was merged is lost"}
+        if "facts" in whole and not _sound_facts(page(whole["facts"], None)):
+            lost.append(whole.pop("facts"))
+        known = {source["task"]: {"type": source["type"], "digest": source["digest"]} for source in whole["merged"]}
+        known |= tasks
+        whole["members"] = [task for task in whole["members"] if task in known]
+        if whole["members"]:
+            document["slots"].append(whole)
+            document["tasks"] |= {task: known[task] for task in whole["members"]}
+    return Manifest.decode(canonical_json(document), where), lost
+
+
+def _sound_facts(document: Any) -> bool:
+    try:
+        return bool(Facts.read(document))
+    except (ValueError, TypeError, AttributeError):
+        return False
+
+
+def _slots_page(run: Sequence[Slot], pages: Pages) -> str:
+    """The id of the page of these slots, added to `pages` with what it refers to; encoded once."""
+    key = tuple(map(id, run))
+    if key not in _encoded:
+        own = Pages()
+        _remember(_encoded, key, (run, own.add([slot.record(own) for slot in run]), own))
+    _, identity, own = _encoded[key]  # `run` is held so that its ids stay those of its slots
+    pages.update(own)
+    return identity
+
+
+def _tasks_page(run: Mapping[str, Details], pages: Pages) -> str:
+    """The id of the page of these tasks, added to `pages`; encoded once."""
+    key = (*run, *map(id, run.values()))
+    if key not in _encoded:
+        own = Pages()
+        _remember(_encoded, key, (run, own.add({name: dict(details) for name, details in run.items()}), own))
+    _, identity, own = _encoded[key]
+    pages.update(own)
+    return identity
+
+
+class _Found(NamedTuple):
+    """A page that was read: its id, what is on it, and the pages that it is and refers to."""
+
+    id: str
+    content: Any
+    pages: Pages
+
+
+def _resolve(document: dict[str, Any], reader: Reader) -> tuple[list[_Found], list[_Found]]:
+    """Put the records of its pages into a manifest's document of format 2; the pages of slots and of tasks."""
+
+    def read(name: str) -> Iterator[_Found]:
+        if not _are_digests(document[name]):
+            raise ValueError(f"not what lorashelf writes: {name}")
+        for identity in document[name]:
+            pages = Pages()
+            content = pages.read(identity, reader)
+            if name == "slots":
+                content = [Slot.whole(record, pages, reader) for record in content]
+            yield _Found(identity, content, pages)
+
+    slots, tasks = list(read("slots")), list(read("tasks"))
+    document["slots"] = [record for page in slots for record in page.content]
+    document["tasks"] = {name: details for page in tasks for name, details in page.content.items()}
+    return slots, tasks
+
+
+def _encoded_already(manifest: Manifest, slots: Sequence[_Found], tasks: Sequence[_Found]) -> None:
+    """Remember which pages the slots and tasks of a manifest are on, so that they are not encoded again."""
+    place = 0
+    for page in slots:
+        run = manifest.slots[place : place + len(page.content)]
+        place += len(run)
+        _remember(_encoded, tuple(map(id, run)), (run, page.id, page.pages))
+    for page in tasks:
+        named = {name: manifest.tasks[name] for name in sorted(page.content)}
+        _remember(_encoded, (*named, *map(id, named.values())), (named, page.id, page.pages))
+
+
+def _remember(known: dict[K, T], key: K, value: T) -> None:
+    """Keep a value; the oldest goes where there are too many."""
+    if len(known) >= MOST_REMEMBERED:
+        del known[next(iter(known))]
+    known[key] = value
+
+
 def _check(document: dict[str, Any]) -> None:
     if faults := list(_faults(document)):
         raise ValueError(f"not what lorashelf writes: {', '.join(faults)}")
@@ -257,7 +294,7 @@ def _faults(document: dict[str, Any]) -> Iterator[str]:
     wrong = [name for name, kind in kinds.items() if type(document[name]) is not kind]
     yield from wrong
     base, parent = document["base"], document["parent"]
-    if document["format"] != FORMAT:
+    if document["format"] not in (1, FORMAT):
         yield "format"
     if not (parent is None or is_digest(parent)):
         yield "parent"
@@ -268,13 +305,13 @@ def _faults(document: dict[str, Any]) -> Iterator[str]:
         yield "base"
     if not {"slots", "scores", "tasks"}.isdisjoint(wrong):
         return
-    if not all(_number(score) for score in document["scores"]):
+    if not all(is_number(score) for score in document["scores"]):
         yield "scores"
     yield from (
         f"tasks: {n}" for n, v in document["tasks"].items() if type(v) is not dict or not is_digest(v["digest"])
     )
     for place, slot in enumerate(document["slots"]):
-        yield from (f"slots[{place}]: {field}" for field in _slot_faults(slot))
+        yield from (f"slots[{place}]: {field}" for field in record_faults(slot))
     ids, routed = (
         [slot["slot"] for slot in document["slots"]],
         [t for slot in document["slots"] for t in slot["members"]],
@@ -285,53 +322,12 @@ def _faults(document: dict[str, Any]) -> Iterator[str]:
         yield "members: not the tasks, each once"
 
 
-def _slot_faults(slot: dict[str, Any]) -> Iterator[str]:
-    sound = {
-        "slot": type(slot["slot"]) is int and slot["slot"] >= 0,
-        "object": is_digest(slot["object"]),
-        "encoding": type(slot["encoding"]) is str and on_one_line(slot["encoding"]),
-        "dtype": slot["dtype"] in WIDTHS,
-        "rank": type(slot["rank"]) is int and slot["rank"] > 0,
-        "bytes": type(slot["bytes"]) is int and slot["bytes"] > 0,
-        "members": type(slot["members"]) is list and all(type(task) is str for task in slot["members"]),
-        "merged": type(slot["merged"]) is list and all(map(_is_record, slot["merged"])),
-        "error": _number(slot["error"]),
-        "restored": _number(slot["restored"]) and slot["restored"] > 0,
-        "average": slot["average"] is None or type(slot["average"]) is str,
-        "worn": type(slot.get("worn", 0)) is int and slot.get("worn", 0) >= 0,
-        "fixed": slot.get("fixed") is None or (type(slot["fixed"]) is str and on_one_line(slot["fixed"])),
-    }
-    yield from (field for field, holds in sound.items() if not holds)
-
-
-def _is_record(entry: dict[str, Any]) -> bool:
-    numbers = all(_number(entry[name]) for name in ("weight", "norm", "rank", "parameters"))
-    return numbers and is_digest(entry["digest"]) and type(entry["task"]) is str
-
-
 def _are_digests(value: Any) -> bool:
     return type(value) is list and all(map(is_digest, value))
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _packed(values: Sequence[float], code: str) -> str:
-    """Numbers of a kind that `struct` names, little-endian, in base64."""
-    return b2a_base64(struct.pack(f"<{len(values)}{code}", *values), newline=False).decode()
-
-
-def _unpacked(text: str, code: str) -> tuple[Any, ...]:
-    data = a2b_base64(text)
-    count = len(data) // struct.calcsize(f"<{code}")
-    values = struct.unpack_from(f"<{count}{code}", data)
-    if _packed(values, code) != text or not all(0 <= value < math.inf for value in values):
-        raise ValueError("energies, noise or sums are not what lorashelf writes")
-    return values
-
-
 _decoded: dict[str, Manifest] = {}
+_encoded: dict[tuple[object, ...], tuple[object, str, Pages]] = {}
 
 
 def now() -> datetime:
@@ -369,9 +365,13 @@ class Plan:
     def sealed(self, written: Mapping[int, Stored], time: str) -> Manifest:
         """The manifest with the ids and sums of what was written, by slot, and the time filled in."""
         slots = tuple(
-            replace(s, object=replace(s.object, id=written[s.id].identity, sums=written[s.id].sums))
-            if s.id in written
-            else s
-            for s in self.manifest.slots
+            replace(slot, object=_sealed(slot.object, written[slot.id])) if slot.id in written else slot
+            for slot in self.manifest.slots
         )
         return replace(self.manifest, slots=slots, cause={**self.manifest.cause, "time": time})
+
+
+def _sealed(planned: StoredObject, written: Stored) -> StoredObject:
+    known = planned.facts
+    facts = replace(known, sums=written.sums) if isinstance(known, Facts) else known
+    return replace(planned, id=written.identity, facts=facts)

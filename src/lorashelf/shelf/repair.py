@@ -18,10 +18,11 @@ from ..merging.average import Average, Source, alone, block, fold
 from ..merging.spec import WEIGHTINGS, MergeSpec
 from ..version import VERSION
 from .allocation import coarser
-from .manifest import PENDING_TIME, Manifest, Plan, Slot
+from .manifest import PENDING_TIME, Manifest, Plan
 from .plans import another
 from .settings import recorded
 from .shelf import Shelf
+from .slot import Slot
 from .snapshot import Snapshot
 
 How = Literal["rewritten", "merged", "earlier", "none"]
@@ -137,7 +138,7 @@ def _own(slot: Slot, option: Mended) -> tuple[bool, Mended]:
         return False, option
     parts = [coarser(average, codec, n) for n in range(1, len(codec.levels(average.adapter)) + 1)] or [average]
     fits = [part for part in parts if codec.encode(part.adapter).size <= slot.object.bytes] or parts[:1]
-    own = codec.encode(fits[-1].adapter).digest() == slot.object.id
+    own = codec.encode(fits[-1].adapter).stored().identity == slot.object.id
     return own, replace(option, new=fits[-1])
 
 

@@ -7,50 +7,75 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from .. import atomic
 from ..digest import canonical_json
 from ..errors import CorruptShelf, ShelfConfigError
+from ..version import VERSION
 from . import log
-from .manifest import Manifest, manifest_id
+from .folder import MANIFESTS, ShelfFolder
+from .manifest import Manifest, manifest_id, now, salvaged, stamp
+from .pages import FOLDER as PAGES
+from .pages import SUFFIX, page_path, read_page
 from .settings import FILE, read_toml, recorded, write_toml
 
-MANIFESTS = "manifests"
 LOST = "lost"
 """The operation of a state of which only the sequence is known."""
+NOT_WRITTEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a document of another shape raises."""
 
 
 def mend(folder: Path) -> list[str]:
     """Put all of it right; what was done, in sentences. The writer's lock is held. Raises CorruptShelf where no
     manifest is left, NewerFormat, DiskError.
     """
-    kept, done = _sound_manifests(folder)
-    head, said = _mended_head(folder, kept)
-    return [*done, *said, *_mended_settings(folder, kept[head]), *_mended_log(folder, head, kept)]
+    kept, torn, done = _manifests(folder)
+    head, said = _mended_head(folder, kept, torn)
+    for identity in torn:
+        atomic.remove(folder / MANIFESTS / f"{identity}.json")
+    return [*done, *said, *_mended_settings(folder, kept[head]), *_mended_log(folder, head, kept, torn)]
 
 
-def _sound_manifests(folder: Path) -> tuple[dict[str, Manifest], list[str]]:
-    """Every manifest whose bytes are those it is named by; the others are deleted."""
+def _manifests(folder: Path) -> tuple[dict[str, Manifest], dict[str, Manifest], list[str]]:
+    """The manifests whose bytes are those they are named by and whose pages are there; what is left of those that lack
+    pages; what was done: the others, and damaged pages, are deleted.
+    """
     if not (folder / MANIFESTS).is_dir() or (folder / MANIFESTS).is_symlink():
         raise _nothing_left(folder)
     with atomic.refusals(folder / MANIFESTS, "read"):
         paths = sorted((folder / MANIFESTS).iterdir())
-    sound = {path.stem: found for path in paths if (found := _manifest(path)) is not None}
-    if not sound:
+    sound: dict[str, Manifest] = {}
+    torn: dict[str, Manifest] = {}
+    lacking: set[str] = set()
+    done = []
+    for path in paths:
+        found = _manifest(folder, path)
+        if found is None:
+            done.append(f"{MANIFESTS}/{path.name}: damaged, deleted; its state is lost")
+            continue
+        manifest, lost = found
+        (torn if lost else sound)[path.stem] = manifest
+        lacking.update(lost)
+    if not sound and not torn:
         raise _nothing_left(folder)
-    damaged = [path for path in paths if path.stem not in sound]
-    for path in damaged:
-        atomic.remove(path)
-    return sound, [f"{MANIFESTS}/{path.name}: damaged, deleted; its state is lost" for path in damaged]
+    for path in paths:
+        if path.stem not in {**sound, **torn}:
+            atomic.remove(path)
+    for identity in sorted(lacking):
+        atomic.remove(page_path(folder, identity))
+        done.append(f"{PAGES}/{identity}{SUFFIX}: damaged or gone")
+    return sound, torn, done
 
 
-def _manifest(path: Path) -> Manifest | None:
+def _manifest(folder: Path, path: Path) -> tuple[Manifest, list[str]] | None:
+    """What is left of the manifest in a file, and the pages that are lost; None for a file that is not a manifest."""
     data = _bytes(path)
     if data is None or f"{manifest_id(data)}.json" != path.name:
         return None
-    with contextlib.suppress(CorruptShelf):  # its name is right, but no writer made it
-        return Manifest.decode(data, str(path))
+    with contextlib.suppress(CorruptShelf, *NOT_WRITTEN):  # its name is right, but no writer made it
+        return salvaged(data, str(path), lambda identity: read_page(folder, identity))
     return None
 
 
@@ -72,19 +97,48 @@ def _nothing_left(folder: Path) -> CorruptShelf:
     return CorruptShelf("no manifest of this shelf is left", where=str(folder), cure=cure)
 
 
-def _mended_head(folder: Path, kept: Mapping[str, Manifest]) -> tuple[str, list[str]]:
-    """The head, and what was done: one that names no sound manifest is set to the newest that there is."""
+def _mended_head(folder: Path, kept: dict[str, Manifest], torn: Mapping[str, Manifest]) -> tuple[str, list[str]]:
+    """The head, and what was done: one that lacks pages gets a successor of what is left, which is then kept as well;
+    one that names no manifest is set to the newest that there is.
+    """
     path = folder / "HEAD"
     named = (_bytes(path) or b"").decode(errors="replace").strip()
     if named in kept:
         return named, []
-    newest = max(kept, key=lambda identity: kept[identity].sequence)
     if path.is_dir() and not path.is_symlink():
         _set_aside(path)
-    atomic.replace_file(path, f"{newest}\n".encode(), folder / "tmp")
-    cause = kept[newest].cause
-    what = f"#{kept[newest].sequence}, {cause.get('operation')} {cause.get('task', '')}".rstrip()
-    return newest, [f"HEAD: named no sound manifest; the newest is {newest[:15]}… ({what})"]
+    if named in torn or not kept:
+        before = named if named in torn else _newest(torn)
+        manifest = _successor(before, torn[before], kept)
+        kept[ShelfFolder(folder).publish(manifest)] = manifest
+        left = f"{len(manifest.tasks)} tasks are left"
+        said = f"HEAD: what is left of the manifest {before[:15]}… is written as a new one; {left}"
+    else:
+        cause = kept[_newest(kept)].cause
+        what = f"#{kept[_newest(kept)].sequence}, {cause.get('operation')} {cause.get('task', '')}".rstrip()
+        said = f"HEAD: named no sound manifest; the newest is {_newest(kept)[:15]}… ({what})"
+    head = _newest(kept)
+    atomic.replace_file(path, f"{head}\n".encode(), folder / "tmp")
+    return head, [said]
+
+
+def _newest(manifests: Mapping[str, Manifest]) -> str:
+    return max(manifests, key=lambda identity: manifests[identity].sequence)
+
+
+def _successor(before: str, left: Manifest, kept: Mapping[str, Manifest]) -> Manifest:
+    """The manifest after one that lacks pages, with what is left of it; undo leads to the kept manifests before."""
+    earlier = sorted((i for i in kept if kept[i].sequence < left.sequence), key=lambda i: -kept[i].sequence)
+    return replace(
+        left,
+        parent=before,
+        sequence=max(manifest.sequence for manifest in (left, *kept.values())) + 1,
+        cause={"operation": "repair", "time": stamp(now), "version": VERSION},
+        state=before,  # which goes, so that a reader takes the new manifest for the state
+        undo=tuple(i for i in earlier if kept[i].state is None),
+        redo=(),
+        ended=(),
+    )
 
 
 def _mended_settings(folder: Path, manifest: Manifest) -> list[str]:
@@ -102,7 +156,7 @@ def _mended_settings(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{FILE}: written anew as the manifest recorded it, without base and base_aliases{aside}"]
 
 
-def _mended_log(folder: Path, head: str, kept: Mapping[str, Manifest]) -> list[str]:
+def _mended_log(folder: Path, head: str, kept: Mapping[str, Manifest], torn: Mapping[str, Manifest]) -> list[str]:
     """What was done: lines that are none are taken out, a state without a line or manifest gets one, and so does a
     state that the head does not reach any more, whose manifest will go.
     """
@@ -112,7 +166,7 @@ def _mended_log(folder: Path, head: str, kept: Mapping[str, Manifest]) -> list[s
     data = data or b""
     lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
     newest, reached = kept[head].sequence, _chain(head, kept)
-    past = {identity: manifest for identity, manifest in kept.items() if manifest.sequence < newest}
+    past = {identity: manifest for identity, manifest in {**torn, **kept}.items() if manifest.sequence < newest}
     taken = {manifest.sequence: identity for identity, manifest in {**past, head: kept[head]}.items()}
     mended = {past[i].sequence: log.line(i, past[i]) for i in past if i not in reached}
     for line in lines:

@@ -14,7 +14,7 @@ from ..errors import CorruptShelf, NewerFormat, UsageError
 from ..formats.codecs import CODECS
 from ..formats.peft import Peft, encode, size_alone, write_adapter
 from .allocation import rate
-from .manifest import Slot
+from .slot import Slot
 from .snapshot import Snapshot
 
 MOST_KEPT = 16  # PEFT folders of coded slots in the cache
@@ -52,7 +52,7 @@ def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, v
             os.utime(kept)
             return {**answer, "path": str(kept)}
         atomic.remove(kept)
-    path = folder / f"{slot.object.id}.{encode(snapshot.adapter(task)).digest()}"
+    path = folder / f"{slot.object.id}.{encode(snapshot.adapter(task)).stored().identity}"
     with contextlib.suppress(UsageError):  # another process was faster
         write_adapter(snapshot.adapter(task), path)
     for old in sorted(folder.iterdir(), key=lambda each: -each.stat().st_mtime)[MOST_KEPT:]:

@@ -26,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FORMAT = 1
+FORMAT = 2
 FILE = "shelf.toml"
 LARGEST = 2**53 - 1  # what canonical JSON can hold
 
@@ -207,7 +207,7 @@ def read_toml(path: Path) -> Settings:
         raise NewerFormat(
             f"format {version}; this lorashelf reads up to {FORMAT}", where=str(path), cure="upgrade lorashelf"
         )
-    faults = [] if version == FORMAT else [("format", f"format is {version!r}, not {FORMAT}")]
+    faults = [] if version in (1, FORMAT) else [("format", f"format is {version!r}, not {FORMAT}")]
     budget = _section(document, "budget", [f.name for f in fields(Budget)], faults)
     recipe = _section(document, "recipe", RECIPE, faults)
     base, aliases = document.pop("base", None), document.pop("base_aliases", [])

@@ -7,6 +7,7 @@ Readers need no lock. A writer holds `lock`; killed at any point, the shelf open
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +29,15 @@ from ..lora.adapter import Adapter
 from . import log, repair_records
 from .budget import check_budget
 from .creation import appearing, fill, first_files
-from .folder import ShelfFolder
-from .manifest import PENDING, Clock, Manifest, Plan, Slot, now, stamp
-from .settings import FILE, Settings, config_error, edited_toml, read_toml
+from .folder import MANIFESTS, ShelfFolder
+from .manifest import Clock, Manifest, Plan, now, stamp
+from .settings import FILE, FORMAT, Settings, config_error, edited_toml, read_toml
+from .slot import PENDING, Slot
 from .snapshot import Snapshot
 from .undo import check_objects, restored
 
 LOCK_SECONDS = 10.0
+_logger = logging.getLogger("lorashelf")
 T = TypeVar("T")
 
 
@@ -48,7 +51,7 @@ class Shelf:
         self._folder = ShelfFolder(self.path)
         self._lock = WriterLock(self.path / "lock")
         with atomic.refusals(self.path, "read"):
-            found = (self.path / "HEAD").exists() or (self.path / "manifests").is_dir()
+            found = (self.path / "HEAD").exists() or (self.path / MANIFESTS).is_dir()
         if not found:
             cure = "lorashelf init SHELF --slots K makes one"
             raise ShelfNotFound("there is no shelf here", where=str(self.path), cure=cure)
@@ -101,14 +104,15 @@ class Shelf:
         settings = read_toml(self.path / FILE)
         self._check_settings(settings, manifest)
         kept: dict[str, Manifest] = {}
+        reader = self._folder.reader()
         chain, parent = [manifest], manifest.parent
-        while parent is not None and (found := self._folder.manifest(parent)) is not None:
+        while parent is not None and (found := self._folder.manifest(parent, reader)) is not None:
             kept[parent] = found
             chain.append(found)
             parent = found.parent
         for each in chain:
             for identity in (each.state, *each.undo, *each.redo, *each.ended):
-                if identity and identity not in kept and (found := self._folder.manifest(identity)) is not None:
+                if identity and identity not in kept and (found := self._folder.manifest(identity, reader)) is not None:
                     kept[identity] = found
         return Snapshot(self.path, head, manifest, settings, kept, read_at=head)
 
@@ -201,7 +205,7 @@ class Shelf:
             with self._nothing_left():
                 writes = [(plan.manifest.slot(number), adapter) for number, adapter in sorted(plan.writes.items())]
                 objects = {slot.id: self._folder.store(adapter, slot.codec) for slot, adapter in writes}
-                return self._advance(plan.sealed(objects, stamp(self._clock)))
+                return self._advance(snapshot, plan.sealed(objects, stamp(self._clock)))
 
     def undo(self, to: str | None = None) -> str:
         """Commit the content of the state before (or of any kept manifest, by a prefix of its id) anew; returns the new
@@ -224,7 +228,7 @@ class Shelf:
             check_objects(snapshot, manifest)
             self._folder.sweep_staging()
             with self._nothing_left():
-                return self._advance(manifest)
+                return self._advance(snapshot, manifest)
 
     def configure(self, changes: Mapping[str, Any]) -> Settings:
         """Change settings in shelf.toml, by the flat names that `new_settings` takes; None takes one out. What a person
@@ -294,7 +298,7 @@ class Shelf:
             path = self.path / FILE
             raise config_error(path, atomic.read_file(path).decode(), faults)
 
-    def _advance(self, manifest: Manifest) -> str:
+    def _advance(self, before: Snapshot, manifest: Manifest) -> str:
         """Write the manifest, move HEAD (this is the commit), then delete what is out of reach."""
         identity = self._folder.publish(manifest)
         self._lock.check()
@@ -302,6 +306,9 @@ class Shelf:
         with contextlib.suppress(LorashelfError, OSError):  # committed all the same: the next writer sweeps again
             self._lock.check()
             self._folder.sweep(self.snapshot())
+        if before.manifest.files.format < FORMAT:
+            what = f"{self.path} is of format {FORMAT} from now on, of {before.manifest.files.format} before"
+            _logger.warning("note: %s; an older lorashelf cannot read it any more", what)
         return identity
 
     @contextlib.contextmanager

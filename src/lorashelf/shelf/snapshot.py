@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,18 +15,22 @@ from typing import Any
 from ..atomic import no_links, read_file, refusals
 from ..errors import AdapterFormatError, CorruptShelf, DiskError, StaleShelf, UnknownName
 from ..execution import at_once
+from ..formats.objects import Stored
 from ..formats.safetensors import DAMAGED
 from ..lora.adapter import Adapter
 from ..lora.kernels import squared_norms_hold
 from ..merging.average import Average
 from .log import FILE as LOG
 from .log import History
-from .manifest import PENDING, Manifest, Plan, Slot
+from .manifest import PENDING_TIME, Manifest, Plan
+from .pages import FOLDER as PAGES
+from .pages import compressed, page_path, read_page
 from .settings import Settings
+from .slot import NOTHING, PENDING, Facts, Slot
 from .timeline import Timeline, timeline
 
 HEAD_BYTES = 68  # a digest and a newline
-_SWEPT = ("HEAD", LOG, "manifests", "objects", "tmp")  # what a commit rewrites or sweeps
+_SWEPT = ("HEAD", LOG, "manifests", PAGES, "objects", "tmp")  # what a commit rewrites or sweeps
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Snapshot:
     pending: Mapping[int, Adapter] = field(default_factory=dict)
     """Contents of slots that are planned, not written: what a dry run of several adds goes on from."""
     _served: dict[object, Adapter] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[Adapter, Stored] = field(default_factory=dict, repr=False, compare=False)
     _walked: dict[Path, int] = field(default_factory=dict, repr=False, compare=False)
     read_at: str = ""
     """What HEAD named when the shelf was read; the head itself unless that is planned."""
@@ -105,7 +111,8 @@ class Snapshot:
         """
         if slot.id in self.pending:
             return self.pending[slot.id]
-        if not slot.object.sums:
+        facts = self.facts(slot)
+        if not facts.sums:
             self.check_bytes(slot)
         with self._standing():
             with refusals(self.path, "read"):
@@ -115,12 +122,29 @@ class Snapshot:
                 return self._corrupt([_damaged(slot, what)], path)
 
             try:
-                adapter = slot.codec.open(path, slot.object.sums, lost)
+                adapter = slot.codec.open(path, facts.sums, lost)
             except AdapterFormatError as error:
                 raise self._corrupt([_damaged(slot, "; ".join(error.faults))], path) from error
-        if len(slot.object.squared_norms) == len(adapter.modules):
-            adapter.modules.squared_norms = dict(zip(adapter.modules, slot.object.squared_norms, strict=True))
+        if len(facts.squared_norms) == len(adapter.modules):
+            adapter.modules.squared_norms = dict(zip(adapter.modules, facts.squared_norms, strict=True))
         return adapter
+
+    def facts(self, slot: Slot) -> Facts:
+        """What is recorded of a slot's object; nothing where the page is damaged, so that the object is hashed."""
+        if isinstance(slot.object.facts, Facts):
+            return slot.object.facts
+        with contextlib.suppress(CorruptShelf):
+            return self._recorded(slot.object.facts)
+        return NOTHING
+
+    def _recorded(self, identity: str) -> Facts:
+        """The facts of a page. Raises CorruptShelf."""
+        try:
+            return Facts.read(json.loads(read_page(self.path, identity)))
+        except (ValueError, TypeError, AttributeError) as error:
+            where = str(page_path(self.path, identity))
+            what = f"the facts of an object cannot be read: {error}"
+            raise CorruptShelf(what, where=where, cure=f"lorashelf repair {self.path}") from error
 
     def average(self, slot: Slot) -> Average:
         """A slot as what the next fold starts from: norm restoration divided out. Raises as `stored`."""
@@ -171,13 +195,15 @@ class Snapshot:
         try:
             if fault := self._fault(slot, anew=True):
                 return [fault]
+            if isinstance(slot.object.facts, str):
+                self._recorded(slot.object.facts)
             path, adapter = self.slot_path(slot), self.stored(slot)
             with refusals(path, "read"):
                 size = sum(file.stat().st_size for file in slot.codec.paths(path))
             if size != slot.object.bytes:
                 return [_damaged(slot, f"it has {size} bytes, the manifest says {slot.object.bytes}")]
-            if slot.object.squared_norms and not squared_norms_hold(adapter):
-                return [_damaged(slot, "the manifest's energies are not those of its values")]
+            if self.facts(slot).squared_norms and not squared_norms_hold(adapter):
+                return [_damaged(slot, "the squared norms recorded are not those of its values")]
         except (CorruptShelf, StaleShelf) as error:
             return [error.what]
         except DiskError as error:
@@ -198,11 +224,6 @@ class Snapshot:
         )
 
     @property
-    def bytes(self) -> int:
-        """Every byte under the shelf."""
-        return sum(self.files.values())
-
-    @property
     def resting(self) -> int:
         """Every byte under the shelf once it is swept."""
         objects: dict[object, int] = {slot.object.id: slot.object.bytes for slot in self.manifest.slots}
@@ -211,17 +232,25 @@ class Snapshot:
     def at_rest(self, plan: Plan, *, hashed: bool = True) -> int:
         """Every byte under the shelf once this plan is committed and what it makes unreachable is deleted.
 
-        To know an object that is there already it has to be `hashed`; without, at least as many bytes.
+        For that, what the plan writes has to be `hashed`; without, at least as many bytes.
         """
-        objects: dict[object, int] = {}
-        for slot in plan.manifest.slots:
-            if slot.id in plan.writes:
-                encoded = slot.codec.encode(plan.writes[slot.id]) if hashed else None
-                objects[encoded.digest() if encoded else (slot.id,)] = slot.object.bytes
-            else:
-                objects[_key(slot)] = slot.object.bytes
+        slack = 0
+        if hashed:
+            plan = replace(plan, manifest=plan.sealed(self._hashed(plan), PENDING_TIME))
+        else:  # digests and sums that are not known yet compress better than those that take their places
+            slack = sum(
+                2 * len(PENDING) + 8 * len(_sums(slot)) for slot in plan.manifest.slots if slot.id in plan.writes
+            )
+        objects = {_key(slot): slot.object.bytes for slot in plan.manifest.slots}
         after = self.after(plan)
-        return after._size(after._retained(objects), objects)
+        return after._size(after._retained(objects), objects) + slack
+
+    def _hashed(self, plan: Plan) -> Mapping[int, Stored]:
+        """What each object that a plan writes will be: hashed once."""
+        for number, adapter in plan.writes.items():
+            if adapter not in self._known:
+                self._known[adapter] = plan.manifest.slot(number).codec.encode(adapter).stored()
+        return {number: self._known[adapter] for number, adapter in plan.writes.items()}
 
     def retained(self) -> dict[str, Manifest]:
         """The manifests that stay beside the head, with their objects: where undo and redo lead, `keep` predecessors,
@@ -245,20 +274,27 @@ class Snapshot:
     def _size(self, stay: Mapping[str, Manifest], objects: Mapping[object, int]) -> int:
         """Every byte under the shelf once it holds the head, whose objects are given, and the manifests that stay."""
         leaving = list(self.ancestors.items())[self.keep :]
+        states = {self.head: self.manifest, **stay}
         stored = {_key(slot): slot.object.bytes for manifest in stay.values() for slot in manifest.slots}
+        pages = {identity: data for each in states.values() for identity, data in each.files.pages.items()}
         others = {name: size for name, size in self.files.items() if name.parts[0] not in _SWEPT}
         return (
             sum(others.values())
             + HEAD_BYTES
             + History(self.path).size(leaving)
-            + self._manifest_size(self.head, self.manifest)
-            + sum(self._manifest_size(identity, manifest) for identity, manifest in stay.items())
+            + sum(len(manifest.files.root) for manifest in states.values())
+            + sum(self._page_size(identity, data) for identity, data in pages.items())
             + sum({**stored, **objects}.values())
         )
 
-    def _manifest_size(self, identity: str, manifest: Manifest) -> int:
-        """Bytes of a manifest's file; a planned one is encoded."""
-        return self.files.get(Path("manifests", f"{identity}.json")) or len(manifest.encode())
+    def _page_size(self, identity: str, data: bytes | None) -> int:
+        """Bytes of a page's file, of one that is not written yet as well."""
+        return self.files.get(page_path(Path(), identity)) or len(compressed(data or b""))
+
+    @property
+    def bytes(self) -> int:
+        """Every byte under the shelf."""
+        return sum(self.files.values())
 
     @property
     def files(self) -> Mapping[Path, int]:
@@ -282,3 +318,8 @@ def _key(slot: Slot) -> object:
 def _damaged(slot: Slot, what: str) -> str:
     """A fault of a slot's object, with the tasks that it serves."""
     return f"slot {slot.id}, objects/{slot.object.id}: {what}; tasks: {', '.join(slot.members)}"
+
+
+def _sums(slot: Slot) -> Sequence[int]:
+    """The sums in the record of a slot that is planned."""
+    return slot.object.facts.sums if isinstance(slot.object.facts, Facts) else ()

@@ -37,15 +37,15 @@ class Levels:
         """Bytes of all levels."""
         return sum(map(len, self.levels))
 
-    def digest(self) -> str:
-        """The object's id: the digest of the length and the bytes of each level."""
-        return digest(part for level in self.levels for part in (length(len(level)), level))
+    def stored(self) -> Stored:
+        """What `write` returns: the digest of the length and the bytes of each level; no sums."""
+        return Stored(digest(part for level in self.levels for part in (length(len(level)), level)), ())
 
     def write(self, folder: Path) -> Stored:
         """Write a file per level into an existing folder, synced. Raises DiskError."""
         for number, level in enumerate(self.levels):
             atomic.write_file(folder / f"level-{number}.lsc", [level])
-        return Stored(self.digest(), ())
+        return self.stored()
 
 
 class CodedFolder(Codec):

@@ -1,0 +1,219 @@
+"""A numbered place on a shelf and the object that it holds, in memory and as a record of a manifest."""
+
+from __future__ import annotations
+
+import math
+import struct
+from binascii import a2b_base64, b2a_base64
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..digest import is_digest
+from ..errors import NewerFormat
+from ..formats.codec import Codec
+from ..formats.codecs import CODECS
+from ..lora.adapter import WIDTHS, Adapter
+from ..lora.kernels import squared_norms
+from ..merging.average import Average, History, Source
+from ..names import on_one_line
+from .pages import RECORDS, Pages, Reader, divided
+
+PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of a digest's length, so sizes are exact
+_KEYS = {"slot", "object", "rank", "dtype", "bytes", "merged", "members", "error", "average"}
+_KEYS |= {"restored", "encoding", "worn", "fixed", "noise", "facts"}
+_KEYS |= {"energies", "sums"}  # where format 1 has what is on the page `facts` in format 2
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of an object's values without reading them."""
+
+    squared_norms: tuple[float, ...] = ()
+    """‖ΔW‖² of every module, in the order of their paths; empty where the writer recorded none."""
+    sums: tuple[int, ...] = ()
+    """CRC-32 of config and header together, then of every tensor in the order of the file; empty where the writer
+    recorded none.
+    """
+
+    def document(self) -> dict[str, str]:
+        """As on a page."""
+        arrays = {"squared_norms": _packed(self.squared_norms, "d"), "sums": _packed(self.sums, "I")}
+        return {name: text for name, text in arrays.items() if text}
+
+    @staticmethod
+    def read(document: Mapping[str, Any]) -> Facts:
+        """The facts of a page's document. Raises TypeError, ValueError."""
+        if unknown := document.keys() - {"squared_norms", "sums"}:
+            raise ValueError(f"not what lorashelf writes: {', '.join(sorted(unknown))}")
+        return Facts(_unpacked(document.get("squared_norms", ""), "d"), _unpacked(document.get("sums", ""), "I"))
+
+
+NOTHING = Facts()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An adapter as bytes: where it lies (`id`), how it is written, and what is known of it without reading it."""
+
+    id: str
+    rank: int
+    dtype: str
+    bytes: int
+    encoding: str = "peft"
+    facts: Facts | str = NOTHING
+    """The facts, or the id of the page that they are on."""
+
+    @staticmethod
+    def pending(adapter: Adapter, encoding: str) -> StoredObject:
+        """What an adapter will be once it is written."""
+        encoded = CODECS[encoding].encode(adapter)
+        known = Facts(tuple(squared_norms(adapter).values()), (0,) * encoded.parts) if encoded.parts else NOTHING
+        return StoredObject(
+            id=PENDING,
+            rank=adapter.rank,
+            dtype=adapter.dtype,
+            bytes=encoded.size,
+            encoding=encoding,
+            facts=known,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A numbered place: the object that it holds, what that averages, and the tasks that are routed to it."""
+
+    id: int
+    object: StoredObject
+    history: History
+    members: tuple[str, ...]
+
+    @staticmethod
+    def planned(slot_id: int, average: Average, members: Sequence[str], encoding: str = "peft") -> Slot:
+        """A slot whose object is not written yet."""
+        return Slot(slot_id, StoredObject.pending(average.adapter, encoding), average.history, tuple(members))
+
+    @property
+    def readable(self) -> bool:
+        """Whether this lorashelf knows the encoding of its object."""
+        return self.object.encoding in CODECS
+
+    @property
+    def codec(self) -> Codec:
+        """What reads and writes its object. Raises NewerFormat for an encoding that this lorashelf does not know."""
+        if not self.readable:
+            what = f"slot {self.id} has the encoding {self.object.encoding!r}, which this lorashelf does not know"
+            raise NewerFormat(f"{what}; tasks: {', '.join(self.members)}", cure="upgrade lorashelf")
+        return CODECS[self.object.encoding]
+
+    def document(self) -> dict[str, Any]:
+        """As in every JSON answer: without facts and noise; `worn`, `fixed` only where there is any."""
+        stored, history = self.object, self.history
+        document = {
+            "slot": self.id,
+            "object": stored.id,
+            "rank": stored.rank,
+            "dtype": stored.dtype,
+            "bytes": stored.bytes,
+            "merged": [asdict(source) for source in history.merged],
+            "members": list(self.members),
+            "error": history.error,
+            "average": history.method,
+            "restored": history.restored,
+            "encoding": stored.encoding,
+        }
+        rare = {"worn": history.extra_roundings, "fixed": history.fixed}
+        return document | {key: value for key, value in rare.items() if value}
+
+    def record(self, pages: Pages) -> dict[str, Any]:
+        """As on a page of slots; long lists of sources, and facts, are added to `pages`."""
+        record, equal = self.document(), 1 / max(len(self.history.merged), 1)
+        for source in record["merged"]:
+            if source["weight"] == equal:
+                del source["weight"]  # so that a fold changes few pages
+        if len(record["merged"]) > RECORDS:
+            record["merged"] = [pages.add(run) for run in divided(record["merged"], lambda source: source["digest"])]
+        if self.history.noise:
+            record["noise"] = _packed(self.history.noise, "d")
+        facts = self.object.facts
+        if isinstance(facts, str):
+            pages.setdefault(facts, None)
+            record["facts"] = facts
+        elif facts != NOTHING:
+            record["facts"] = pages.add(facts.document())
+        return record
+
+    @staticmethod
+    def whole(record: Mapping[str, Any], pages: Pages, reader: Reader) -> dict[str, Any]:
+        """The record with all its sources, where they are on pages, and their weights. Raises as `pages.read`."""
+        merged = record["merged"]
+        if merged and isinstance(merged[0], str):
+            merged = [source for identity in merged for source in pages.read(identity, reader)]
+        if isinstance(record.get("facts"), str):
+            pages.setdefault(record["facts"], None)
+        equal = 1 / max(len(merged), 1)
+        return {**record, "merged": [{"weight": equal, **source} for source in merged]}
+
+    @staticmethod
+    def read(record: Mapping[str, Any]) -> Slot:
+        """The slot of a whole record without faults. Raises KeyError, TypeError, ValueError."""
+        if unknown := record.keys() - _KEYS:
+            raise ValueError(f"not what lorashelf writes: {', '.join(sorted(unknown))}")
+        history = History(
+            merged=tuple(Source(**source) for source in record["merged"]),
+            error=record["error"],
+            method=record["average"],
+            restored=record["restored"],
+            noise=_unpacked(record.get("noise", ""), "d"),
+            extra_roundings=record.get("worn", 0),
+            fixed=record.get("fixed"),
+        )
+        inline = Facts(_unpacked(record.get("energies", ""), "d"), _unpacked(record.get("sums", ""), "I"))
+        stored = {key: record[key] for key in ("rank", "dtype", "bytes", "encoding")}
+        kept = StoredObject(record["object"], **stored, facts=record.get("facts", inline))
+        return Slot(record["slot"], kept, history, tuple(record["members"]))
+
+
+def record_faults(record: Mapping[str, Any]) -> Iterator[str]:
+    """The fields that a record, whatever its digest, could not have had from a writer."""
+    sound = {
+        "slot": type(record["slot"]) is int and record["slot"] >= 0,
+        "object": is_digest(record["object"]),
+        "encoding": type(record["encoding"]) is str and on_one_line(record["encoding"]),
+        "dtype": record["dtype"] in WIDTHS,
+        "rank": type(record["rank"]) is int and record["rank"] > 0,
+        "bytes": type(record["bytes"]) is int and record["bytes"] > 0,
+        "members": type(record["members"]) is list and all(type(task) is str for task in record["members"]),
+        "merged": type(record["merged"]) is list and all(map(_is_source, record["merged"])),
+        "error": is_number(record["error"]),
+        "restored": is_number(record["restored"]) and record["restored"] > 0,
+        "average": record["average"] is None or type(record["average"]) is str,
+        "worn": type(record.get("worn", 0)) is int and record.get("worn", 0) >= 0,
+        "facts": "facts" not in record or is_digest(record["facts"]),
+        "fixed": record.get("fixed") is None or (type(record["fixed"]) is str and on_one_line(record["fixed"])),
+    }
+    yield from (field for field, holds in sound.items() if not holds)
+
+
+def _is_source(source: Mapping[str, Any]) -> bool:
+    numbers = all(is_number(source[name]) for name in ("weight", "norm", "rank", "parameters"))
+    return numbers and is_digest(source["digest"]) and type(source["task"]) is str
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _packed(values: Sequence[float], code: str) -> str:
+    """Numbers of a kind that `struct` names, little-endian, in base64."""
+    return b2a_base64(struct.pack(f"<{len(values)}{code}", *values), newline=False).decode()
+
+
+def _unpacked(text: str, code: str) -> tuple[Any, ...]:
+    data = a2b_base64(text)
+    count = len(data) // struct.calcsize(f"<{code}")
+    values = struct.unpack_from(f"<{count}{code}", data)
+    if _packed(values, code) != text or not all(0 <= value < math.inf for value in values):
+        raise ValueError("squared norms, noise or sums are not what lorashelf writes")
+    return values
