@@ -75,7 +75,9 @@ class Bench:
         made.commit(plan_cluster(made.snapshot(), named, alone))
         snapshot = made.snapshot()
         assert len(snapshot.manifest.slots) == count
-        self.manifest = sum(path.stat().st_size for path in (self.shelf / "manifests", self.shelf / "pages") for path in path.iterdir())
+        self.manifest = sum(
+            path.stat().st_size for path in (self.shelf / "manifests", self.shelf / "pages") for path in path.iterdir()
+        )
 
     def run(self, side: str, watch: bool = False) -> Run:
         shutil.rmtree(self.copy, ignore_errors=True)

@@ -53,7 +53,7 @@ def references(shelf: Path, identity: str) -> set[str]:
     pages = {*document["slots"], *document["tasks"]}
     for each in document["slots"]:
         for record in page(shelf, each):
-            found.add(f"objects/{record['object']}")
+            found |= {f"objects/{name}" for name, _ in record.get("files", [(record["object"], 0)])}
             pages |= {source for source in record["merged"] if isinstance(source, str)}
             pages |= {record["facts"]} if "facts" in record else set()
     return found | {f"pages/{each}.json.gz" for each in pages}
@@ -72,7 +72,7 @@ def folded(shelf: Path, document: Mapping[str, Any]) -> Path:
     if document.get("format") != 1:
         records = document["slots"]
         for record in records if isinstance(records, list) else ():
-            if isinstance(record, dict) and any(name in record for name in FACTS):
+            if isinstance(record, dict) and "facts" not in record and any(name in record for name in FACTS):
                 record["facts"] = put({name: record.pop(name) for name in FACTS if name in record})
         document["slots"], document["tasks"] = [put(records)], [put(document["tasks"])]
     return written(shelf, document)

@@ -74,8 +74,8 @@ def qualities(shelf: Shelf) -> dict[str, float]:
 
 def levels(shelf: Shelf, slot: int) -> list[bytes]:
     """The bytes of every level of a slot's object."""
-    folder = shelf.snapshot().slot_path(shelf.snapshot().manifest.slot(slot))
-    return [(folder / f"level-{n}.lsc").read_bytes() for n in range(len(list(folder.iterdir())))]
+    snapshot = shelf.snapshot()
+    return [path.read_bytes() for path in snapshot.slot_files(snapshot.manifest.slot(slot))]
 
 
 def filled(path: Path, adapters: Sequence[Adapter], **options: Any) -> Shelf:
@@ -216,7 +216,7 @@ def test_below_the_floor_an_add_is_refused_with_a_budget_that_would_do(
     def full() -> tuple[Shelf, Any]:
         path = tmp_path / f"s{len(list(tmp_path.iterdir()))}"
         shelf = Shelf.create(
-            path, new_settings(None, bytes=(2 + keep) * FINEST + 10_000 * (1 + keep), keep=keep, floor=0.98)
+            path, new_settings(None, bytes=(2 + keep) * FINEST + 4_000 * (1 + keep), keep=keep, floor=0.98)
         )
         for i, x in enumerate(adapters * 2):
             plan = plan_add(shelf.snapshot(), x, f"task-{i}")
@@ -264,7 +264,7 @@ def test_an_object_that_lost_levels_is_mended_to_the_bit_from_its_original(
     slot = min(shelf.snapshot().manifest.slots, key=lambda slot: slot.object.bytes)
     task = slot.members[0]
     served = shelf.snapshot().adapter(task).digest
-    path = shelf.snapshot().slot_path(slot) / "level-1.lsc"
+    path = shelf.snapshot().slot_files(slot)[1]
     path.write_bytes(path.read_bytes()[:-1])
     original = adapters[int(task.removeprefix("task-"))]
     (mended,) = repair(shelf, {task: original})["slots"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from lorashelf import (
     Factors,
     Modules,
     Shelf,
+    Slot,
     candidates,
     combine,
     new_settings,
     norm,
     plan_add,
     plan_remove,
+    plan_set,
     plan_update,
     read_adapter,
     route,
@@ -31,6 +34,9 @@ from lorashelf import (
 from lorashelf.errors import CorruptShelf, NewerFormat, UsageError
 from lorashelf.formats.peft import encode
 from lorashelf.lora.quality import MOST_QUALITY
+from lorashelf.merging.average import Average
+from lorashelf.shelf.allocation import coarser
+from lorashelf.shelf.plan_parts import planned
 from lorashelf.shelf.repair import repair
 from lorashelf.shelf.routing import materialised
 from manifests import forged
@@ -120,7 +126,7 @@ def error_of(shelf: Shelf, task: str, original: Adapter) -> float:
 
 
 def levels(shelf: Shelf, slot: int = 0) -> list[Path]:
-    return sorted(shelf.snapshot().slot_path(shelf.snapshot().manifest.slot(slot)).iterdir())
+    return [*shelf.snapshot().slot_files(shelf.snapshot().manifest.slot(slot))]
 
 
 def test_coded_slots_take_few_bytes_and_serve_what_the_manifest_promises(coded: Shelf) -> None:
@@ -147,19 +153,20 @@ def test_more_quality_takes_more_bytes_and_leaves_less_error(coded: Shelf) -> No
     assert after.history.error < 0.8 * before.history.error
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut off", "gone", "one too many"])
+@pytest.mark.parametrize("damage", ["flipped", "cut off", "gone", "another level"])
 def test_a_damaged_level_is_found_and_mended_to_the_bit_from_the_original(coded: Shelf, damage: str) -> None:
     held = coded.snapshot().manifest.slots
     path = levels(coded)[-1]
     data = path.read_bytes()
     if damage == "gone":
         path.unlink()
-    elif damage == "one too many":
-        (path.parent / "level-9.lsc").write_bytes(data)
+    elif damage == "another level":
+        path.write_bytes(levels(coded)[0].read_bytes())
     else:
         path.write_bytes(data[:-3] if damage == "cut off" else data[:40] + bytes([data[40] ^ 4]) + data[41:])
     (problem,) = coded.verify()
-    assert "slot 0" in problem
+    assert problem.startswith("slot 0, its levels: ")
+    assert path.name in problem
     assert "tasks: a" in problem
     with pytest.raises(CorruptShelf, match="tasks: a"):
         coded.snapshot().adapter("a")
@@ -168,6 +175,30 @@ def test_a_damaged_level_is_found_and_mended_to_the_bit_from_the_original(coded:
     assert mended["how"] == "rewritten"
     assert coded.verify() == []
     assert coded.snapshot().manifest.slots == held
+
+
+def test_a_coarser_version_shares_the_levels_that_it_keeps(coded: Shelf) -> None:
+    """To lower the rate of what is stored needs no original and writes no level; the others stay for `keep` commits."""
+    snapshot, files = coded.snapshot(), levels(coded)
+    slot = snapshot.manifest.slot(0)
+    fewer = coarser(Average(snapshot.stored(slot), slot.history), slot.codec, 1)
+    slots = snapshot.manifest.with_slot(Slot.planned(0, fewer, slot.members, "coded"))
+    plan = planned(snapshot, replace(snapshot.manifest, slots=slots), {0: fewer.adapter}, {"operation": "set"}, {})
+    held = {path: path.stat().st_mtime_ns for path in (coded.path / "objects").iterdir()}
+    predicted = snapshot.at_rest(plan)
+    coded.commit(plan)
+    assert {path: path.stat().st_mtime_ns for path in (coded.path / "objects").iterdir()} == held
+    assert coded.snapshot().bytes == predicted
+    assert levels(coded) == files[:1]
+    assert coded.snapshot().adapter("a").digest == fewer.adapter.digest
+    assert fewer.history.error > slot.history.error
+    coded.undo()
+    assert levels(coded) == files
+    coded.redo()
+    coded.commit(plan_set(coded.snapshot(), "a", {"prompt": "one commit more"}))
+    coded.commit(plan_set(coded.snapshot(), "a", {"prompt": "and one more"}))
+    assert [path.exists() for path in files] == [True] + [False] * (len(files) - 1)
+    assert coded.verify() == []
 
 
 def test_undo_update_and_remove_work_on_coded_tasks(coded: Shelf) -> None:

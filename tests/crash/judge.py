@@ -9,7 +9,8 @@ from typing import Any
 
 from factory import dense
 from lorashelf import Adapter, Shelf, plan_add, read_adapter
-from lorashelf.formats.codecs import CODECS
+from lorashelf.formats.objects import object_digest
+from lorashelf.formats.peft import peft_files
 from manifests import manifest, references
 
 from .disk import Call, Picture, picture, restored, watched
@@ -20,7 +21,7 @@ def head(target: Path) -> str | None:
     """What names the state: the head of a shelf, the digest of an adapter; None where nothing stands."""
     if not target.exists():
         return None
-    return (target / "HEAD").read_text().strip() if is_shelf(target) else CODECS["peft"].digest(target)
+    return (target / "HEAD").read_text().strip() if is_shelf(target) else object_digest(peft_files(target))
 
 
 def state(target: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Codecs: an adapter as immutable files in a folder, and back."""
+"""Codecs: an adapter as immutable files, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
 from ..lora.adapter import Adapter
-from .objects import Stored, known_digest, object_digest
+from .objects import Stored, StoredFile
 from .safetensors import Lost
 
 
@@ -25,12 +25,19 @@ class Encoded(Protocol):
         """The number of sums that `Stored` will have."""
         ...
 
-    def stored(self) -> Stored:
-        """Return what `write` would return, without writing."""
+    @property
+    def files(self) -> Sequence[StoredFile]:
+        """The files in `objects/` that objects may share; empty for a folder named by the object's id."""
         ...
 
-    def write(self, folder: Path) -> Stored:
-        """Write the files into an existing folder, synced. Raises DiskError."""
+    def stored(self) -> Stored:
+        """Return what `publish` would return, without writing."""
+        ...
+
+    def publish(self, objects: Path, staging: Path) -> Stored:
+        """Write what is not there yet into the folder `objects`, each file or folder whole, by way of `staging`.
+        Raises DiskError.
+        """
         ...
 
 
@@ -71,14 +78,20 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def open(self, folder: Path, sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
-        """Open the adapter of a stored folder, or one member of several, read lazily and checked against the `sums` of
-        `Stored`, if any; `lost` makes the error. Raises AdapterFormatError.
+    def open(self, paths: Sequence[Path], sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
+        """Open the adapter of an object's files, or one member of several, read lazily and checked against the `sums`
+        of `Stored`, if any; `lost` makes the error. Raises AdapterFormatError.
         """
 
     @abstractmethod
-    def names(self, folder: Path) -> Sequence[str]:
-        """Return the names of a stored folder's files, in the order of its id. Raises OSError."""
+    def paths(self, objects: Path, names: Sequence[str]) -> Sequence[Path]:
+        """Return the files of the object that has these names in the folder `objects`, in the order of its id."""
+
+    def damaged(self, paths: Sequence[Path]) -> list[str]:
+        """Return a fault for each of an object's files that is not what its name states; none where names state
+        nothing.
+        """
+        return []
 
     def levels(self, adapter: Adapter) -> Sequence[Level]:
         """What each level of an adapter that `round_trip` or `open` returned is worth; empty where there are none."""
@@ -87,15 +100,3 @@ class Codec(ABC):
     def coarser(self, adapter: Adapter, count: int) -> Adapter:
         """The adapter of the first `count` of its levels. Raises TypeError where there are no levels."""
         raise TypeError(f"the encoding {self.name} has no levels")
-
-    def paths(self, folder: Path) -> list[Path]:
-        """Return the files of a stored folder. Raises OSError."""
-        return [folder / name for name in self.names(folder)]
-
-    def digest(self, folder: Path) -> str:
-        """Return the id of the bytes in a stored folder. Raises OSError."""
-        return object_digest(self.paths(folder))
-
-    def known_digest(self, folder: Path) -> str:
-        """Return `digest`, cached in this process while the files' sizes and times do not change. Raises OSError."""
-        return known_digest(self.paths(folder))

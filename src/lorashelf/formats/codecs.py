@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..registry import Registry
 from .codec import Codec
-from .coded.codec import CodedFolder
+from .coded.codec import Coded
 from .peft import Peft
 
 CODECS: Registry[Codec] = Registry("encoding")
-for codec in (Peft(), CodedFolder()):
+for codec in (Peft(), Coded()):
     CODECS.add(codec.name, codec)

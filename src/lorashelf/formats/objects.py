@@ -1,4 +1,4 @@
-"""An object of a shelf: a folder named by the digest of its files. docs/format.md is normative."""
+"""An object of a shelf: files, and the digest that names them. docs/format.md is normative."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ class Stored(NamedTuple):
 
     identity: str
     sums: tuple[int, ...]
+
+
+class StoredFile(NamedTuple):
+    """A file in `objects/` that objects may share: its name and its size."""
+
+    name: str
+    bytes: int
 
 
 def object_digest(files: Sequence[Path]) -> str:

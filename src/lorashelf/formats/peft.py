@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..faults import Faults
 from ..lora.adapter import WIDTHS, Adapter, BaseId, Factors, Modules, Shape, Stack, numpy_dtype
 from ..lora.arrays import Array32, Float32
 from .codec import Codec
-from .objects import CONFIG_FILE, TENSOR_FILE, Stored, length
+from .objects import CONFIG_FILE, TENSOR_FILE, Stored, StoredFile, length, object_digest
 from .peft_config import carried, config_faults, resolved_scales, training_only, unmatched
 from .peft_folder import not_a_folder, not_the_file, prompt_notices, something_else, trained_beside
 from .peft_tensors import factor_shapes, paired, value_faults
@@ -138,6 +138,21 @@ class PeftFiles:
         """By the CRC-32 of every chunk, of which the header is the first."""
         return Stored(identity.digest(), (crc32(self.header, crc32(self.config)), *sums[1:]))
 
+    files: ClassVar[Sequence[StoredFile]] = ()
+
+    def publish(self, objects: Path, staging: Path) -> Stored:
+        """Write the folder named by the id unless it is there and whole. Raises DiskError."""
+        with atomic.staging(staging) as staged:
+            stored = self.write(staged)
+            final = objects / stored.identity
+            if _is_whole(final):
+                atomic.remove(staged)
+            else:
+                if final.exists():
+                    atomic.remove(final)
+                atomic.publish(staged, final)
+        return stored
+
     @property
     def parts(self) -> int:
         """The number of sums: one for config and header together, and one per tensor."""
@@ -218,13 +233,25 @@ class Peft(Codec):
         """Return the factors rounded to the dtype. Raises AdapterFormatError on overflow."""
         return rounded(adapter), 0.0
 
-    def open(self, folder: Path, sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
-        """Open a folder whose names and values were checked when it was stored. Raises AdapterFormatError."""
-        return _read(folder, False, Guard(sums, lost))
+    def open(self, paths: Sequence[Path], sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
+        """Open the adapter of a folder whose names and values were checked when stored. Raises AdapterFormatError."""
+        return _read(paths[0].parent, False, Guard(sums, lost))
 
-    def names(self, folder: Path) -> Sequence[str]:
-        """Return the names of the config and the tensor file, in this order."""
-        return (CONFIG_FILE, TENSOR_FILE)
+    def paths(self, objects: Path, names: Sequence[str]) -> Sequence[Path]:
+        """Return the config, then the tensors, of the object's folder."""
+        return peft_files(objects / names[0])
+
+
+def peft_files(folder: Path) -> Sequence[Path]:
+    """Return the files of a PEFT folder in the order of its object's id."""
+    return (folder / CONFIG_FILE, folder / TENSOR_FILE)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return not folder.is_symlink() and object_digest(peft_files(folder)) == folder.name
+    except OSError:
+        return False
 
 
 class _FileModules(Modules):

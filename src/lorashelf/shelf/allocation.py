@@ -128,7 +128,8 @@ class _Allocation:
             if settled:
                 slots.append(Slot.planned(slot.id, coarse, slot.members, slot.object.encoding))
             else:
-                stored = replace(slot.object, id=PENDING, bytes=curve[count - 1].bytes)
+                files = slot.object.files[:count]
+                stored = replace(slot.object, id=PENDING, bytes=curve[count - 1].bytes, files=files)
                 slots.append(replace(slot, object=stored, history=coarse.history))
         changed = self._changes(counts)
         cause = {**self.finest.manifest.cause, **({"coarser": changed} if changed else {})}

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..digest import digest
 from ..errors import OverBudget
 from ..lora.adapter import WIDTHS, Adapter, Factors, Modules
 from .manifest import Plan
@@ -96,8 +95,8 @@ def after_changes(snapshot: Snapshot, plan: Plan) -> int:
     if limit is not None:  # more would not fit in any case
         times = min(times, limit // largest.object.bytes + 1)
     for i in range(times):
-        snapshot = snapshot.after(plan)
-        slot = replace(largest, object=replace(largest.object, id=digest([bytes(i)])))
+        snapshot = snapshot.after(plan, hashed=False)
+        slot = replace(largest, object=largest.object.anew(i))
         manifest = replace(
             plan.manifest,
             parent=snapshot.head,

@@ -20,8 +20,8 @@ from .pages import FOLDER as PAGES
 from .pages import SUFFIX, Reader, compressed, page_path, read_page
 from .snapshot import Snapshot
 
-MANIFESTS = "manifests"
-FOLDERS = (MANIFESTS, PAGES, "objects", "tmp")
+MANIFESTS, OBJECTS = "manifests", "objects"
+FOLDERS = (MANIFESTS, PAGES, OBJECTS, "tmp")
 
 
 class ShelfFolder:
@@ -95,24 +95,8 @@ class ShelfFolder:
         return manifest
 
     def store(self, adapter: Adapter, codec: Codec) -> Stored:
-        """Write an object, unless it is there and whole already. Raises DiskError."""
-        with atomic.staging(self.path / "tmp") as staged:
-            stored = codec.encode(adapter).write(staged)
-            final = self.path / "objects" / stored.identity
-            if self._is_sound(stored.identity, codec):
-                atomic.remove(staged)
-            else:
-                if final.exists():
-                    atomic.remove(final)
-                atomic.publish(staged, final)
-        return stored
-
-    def _is_sound(self, identity: str, codec: Codec) -> bool:
-        path = self.path / "objects" / identity
-        try:
-            return not path.is_symlink() and codec.digest(path) == identity
-        except OSError:
-            return False
+        """Write what of an object is not there yet. Raises DiskError."""
+        return codec.encode(adapter).publish(self.path / OBJECTS, self.path / "tmp")
 
     def publish(self, manifest: Manifest) -> str:
         """Write a manifest, its new pages first; its id. Raises CorruptShelf for one that could not be read again,
@@ -164,8 +148,8 @@ class ShelfFolder:
         if gone:  # before what they refer to goes: a manifest that came back after a power cut would miss it
             atomic.settle(self.path / MANIFESTS)
         pages = {f"{identity}{SUFFIX}" for manifest in stay.values() for identity in manifest.files.pages}
-        objects = {slot.object.id for manifest in stay.values() for slot in manifest.slots}
-        return [*gone, *self._deleted(PAGES, pages), *self._deleted("objects", objects)]
+        objects = {name for manifest in stay.values() for slot in manifest.slots for name in slot.object.names}
+        return [*gone, *self._deleted(PAGES, pages), *self._deleted(OBJECTS, objects)]
 
     def _deleted(self, folder: str, stay: Collection[str]) -> list[str]:
         """Delete what lies in a folder under other names; the relative paths."""

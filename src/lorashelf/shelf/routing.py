@@ -11,8 +11,8 @@ from typing import Any
 from .. import atomic
 from ..cache import cache_folder
 from ..errors import CorruptShelf, NewerFormat, UsageError
-from ..formats.codecs import CODECS
-from ..formats.peft import Peft, encode, size_alone, write_adapter
+from ..formats.objects import object_digest
+from ..formats.peft import encode, peft_files, size_alone, write_adapter
 from .allocation import rate
 from .slot import Slot
 from .snapshot import Snapshot
@@ -48,7 +48,7 @@ def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, v
     slot, _ = snapshot.located(task)
     folder = cache_folder() / "routes"
     for kept in folder.glob(f"{slot.object.id}.*"):
-        if CODECS[Peft.name].digest(kept) == kept.suffix.removeprefix("."):
+        if object_digest(peft_files(kept)) == kept.suffix.removeprefix("."):
             os.utime(kept)
             return {**answer, "path": str(kept)}
         atomic.remove(kept)

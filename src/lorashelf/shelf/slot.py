@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..digest import is_digest
+from ..digest import digest, is_digest
 from ..errors import NewerFormat
 from ..formats.codec import Codec
 from ..formats.codecs import CODECS
+from ..formats.objects import StoredFile
 from ..lora.adapter import WIDTHS, Adapter
 from ..lora.kernels import squared_norms
 from ..merging.average import Average, History, Source
@@ -20,8 +22,9 @@ from ..names import on_one_line
 from .pages import RECORDS, Pages, Reader, divided
 
 PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of a digest's length, so sizes are exact
+FILE_NAME = re.compile(r"[0-9a-f]{16}\.[a-z]{3}")
 _KEYS = {"slot", "object", "rank", "dtype", "bytes", "merged", "members", "error", "average"}
-_KEYS |= {"restored", "encoding", "worn", "fixed", "noise", "facts"}
+_KEYS |= {"restored", "encoding", "worn", "fixed", "noise", "facts", "files"}
 _KEYS |= {"energies", "sums"}  # where format 1 has what is on the page `facts` in format 2
 
 
@@ -63,6 +66,19 @@ class StoredObject:
     encoding: str = "peft"
     facts: Facts | str = NOTHING
     """The facts, or the id of the page that they are on."""
+    files: tuple[StoredFile, ...] = ()
+    """Its files where other objects may share them; empty for a folder named by its id."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What it has in the folder `objects`."""
+        return [file.name for file in self.files] or [self.id]
+
+    def anew(self, number: int) -> StoredObject:
+        """One of the same size that shares nothing with it, for working out sizes: made up from a number."""
+        names = [digest([f"{number} {file.name}".encode()]) for file in self.files]
+        files = [StoredFile(name[3:19] + ".lsc", file.bytes) for name, file in zip(names, self.files, strict=True)]
+        return replace(self, id=digest([bytes(number)]), files=tuple(files))
 
     @staticmethod
     def pending(adapter: Adapter, encoding: str) -> StoredObject:
@@ -76,6 +92,7 @@ class StoredObject:
             bytes=encoded.size,
             encoding=encoding,
             facts=known,
+            files=tuple(encoded.files),
         )
 
 
@@ -135,6 +152,8 @@ class Slot:
             record["merged"] = [pages.add(run) for run in divided(record["merged"], lambda source: source["digest"])]
         if self.history.noise:
             record["noise"] = _packed(self.history.noise, "d")
+        if self.object.files:
+            record["files"] = [list(file) for file in self.object.files]
         facts = self.object.facts
         if isinstance(facts, str):
             pages.setdefault(facts, None)
@@ -169,8 +188,9 @@ class Slot:
             fixed=record.get("fixed"),
         )
         inline = Facts(_unpacked(record.get("energies", ""), "d"), _unpacked(record.get("sums", ""), "I"))
+        files = tuple(StoredFile(*file) for file in record.get("files", ()))
         stored = {key: record[key] for key in ("rank", "dtype", "bytes", "encoding")}
-        kept = StoredObject(record["object"], **stored, facts=record.get("facts", inline))
+        kept = StoredObject(record["object"], **stored, facts=record.get("facts", inline), files=files)
         return Slot(record["slot"], kept, history, tuple(record["members"]))
 
 
@@ -189,6 +209,7 @@ def record_faults(record: Mapping[str, Any]) -> Iterator[str]:
         "restored": is_number(record["restored"]) and record["restored"] > 0,
         "average": record["average"] is None or type(record["average"]) is str,
         "worn": type(record.get("worn", 0)) is int and record.get("worn", 0) >= 0,
+        "files": "files" not in record or _are_files(record["files"], record["bytes"]),
         "facts": "facts" not in record or is_digest(record["facts"]),
         "fixed": record.get("fixed") is None or (type(record["fixed"]) is str and on_one_line(record["fixed"])),
     }
@@ -198,6 +219,11 @@ def record_faults(record: Mapping[str, Any]) -> Iterator[str]:
 def _is_source(source: Mapping[str, Any]) -> bool:
     numbers = all(is_number(source[name]) for name in ("weight", "norm", "rank", "parameters"))
     return numbers and is_digest(source["digest"]) and type(source["task"]) is str
+
+
+def _are_files(files: Any, size: int) -> bool:
+    named = all(FILE_NAME.fullmatch(name) and type(count) is int and count > 0 for name, count in files)
+    return bool(files) and named and sum(count for _, count in files) == size
 
 
 def is_number(value: object) -> bool:

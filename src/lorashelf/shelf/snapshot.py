@@ -15,7 +15,7 @@ from typing import Any
 from ..atomic import no_links, read_file, refusals
 from ..errors import AdapterFormatError, CorruptShelf, DiskError, StaleShelf, UnknownName
 from ..execution import at_once
-from ..formats.objects import Stored
+from ..formats.objects import Stored, known_digest, object_digest
 from ..formats.safetensors import DAMAGED
 from ..lora.adapter import Adapter
 from ..lora.kernels import squared_norms_hold
@@ -90,10 +90,16 @@ class Snapshot:
             raise StaleShelf("the shelf changed while it was read", where=str(self.path), cure=cure) from error
 
     def slot_path(self, slot: Slot) -> Path:
-        """The folder of a slot's object, absolute. Raises CorruptShelf if a link stands there."""
-        path = self.path.absolute() / "objects" / slot.object.id
-        no_links(path, *(slot.codec.paths(path) if slot.readable else ()))
-        return path
+        """The folder of a slot's object, absolute, or the last of its files. Raises CorruptShelf if a link is there."""
+        *_, last = found = [self.path.absolute() / "objects" / name for name in slot.object.names]
+        no_links(*found)
+        return last
+
+    def slot_files(self, slot: Slot) -> Sequence[Path]:
+        """The files of a slot's object, absolute. Raises CorruptShelf if a link stands there."""
+        paths = slot.codec.paths(self.slot_path(slot).parent, slot.object.names)
+        no_links(*paths)
+        return paths
 
     def adapter(self, task: str) -> Adapter:
         """The adapter that serves a task: one per object, as long as this snapshot lives. Raises UnknownName with the
@@ -116,13 +122,13 @@ class Snapshot:
             self.check_bytes(slot)
         with self._standing():
             with refusals(self.path, "read"):
-                path = self.slot_path(slot)
+                path, files = self.slot_path(slot), self.slot_files(slot)
 
             def lost(what: str) -> CorruptShelf:
                 return self._corrupt([_damaged(slot, what)], path)
 
             try:
-                adapter = slot.codec.open(path, facts.sums, lost)
+                adapter = slot.codec.open(files, facts.sums, lost)
             except AdapterFormatError as error:
                 raise self._corrupt([_damaged(slot, "; ".join(error.faults))], path) from error
         if len(facts.squared_norms) == len(adapter.modules):
@@ -176,14 +182,16 @@ class Snapshot:
     def _fault(self, slot: Slot, *, anew: bool = False) -> str | None:
         """What is wrong with the stored bytes of a slot, hashed `anew` or as this process knows them."""
         with refusals(self.path, "read"):
-            path = self.slot_path(slot)
+            path, files = self.slot_path(slot), self.slot_files(slot)
             try:
-                found = slot.codec.digest(path) if anew else slot.codec.known_digest(path)
+                found = object_digest(files) if anew else known_digest(files)
             except PermissionError:
                 raise
             except OSError as error:
                 return _damaged(slot, f"{Path(error.filename or path).name} cannot be read: {error.strerror}")
-        return None if found == slot.object.id else _damaged(slot, DAMAGED)
+        if found == slot.object.id:
+            return None
+        return _damaged(slot, "; ".join(slot.codec.damaged(files)) or DAMAGED)
 
     def _corrupt(self, faults: Sequence[str], where: Path) -> CorruptShelf:
         return CorruptShelf("; ".join(faults), where=str(where), cure=f"lorashelf repair {self.path}")
@@ -197,9 +205,9 @@ class Snapshot:
                 return [fault]
             if isinstance(slot.object.facts, str):
                 self._recorded(slot.object.facts)
-            path, adapter = self.slot_path(slot), self.stored(slot)
-            with refusals(path, "read"):
-                size = sum(file.stat().st_size for file in slot.codec.paths(path))
+            files, adapter = self.slot_files(slot), self.stored(slot)
+            with refusals(files[0], "read"):
+                size = sum(file.stat().st_size for file in files)
             if size != slot.object.bytes:
                 return [_damaged(slot, f"it has {size} bytes, the manifest says {slot.object.bytes}")]
             if self.facts(slot).squared_norms and not squared_norms_hold(adapter):
@@ -210,14 +218,17 @@ class Snapshot:
             return [_damaged(slot, error.what)]
         return []
 
-    def after(self, plan: Plan) -> Snapshot:
-        """The shelf as it would be after this plan, with nothing written. Plans made on it cannot be committed."""
+    def after(self, plan: Plan, *, hashed: bool = True) -> Snapshot:
+        """The shelf as it would be after this plan, with nothing written. Plans made on it cannot be committed. Unless
+        what the plan writes is `hashed`, the size is not exact.
+        """
         if plan.refused is not None:
             return self
+        manifest = plan.sealed(self._hashed(plan), PENDING_TIME) if hashed else plan.manifest
         return replace(
             self,
             head=f"b2-{plan.manifest.sequence:064d}",  # no manifest's id, but as long as one
-            manifest=plan.manifest,
+            manifest=manifest,
             kept={self.head: self.manifest, **self.kept},
             pending={**self.pending, **plan.writes},
             _served={},
@@ -226,24 +237,21 @@ class Snapshot:
     @property
     def resting(self) -> int:
         """Every byte under the shelf once it is swept."""
-        objects: dict[object, int] = {slot.object.id: slot.object.bytes for slot in self.manifest.slots}
-        return self._size(self._retained(objects), objects)
+        parts = _parts(self.manifest)
+        return self._size(self._retained(parts), parts)
 
     def at_rest(self, plan: Plan, *, hashed: bool = True) -> int:
         """Every byte under the shelf once this plan is committed and what it makes unreachable is deleted.
 
         For that, what the plan writes has to be `hashed`; without, at least as many bytes.
         """
-        slack = 0
-        if hashed:
-            plan = replace(plan, manifest=plan.sealed(self._hashed(plan), PENDING_TIME))
-        else:  # digests and sums that are not known yet compress better than those that take their places
+        after, slack = self.after(plan, hashed=hashed), 0
+        if not hashed:  # digests and sums that are not known yet compress better than those that take their places
             slack = sum(
                 2 * len(PENDING) + 8 * len(_sums(slot)) for slot in plan.manifest.slots if slot.id in plan.writes
             )
-        objects = {_key(slot): slot.object.bytes for slot in plan.manifest.slots}
-        after = self.after(plan)
-        return after._size(after._retained(objects), objects) + slack
+        parts = _parts(after.manifest)
+        return after._size(after._retained(parts), parts) + slack
 
     def _hashed(self, plan: Plan) -> Mapping[int, Stored]:
         """What each object that a plan writes will be: hashed once."""
@@ -256,9 +264,9 @@ class Snapshot:
         """The manifests that stay beside the head, with their objects: where undo and redo lead, `keep` predecessors,
         and for `keep` commits what could be redone until a change, as far as the bytes have room.
         """
-        return self._retained({slot.object.id: slot.object.bytes for slot in self.manifest.slots})
+        return self._retained(_parts(self.manifest))
 
-    def _retained(self, objects: Mapping[object, int]) -> dict[str, Manifest]:
+    def _retained(self, parts: Mapping[object, int]) -> dict[str, Manifest]:
         limit, line = self.settings.budget.bytes, self.timeline
         recent = dict(islice(self.ancestors.items(), self.keep))
         reached = {i: self.kept[i] for i in (line.state, *line.undo, *line.redo) if i in self.kept}
@@ -267,15 +275,15 @@ class Snapshot:
             for identity in manifest.ended:
                 if identity in self.kept and identity not in stay:
                     more = {**stay, identity: self.kept[identity]}
-                    if limit is None or self._size(more, objects) <= limit:
+                    if limit is None or self._size(more, parts) <= limit:
                         stay = more
         return stay
 
-    def _size(self, stay: Mapping[str, Manifest], objects: Mapping[object, int]) -> int:
-        """Every byte under the shelf once it holds the head, whose objects are given, and the manifests that stay."""
+    def _size(self, stay: Mapping[str, Manifest], parts: Mapping[object, int]) -> int:
+        """Every byte under the shelf once it holds the head, with these parts of objects, and what stays."""
         leaving = list(self.ancestors.items())[self.keep :]
         states = {self.head: self.manifest, **stay}
-        stored = {_key(slot): slot.object.bytes for manifest in stay.values() for slot in manifest.slots}
+        stored = {part: size for manifest in stay.values() for part, size in _parts(manifest).items()}
         pages = {identity: data for each in states.values() for identity, data in each.files.pages.items()}
         others = {name: size for name, size in self.files.items() if name.parts[0] not in _SWEPT}
         return (
@@ -284,7 +292,7 @@ class Snapshot:
             + History(self.path).size(leaving)
             + sum(len(manifest.files.root) for manifest in states.values())
             + sum(self._page_size(identity, data) for identity, data in pages.items())
-            + sum({**stored, **objects}.values())
+            + sum({**stored, **parts}.values())
         )
 
     def _page_size(self, identity: str, data: bytes | None) -> int:
@@ -310,6 +318,14 @@ class Snapshot:
         return self._walked
 
 
+def _parts(manifest: Manifest) -> dict[object, int]:
+    """Bytes of all that the objects of a manifest consist of, by what distinguishes it; shared files count once."""
+    parts: dict[object, int] = {}
+    for slot in manifest.slots:
+        parts.update(slot.object.files or [(_key(slot), slot.object.bytes)])
+    return parts
+
+
 def _key(slot: Slot) -> object:
     """What distinguishes objects, including those not written yet."""
     return slot.object.id if slot.object.id != PENDING else (slot.id, slot.history.merged)
@@ -317,7 +333,8 @@ def _key(slot: Slot) -> object:
 
 def _damaged(slot: Slot, what: str) -> str:
     """A fault of a slot's object, with the tasks that it serves."""
-    return f"slot {slot.id}, objects/{slot.object.id}: {what}; tasks: {', '.join(slot.members)}"
+    where = "its levels" if slot.object.files else f"objects/{slot.object.id}"
+    return f"slot {slot.id}, {where}: {what}; tasks: {', '.join(slot.members)}"
 
 
 def _sums(slot: Slot) -> Sequence[int]:

@@ -35,7 +35,7 @@ def restored(snapshot: Snapshot, operation: str, to: str | None, time: str) -> M
 def check_objects(snapshot: Snapshot, manifest: Manifest) -> None:
     """Raise NotReversible unless the objects of the manifest are there."""
     for slot in manifest.slots:
-        if not snapshot.slot_path(slot).is_dir():
+        if not all((snapshot.path / "objects" / name).exists() for name in slot.object.names):
             raise NotReversible(f"the object of slot {slot.id} is gone", where=str(snapshot.slot_path(slot)))
 
 

@@ -1,9 +1,8 @@
-"""Objects of a shelf in the encoding `coded`: a folder of levels."""
+"""Objects of a shelf in the encoding `coded`: a file per level."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,15 @@ from typing import TYPE_CHECKING
 
 from ... import atomic
 from ...digest import digest
-from ...errors import AdapterFormatError
+from ...errors import AdapterFormatError, NotStorable
 from ...lora.adapter import Adapter
 from ..codec import Codec, Level
-from ..objects import Stored, length
-from ..safetensors import Lost
+from ..objects import Stored, StoredFile, length
+from ..safetensors import DAMAGED, Lost
+from .record import reference
 
 if TYPE_CHECKING:
     from .decoder import CodedModules
-
-_LEVEL = re.compile(r"level-(\d+)\.lsc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +35,44 @@ class Levels:
         """Bytes of all levels."""
         return sum(map(len, self.levels))
 
+    @property
+    def files(self) -> Sequence[StoredFile]:
+        """A file per level, named by the reference that the next level has to it: coarser versions share them."""
+        return [StoredFile(_name(level), len(level)) for level in self.levels]
+
     def stored(self) -> Stored:
-        """What `write` returns: the digest of the length and the bytes of each level; no sums."""
+        """Return the digest of the length and the bytes of each level; no sums."""
         return Stored(digest(part for level in self.levels for part in (length(len(level)), level)), ())
 
-    def write(self, folder: Path) -> Stored:
-        """Write a file per level into an existing folder, synced. Raises DiskError."""
-        for number, level in enumerate(self.levels):
-            atomic.write_file(folder / f"level-{number}.lsc", [level])
+    def publish(self, objects: Path, staging: Path) -> Stored:
+        """Write the levels that are not there yet. Raises DiskError, NotStorable for another level of the same name."""
+        for level in self.levels:
+            path = objects / _name(level)
+            there = _content(path)
+            if there == level:
+                continue
+            if there is not None and _name(there) == path.name:
+                raise NotStorable("a level of another adapter has this name", where=str(path), cure="code it otherwise")
+            if path.is_dir() and not path.is_symlink():
+                atomic.remove(path)
+            atomic.place_file(path, level, staging)
+        atomic.settle(objects)
         return self.stored()
 
 
-class CodedFolder(Codec):
+def _name(level: bytes) -> str:
+    return f"{reference(level).hex()}.lsc"
+
+
+def _content(path: Path) -> bytes | None:
+    """Return what a file holds, None where there is none that can be read."""
+    try:
+        return None if path.is_symlink() else atomic.read_file(path)
+    except OSError:
+        return None
+
+
+class Coded(Codec):
     """Few bytes, by rate and distortion; docs/coded.md."""
 
     name = "coded"
@@ -79,24 +103,25 @@ class CodedFolder(Codec):
         decoded = decode(list(ladder(encoder, quality)))
         return decoded, math.sqrt(max(1.0 - encoder.kept, 0.0))
 
-    def open(self, folder: Path, sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
-        """The adapter of a folder of levels. Raises AdapterFormatError."""
-        try:
-            levels = [atomic.read_file(path) for path in self.paths(folder)]
-        except OSError as error:
-            raise AdapterFormatError([f"a level cannot be read: {error.strerror}"], where=str(folder)) from error
+    def open(self, paths: Sequence[Path], sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
+        """Open the adapter of files of levels. Raises AdapterFormatError naming every file that is damaged."""
+        levels = [_content(path) for path in paths]
+        if faults := self.damaged(paths):
+            raise AdapterFormatError(faults, where=str(paths[-1]))
         from .decoder import decode
 
-        return decode(levels, str(folder))
+        return decode([level for level in levels if level is not None], str(paths[-1]))
 
-    def names(self, folder: Path) -> Sequence[str]:
-        """Its levels, the base first; whatever else is there comes last, so that the id is another. Raises OSError."""
-        try:
-            found = [path.name for path in folder.iterdir()]
-        except FileNotFoundError:
-            return ()
-        matches = {name: _LEVEL.fullmatch(name) for name in found}
-        return sorted(found, key=lambda name: (int(m[1]) if (m := matches[name]) else len(found), name))
+    def damaged(self, paths: Sequence[Path]) -> list[str]:
+        """Return a fault for each level that is not what its name states."""
+        found = {path.name: _content(path) for path in paths}
+        gone = [f"objects/{name} is gone or cannot be read" for name, level in found.items() if level is None]
+        changed = [name for name, level in found.items() if level is not None and _name(level) != name]
+        return gone + [f"objects/{name}: {DAMAGED}" for name in changed]
+
+    def paths(self, objects: Path, names: Sequence[str]) -> Sequence[Path]:
+        """Return the levels, the base first."""
+        return [objects / name for name in names]
 
 
 def _decoded(adapter: Adapter) -> CodedModules:
