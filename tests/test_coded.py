@@ -144,7 +144,7 @@ def test_frequencies_follow_the_gaussian(start: int) -> None:
     assert q.centres[1 : min(q.bins, 3)] == pytest.approx(inside, rel=0.01)
 
 
-def test_no_entry_takes_less_than_a_ninth_of_a_bit() -> None:
+def test_no_element_takes_less_than_a_ninth_of_a_bit() -> None:
     assert all(-np.log2(start_table((start,)).max() / TOTAL) > 1 / 9 for start in range(len(STARTS)))
 
 
@@ -468,7 +468,7 @@ def test_absurd_headers_are_refused_before_anything_is_allocated(
 
 
 def test_words_that_no_coder_makes_never_become_values() -> None:
-    """The number of directions is read well, the first entry lies where no symbol is; what failed once fails again."""
+    """The number of directions is right; the first element lies where no symbol is. What failed once fails again."""
     one, other = second_decoder.frequencies([0, 2**38])
     point = (2**64 - 1) // 2**24 * (one + other) - 1
     streams = bytes([10, *[2, 0xF0], *[1, 0x0F] * 4]) + struct.pack("<II", point >> 32, point % 2**32)

@@ -201,17 +201,17 @@ def test_losses_and_scores_are_those_computed_directly(world: World, with_adapte
     found = evaluate(world.backend, adapters, world.tasks, seed=3)
     assert list(found.tasks) == sorted(METRICS)
     for name, task in world.tasks.items():
-        entry, model = found.tasks[name], merged_model(world, adapters[name])
-        assert entry.loss == pytest.approx(direct_loss(world, model, task), abs=2e-5)
-        assert entry.document()["n"] == 4
+        record, model = found.tasks[name], merged_model(world, adapters[name])
+        assert record.loss == pytest.approx(direct_loss(world, model, task), abs=2e-5)
+        assert record.document()["n"] == 4
         if METRICS[name] is None:
-            assert (entry.score, entry.answers) == (None, None)
+            assert (record.score, record.answers) == (None, None)
             continue
         predictions = direct_answers(world, model, task)
-        assert list(entry.answers or ()) == predictions
+        assert list(record.answers or ()) == predictions
         made = metric(METRICS[name], "en")
-        assert entry.score == scored(made, task.splits["validation"], predictions, seed=3)
-    scores = [entry.score.value for entry in found.tasks.values() if entry.score]
+        assert record.score == scored(made, task.splits["validation"], predictions, seed=3)
+    scores = [record.score.value for record in found.tasks.values() if record.score]
     assert found.average == pytest.approx(sum(scores) / 2)
     if with_adapters:
         assert min(scores) > 50
@@ -299,10 +299,10 @@ def test_the_document_keeps_the_contract(world: World, run: Command, common: lis
     assert code == 0
     assert {"tasks", "average", "normalised", "storage"} <= document.keys()
     assert set(document["tasks"]) == set(METRICS)
-    for name, entry in document["tasks"].items():
-        assert {"loss", "score", "metric", "n"} <= entry.keys()
-        assert entry["examples"] == world.tasks[name].examples("validation").digest
-        assert entry["adapter"] is None
+    for name, record in document["tasks"].items():
+        assert {"loss", "score", "metric", "n"} <= record.keys()
+        assert record["examples"] == world.tasks[name].examples("validation").digest
+        assert record["adapter"] is None
     assert document["tasks"]["c-xx"]["score"] is document["tasks"]["c-xx"]["metric"] is None
     assert document["tasks"]["a-en"]["metric"] == "F1"
     assert document["normalised"] is document["storage"] is None
@@ -365,10 +365,10 @@ def test_s_and_loss_kept_are_those_of_the_documents(
     assert document["normalised"] == {"S": share, "loss_kept": gain, "left_out": {"S": [], "loss_kept": left_out}}
     by_hand = [scores.get(t, 0.0) / own_scores[t] for t in ("a-en", "b-en")]
     assert share == pytest.approx(sum(by_hand) / 2)
-    entry = document["tasks"]["a-en"]
-    assert entry["S"] == pytest.approx(by_hand[0])
-    a = entry["zero_shot_loss"] - entry["loss"]
-    assert entry["loss_kept"] == pytest.approx(a / (entry["zero_shot_loss"] - entry["own_loss"]))
+    record = document["tasks"]["a-en"]
+    assert record["S"] == pytest.approx(by_hand[0])
+    a = record["zero_shot_loss"] - record["loss"]
+    assert record["loss_kept"] == pytest.approx(a / (record["zero_shot_loss"] - record["own_loss"]))
     assert run.stderr == ""
 
 
@@ -538,7 +538,7 @@ def test_lines_that_are_torn_or_altered_are_not_used(tmp_path: Path, caplog: pyt
         assert journal.get({"unit": 3}) == ["ü\u2028"]
 
 
-SHAPES = ["", {}, [], None, 1, "one too many"]  # beside those of one entry: another journal's, another version's
+SHAPES = ["", {}, [], None, 1, "one too many"]  # beside those of one record: another journal's, another version's
 LOSSES = [[], [1.0], [1.0, 0], ["1", 1], [1.0, True], [1.0, 2, 3], {}, 3, "a"]
 
 
@@ -555,8 +555,8 @@ def units(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     ("what", "shape"),
     [
         *((what, shape) for what in ("loss", "answers") for shape in SHAPES),
-        *(("loss", [entry] * 4) for entry in LOSSES),
-        *(("answers", [entry] * 4) for entry in ([], {}, 3, None)),
+        *(("loss", [record] * 4) for record in LOSSES),
+        *(("answers", [record] * 4) for record in ([], {}, 3, None)),
     ],
     ids=str,
 )
@@ -631,11 +631,11 @@ def test_predictions_can_be_read_and_none_is_stale(
     out = tmp_path / "deep" / "out"
     _, document = run(world.adapters, *common, "-o", out)
     direct = world.evaluation(world.own)
-    for name, entry in direct.tasks.items():
+    for name, record in direct.tasks.items():
         lines = [json.loads(line) for line in (out / "predictions" / f"{name}.jsonl").read_text().splitlines()]
-        assert lines == entry.records()
+        assert lines == record.records()
         assert [line["input"] for line in lines] == [e.input for e in world.tasks[name].splits["validation"]]
-        assert [line["prediction"] for line in lines] == list(entry.answers or [None] * 4)
+        assert [line["prediction"] for line in lines] == list(record.answers or [None] * 4)
         assert all(line["references"] == ["a reference"] for line in lines)
         nll, tokens = sum(line["nll"] for line in lines), sum(line["tokens"] for line in lines)
         assert document["tasks"][name]["loss"] == pytest.approx(nll / tokens)
@@ -650,11 +650,11 @@ def test_csv_has_a_row_a_task(world: World, run: Command, common: list[object], 
     _, document = run(world.shelf, *common, "--own", world.adapters, "--csv", tmp_path / "t.csv")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "t.csv").read_text())))
     assert list(rows[0]) == list(COLUMNS)
-    for row, (name, entry) in zip(rows, document["tasks"].items(), strict=True):
+    for row, (name, record) in zip(rows, document["tasks"].items(), strict=True):
         assert row["task"] == name
-        assert row["metric"] == (entry["metric"] or "")
+        assert row["metric"] == (record["metric"] or "")
         for column in ("loss", "score", "low", "high", "own_loss", "own_score", "S"):
-            assert row[column] == ("" if entry[column] is None else repr(entry[column]))
+            assert row[column] == ("" if record[column] is None else repr(record[column]))
     for path in (tmp_path, tmp_path / "absent" / "t.csv"):
         assert run(*common, "--csv", path)[0] == 2
 
@@ -669,17 +669,17 @@ def test_the_table_for_people(world: World, run: Command, common: list[object], 
     head, *rows = text.splitlines()[:4]
     summary, *below = text.splitlines()[4:]
     assert head.split() == ["task", "n", "loss", "own", "zero-shot", "kept", "score", "S"]
-    for row, (name, entry) in zip(rows, document["tasks"].items(), strict=True):
-        losses = [f"{entry[key]:.4f}" for key in ("loss", "own_loss", "zero_shot_loss")]
-        shares = ["-" if entry[key] is None else f"{entry[key]:.3f}" for key in ("loss_kept", "S")]
+    for row, (name, record) in zip(rows, document["tasks"].items(), strict=True):
+        losses = [f"{record[key]:.4f}" for key in ("loss", "own_loss", "zero_shot_loss")]
+        shares = ["-" if record[key] is None else f"{record[key]:.3f}" for key in ("loss_kept", "S")]
         score = ["-"]
-        if entry["score"] is not None:
-            score = [f"{entry['score']:.1f}", f"[{entry['low']:.1f},", f"{entry['high']:.1f}]"]
+        if record["score"] is not None:
+            score = [f"{record['score']:.1f}", f"[{record['low']:.1f},", f"{record['high']:.1f}]"]
         assert row.split() == [name, "4", *losses, shares[0], *score, shares[1]]
     assert summary.startswith("3 tasks: average loss ")
     assert f"S {document['normalised']['S']:.3f}" in summary
     assert f"storage {100 * document['storage']:.0f} %" in summary
-    by_metric = {entry["metric"]: name for name, entry in document["tasks"].items() if entry["metric"]}
+    by_metric = {record["metric"]: name for name, record in document["tasks"].items() if record["metric"]}
     assert below[: len(by_metric)] == [f"scored by {metric}: {name}" for metric, name in by_metric.items()]
     plain = run(*common, "--loss-only", as_json=False)[1].splitlines()
     assert plain[0].split() == ["task", "n", "loss"]
@@ -691,11 +691,11 @@ def test_the_table_fits_eighty_columns_and_groups_what_is_left_out(capsys: pytes
     from lorashelf.cli.evaluation import _tables
 
     names = ["tone-detection-in-long-words", *(f"task-{i:02d}" for i in range(40))]
-    entry = {"n": 1000, "loss": 12.3456, "own_loss": 11.2345, "zero_shot_loss": 13.4567, "loss_kept": -12.345}
-    entry |= {"score": 100.0, "low": 100.0, "high": 100.0, "metric": "F0.5 (token edits)", "S": 1.234}
+    record = {"n": 1000, "loss": 12.3456, "own_loss": 11.2345, "zero_shot_loss": 13.4567, "loss_kept": -12.345}
+    record |= {"score": 100.0, "low": 100.0, "high": 100.0, "metric": "F0.5 (token edits)", "S": 1.234}
     left_out = {f"left-{i}": "no data" if i % 2 else "no adapter of this name" for i in range(6)}
     kept = {"S": 1.0, "loss_kept": 0.5, "left_out": {"S": ["task-01", "task-02"], "loss_kept": ["task-03"]}}
-    document = {"tasks": dict.fromkeys(names, entry), "average": 100.0, "average_loss": 12.3, "normalised": kept}
+    document = {"tasks": dict.fromkeys(names, record), "average": 100.0, "average_loss": 12.3, "normalised": kept}
     shown, *lines = _tables({**document, "storage": 0.125, "left_out": left_out})
     with capsys.disabled():
         console = Console(width=80, file=io.StringIO())

@@ -96,7 +96,7 @@ def test_an_unknown_engine_is_named_with_the_nearest(folder: Path) -> None:
 
 
 def test_a_capability_that_an_engine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENGINES._entries, "quadratic", lambda name, **_: QuadraticBackend({}))
+    monkeypatch.setitem(ENGINES._values, "quadratic", lambda name, **_: QuadraticBackend({}))
     assert open_model("x", engine="quadratic", capability=Scores).id == "quadratic"
     for capability, verbs in (
         (Answers, "answer texts"),

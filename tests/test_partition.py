@@ -276,7 +276,7 @@ def test_parameters_are_those_of_the_method(method: str, parameters: dict, said:
 
 
 def test_a_method_of_ones_own_may_ask_for_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PARTITIONERS, "_entries", dict(PARTITIONERS._entries))
+    monkeypatch.setattr(PARTITIONERS, "_values", dict(PARTITIONERS._values))
 
     @partition_method("worst first", by_loss=True)
     def worst_first(xs, k, seed, losses, watch, *, share: float = 0.5, side: Literal["left", "right"] = "left"):
@@ -310,7 +310,7 @@ def test_names_and_indices_are_clustered_alike() -> None:
 
 
 def test_a_partitioner_is_a_function_of_adapters_slots_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PARTITIONERS, "_entries", dict(PARTITIONERS._entries))
+    monkeypatch.setattr(PARTITIONERS, "_values", dict(PARTITIONERS._values))
 
     @partitioner("alternating")
     def alternating(xs: list[Adapter], k: int, seed: int) -> list[int]:

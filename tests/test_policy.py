@@ -161,7 +161,7 @@ def test_all_refuses_where_histories_overlap_without_covering_each_other() -> No
 
 
 def test_a_policy_is_a_function_of_candidates_and_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(POLICIES, "_entries", dict(POLICIES._entries))
+    monkeypatch.setattr(POLICIES, "_values", dict(POLICIES._values))
 
     @policy("last")
     def last(candidates: Sequence[Candidate], view: View) -> Candidate:
@@ -349,5 +349,5 @@ def test_an_action_that_a_policy_makes_up_is_refused(new_shelf: Callable[..., Sh
 def _planned_by(shelf: Shelf, rule: Any) -> Any:
     """The plan of an add under a policy of the test's own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(POLICIES, "_entries", {**POLICIES._entries, shelf.snapshot().settings.placement.policy: rule})
+        patch.setattr(POLICIES, "_values", {**POLICIES._values, shelf.snapshot().settings.placement.policy: rule})
         return plan_add(shelf.snapshot(), make_adapter(2), "new")

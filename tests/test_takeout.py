@@ -53,7 +53,7 @@ def test_the_package_without_any_of_its_checks_is_python() -> None:
 
 
 def test_a_test_notices_a_check_that_is_gone_and_none_that_is_there(tmp_path: Path) -> None:
-    (check,) = [check for check in takeout.all_checks() if check.text == "name in self._entries"]
+    (check,) = [check for check in takeout.all_checks() if check.text == "name in self._values"]
     test = "tests/test_merging_laws.py::test_a_registered_method_is_offered_to_merge_and_a_taken_name_is_not"
     noticed, line = takeout.verdict(check, [test])
     assert noticed, line

@@ -140,8 +140,8 @@ def test_every_dtype_that_torch_can_save_is_described(tmp_path: Path) -> None:
     named = {kind: torch.zeros(3, 2, dtype=getattr(torch, kind)) for kind in kinds.split()}
     save_file(named, tmp_path / "x")
     file = TensorFile(tmp_path / "x")
-    assert {name: entry.shape for name, entry in file.items()} == dict.fromkeys(named, (3, 2))
-    assert {name: entry.stop - entry.start for name, entry in file.items()} == {
+    assert {name: record.shape for name, record in file.items()} == dict.fromkeys(named, (3, 2))
+    assert {name: record.stop - record.start for name, record in file.items()} == {
         name: tensor.nbytes for name, tensor in named.items()
     }
     assert {file[name].dtype for name in ("float32", "float16", "bfloat16")} == STORED.keys()

@@ -21,25 +21,25 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __init__(self, noun: str) -> None:
         self.noun = noun
-        self._entries: dict[str, T] = {}
+        self._values: dict[str, T] = {}
 
     def add(self, name: str, value: T) -> None:
         """Register `value` under `name`. Raises ValueError if the name is taken."""
-        if name in self._entries:
+        if name in self._values:
             raise ValueError(f"{self.noun} {name!r} is already registered")
-        self._entries[name] = value
+        self._values[name] = value
 
     def __getitem__(self, name: str) -> T:
         try:
-            return self._entries[name]
+            return self._values[name]
         except KeyError:
-            raise UnknownName(self.noun, name, sorted(self._entries)) from None
+            raise UnknownName(self.noun, name, sorted(self._values)) from None
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._values
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._values)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._values)

@@ -165,9 +165,11 @@ class Sample:
         }
 
     def _mean(self, task: str, what: str) -> Vector:
-        entries = [result["tasks"][task] for result in self.results]
-        counts = _counts(task, len(entries[0]["nll"]))
-        return np.asarray(np.mean([(_loss if what == "loss" else _score)(entry, counts) for entry in entries], axis=0))
+        records = [result["tasks"][task] for result in self.results]
+        counts = _counts(task, len(records[0]["nll"]))
+        return np.asarray(
+            np.mean([(_loss if what == "loss" else _score)(record, counts) for record in records], axis=0)
+        )
 
 
 def _counts(task: str, n: int) -> Vector:
@@ -176,13 +178,13 @@ def _counts(task: str, n: int) -> Vector:
     return np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=DRAWS)]).astype(float)
 
 
-def _loss(entry: Mapping[str, Any], counts: Vector) -> Vector:
-    return np.asarray((counts @ np.array(entry["nll"])) / (counts @ np.array(entry["tokens"])))
+def _loss(record: Mapping[str, Any], counts: Vector) -> Vector:
+    return np.asarray((counts @ np.array(record["nll"])) / (counts @ np.array(record["tokens"])))
 
 
-def _score(entry: Mapping[str, Any], counts: Vector) -> Vector:
-    formula = FORMULAS[entry["formula"]]
-    return np.array([formula(sums) for sums in counts @ np.array(entry["statistics"])])
+def _score(record: Mapping[str, Any], counts: Vector) -> Vector:
+    formula = FORMULAS[record["formula"]]
+    return np.array([formula(sums) for sums in counts @ np.array(record["statistics"])])
 
 
 def mean_over_tasks(values: Mapping[str, Vector]) -> Vector | None:

@@ -228,25 +228,25 @@ def _check_parent(path: Path | None) -> None:
 
 def _tables(document: dict[str, Any]) -> list[Any]:
     """Return a table with one row per task, within 80 columns, and a summary below."""
-    entries = document["tasks"]
-    columns = {"task": list(entries), ">n": [str(e["n"]) for e in entries.values()]}
-    columns[">loss"] = [_number(e["loss"], 4) for e in entries.values()]
+    records = document["tasks"]
+    columns = {"task": list(records), ">n": [str(e["n"]) for e in records.values()]}
+    columns[">loss"] = [_number(e["loss"], 4) for e in records.values()]
     if document["normalised"] is not None:
-        columns[">own"] = [_number(e["own_loss"], 4) for e in entries.values()]
-        if any(e["zero_shot_loss"] is not None for e in entries.values()):
-            columns[">zero-shot"] = [_number(e["zero_shot_loss"], 4) for e in entries.values()]
-            columns[">kept"] = [_number(e["loss_kept"], 3) for e in entries.values()]
+        columns[">own"] = [_number(e["own_loss"], 4) for e in records.values()]
+        if any(e["zero_shot_loss"] is not None for e in records.values()):
+            columns[">zero-shot"] = [_number(e["zero_shot_loss"], 4) for e in records.values()]
+            columns[">kept"] = [_number(e["loss_kept"], 3) for e in records.values()]
     if document["average"] is not None:
-        columns[">score"] = [_interval(e) for e in entries.values()]
+        columns[">score"] = [_interval(e) for e in records.values()]
         if document["normalised"] is not None:
-            columns[">S"] = [_number(e["S"], 3) for e in entries.values()]
+            columns[">S"] = [_number(e["S"], 3) for e in records.values()]
     rows = zip(*columns.values(), strict=True)
-    return [table(list(columns), rows), *_summary(document), *_scored_by(entries), *_left_out(document)]
+    return [table(list(columns), rows), *_summary(document), *_scored_by(records), *_left_out(document)]
 
 
-def _interval(entry: Mapping[str, Any]) -> str:
+def _interval(record: Mapping[str, Any]) -> str:
     """Return a score with its 95 % interval."""
-    return "-" if entry["score"] is None else f"{entry['score']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"
+    return "-" if record["score"] is None else f"{record['score']:.1f} [{record['low']:.1f}, {record['high']:.1f}]"
 
 
 def _summary(document: Mapping[str, Any]) -> Sequence[str]:
@@ -262,9 +262,9 @@ def _summary(document: Mapping[str, Any]) -> Sequence[str]:
     return [", ".join(parts)]
 
 
-def _scored_by(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _scored_by(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a line per metric with the tasks scored by it."""
-    by_metric = _grouped({name: e["metric"] for name, e in entries.items() if e["metric"]})
+    by_metric = _grouped({name: e["metric"] for name, e in records.items() if e["metric"]})
     return [f"scored by {metric}: {', '.join(tasks)}" for metric, tasks in by_metric.items()]
 
 

@@ -123,13 +123,13 @@ def gc(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
     show(document, json, lambda d: "\n".join(gone) or "nothing to delete")
 
 
-def _logged(entries: list[dict[str, Any]]) -> Any:
-    """Return one row per entry, with a column of target states if there are undos."""
-    numbers = {entry["id"]: entry["sequence"] for entry in entries}
+def _logged(records: list[dict[str, Any]]) -> Any:
+    """Return one row per record, with a column of target states if there are undos."""
+    numbers = {record["id"]: record["sequence"] for record in records}
     columns = ["time", "operation", "task", "decision", "slot"]
-    went = any("to" in entry for entry in entries)
+    went = any("to" in record for record in records)
     rows = []
-    for record in entries:
+    for record in records:
         to = record.get("to", "")
         rows.append(
             [
@@ -143,7 +143,7 @@ def _logged(entries: list[dict[str, Any]]) -> Any:
 
 
 def _restored(document: dict[str, Any], state: dict[str, Any]) -> str:
-    """Return one line on what an undo or redo did; `state` is the log's entry of the state reached."""
+    """Return one line on what an undo or redo did; `state` is the log's record of the state reached."""
     came = f"{state['operation']} {state.get('task', '')}".rstrip()
     both = {*document["left"], *document["returned"]}
     changes = {

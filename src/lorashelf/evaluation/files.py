@@ -56,7 +56,7 @@ def write_csv(document: Mapping[str, Any], path: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({"task": name, **entry} for name, entry in document["tasks"].items())
+    writer.writerows({"task": name, **record} for name, record in document["tasks"].items())
     atomic.replace_file(path, text.getvalue().encode(), path.absolute().parent)
 
 
@@ -81,8 +81,8 @@ def read_result(path: Path) -> dict[str, Any]:
     faults = [
         f"{name} is {document.get(name)!r}" for name, kind in _STATED.items() if not _is(document.get(name), kind)
     ]
-    for task, entry in tasks.items():
-        known = entry if isinstance(entry, dict) else {}
+    for task, record in tasks.items():
+        known = record if isinstance(record, dict) else {}
         faults += [
             f"{task}: {name} is {known.get(name)!r}"
             for name, kind in _OF_A_TASK.items()
@@ -92,7 +92,7 @@ def read_result(path: Path) -> dict[str, Any]:
             faults.append(f"{task}: score is {known['score']!r}")
     if faults:
         raise UsageError("this is not an evaluation: " + "; ".join(faults), where=str(file), cure=cure)
-    return {**document, "tasks": {task: {"score": None, "metric": None, **entry} for task, entry in tasks.items()}}
+    return {**document, "tasks": {task: {"score": None, "metric": None, **record} for task, record in tasks.items()}}
 
 
 def _is(value: Any, kind: type[Any]) -> bool:

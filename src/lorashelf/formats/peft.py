@@ -44,7 +44,7 @@ def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
 
 def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:
     try:
-        names = {entry.name for entry in folder.iterdir()}
+        names = {file.name for file in folder.iterdir()}
         found = something_else(folder, names)
     except OSError as error:
         raise AdapterFormatError([not_a_folder(folder, error)], where=str(folder)) from error

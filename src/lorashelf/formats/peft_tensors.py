@@ -103,22 +103,22 @@ def factor_shapes(tensors: TensorFile, halves: Mapping[str, Mapping[str, str]], 
     shapes: dict[str, Shape] = {}
     for path, pair in halves.items():
         before = len(faults)
-        entries = [tensors[pair[half]] for half in "AB"]
-        for half, entry in zip("AB", entries, strict=True):
+        sides = [tensors[pair[half]] for half in "AB"]
+        for half, side in zip("AB", sides, strict=True):
             at = f"{path}.lora_{half}"
-            if entry.dtype not in STORED:
-                faults.append(f"dtype {entry.dtype} (supported: {', '.join(STORED)})", _CAST, at=at)
-            if len(entry.shape) < 2 or 0 in entry.shape:
-                what = f"shape {entry.shape} is not that of a linear module's factor: not gathered from its shards"
+            if side.dtype not in STORED:
+                faults.append(f"dtype {side.dtype} (supported: {', '.join(STORED)})", _CAST, at=at)
+            if len(side.shape) < 2 or 0 in side.shape:
+                what = f"shape {side.shape} is not that of a linear module's factor: not gathered from its shards"
                 faults.append(what, _GATHER, at=at)
-            elif len(entry.shape) > 2:
-                what = f"shape {entry.shape} is not that of a linear module's factor"
+            elif len(side.shape) > 2:
+                what = f"shape {side.shape} is not that of a linear module's factor"
                 faults.append(what, "train it again with linear target_modules only", at=at)
-        if len(faults) == before and entries[0].shape[0] != entries[1].shape[1]:
-            what = f"lora_A has rank {entries[0].shape[0]}, lora_B has rank {entries[1].shape[1]}"
+        if len(faults) == before and sides[0].shape[0] != sides[1].shape[1]:
+            what = f"lora_A has rank {sides[0].shape[0]}, lora_B has rank {sides[1].shape[1]}"
             faults.append(what, "save or download it again: the factors come from two adapters", at=path)
         if len(faults) == before:
-            shapes[path] = Shape(entries[1].shape[0], entries[0].shape[0], entries[0].shape[1])
+            shapes[path] = Shape(sides[1].shape[0], sides[0].shape[0], sides[0].shape[1])
     return shapes
 
 

@@ -44,7 +44,7 @@ np.empty(2**23, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorRecord:
     """One tensor of a file: dtype as written by safetensors, shape, byte range after the header."""
 
     dtype: str
@@ -69,7 +69,7 @@ class Guard:
             raise self.lost(DAMAGED)
 
 
-class TensorFile(Mapping[str, Entry]):
+class TensorFile(Mapping[str, TensorRecord]):
     """A safetensors file; `array` and `stack` return copies of its tensors.
 
     The file is read, not mapped: truncating a mapped file kills the process (SIGBUS). If the file changes after it was
@@ -94,13 +94,13 @@ class TensorFile(Mapping[str, Entry]):
                 text = _read_header(file.read(8), size, file.read)
                 self._check_unchanged(handle)
             self._offset = 8 + len(text)
-            self._entries = _entries(text, size - self._offset)
+            self._records = _records(text, size - self._offset)
         except OSError as error:
             cure = "replace it with the saved file, readable by you"
             raise AdapterFormatError([f"cannot be read: {error.strerror}"], where=str(path), cure=cure) from error
         except AdapterFormatError as error:
             raise error.amended(where=error.where or str(path)) from error.__cause__
-        in_order = sorted(self._entries, key=lambda name: self._entries[name].start)
+        in_order = sorted(self._records, key=lambda name: self._records[name].start)
         self._places = {name: place for place, name in enumerate(in_order, 1)}
 
     @property
@@ -115,16 +115,16 @@ class TensorFile(Mapping[str, Entry]):
 
     def stack(self, names: Sequence[str]) -> NDArray[Any]:
         """Return tensors of one shape as (n, *shape), as stored; float32 if their dtypes differ. Raises as `array`."""
-        entries = [self._entries[name] for name in names]
-        first = entries[0]
-        if any(entry.dtype != first.dtype for entry in entries):
+        records = [self._records[name] for name in names]
+        first = records[0]
+        if any(record.dtype != first.dtype for record in records):
             return np.stack([self.array(name).astype("<f4", copy=False) for name in names])
-        data = np.empty((len(entries), first.stop - first.start), np.uint8)
+        data = np.empty((len(records), first.stop - first.start), np.uint8)
         with self._reading() as handle:
-            for row, entry, name in zip(data, entries, names, strict=True):
-                self._fill(handle, row.data, self._offset + entry.start)
+            for row, record, name in zip(data, records, names, strict=True):
+                self._fill(handle, row.data, self._offset + record.start)
                 self._guard.check(self._places[name], row.data)  # now, while the data is in the CPU cache
-        return data.view(numpy_dtype(STORED[first.dtype])).reshape(len(entries), *first.shape)
+        return data.view(numpy_dtype(STORED[first.dtype])).reshape(len(records), *first.shape)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
@@ -162,14 +162,14 @@ class TensorFile(Mapping[str, Entry]):
         if not same or (then.st_ctime_ns != now.st_ctime_ns and then.st_nlink == now.st_nlink):
             raise self._guard.lost(_CHANGED)
 
-    def __getitem__(self, name: str) -> Entry:
-        return self._entries[name]
+    def __getitem__(self, name: str) -> TensorRecord:
+        return self._records[name]
 
     def __iter__(self) -> Any:
-        return iter(self._entries)
+        return iter(self._records)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._records)
 
 
 def _refused(path: Path, what: str) -> LorashelfError:
@@ -229,7 +229,7 @@ def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes]) -> byte
 
 
 @lru_cache(maxsize=4)  # the slots of a shelf usually share one header
-def _entries(text: bytes, room: int) -> Mapping[str, Entry]:
+def _records(text: bytes, room: int) -> Mapping[str, TensorRecord]:
     """Return the tensors that a header describes, by name; `room` is the size of the file after the header."""
     repeated: list[str] = []
     try:
@@ -240,7 +240,7 @@ def _entries(text: bytes, room: int) -> Mapping[str, Entry]:
         raise _faulty(["header is not a JSON object"])
     if repeated:
         raise _faulty([f"duplicate key {key!r} in the header" for key in repeated])
-    return MappingProxyType(_check_entries(header, room))
+    return MappingProxyType(_checked_records(header, room))
 
 
 def _faulty(faults: Sequence[str]) -> AdapterFormatError:
@@ -256,24 +256,24 @@ def _once(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
     return seen
 
 
-def _check_entries(header: dict[str, Any], room: int) -> dict[str, Entry]:
+def _checked_records(header: dict[str, Any], room: int) -> dict[str, TensorRecord]:
     faults: list[str] = []
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         faults.append("__metadata__ is not a map of strings")
-    entries: dict[str, Entry] = {}
+    records: dict[str, TensorRecord] = {}
     odd: list[tuple[str, str]] = []
     for name, described in header.items():
-        entry, fault = _entry(described, room)
+        record, fault = _record(described, room)
         if fault:
             odd.append((name, fault))
-        if entry:
-            entries[name] = entry
+        if record:
+            records[name] = record
     faults += _by_kind(odd)
-    faults += _layout_faults(entries, room) if not faults else []
+    faults += _layout_faults(records, room) if not faults else []
     if faults:
         raise _faulty(faults)
-    return dict(sorted(entries.items()))
+    return dict(sorted(records.items()))
 
 
 def _by_kind(faults: list[tuple[str, str]]) -> list[str]:
@@ -284,7 +284,7 @@ def _by_kind(faults: list[tuple[str, str]]) -> list[str]:
     return [first + (f", and {len(more)} more tensors" if more else "") for first, *more in kinds.values()]
 
 
-def _entry(described: Any, room: int) -> tuple[Entry | None, str | None]:
+def _record(described: Any, room: int) -> tuple[TensorRecord | None, str | None]:
     if not isinstance(described, dict) or not {"dtype", "shape", "data_offsets"} <= described.keys():
         return None, "needs dtype, shape and data_offsets"
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
@@ -298,7 +298,7 @@ def _entry(described: Any, room: int) -> tuple[Entry | None, str | None]:
     size = math.prod(shape) * _WIDTHS[dtype]
     if size != stop - start:
         return None, f"{dtype} of shape {shape} takes {size} bytes, data_offsets give {stop - start}"
-    return Entry(dtype, tuple(shape), start, stop), None
+    return TensorRecord(dtype, tuple(shape), start, stop), None
 
 
 def _naturals(values: Any) -> bool:
@@ -306,14 +306,14 @@ def _naturals(values: Any) -> bool:
     return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**53 for v in values)
 
 
-def _layout_faults(entries: Mapping[str, Entry], room: int) -> list[str]:
+def _layout_faults(records: Mapping[str, TensorRecord], room: int) -> list[str]:
     odd = []
     end, last = 0, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != end:
-            relation = "overlap" if entry.start < end else "leave a gap after"
-            odd.append((name, f"bytes {entry.start}:{entry.stop} {relation} those of {last}"))
-        end, last = max(end, entry.stop), name
+    for name, record in sorted(records.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if record.start != end:
+            relation = "overlap" if record.start < end else "leave a gap after"
+            odd.append((name, f"bytes {record.start}:{record.stop} {relation} those of {last}"))
+        end, last = max(end, record.stop), name
     faults = _by_kind(odd)
     if end != room and not faults:
         faults.append(f"{room - end} bytes after the last tensor")

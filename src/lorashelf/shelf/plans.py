@@ -133,7 +133,7 @@ def plan_set(snapshot: Snapshot, task: str, fields: Mapping[str, Any]) -> Plan:
     kind = problem_type(changed.get("type", details["type"]))
     own = (task, details["digest"])
     merged = tuple(
-        replace(entry, type=kind) if (entry.task, entry.digest) == own else entry for entry in slot.history.merged
+        replace(source, type=kind) if (source.task, source.digest) == own else source for source in slot.history.merged
     )
     known = replace(
         snapshot.manifest,

@@ -1,4 +1,4 @@
-"""The body of a level: head, lists of what is coded, entries; docs/coded.md is normative."""
+"""The body of a level: head, lists of what is coded, elements; docs/coded.md is normative."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from ...lora.adapter import Shape
 from ...lora.quantiser import RATIOS, STARTS
 from .description import Description, unpacked
-from .entries import OUTLIER, Chain, Indices, read_refined, read_started, write_refined, write_started
+from .elements import OUTLIER, Chain, Indices, read_refined, read_started, write_refined, write_started
 from .stream import Scanner, StreamReader, StreamWriter, malformed, varint
 
 MOST_GAIN = 2**12 - 1
 NONE = np.zeros(0, np.float32)
 """The values of no outliers."""
 _LOW = 32  # gains are coded as quotient and remainder by this
-_DENSEST = 9  # at most this many entries per bit, with any start quantiser
+_DENSEST = 9  # at most this many elements per bit, with any start quantiser
 
 
 @dataclass(slots=True)
@@ -94,9 +94,9 @@ def read_lists(reader: StreamReader, shapes: Mapping[str, Shape], coded: Mapping
     for (path, shape), count in zip(shapes.items(), counts, strict=True):
         if coded[path] + count > min(shape.rank, shape.dout, shape.din):
             raise malformed(f"{path} has {coded[path] + count} directions, but rank {shape.rank}")
-    entries = sum(n * (shape.dout + shape.din) for shape, n in zip(shapes.values(), counts, strict=True))
-    if entries > _DENSEST * 8 * (reader.size + 8):  # before memory of that size is allocated
-        raise malformed(f"{entries} entries need more bits than there are")
+    elements = sum(n * (shape.dout + shape.din) for shape, n in zip(shapes.values(), counts, strict=True))
+    if elements > _DENSEST * 8 * (reader.size + 8):  # before memory of that size is allocated
+        raise malformed(f"{elements} elements need more bits than there are")
     fresh, old = sum(counts), sum(coded.values())
     high, low = (reader.numbers(fresh).tolist() for _ in range(2))
     starts = tuple(reader.numbers(fresh).tolist() for _ in range(2))
@@ -118,10 +118,10 @@ def grouped(keys: Iterable[Chain | None]) -> Iterator[tuple[Chain, list[int]]]:
     yield from sorted(places.items())
 
 
-def write_entries(
+def write_elements(
     writer: StreamWriter, fresh: Sequence[tuple[Side, NDArray[np.float32]]], refined: Sequence[tuple[Side, Indices]]
 ) -> None:
-    """Write the entries of new sides, with their values, and of refined sides, with their previous indices."""
+    """Write the elements of new sides, with their values, and of refined sides, with their previous indices."""
     for chain, places in grouped(side.chain for side, _ in fresh):
         q = np.concatenate([fresh[i][0].indices for i in places])
         write_started(writer, q, np.concatenate([fresh[i][1] for i in places]), chain)
@@ -130,7 +130,7 @@ def write_entries(
         write_refined(writer, before, np.concatenate([refined[i][0].indices for i in places]), chain)
 
 
-def read_entries(
+def read_elements(
     reader: StreamReader, fresh: Sequence[tuple[Side, int, Chain]], refined: Sequence[tuple[Side, Chain]]
 ) -> None:
     """Read the indices of new sides, given lengths and chains, and of refined sides, given chains."""

@@ -18,9 +18,9 @@ from ...lora.adapter import Adapter, Factors, Modules, Shape
 from ...lora.quality import quality
 from ...lora.quantiser import RATIOS
 from ..codec import Level
-from .body import MOST_GAIN, NONE, Additions, Coded, Direction, Head, Side, read_entries, read_lists
+from .body import MOST_GAIN, NONE, Additions, Coded, Direction, Head, Side, read_elements, read_lists
 from .description import Description, parameters
-from .entries import Chain, checked, values
+from .elements import Chain, checked, values
 from .record import bodies, reference
 from .stream import Scanner, StreamReader, malformed
 
@@ -28,7 +28,7 @@ _STEP = 18248035989933441396  # 2^64 2^(-1/64), rounded down
 
 
 class _Pending(NamedTuple):
-    """A level whose entries are not read yet: new sides with lengths and chains, refined sides with chains."""
+    """A level whose elements are not read yet: new sides with lengths and chains, refined sides with chains."""
 
     reader: StreamReader
     fresh: Sequence[tuple[Side, int, Chain]]
@@ -36,7 +36,7 @@ class _Pending(NamedTuple):
 
 
 class Outline:
-    """Levels of which only the lists are read: shapes, ranks, gains and chains, but not the entries."""
+    """Levels of which only the lists are read: shapes, ranks, gains and chains, but not the elements."""
 
     def __init__(self, levels: Sequence[bytes], where: str | None = None) -> None:
         """Raise AdapterFormatError with `where` for levels that are damaged, incomplete in sequence or malformed."""
@@ -99,16 +99,16 @@ class Outline:
         return u + v
 
     def read(self) -> Coded:
-        """Return the directions with all entries, decoded on the first call. Raises AdapterFormatError."""
+        """Return the directions with all elements, decoded on the first call. Raises AdapterFormatError."""
         with self._lock:
             if self._failed is not None:
                 raise self._failed
             try:
                 for place, level in enumerate(self._pending):
                     with self._named(place):
-                        read_entries(level.reader, level.fresh, level.refined)
+                        read_elements(level.reader, level.fresh, level.refined)
             except AdapterFormatError as error:
-                self._failed = error  # some entries have been read and cannot be read again
+                self._failed = error  # some elements have been read and cannot be read again
                 raise
             self._pending = []
         return self.coded
@@ -199,6 +199,6 @@ def decode(levels: Sequence[bytes], where: str | None = None) -> Adapter:
 
 
 def inspect(levels: Sequence[bytes], where: str | None = None) -> tuple[Description, int, list[Level]]:
-    """Return the description, the number of values coded, and what every level achieves, without decoding entries."""
+    """Return the description, the number of values coded, and what every level achieves, without decoding elements."""
     outline = Outline(levels, where)
     return outline.description, parameters(outline.description.shapes), outline.levels

@@ -16,10 +16,10 @@ from ...lora.allocation import Coding, Options, slope_keeping, slope_within
 from ...lora.directions import directions
 from ...lora.quality import energy_for, quality, restoration
 from ...lora.quantiser import RATIOS
-from .body import MOST_GAIN, NONE, Additions, Direction, Side, grouped, head, write_entries, write_lists
+from .body import MOST_GAIN, NONE, Additions, Direction, Side, grouped, head, write_elements, write_lists
 from .decoder import factors
 from .description import packed
-from .entries import OUTLIER, Chain, indices, outlier_codes, outlier_values
+from .elements import OUTLIER, Chain, indices, outlier_codes, outlier_values
 from .record import framed
 from .stream import StreamWriter
 
@@ -139,7 +139,7 @@ class Encoder:
         ratios = [[0 if now is was else RATIOS.index(now.chain[-1]) for was, now in side] for side in moved]
         write_lists(writer, Additions(counts, below, (starts[0], starts[1]), (ratios[0], ratios[1])))
         new = [(side[d], x[d]) for side, x in zip((u, v), self._x, strict=True) for d in fresh]
-        write_entries(writer, new, [(now, was.indices) for side in moved for was, now in side if now is not was])
+        write_elements(writer, new, [(now, was.indices) for side in moved for was, now in side if now is not was])
         kept = self.kept if self.levels and coding is self._coding else self._kept(found)
         base = None if self.levels else (self._top, self._description)
         body = head(kept, round(math.sqrt(restoration(kept)) * _AS_CODED), base) + writer.finished()

@@ -89,7 +89,7 @@ class StreamWriter:
         self._encoder = _coder().queue.RangeEncoder()
 
     def symbols(self, values: NDArray[Any], table: Integers) -> None:
-        """Write symbols with one table; with a table of one entry they take no bits."""
+        """Write symbols with one table; with a table of one symbol they take no bits."""
         if len(values) and len(table) > 1:
             self._encoder.encode(np.ascontiguousarray(values, np.int32), _model(table, len(values)))
 
@@ -137,7 +137,7 @@ class StreamReader:
             return np.zeros(0, np.int32)
         different = self._tables.varint()
         if not 1 <= different <= MOST_NUMBERS:
-            raise malformed("a table has no entries, or more than 2^16")
+            raise malformed("a table has no symbols, or more than 2^16")
         packed = np.frombuffer(self._tables.take((different + 1) // 2), np.uint8)
         weights = np.stack([packed & 15, packed >> 4], 1).ravel()[:different].astype(np.int64)
         if not weights.any():

@@ -1,4 +1,4 @@
-"""The entries of sides as indices of bins, written and read in groups: all entries with one quantiser at once.
+"""The elements of sides as indices of bins, written and read in groups: all elements with one quantiser at once.
 
 An index has the sign of its value; OUTLIER marks a value beyond all bins, whose size is coded in a separate byte.
 """
