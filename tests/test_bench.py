@@ -21,11 +21,12 @@ from factory import make_adapter
 from lorashelf import Adapter, Shelf, new_settings, plan_add, read_adapter
 from lorashelf.bench import page
 from lorashelf.bench.assignment import Inputs, arrival, assign, bytes_of
-from lorashelf.bench.results import DRAWS, Sample, kept, mean_over_tasks, path_of, read_results
+from lorashelf.bench.results import DRAWS, Sample, mean_over_tasks, path_of, read_results, shares_kept
 from lorashelf.bench.run import CLAIMS, MEASURED, run, status
 from lorashelf.bench.suite import Cell, Suite, read_suite
 from lorashelf.cli import main
 from lorashelf.errors import UsageError
+from lorashelf.lora.algebra import combine, norm
 from lorashelf.models.hf import HFBackend
 from lorashelf.result_store import sole
 from lorashelf.tasks.folders import Example, Task
@@ -45,6 +46,10 @@ serve = ["base", "own"]
 cluster = ["random", "type"]
 slots = 2
 seed = [0, 1]
+
+[[cells]]
+code = "coded"
+percent = [60, 100]
 
 [[cells]]
 arrive = "kmerge"
@@ -91,9 +96,11 @@ def test_a_list_makes_a_cell_per_element_and_priority_comes_first(tmp_path: Path
         "random slots=2 seed=1",
         "type",
         "type seed=1",
+        "coded percent=60",
+        "coded percent=100",
         "d2c slots=2 iterations=6 examples_per_task=2",
     ]
-    assert len({cell.id for cell in suite.cells}) == 8
+    assert len({cell.id for cell in suite.cells}) == 10
 
 
 def test_every_fault_of_a_suite_is_named(tmp_path: Path) -> None:
@@ -112,6 +119,13 @@ slots = 3
 [[cells]]
 slots = 3
 [[cells]]
+code = "zip"
+percent = [0, "5", 101]
+levels = 0
+slots = 3
+[[cells]]
+code = "coded"
+[[cells]]
 arrive = "kmerge"
 order = "best"
 threshold = 2
@@ -127,7 +141,14 @@ measure = ["speed"]
         "cluster is 'rnadom'",
         "slots is 0",
         "serve has no option 'slots'",
-        "cells 3: give one of serve, cluster, arrive, search",
+        "cells 3: give one of serve, code, cluster, arrive, search",
+        "cells 4: code is 'zip'; choose from coded",
+        "percent is 0, not a number above 0 and at most 100",
+        "percent is '5'",
+        "percent is 101",
+        "levels is 0",
+        "code has no option 'slots'",
+        "cells 5: percent is None",
         "order is 'best'",
         "threshold is 2",
         "merge is 'mean'",
@@ -198,6 +219,35 @@ def test_blocks_by_type_are_those_of_the_tasks(tmp_path: Path) -> None:
     tasks = {name: Task(name, "p", "odd" if name == "y" else "even") for name in adapters}
     found = assign(cell("cluster", "type"), Inputs(adapters, tasks, None, tmp_path))
     assert found.provenance["blocks"] == [["x", "z"], ["y"]]
+
+
+def test_codes_share_the_bytes_and_each_serves_its_own_task(tmp_path: Path) -> None:
+    """An adapter that is four in one, and so takes more bytes to keep as much, gets more of them."""
+    adapters = {f"{i}-en": make_adapter(i, layers=3, rank=2) for i in range(3)}
+    adapters["wide-en"] = make_adapter(9, layers=3, rank=8)
+    tasks = {name: Task(name, "p", "any") for name in adapters}
+    size = int(2 * sum(x.parameters for x in adapters.values()) * 0.4)
+    chosen = Cell("code", "coded", {"percent": 40, "levels": 3}, ("loss",))
+    found = assign(chosen, Inputs(adapters, tasks, None, tmp_path))
+    assert 0.95 * size < found.bytes("f16") <= size
+    assert found.bytes("f16") == sum(sum(code["levels"]) for code in found.coded.values())
+    assert {len(code["levels"]) for code in found.coded.values()} <= {1, 2, 3}
+    for task, own in adapters.items():
+        decoded = found.serving[task]
+        assert decoded is not None
+        gone = norm(combine([own, decoded], [1, -1])) ** 2 / norm(own) ** 2
+        assert gone == pytest.approx(1 - found.coded[task]["energy_kept"], abs=0.02)
+    assert found.coded["wide-en"]["bytes"] > max(found.coded[f"{i}-en"]["bytes"] for i in range(3))
+
+
+def test_a_codes_bytes_stand_beside_its_losses(measured: tuple[Suite, Path]) -> None:
+    suite, folder = measured
+    (cell,) = (cell for cell in suite.cells if cell.label == "coded percent=60")
+    result = read_results(suite, folder)[cell.id]
+    assert result["bytes"] == sum(task["bytes"] for task in result["tasks"].values())
+    assert all(task["bytes"] == sum(task["levels"]) for task in result["tasks"].values())
+    assert all(0.5 < task["energy_kept"] < 1 for task in result["tasks"].values())
+    assert result["bytes"] <= 0.6 * 2 * 5 * 336
 
 
 # running ------------------------------------------------------------------------------------------------------------
@@ -302,12 +352,25 @@ def test_differences_are_paired_and_own_keeps_all_in_every_resample() -> None:
     half = sample({"t": entry(hard + 0.5, [1] * 30)})
     difference = zero.losses["t"] - own.losses["t"]
     assert np.ptp(difference) < 1e-9 < np.ptp(own.losses["t"])
-    shares = kept(half.losses, own.losses, zero.losses)
-    assert shares is not None
-    np.testing.assert_allclose(shares, 0.5)
-    everything = kept(own.losses, own.losses, zero.losses)
-    assert everything is not None
-    np.testing.assert_allclose(everything, 1.0)
+    np.testing.assert_allclose(shares_kept(half.losses, own.losses, zero.losses)["t"], 0.5)
+    np.testing.assert_allclose(shares_kept(own.losses, own.losses, zero.losses)["t"], 1.0)
+
+
+def test_the_worst_task_is_named_with_its_own_interval(measured: tuple[Suite, Path]) -> None:
+    suite, folder = measured
+    results = read_results(suite, folder)
+    row = next(row for row in page.rows(suite, results) if row["options"] == "percent=60")
+    losses = {
+        cell.label: {name: sum(t["nll"]) / sum(t["tokens"]) for name, t in results[cell.id]["tasks"].items()}
+        for cell in suite.cells
+    }
+    zero, own, coded = (losses[label] for label in ("base", "own", "coded percent=60"))
+    shares = {t: (zero[t] - coded[t]) / (zero[t] - own[t]) for t in zero if zero[t] - own[t] >= 0.02}
+    assert row["worst_task"] == min(shares, key=lambda t: shares[t])
+    value, low, high = row["worst"]
+    assert value == pytest.approx(min(shares.values()), rel=1e-2)
+    assert low < value < high
+    assert row["loss_kept"][0] == pytest.approx(np.mean(list(shares.values())), rel=1e-2)
 
 
 def test_seeds_are_averaged_task_by_task() -> None:
@@ -333,7 +396,7 @@ def test_the_table_has_a_row_per_method_with_the_figures_of_the_results(measured
     suite, folder = measured
     results = read_results(suite, folder)
     rows = {row["method"]: row for row in page.rows(suite, results)}
-    assert rows.keys() == {"base", "own", "random", "type", "kmerge", "d2c"}
+    assert rows.keys() == {"base", "own", "random", "type", "coded", "kmerge", "d2c"}
     assert rows["random"]["seeds"] == 2
     assert rows["own"]["loss_kept"][0] == pytest.approx(1.0)
     assert rows["base"]["loss_kept"] == (0.0, 0.0, 0.0)
@@ -345,7 +408,7 @@ def test_the_table_has_a_row_per_method_with_the_figures_of_the_results(measured
     assert rows["base"]["loss"][0] == pytest.approx(np.mean(by_task), rel=1e-4)
     text = page.table(suite, results)
     assert "5 tasks, 4 examples of the validation split per task" in text
-    assert text.count("\n| ") == 7
+    assert text.count("\n| ") == 9
     assert "− random" in text
 
 

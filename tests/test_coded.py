@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import struct
 import zlib
@@ -21,12 +22,12 @@ from lorashelf.errors import AdapterFormatError, UsageError
 from lorashelf.formats.coded.decoder import decode, inspect
 from lorashelf.formats.coded.description import DICTIONARY, packed, unpacked
 from lorashelf.formats.coded.encoder import Encoder
-from lorashelf.formats.coded.files import divided, encode_for, encode_within, read_levels, write_coded
+from lorashelf.formats.coded.files import divided, encode_for, encode_together, encode_within, read_levels, write_coded
 from lorashelf.formats.coded.record import MAGIC, framed
 from lorashelf.formats.coded.stream import StreamReader, StreamWriter, varint
 from lorashelf.lora.algebra import combine
-from lorashelf.lora.allocation import slope_within
-from lorashelf.lora.quality import MEASURED, energy_for, quality, restoration
+from lorashelf.lora.allocation import slope_within, slopes_within
+from lorashelf.lora.quality import MEASURED, energy_for, quality, restoration, worth
 from lorashelf.lora.quantiser import RATIOS, STARTS, TOTAL, quantiser, start_table
 
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
@@ -282,6 +283,57 @@ def test_one_slope_spreads_bits_over_adapters() -> None:
     slope = slope_within(options, bits)
     assert sum(each.choose(slope)[1] for each in options) == pytest.approx(bits, rel=0.03)
     assert len(flat.add(slope)) > len(steep.add(slope))
+
+
+def test_several_adapters_share_bytes_by_predicted_quality() -> None:
+    """Where an equal share leaves one adapter behind, the mean and the least of the predicted qualities rise."""
+    kinds = {"steep": 0.3, "middle": 0.7, "flat": 0.98}
+    adapters = [adapter(seed, rank=8, layers=6, fall=fall) for seed, fall in enumerate(kinds.values())]
+    total = 3 * 4000
+    alone = [Encoder(x) for x in adapters]
+    for each in alone:
+        encode_within(each, total // 3)
+    together = [Encoder(x) for x in adapters]
+    levels = encode_together(together, total)
+    assert 0.97 * total < sum(each.size for each in together) <= total
+    assert [decode(each).digest for each in levels] == [decode(each.levels).digest for each in together]
+    qualities = [[quality(each.kept) for each in encoders] for encoders in (together, alone)]
+    assert np.mean(qualities[0]) > np.mean(qualities[1])
+    assert min(qualities[0]) > min(qualities[1])
+
+
+def test_a_byte_more_is_worth_as_much_in_every_adapter() -> None:
+    """Of all ways to split the bits over two adapters, none has a higher mean of predicted qualities."""
+    options = [Encoder(adapter(fall=fall)).options() for fall in (0.3, 0.95)]
+    bits = 8 * 2500.0
+    slopes = slopes_within(options, bits, worth)
+    chosen = [each.choose(slope) for each, slope in zip(options, slopes, strict=True)]
+    assert sum(each[1] for each in chosen) == pytest.approx(bits, rel=0.02)
+    best = -math.inf
+    for share in np.linspace(0.05, 0.95, 37):
+        split = zip(options, (share, 1 - share), strict=True)
+        kept = [each.choose(slope_within([each], bits * part))[2] for each, part in split]
+        best = max(best, sum(quality(k) for k in kept))
+    assert sum(quality(each[2]) for each in chosen) == pytest.approx(best, abs=0.01)
+
+
+def test_the_worth_of_energy_never_rises() -> None:
+    rises = worth(np.linspace(0, 1, 200))
+    assert np.all(rises > 0)
+    assert np.all(np.diff(rises) <= 0)
+
+
+@pytest.mark.parametrize("size", [1, 300])
+def test_too_few_bytes_for_all_are_refused_with_a_number_that_would_do(size: int) -> None:
+    with pytest.raises(
+        UsageError, match=f"{size} bytes are too few: the descriptions and first directions of 3 adapters"
+    ) as raised:
+        encode_together([Encoder(adapter(seed)) for seed in range(3)], size)
+    needed = int(re.findall(r"at least (\d+) bytes", raised.value.cure or "")[0])
+    encoders = [Encoder(adapter(seed)) for seed in range(3)]
+    encode_together(encoders, needed)
+    assert sum(each.size for each in encoders) <= needed
+    assert all(each.kept > 0 for each in encoders)
 
 
 # hard adapters -------------------------------------------------------------------------------------------------------

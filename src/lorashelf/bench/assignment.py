@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,9 +32,15 @@ class Assignment:
     serving: Mapping[str, Adapter | None]
     provenance: Mapping[str, Any]
     """`blocks` (tasks that share an adapter), `order` of arrival, and the report of a search."""
+    coded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Task → the `bytes` of its coded file, those of its `levels`, and `energy_kept`; empty unless coded."""
 
     def bytes(self, dtype: str) -> int:
-        """Return the bytes of the distinct adapters as PEFT folders of this dtype, whatever dtype they have."""
+        """Return the bytes of the coded files, else of the distinct adapters as PEFT folders of this dtype, whatever
+        dtype they have.
+        """
+        if self.coded:
+            return sum(code["bytes"] for code in self.coded.values())
         return bytes_of({x.digest: x for x in self.serving.values() if x is not None}.values(), dtype)
 
 
@@ -60,11 +66,29 @@ def assign(cell: Cell, inputs: Inputs) -> Assignment:
     if cell.how == "serve":
         own = cell.method == "own"
         return Assignment({task: adapters[task] if own else None for task in adapters}, {})
+    if cell.how == "code":
+        return _coded(cell, inputs)
     if cell.how == "cluster":
         return _merged(cell, inputs, _clustered(cell, inputs), {})
     if cell.how == "arrive":
         return _arrived(cell, inputs)
     return _searched(cell, inputs)
+
+
+def _coded(cell: Cell, inputs: Inputs) -> Assignment:
+    """Code every task's own adapter as a file of levels, all files within a share of the adapters' 16-bit size."""
+    from ..formats.coded.decoder import decode  # only for coded cells
+    from ..formats.coded.encoder import Encoder
+    from ..formats.coded.files import encode_together
+
+    encoders = {task: Encoder(x) for task, x in inputs.adapters.items()}
+    size = int(2 * sum(x.parameters for x in inputs.adapters.values()) * cell.options["percent"] / 100)
+    files = encode_together(list(encoders.values()), size, cell.options["levels"])
+    coded = {
+        task: {"bytes": each.size, "levels": [len(level) for level in each.levels], "energy_kept": round(each.kept, 4)}
+        for task, each in encoders.items()
+    }
+    return Assignment({task: decode(levels) for task, levels in zip(encoders, files, strict=True)}, {}, coded)
 
 
 def arrival(cell: Cell, types: Mapping[str, str]) -> list[str]:

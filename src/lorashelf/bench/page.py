@@ -11,11 +11,13 @@ import numpy as np
 
 from .. import atomic
 from ..errors import MissingExtra, UsageError
-from .results import Sample, Vector, interval, kept, mean_over_tasks, normalised_score, sampled
+from .results import Sample, Vector, interval, mean_over_tasks, normalised_score, sampled, shares_kept
 from .suite import Cell, Suite
 
 _APART = ("merge", "seed")
 """Options with a column of their own."""
+_SIZES = ("slots", "percent")
+"""Options that distinguish the points of a line."""
 Group = tuple[str, str, str]  # method, merge, other options
 
 
@@ -39,6 +41,8 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
     found = []
     for (method, merge, options), sample in samples.items():
         cells = grouped[method, merge, options]
+        shares = shares_kept(sample.losses, own.losses, zero.losses) if own and zero else {}
+        worst = min(shares, key=lambda task: shares[task][0], default=None)
         reference = samples.get((suite.reference or "", merge, options)) if method != suite.reference else None
         found.append(
             {
@@ -47,7 +51,9 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
                 "options": options,
                 "seeds": len(cells),
                 "loss": _stated(mean_over_tasks(sample.losses)),
-                "loss_kept": _stated(kept(sample.losses, own.losses, zero.losses)) if own and zero else None,
+                "loss_kept": _stated(mean_over_tasks(shares)),
+                "worst": _stated(shares[worst]) if worst else None,
+                "worst_task": worst,
                 "against": _stated(_difference(sample, reference)) if reference else None,
                 "score": _stated(mean_over_tasks(sample.scores)),
                 "S": _stated(normalised_score(sample.scores, own.scores)) if own else None,
@@ -78,12 +84,21 @@ def table(suite: Suite, results: Mapping[str, dict[str, Any]]) -> str:
     if not found:
         return "nothing has been measured yet"
     against = f"− {suite.reference}" if suite.reference else None
-    heads = ["method", "merge", "options", "seeds", "loss", "loss kept %", *([against] if against else [])]
+    heads = [
+        "method",
+        "merge",
+        "options",
+        "seeds",
+        "loss",
+        "loss kept %",
+        "worst task %",
+        *([against] if against else []),
+    ]
     heads += ["score", "S", "storage %"]
     lines = [_counts(results), "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in found:
         cells = [row["method"], row["merge"] or "–", row["options"] or "–", str(row["seeds"])]
-        cells += [_number(row["loss"], ".4f"), _number(row["loss_kept"], ".1f", 100)]
+        cells += [_number(row["loss"], ".4f"), _number(row["loss_kept"], ".1f", 100), _number(row["worst"], ".1f", 100)]
         cells += [_number(row["against"], "+.3f")] if against else []
         cells += [_number(row["score"], ".1f"), _number(row["S"], ".3f"), f"{100 * row['storage']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -158,6 +173,6 @@ def _lines(
         cell = cells[row["method"], row["merge"], row["options"]][0]
         place = row["storage"] if x == "storage" else cell.options.get(x)
         if isinstance(place, int | float) and not isinstance(place, bool) and row[y] is not None:
-            label = " ".join([row["method"], row["merge"], *cell.particulars((*_APART, x, "slots"))]).strip()
+            label = " ".join([row["method"], row["merge"], *cell.particulars((*_APART, x, *_SIZES))]).strip()
             found.setdefault(label, []).append((place, row[y]))
     return found

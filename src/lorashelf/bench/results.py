@@ -62,7 +62,9 @@ def document(
         "model": {name: evaluation.settings[name] for name in ("base", "prompt", "backend")},
         "provenance": dict(assignment.provenance),
         **sizes,
-        "tasks": {name: _task(measured) for name, measured in evaluation.tasks.items()},
+        "tasks": {
+            name: {**assignment.coded.get(name, {}), **_task(measured)} for name, measured in evaluation.tasks.items()
+        },
         "versions": {"lorashelf": VERSION, "python": platform.python_version(), **_versions()},
         "hardware": {"processor": _processor(), "cores": os.cpu_count()},
         "seconds": round(seconds, 1),
@@ -192,17 +194,18 @@ def mean_over_tasks(values: Mapping[str, Vector]) -> Vector | None:
     return np.asarray(np.mean(list(values.values()), axis=0)) if values else None
 
 
-def kept(losses: Mapping[str, Vector], own: Mapping[str, Vector], zero: Mapping[str, Vector]) -> Vector | None:
-    """Return loss kept: the mean of (zero − loss) / (zero − own), all three on the same resample, over the tasks where
-    own gains at least 0.02 nats per token on all examples (a smaller gain on a resample is raised to 0.02).
+def shares_kept(
+    losses: Mapping[str, Vector], own: Mapping[str, Vector], zero: Mapping[str, Vector]
+) -> dict[str, Vector]:
+    """Return task → loss kept, (zero − loss) / (zero − own), all three on the same resample, for the tasks where own
+    gains at least 0.02 nats per token on all examples (a smaller gain on a resample is raised to 0.02).
     """
     gains = {task: zero[task] - own[task] for task in losses if task in own and task in zero}
-    ratios = {
+    return {
         task: (zero[task] - losses[task]) / np.maximum(gain, LEAST_GAIN)
         for task, gain in gains.items()
         if gain[0] >= LEAST_GAIN
     }
-    return mean_over_tasks(ratios)
 
 
 def normalised_score(scores: Mapping[str, Vector], own: Mapping[str, Vector]) -> Vector | None:

@@ -10,6 +10,9 @@ reference = "random"                      # other methods with the same merge ar
 [[cells]]
 serve = ["base", "own"]                   # the bare base, and each task's own adapter
 [[cells]]
+code = "coded"                            # each task's own adapter, in few bytes
+percent = [12.5, 1]                       # of the bytes of all adapters in 16 bits
+[[cells]]
 cluster = ["random", "agglomerative"]     # or arrive = policies, search = "d2c"
 slots = 5
 merge = ["linear", "ties"]
@@ -30,6 +33,7 @@ from typing import Any, Literal, get_args
 from ..atomic import read_file
 from ..digest import canonical_json, digest
 from ..errors import LorashelfError, UsageError
+from ..formats.coded import LEVELS
 from ..merging import METHODS
 from ..placement.partitioners import PARTITIONERS
 from ..placement.policies import POLICIES
@@ -40,12 +44,13 @@ else:
     import tomli as tomllib
 
 FORMAT = 1
-How = Literal["serve", "cluster", "arrive", "search"]
+How = Literal["serve", "code", "cluster", "arrive", "search"]
 MEASURES = ("loss", "answers")
 BY_TYPE = "type"
 """The clustering with one block per problem type, as an oracle would know."""
 METHODS_OF: Mapping[How, Sequence[str]] = {
     "serve": ("base", "own"),
+    "code": ("coded",),
     "cluster": (BY_TYPE, *(name for name, method in PARTITIONERS.items() if not method.by_loss)),
     "arrive": tuple(POLICIES),
     "search": tuple(name for name, method in PARTITIONERS.items() if method.by_loss),
@@ -54,11 +59,14 @@ _COMMON: dict[str, Any] = {"slots": 5, "merge": "linear", "parameters": {}, "ran
 _SEARCH = {name: p for method in METHODS_OF["search"] for name, p in PARTITIONERS[method].parameters.items()}
 _OPTIONS: Mapping[How, Mapping[str, Any]] = {
     "serve": {},
+    "code": {"percent": None, "levels": LEVELS},
     "cluster": _COMMON,
     "arrive": {**_COMMON, "order": "random", "threshold": "auto"},
     "search": {**_COMMON, **{name: p.default for name, p in _SEARCH.items()}, "examples_per_task": 10},
 }
-"""The options of each kind of cell, with defaults; adapters are stored in float32 unless `dtype` is set."""
+"""The options of each kind of cell, with defaults (`percent` has none); merges are stored in float32 unless `dtype` is
+set.
+"""
 ORDERS = ("random", "worst", "name")
 """Orders of arrival: drawn by the seed; all tasks of a type in a row, types and tasks drawn; sorted by name."""
 
@@ -250,6 +258,9 @@ def _fault(name: str, value: Any) -> str | None:
     if name == "threshold":
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1
         return None if value == "auto" or number else f"threshold is {value!r}, not 'auto' or from -1 to 1"
+    if name == "percent":
+        number = type(value) in (int, float) and 0 < value <= 100
+        return None if number else f"percent is {value!r}, not a number above 0 and at most 100"
     if name == "rank" and value is None:
         return None
     least = 0 if name == "seed" else 1

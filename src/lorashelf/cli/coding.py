@@ -11,9 +11,10 @@ import typer
 
 from ..atomic import check_output
 from ..errors import UsageError
+from ..formats.coded import LEVELS
 from ..formats.coded.decoder import decode, inspect
 from ..formats.coded.encoder import Encoder
-from ..formats.coded.files import LEVELS, encode_for, encode_within, read_levels, write_coded
+from ..formats.coded.files import encode_for, encode_within, read_levels, write_coded
 from ..formats.peft import write_adapter
 from . import arguments as arg
 from .output import show, size, table

@@ -5,7 +5,8 @@ Every direction of every module takes the pair of quantisers for its sides, or n
     e (1 − c_u² c_v²) + λ (bits of u + bits of v + 12)
 
 with e its share of ‖ΔW‖² and c_u, c_v the cosines between its sides and what they are coded as. A level refines what
-the levels before it have coded, and codes further directions. The same λ for several adapters spreads bits over them.
+the levels before it have coded, and codes further directions. Several adapters share a budget in bits by one slope in
+predicted quality: a further bit is worth as much in one of them as in any other.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from .directions import Directions, Sides
 from .quantiser import RATIOS, STARTS
 
 Chain = tuple[int, ...]
+Worth = Callable[[Vector], Vector]
 _DIRECTION_BITS = 12.0  # gain and the names of its quantisers
 _STEPS = 50  # trials of λ at most; it takes 10 to 15
 _TURNS = 3
 _SLOPES = 1e-12, 1.0
+_COARSE, _ROUNDS = 24, 5  # points of a curve to begin with, and how often a point is added where it is needed
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,3 +150,45 @@ def _turn(options: Sequence[Options], measure: Callable[[float, float], float], 
         if above <= 1.001 * below or high - low < 1e-7:
             break
     return math.exp(low), math.exp(high)
+
+
+class _Curve:
+    """The bits that one more level adds and the energy that it keeps, by λ: exact at points, linear between them."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._points: dict[float, tuple[float, float]] = {}
+        low, high = map(math.log, _SLOPES)
+        for logarithm in np.linspace(low, high, _COARSE).tolist():
+            self.measure(logarithm)
+
+    def measure(self, logarithm: float) -> None:
+        """Add the point at this ln λ."""
+        self._points[logarithm] = self._options.choose(math.exp(logarithm))[1:]
+        self.logarithms = np.array(sorted(self._points))
+        table = np.array([self._points[each] for each in self.logarithms])
+        self.bits, self.kept = np.maximum.accumulate(table[::-1], axis=0)[::-1].T
+
+    def at(self, logarithm: float, worth: Worth) -> tuple[float, float]:
+        """Return the ln λ at which ln(λ worth) has this value, and the bits there."""
+        added = self.logarithms + np.log(worth(self.kept))
+        found = float(np.interp(logarithm, added, self.logarithms))
+        return found, float(np.interp(found, self.logarithms, self.bits))
+
+
+def slopes_within(options: Sequence[Options], bits: float, worth: Worth) -> list[float]:
+    """Return a λ per adapter with which one more level adds about `bits` in all, and the last bit of each adds the same
+    predicted quality: λ worth(kept) is one number. `worth`, dq / d(energy kept), must not rise.
+    """
+    curves = [_Curve(each) for each in options]
+    logarithms: list[float] = []
+    for _ in range(_ROUNDS):
+        low, high = (math.log(slope) for slope in (_SLOPES[0], 1e3 * _SLOPES[1]))
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            added = sum(curve.at(middle, worth)[1] for curve in curves)
+            low, high = (middle, high) if added > bits else (low, middle)
+        logarithms = [curve.at(high, worth)[0] for curve in curves]
+        for curve, logarithm in zip(curves, logarithms, strict=True):
+            curve.measure(logarithm)
+    return [math.exp(each) for each in logarithms]

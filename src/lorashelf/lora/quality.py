@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .arrays import Vector
+
 MEASURED = (
     *((0.0, 0.0), (0.163, 0.70), (0.276, 0.854), (0.44, 0.954)),
     *((0.667, 0.979), (0.814, 0.993), (0.955, 0.997), (1.0, 1.0)),
@@ -18,6 +20,15 @@ def quality(kept: float) -> float:
     """Predicted share of an adapter's gain in loss that is kept, in [0, 1]: linear between the points measured."""
     energies, qualities = zip(*MEASURED, strict=True)
     return float(np.interp(kept, energies, qualities))
+
+
+def worth(kept: Vector) -> Vector:
+    """Return dq / dE (n,), the predicted quality that a further share of energy adds: the slope of each piece of
+    `quality` at its middle, and its logarithm linear between middles.
+    """
+    energies, qualities = np.array(MEASURED).T
+    rises = np.minimum.accumulate(np.diff(qualities) / np.diff(energies))
+    return np.exp(np.interp(kept, (energies[1:] + energies[:-1]) / 2, np.log(rises)))
 
 
 def energy_for(wanted: float) -> float:

@@ -3,3 +3,6 @@
 `encoder.Encoder` makes levels one by one (at a slope, within a size, for a quality), `decoder.decode` makes an adapter
 from the first n, `decoder.inspect` describes each level without decoding values, `files` writes levels to a file.
 """
+
+LEVELS = 6
+"""The largest number of levels of a file unless another one is asked for."""

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from ...errors import UsageError
 from ...lora.adapter import Adapter, Shape
-from ...lora.allocation import Coding, Options, slope_keeping, slope_within
+from ...lora.allocation import Coding, Options, slope_keeping, slope_within, slopes_within
 from ...lora.directions import directions
-from ...lora.quality import energy_for, quality, restoration
+from ...lora.quality import energy_for, quality, restoration, worth
 from ...lora.quantiser import RATIOS
 from .body import MOST_GAIN, NONE, Additions, Direction, Side, grouped, head, write_elements, write_lists
 from .decoder import factors
@@ -70,7 +70,7 @@ class Encoder:
         return len((self._for(_ANY) if self._owner else self._trial(self._coding)).level)
 
     def options(self) -> Options:
-        """Return what one more level may add; `slope_within` takes the options of several adapters."""
+        """Return what one more level may add."""
         return Options(self.directions, self._coding)
 
     def add(self, slope: float, options: Options | None = None) -> bytes:
@@ -89,8 +89,7 @@ class Encoder:
             if len(trial.level) <= room:
                 break
             bits, trial = max(_SPARE * bits - 8.0 * (len(trial.level) - room), 0.0), least
-        if self._owner and not trial.found:
-            trial = self._for(_ANY)
+        trial = self._worth_writing(trial)
         if len(trial.level) > room:
             needed = self.size + len(trial.level)
             what = f"{size} bytes are too few: the adapter's description and first direction take {needed}"
@@ -117,6 +116,10 @@ class Encoder:
             slope *= 0.97
         what = f"no level is fine enough for a predicted quality of {wanted}"
         raise UsageError(what, cure=f"give at most {quality(trial.kept):.4f}")
+
+    def _worth_writing(self, trial: _Trial) -> _Trial:
+        """Return the trial, or the least level with a direction if this one has none of a trained adapter."""
+        return self._for(_ANY) if self._owner and not trial.found else trial
 
     def _accept(self, trial: _Trial) -> bytes:
         self.levels.append(trial.level)
@@ -157,6 +160,36 @@ class Encoder:
                 cross = np.sum(weight[:, None] * (module.u @ b) * (module.v @ a.T))
                 gained += float(2 * cross - np.sum((b.T @ b) * (a @ a.T)))
         return gained / self.directions.total if self.directions.total else 1.0
+
+
+def add_together(encoders: Sequence[Encoder], size: int) -> None:
+    """Add a level to each adapter, as fine as all levels of all adapters fit into `size` bytes, where the last byte of
+    each adds the same predicted quality. Raises UsageError if the least levels do not fit.
+    """
+    room = size - sum(each.size for each in encoders)
+    empty = [each._trial(each._coding) for each in encoders]
+    trials = [each._worth_writing(trial) for each, trial in zip(encoders, empty, strict=True)]
+    if _size(trials) > room:
+        what = f"{size} bytes are too few: the descriptions and first directions of {len(encoders)} adapters take"
+        needed = size - room + _size(trials)
+        raise UsageError(f"{what} {needed}", cure=f"give at least {needed} bytes")
+    options, bits = [each.options() for each in encoders], _SPARE * 8.0 * (room - _size(empty))
+    for _ in range(_TRIES):
+        slopes = slopes_within(options, bits, worth)
+        finer = [
+            each._worth_writing(each._trial(choices.choose(slope)[0]))
+            for each, choices, slope in zip(encoders, options, slopes, strict=True)
+        ]
+        if _size(finer) <= room:
+            trials = finer
+            break
+        bits = max(_SPARE * bits - 8.0 * (_size(finer) - room), 0.0)
+    for each, trial in zip(encoders, trials, strict=True):
+        each._accept(trial)
+
+
+def _size(trials: Sequence[_Trial]) -> int:
+    return sum(len(trial.level) for trial in trials)
 
 
 def _sides(x: Sequence[NDArray[np.float32]], before: Mapping[int, Side], chains: Sequence[Chain]) -> dict[int, Side]:

@@ -7,15 +7,14 @@ from pathlib import Path
 
 from ... import atomic
 from ...errors import AdapterFormatError, UsageError
-from .encoder import Encoder
+from . import LEVELS
+from .encoder import Encoder, add_together
 from .record import divided
 
-LEVELS = 6
 
-
-def _ladder(encoder: Encoder, size: int, levels: int) -> list[int]:
-    """Return the sizes of a file's prefixes, each half the next: at least 1/400 of the adapter's 16-bit size."""
-    least, sizes = max(encoder.adapter.parameters // 200, 2 * encoder.least), [size]
+def _ladder(encoders: Sequence[Encoder], size: int, levels: int) -> list[int]:
+    """Return the sizes of the prefixes, each half the next: at least 1/400 of the adapters' 16-bit size."""
+    least, sizes = sum(max(each.adapter.parameters // 200, 2 * each.least) for each in encoders), [size]
     while len(sizes) < levels and sizes[0] // 2 >= least:
         sizes.insert(0, sizes[0] // 2)
     return sizes
@@ -23,14 +22,23 @@ def _ladder(encoder: Encoder, size: int, levels: int) -> list[int]:
 
 def encode_within(encoder: Encoder, size: int, levels: int = LEVELS) -> list[bytes]:
     """Code up to `levels` levels in at most `size` bytes. Raises UsageError if one does not fit."""
-    for each in _ladder(encoder, size, levels):
+    for each in _ladder([encoder], size, levels):
         encoder.add_within(each)
     return encoder.levels
 
 
+def encode_together(encoders: Sequence[Encoder], size: int, levels: int = LEVELS) -> list[list[bytes]]:
+    """Code up to `levels` levels of each adapter in at most `size` bytes in all, every level for the highest mean
+    predicted quality. Raises UsageError if the first does not fit.
+    """
+    for each in _ladder(encoders, size, levels):
+        add_together(encoders, each)
+    return [each.levels for each in encoders]
+
+
 def encode_for(encoder: Encoder, wanted: float, levels: int = LEVELS) -> list[bytes]:
     """Code up to `levels` levels with at least a predicted quality, in few bytes. Raises UsageError."""
-    for each in _ladder(encoder, encoder.size_for(wanted), levels)[:-1]:
+    for each in _ladder([encoder], encoder.size_for(wanted), levels)[:-1]:
         encoder.add_within(each)
     encoder.add_for(wanted)
     return encoder.levels
