@@ -346,9 +346,9 @@ def test_what_a_training_tool_leaves_in_a_name_is_taken_out(leave: Callable[[str
 
 
 IMPOSSIBLE: dict[str, tuple[Callable[[str], str], str]] = {
-    "an adapter below": (lambda path: f"{path}.base_layer", "a layer under another adapter"),
+    "an adapter below": (lambda path: f"{path}.base_layer", "a layer below another adapter"),
     "an adapter's name": (lambda path: f"{path}.default", "an adapter's name inside a module's name"),
-    "a module saved whole": (lambda path: f"{path}.modules_to_save", "a module saved whole"),
+    "a module saved whole": (lambda path: f"{path}.modules_to_save", "a whole module"),
     "a layer inside an adapter": (lambda path: f"{path}.lora_A", "a layer inside an adapter"),
     "an empty part": (lambda path: path.replace(".self_attn.", ".."), "an empty part"),
 }

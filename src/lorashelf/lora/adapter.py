@@ -1,4 +1,4 @@
-"""The values that everything else works on: Factors of one module, an Adapter of many, the BaseId they belong to."""
+"""The core values: the Factors of one module, an Adapter of many modules, the BaseId of its base model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTHS: Mapping[str, int] = MappingProxyType({"f32": 4, "f16": 2, "bf16": 2})
 
 @cache
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """A storage dtype as NumPy's, little-endian."""
+    """Return NumPy's little-endian dtype for a storage dtype."""
     if dtype != "bf16":
         return np.dtype(f"<f{WIDTHS[dtype]}")
     import ml_dtypes
@@ -32,7 +32,7 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 
 
 def wider(dtypes: list[str]) -> str:
-    """The narrowest storage dtype that holds every value of the given ones; f16 with bf16 gives f32.
+    """Return the narrowest storage dtype that represents every value of the given ones; f16 with bf16 gives f32.
 
     >>> wider(["f16", "f16"]), wider(["f16", "bf16"]), wider(["bf16", "f32"])
     ('f16', 'f32', 'f32')
@@ -73,7 +73,7 @@ class Factors:
         return Shape(self.b.shape[0], self.a.shape[0], self.a.shape[1])
 
     def delta(self) -> Float32[Array32, "dout din"]:
-        """The dense update ΔW = scale · b @ a, (dout, din) float32. For methods that need it, and for tests."""
+        """Return the dense update ΔW = scale · b @ a, (dout, din) float32, for methods that need it and for tests."""
         return np.asarray(self.b @ self.a * np.float32(self.scale), np.float32)
 
 
@@ -87,7 +87,7 @@ class Stack:
 
     @property
     def shape(self) -> Shape:
-        """(dout, r, din) of each."""
+        """(dout, r, din) of each module."""
         return Shape(self.b.shape[1], self.a.shape[1], self.a.shape[2])
 
     def __len__(self) -> int:
@@ -99,13 +99,13 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class BaseId:
-    """Which base model an adapter belongs to: PEFT's `base_model_name_or_path` and `revision`; "" is unknown."""
+    """The base model of an adapter: PEFT's `base_model_name_or_path` and `revision`; "" is unknown."""
 
     name: str = ""
     revision: str | None = None
 
     def contradicts(self, other: BaseId) -> bool:
-        """Whether both are known and differ, by name or, where both state one, by revision."""
+        """Return whether both are known and differ, by name or, if both have one, by revision."""
         if self.name and other.name and self.name != other.name:
             return True
         ours, theirs = self.revision or "main", other.revision or "main"
@@ -120,7 +120,7 @@ class Modules(Mapping[str, Factors]):
     """Module path → Factors, sorted by path; `shapes` and `scales` are known without reading a tensor."""
 
     squared_norms: Mapping[str, float] | None = None
-    """Module path → ‖ΔW‖², once it is known: `kernels.squared_norms` keeps it here, and so does a shelf that has it."""
+    """Module path → ‖ΔW‖² once known: cached here by `kernels.squared_norms` and by a shelf that has stored it."""
 
     def __init__(self, factors: Mapping[str, Factors]) -> None:
         self._factors = dict(sorted(factors.items()))
@@ -136,7 +136,7 @@ class Modules(Mapping[str, Factors]):
         return {path: factors.scale for path, factors in self._factors.items()}
 
     def stack(self, paths: Sequence[str]) -> Stack:
-        """Modules of one shape as arrays."""
+        """Return modules of one shape as arrays."""
         fs = [self[path] for path in paths]
         a, b = np.stack([f.a for f in fs], dtype=np.float32), np.stack([f.b for f in fs], dtype=np.float32)
         return Stack(a, b, np.array([f.scale for f in fs]))
@@ -156,12 +156,11 @@ class Modules(Mapping[str, Factors]):
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA adapter: its modules, the base it belongs to, the dtype it is stored in, the PEFT fields it carries.
+    """A LoRA adapter: modules, base, storage dtype, and PEFT fields.
 
-    `modules` may read lazily from an open file; a Factors taken out of it is float32 whatever the storage dtype.
-    `config` holds the fields of adapter_config.json that do not follow from the factors, unknown ones included.
-    `notices` are sentences about what its folder holds beyond that, which is not kept. Two adapters are the same when
-    their `digest` is.
+    `modules` may read lazily from an open file; its Factors are float32 whatever the storage dtype. `config` holds the
+    fields of adapter_config.json that do not follow from the factors, unknown ones included. `notices` are sentences
+    about further contents of the folder, which are not kept. Adapters with the same `digest` are the same.
     """
 
     modules: Modules
@@ -171,12 +170,12 @@ class Adapter:
     notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise AdapterFormatError for no module, for modules of another type and for an unknown dtype, all at once."""
+        """Raise AdapterFormatError, with all faults, for no modules, modules of another type and an unknown dtype."""
         faults = []
         if not isinstance(self.modules, Modules):
             faults.append(f"modules is a {type(self.modules).__name__}: give Modules({{path: Factors(a, b, scale)}})")
         elif not len(self.modules):
-            faults.append("there is no module")
+            faults.append("there are no modules")
         if self.dtype not in WIDTHS:
             faults.append(f"dtype is {self.dtype!r}; choose from {', '.join(WIDTHS)}")
         if faults:
@@ -199,7 +198,7 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """BLAKE2b-256 over every module's path, shape, scale and float32 values: the same in any storage dtype."""
+        """BLAKE2b-256 of every module's path, shape, scale and float32 values: independent of the storage dtype."""
         return digest(self._canonical_chunks())
 
     def _canonical_chunks(self) -> Iterator[bytes | memoryview]:
@@ -209,14 +208,12 @@ class Adapter:
             yield np.ascontiguousarray(factors.b, dtype="<f4").data
 
     def with_factors(self, factors: Mapping[str, Factors]) -> Adapter:
-        """The same adapter with other factors for the same modules."""
+        """Return the same adapter with other factors for the same modules."""
         return replace(self, modules=Modules(factors))
 
 
 def base_faults(offered: Iterable[tuple[str, BaseId]]) -> list[str]:
-    """A sentence for each base of several (name, base) that contradict each other, with who names it; none if all
-    agree.
-    """
+    """Return a sentence per base with its adapters if any of several (name, base) contradict each other; else none."""
     named: dict[BaseId, list[str]] = {}
     for name, base in offered:
         if base.name:

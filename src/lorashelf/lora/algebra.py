@@ -1,11 +1,11 @@
-"""The algebra of updates ΔW = s B A as its equations, in float64 and without forming ΔW.
+"""The algebra of updates ΔW = s B A, written as equations, in float64 and without forming ΔW.
 
     ⟨s B A, s' B' A'⟩ = s s' Σ (Bᵀ B') ∘ (A A'ᵀ)          an r × r' sum instead of dout × din
     Σ w s B A         = [.. √|w s| B ..] [.. √|w s| A ..]   the ranks add, nothing is lost
     best rank ρ       = SVD of R_B R_Aᵀ with B = Q_B R_B, Aᵀ = Q_A R_A
 
-Factors are float32; what is computed from them here is float64. What compares many adapters, or one with many, takes
-the kernels of `kernels.py`, which compute the same inner products faster.
+Factors are float32; results computed from them here are float64. Comparisons of many adapters use `kernels.py`, which
+computes the same inner products faster.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from .arrays import Array32, Array64, Float32, Float64, Square, Vector
 from .given import as_adapters, as_numbers
 from .targets import joined
 
-_AT_ONCE = 16  # adapters multiplied with all that follow
+_AT_ONCE = 16  # adapters multiplied with all later ones in one step
 
 
 def inner(x: Adapter, y: Adapter) -> float:
-    """⟨x, y⟩ = Σ_m ⟨ΔW_m, ΔW'_m⟩ over the modules both have. Cost r r' (dout + din) per module."""
+    """Return ⟨x, y⟩ = Σ_m ⟨ΔW_m, ΔW'_m⟩ over the modules both have. Cost r r' (dout + din) per module."""
     x, y = aligned([x, y])
     return sum(module_inner(x.modules[path], y.modules[path]) for path in x.modules if path in y.modules)
 
 
 def norm(x: Adapter) -> float:
-    """The Frobenius norm √Σ_m ‖ΔW_m‖²."""
+    """Return the Frobenius norm √Σ_m ‖ΔW_m‖²."""
     return math.sqrt(sum(map(module_squared_norm, x.modules.values())))
 
 
 def gram(xs: Sequence[Adapter]) -> Square:
-    """G_ij = ⟨x_i, x_j⟩, (n, n), one module of every adapter in memory at a time."""
+    """Return G_ij = ⟨x_i, x_j⟩, (n, n), with one module of every adapter in memory at a time."""
     xs = aligned(as_adapters(xs))
     total = np.zeros((len(xs), len(xs)))
     for path in union(xs):
@@ -47,7 +47,7 @@ def gram(xs: Sequence[Adapter]) -> Square:
 
 
 def module_inner(f: Factors, g: Factors) -> float:
-    """⟨s B A, s' B' A'⟩ = s s' Σ (Bᵀ B') ∘ (A A'ᵀ), or Σ ΔW ∘ ΔW' where the ranks are so large that it costs less."""
+    """Return ⟨s B A, s' B' A'⟩ = s s' Σ (Bᵀ B') ∘ (A A'ᵀ), or Σ ΔW ∘ ΔW' if that costs less, at large ranks."""
     a, b = _float64(f)
     c, d = (a, b) if g is f else _float64(g)
     if 1 / len(a) + 1 / len(c) < 1 / len(b) + 1 / a.shape[1]:
@@ -56,14 +56,14 @@ def module_inner(f: Factors, g: Factors) -> float:
 
 
 def module_squared_norm(f: Factors) -> float:
-    """‖ΔW‖² = ⟨ΔW, ΔW⟩, never below 0."""
+    """Return ‖ΔW‖² = ⟨ΔW, ΔW⟩, never below 0."""
     return max(module_inner(f, f), 0.0)
 
 
 def module_gram(fs: Sequence[Factors | None]) -> Square:
-    """G_ij = s_i s_j Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ) of one module, (n, n); `None` stands for ΔW = 0.
+    """Return G_ij = s_i s_j Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ) of one module, (n, n); `None` means ΔW = 0.
 
-    The ranks of all stand side by side; those of a few adapters are multiplied with those of all that follow at once.
+    The ranks of all adapters are concatenated; those of a few are multiplied with those of all later ones at once.
     """
     present = [f for f in fs if f is not None]
     total = np.zeros((len(fs), len(fs)))
@@ -86,27 +86,27 @@ def module_gram(fs: Sequence[Factors | None]) -> Square:
 
 
 def module_row(f: Factors | None, gs: Sequence[Factors | None]) -> tuple[Vector, float, Vector]:
-    """⟨ΔW, ΔW'_j⟩ (m,), ‖ΔW‖² and ‖ΔW'_j‖² (m,) of one module; `None` stands for ΔW = 0."""
+    """Return ⟨ΔW, ΔW'_j⟩ (m,), ‖ΔW‖² and ‖ΔW'_j‖² (m,) of one module; `None` means ΔW = 0."""
     inner = [0.0 if f is None or g is None else module_inner(f, g) for g in gs]
     own, *others = (0.0 if g is None else module_squared_norm(g) for g in (f, *gs))
     return np.array(inner), own, np.array(others)
 
 
 def trained(x: Adapter | Factors) -> bool:
-    """Whether an adapter, or a module, changes anything: not where A or B is zero throughout, as before training."""
+    """Return whether an adapter or module has any effect: not if A or B is all zero, as before training."""
     if isinstance(x, Adapter):
         return any(trained(factors) for factors in x.modules.values())
-    return all(side[0].any() or side.any() for side in (x.a, x.b))  # one row decides, as a rule
+    return all(side[0].any() or side.any() for side in (x.a, x.b))  # usually one row decides
 
 
 def union(xs: Sequence[Adapter]) -> list[str]:
-    """All module paths of the adapters, sorted."""
+    """Return all module paths of the adapters, sorted."""
     return sorted(set().union(*(x.shapes for x in xs)))
 
 
 def combine(xs: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """The exact sum Σ w_i ΔW_i by concatenation: per module a (Σr, din), b (dout, Σr), scale 1. A linear combination,
-    rank Σr.
+    """Return the exact sum Σ w_i ΔW_i by concatenation: per module a (Σr, din), b (dout, Σr), scale 1; rank Σr. Raises
+    UsageError, and as `aligned`.
     """
     xs, weights = as_adapters(xs), as_numbers(weights)
     if not xs or len(weights) != len(xs):
@@ -121,8 +121,8 @@ def combine(xs: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def assemble(xs: Sequence[Adapter], modules: Mapping[str, Factors]) -> Adapter:
-    """An adapter made from `xs`: the first known base, the widest dtype, the PEFT fields of the first with
-    the targets of all, these modules.
+    """Return an adapter of these modules with the first known base of `xs`, their widest dtype, and the PEFT fields of
+    the first with the targets of all.
     """
     base = next((x.base for x in xs if x.base.name), xs[0].base)
     config = {**xs[0].config, **joined((x.config, x.shapes) for x in xs)}
@@ -130,8 +130,8 @@ def assemble(xs: Sequence[Adapter], modules: Mapping[str, Factors]) -> Adapter:
 
 
 def concatenated(fs: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """Σ w s B A of one module as a single pair: √|w s| on both sides, the sign on B, so neither side overflows half
-    precision.
+    """Return Σ w s B A of one module as a single pair: √|w s| on both sides, the sign on B, so that neither side
+    overflows half precision.
     """
     roots = [math.sqrt(abs(w * f.scale)) for f, w in zip(fs, weights, strict=True)]
     signs = [math.copysign(1.0, w * f.scale) for f, w in zip(fs, weights, strict=True)]
@@ -141,10 +141,11 @@ def concatenated(fs: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def compress(x: Adapter, rank: int) -> tuple[Adapter, float]:
-    """The best approximation of every ΔW_m by rank ≤ `rank`, and its relative error √Σ‖ΔW − ΔW'‖² / √Σ‖ΔW‖².
+    """Return the best approximation of every ΔW_m by rank ≤ `rank`, and its relative error √Σ‖ΔW − ΔW'‖² / √Σ‖ΔW‖².
 
     Eckart-Young by QR and a small SVD in float64; singular values are split evenly over both factors, signs are
-    canonical (the largest entry of each row of A is positive). A module within the rank is returned as it is.
+    canonical (the largest entry of each row of A is positive). A module within the rank is returned unchanged. Raises
+    UsageError.
     """
     if rank < 1:
         raise UsageError(f"rank is {rank}", cure="give a rank of at least 1")
@@ -157,7 +158,7 @@ def compress(x: Adapter, rank: int) -> tuple[Adapter, float]:
 
 
 def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
-    """One module of `compress`: the factors of rank ≤ `rank`, the energy ‖·‖² dropped, the energy kept."""
+    """Return one module of `compress`: the factors of rank ≤ `rank`, and ‖·‖² dropped and kept."""
     if f.shape.rank <= rank:
         return f, 0.0, module_squared_norm(f)
     if f.shape.rank >= min(f.shape.dout, f.shape.din):
@@ -173,10 +174,10 @@ def truncate(f: Factors, rank: int) -> tuple[Factors, float, float]:
 def truncate_dense(
     delta: Float32[Array32, "dout din"] | Float64[Array64, "dout din"], rank: int
 ) -> tuple[Factors, float, float]:
-    """The best rank-`rank` factors of a dense (dout, din) update, the energy dropped, the energy kept.
+    """Return the best rank-`rank` factors of a dense (dout, din) update, and ‖·‖² dropped and kept.
 
     By the eigenvectors of the smaller Gram matrix in float64: with V the leading ones, ΔW V Vᵀ is the best
-    approximation. Energies are exact to about 1e-16 ‖ΔW‖².
+    approximation. Both squared norms are exact to about 1e-16 ‖ΔW‖².
     """
     d = delta.astype(np.float64, copy=False)
     wide = d.shape[0] < d.shape[1]
@@ -194,14 +195,14 @@ def truncate_dense(
 
 
 def singular_values(f: Factors) -> Vector:
-    """The singular values of ΔW = s B A, descending, at most r of them; float64."""
+    """Return the singular values of ΔW = s B A, descending, at most r of them; float64."""
     return _svd(f)[3]
 
 
 def decomposed(
     f: Factors,
 ) -> tuple[Float64[Array64, "dout k"], Float64[Array64, " k"], Float64[Array64, "din k"]]:
-    """ΔW = U diag(σ) Vᵀ from its factors: U (dout, k), σ (k,) descending, V (din, k), k at most r; float64."""
+    """Decompose ΔW = U diag(σ) Vᵀ from its factors: U (dout, k), σ (k,) descending, V (din, k), k ≤ r; float64."""
     q_b, q_a, u, s, vt = _svd(f)
     return q_b @ u, s, q_a @ vt.T
 

@@ -1,7 +1,7 @@
-"""Adapters of one base beside each other: that they belong together, and one spelling of their modules' names.
+"""Aligning adapters of one base: checking that they fit together, and one spelling of their modules' names.
 
-Every comparison and every merge begins here. Two names are one module where a rule of `module_names` says so; where two
-names may be one module and no rule decides, the adapters are refused: merged as two modules, both would lose strength.
+Every comparison and merge starts here. Two names are one module if a rule of `module_names` maps one to the other; if
+two names may be one module and no rule decides, the adapters are refused: merged as two modules, both would be weaker.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..faults import Faults
 from .adapter import Adapter, Factors, Modules, Shape, Stack, base_faults
 from .module_names import age, canonical, cut, distinct, is_bare, split, without_prefix
 
-FEW = 0.5  # of the smaller adapter's modules: fewer in common are worth a word
+FEW = 0.5  # of the smaller adapter's modules: fewer in common are worth a warning
 _SIZES = "these adapters belong to bases of different sizes: keep them on separate shelves"
 _NAMES = (
     "if these are one module, save one adapter again from the class and transformers version of the other;"
@@ -24,7 +24,7 @@ _NAMES = (
 
 
 def fitting(xs: Sequence[Adapter], names: Sequence[str] | None = None) -> list[Adapter]:
-    """The adapters aligned. Raises BaseMismatch unless the known names of their bases agree, and as `aligned`."""
+    """Return the adapters aligned. Raises BaseMismatch if their known base names differ, else as `aligned`."""
     names = names or [f"xs[{i}]" for i in range(len(xs))]
     cure = "if these are one model under two names: --assume-base (in Python: give them one `base`)"
     return aligned(xs, base_faults(zip(names, (x.base for x in xs), strict=True)), cure=cure)
@@ -38,11 +38,11 @@ def aligned(
     *,
     spelling: Literal["latest", "first"] = "latest",
 ) -> list[Adapter]:
-    """The adapters under one spelling of their modules' names: the latest of transformers, else that of the first.
+    """Return the adapters with one spelling of their modules' names: the latest in transformers, else the first's.
 
-    Ranks may differ, and so may the sets of modules. Raises BaseMismatch if there are faults of `bases`, ShapeMismatch
-    if a module has another din or dout in two adapters, NameMismatch if two names may be one module; the error names
-    all faults of the three kinds.
+    Ranks and sets of modules may differ. Raises BaseMismatch if there are faults in `bases`, ShapeMismatch if a
+    module has different din or dout in two adapters, NameMismatch if two names may be one module; the error lists all
+    faults of the three kinds.
     """
     found, names = _renamed(xs, spelling == "latest")
     shapes = _shape_faults(found)
@@ -55,21 +55,21 @@ def aligned(
 
 
 def shared(xs: Sequence[Adapter]) -> dict[str, int]:
-    """How many `modules` all of the adapters have in common, `of` how many that the smallest of them has."""
+    """Return the number of `modules` common to all adapters, and that `of` the adapter with the fewest."""
     paths = [set(x.modules) for x in aligned(xs)]
     return {"modules": len(set.intersection(*paths)), "of": min(map(len, paths))}
 
 
 def respelled(x: Adapter, modules: Collection[str]) -> Adapter:
-    """The adapter under the names of a base's modules, as far as a rule says which they are."""
+    """Return the adapter with the names of a base's modules, as far as rules map them."""
     ours, theirs = x.modules.keys() - set(modules), set(modules) - x.modules.keys()
     apart = _two_parts(x.modules) if ours else set()
     return _under(x, _spelled(x.modules, {path for path in ours if cut(path)[0] not in apart}, theirs)) if ours else x
 
 
 def _renamed(xs: Sequence[Adapter], latest: bool) -> tuple[list[Adapter], list[str]]:
-    """The adapters under one spelling, and a fault for every pair of names of which no rule says whether they are
-    one module.
+    """Return the adapters with one spelling, and a fault for every pair of names that may be one module without a rule
+    that decides.
     """
     if not xs or all(list(x.modules) == list(xs[0].modules) for x in xs[1:]):
         return list(xs), []
@@ -104,8 +104,8 @@ def _under(x: Adapter, names: Mapping[str, str]) -> Adapter:
 
 
 def _spelled(paths: Collection[str], ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
-    """Those of an adapter's module paths that only it has → the same modules' paths among `theirs`, where a rule says
-    so; the other modules of a part that is renamed go with it.
+    """Map an adapter's own module paths `ours` to the same modules' paths among `theirs` by rules; other modules of a
+    renamed part are renamed with it.
     """
     known = _unique((canonical(path), path) for path in theirs)
     bare = _unique((canonical(path), path) for path in theirs if is_bare(path))
@@ -118,7 +118,7 @@ def _spelled(paths: Collection[str], ours: Collection[str], theirs: Collection[s
             match = bare.get(canonical(rest))
         if match and name not in taken:
             names[path] = match
-    if len(set(names.values())) < len(names):  # two modules of its own: the rule is not meant for this base
+    if len(set(names.values())) < len(names):  # two modules would become one: the rule is not for this base
         return {}
     heads = {}
     for path, name in names.items():
@@ -133,19 +133,19 @@ def _spelled(paths: Collection[str], ours: Collection[str], theirs: Collection[s
 
 
 def _two_parts(paths: Iterable[str]) -> set[str]:
-    """The parts that have one canonical name with another part of the same adapter: the base has both, so no rule
-    makes one of the other.
+    """Return the parts with the same canonical name as another part of the adapter: the base has both, so no rule maps
+    one to the other.
     """
     heads: dict[tuple[str, ...], set[str]] = {}
     for path in paths:
         head, place = cut(path)
-        if "." in place:  # a module in a layer; lm_head lies elsewhere than the layers
+        if "." in place:  # a module in a layer; lm_head is outside the layers
             heads.setdefault(split(path)[0], set()).add(head)
     return set().union(*(several for several in heads.values() if len(several) > 1))
 
 
 def _unique(named: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Names → paths, without the names of two paths."""
+    """Return name → path, without names of several paths."""
     found: dict[str, list[str]] = {}
     for name, path in named:
         found.setdefault(name, []).append(path)
@@ -153,8 +153,8 @@ def _unique(named: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _undecided(xs: Sequence[Adapter], ours: Mapping[str, Shape], theirs: Mapping[str, Shape]) -> Iterator[str]:
-    """One fault for every two parts of a model under which the last adapter and those before it have modules of one
-    place and shape, unless the parts are distinct, or one adapter has both.
+    """Yield a fault for every two parts of a model in which the last adapter and the earlier ones have modules with the
+    same place and shape, unless the parts are distinct or one adapter has both.
     """
     places: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for path, shape in theirs.items():
@@ -164,14 +164,14 @@ def _undecided(xs: Sequence[Adapter], ours: Mapping[str, Shape], theirs: Mapping
         head, place = split(path)
         for other in places.get((place, _sides(shape)), ()):
             against = split(other)[0]
-            alone = "." not in place and head and against  # one word is a place only in the model itself
+            alone = "." not in place and head and against  # a single word is a place only directly in the model
             if not alone and not distinct(head, against):
                 pairs.setdefault((cut(path)[0], cut(other)[0]), []).append((path, other))
     beside = [{cut(path)[0] for path in x.modules} for x in xs] if pairs else []
     for heads, found in pairs.items():
         if not any({*heads} <= parts for parts in beside if len({*heads}) == 2):
             first, more = min(found), f", and {len(found) - 1} more like them" if len(found) > 1 else ""
-            yield f"{first[0]} and {first[1]} may be one module{more}; no rule of transformers or PEFT says so"
+            yield f"{first[0]} and {first[1]} may be one module{more}; no rule of transformers or PEFT decides"
 
 
 def _sides(shape: Shape) -> tuple[int, int]:
@@ -190,11 +190,11 @@ def _shape_faults(xs: Sequence[Adapter]) -> list[Fault]:
 
 
 class Renamed(Modules):
-    """The `original` modules under other names, read as lazily as before."""
+    """The `original` modules under other names, still read lazily."""
 
     def __init__(self, original: Modules, before: Mapping[str, str]) -> None:
         self.original, self.before = original, dict(sorted(before.items()))
-        """Name → the name before."""
+        """Name → original name."""
         self.squared_norms = original.squared_norms and {
             name: original.squared_norms[path] for name, path in self.before.items()
         }
@@ -212,7 +212,7 @@ class Renamed(Modules):
         return {name: scales[path] for name, path in self.before.items()}
 
     def stack(self, paths: Sequence[str]) -> Stack:
-        """Modules of one shape as arrays."""
+        """Return modules of one shape as arrays."""
         return self.original.stack([self.before[path] for path in paths])
 
     def __getitem__(self, path: str) -> Factors:

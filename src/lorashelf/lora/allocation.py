@@ -1,12 +1,12 @@
-"""Which directions are coded, and how finely: one slope λ, energy lost per bit, for all of them.
+"""Which directions are coded, and how finely: one slope λ, the share of ‖ΔW‖² lost per bit, for all of them.
 
 Every direction of every module takes the pair of quantisers for its sides, or none, that minimises
 
     e (1 − c_u² c_v²) + λ (bits of u + bits of v + 12)
 
-with e its share of ‖ΔW‖² and c_u, c_v the cosines between its sides and what they are coded as. A level refines what
-the levels before it have coded, and codes further directions. Several adapters share a budget in bits by one slope in
-predicted quality: a further bit is worth as much in one of them as in any other.
+with e its share of ‖ΔW‖² and c_u, c_v the cosines between its sides and their coded values. A level refines what the
+levels before it have coded, and codes further directions. Several adapters share a budget of bits by one slope in
+predicted quality: one more bit is worth the same in each.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from .quantiser import RATIOS, STARTS
 
 Chain = tuple[int, ...]
 Worth = Callable[[Vector], Vector]
-_DIRECTION_BITS = 12.0  # gain and the names of its quantisers
-_STEPS = 50  # trials of λ at most; it takes 10 to 15
+_DIRECTION_BITS = 12.0  # of a direction's gain and the ids of its quantisers
+_STEPS = 50  # the most trials of λ; usually 10 to 15
 _TURNS = 3
 _SLOPES = 1e-12, 1.0
-_COARSE, _ROUNDS = 24, 5  # points of a curve to begin with, and how often a point is added where it is needed
+_COARSE, _ROUNDS = 24, 5  # initial points of a curve, and how often one is added
 
 
 @dataclass(frozen=True, eq=False)
 class Coding:
-    """The chains of u and v for every direction of an adapter; () where it is not coded."""
+    """The chains of u and v for every direction of an adapter; () if it is not coded."""
 
     u: Sequence[Chain]
     v: Sequence[Chain]
 
     @classmethod
     def nothing(cls, directions: Directions) -> Coding:
-        """No direction is coded."""
+        """Return the coding without any direction."""
         empty: list[Chain] = [()] * len(directions.energy)
         return cls(empty, empty)
 
 
 class Options:
-    """What one more level may do with each direction of an adapter, given what is coded already."""
+    """What one more level may do with each direction of an adapter, given what is already coded."""
 
     def __init__(self, directions: Directions, before: Coding | None = None) -> None:
         self._before = before or Coding.nothing(directions)
@@ -60,7 +60,7 @@ class Options:
         self._first = np.repeat(np.cumsum([0, *counts[:-1]]), counts)
 
     def choose(self, slope: float) -> tuple[Coding, float, float]:
-        """The coding of this slope, the bits that it adds, the share of the energy that it keeps."""
+        """Return the coding for this slope, the bits that it adds, and the share of ‖ΔW‖² that it keeps."""
         u, v = list(self._before.u), list(self._before.v)
         bits = kept = 0.0
         if len(self._fresh):
@@ -81,7 +81,7 @@ class Options:
         return Coding(u, v), bits, kept
 
     def _prefixes(self, wanted: Bool[Flags, " n"]) -> Bool[Flags, " n"]:
-        """Of the fresh directions those that are wanted and whose predecessors in their module are coded, too."""
+        """Return which fresh directions are wanted and have all their predecessors in the module coded, too."""
         all_wanted = self._coded.copy()
         all_wanted[self._fresh] = wanted
         places = np.arange(len(all_wanted))
@@ -110,23 +110,23 @@ def _refined(side: Sides, chains: Sequence[Chain], rows: Int[Positions, " n"]) -
 def _best(
     energy: Vector, sides: Sequence[tuple[Table, Table]], slope: float, extra: float
 ) -> tuple[Int[Positions, " n"], Int[Positions, " n"], Vector, Vector]:
-    """For every direction the choice for u, that for v, the bits and the share c_u² c_v² kept."""
+    """Return for every direction the choice for u, that for v, the bits, and the share c_u² c_v² kept."""
     (bits_u, kept_u), (bits_v, kept_v) = sides
     rows, j = np.arange(len(energy)), kept_v.argmax(axis=1)
-    for _ in range(_TURNS):  # each side the best for the other one, from the finest: it is the same pair in the end
+    for _ in range(_TURNS):  # the best for each side given the other, from the finest: converges
         i = ((energy * kept_v[rows, j])[:, None] * kept_u - slope * bits_u).argmax(axis=1)
         j = ((energy * kept_u[rows, i])[:, None] * kept_v - slope * bits_v).argmax(axis=1)
     return i, j, bits_u[rows, i] + bits_v[rows, j] + extra, kept_u[rows, i] * kept_v[rows, j]
 
 
 def slope_within(options: Sequence[Options], bits: float) -> float:
-    """The least λ at which one more level of these adapters adds at most so many bits in all, to 1 in 1000."""
+    """Return the least λ at which one more level of these adapters adds at most `bits` bits in all, to 1 in 1000."""
     return _turn(options, lambda added, _: added, bits)[1]
 
 
 def slope_keeping(options: Sequence[Options], kept: float) -> float:
-    """The largest λ at which the adapters, with one more level, keep this share of energy on average; what they lose
-    is met to 1 in 1000. The least λ that is tried where none does.
+    """Return the largest λ at which the adapters, with one more level, keep this share of ‖ΔW‖² on average (the share
+    lost is met to 1 in 1000), or the least λ tried if none does.
     """
 
     def fineness(share: float) -> float:
@@ -136,7 +136,7 @@ def slope_keeping(options: Sequence[Options], kept: float) -> float:
 
 
 def _turn(options: Sequence[Options], measure: Callable[[float, float], float], goal: float) -> tuple[float, float]:
-    """Two λ close to one another: bits and share of energy, summed, measure more than the goal at the first only."""
+    """Return two close λ: the measure of the summed bits and shares of ‖ΔW‖² exceeds the goal at the first only."""
     (low, high), (above, below) = map(math.log, _SLOPES), (math.inf, 0.0)
     for step in range(_STEPS):
         share = 0.5 if step % 2 or below <= 0 or math.isinf(above) else math.log(above / goal) / math.log(above / below)
@@ -153,7 +153,7 @@ def _turn(options: Sequence[Options], measure: Callable[[float, float], float], 
 
 
 class _Curve:
-    """The bits that one more level adds and the energy that it keeps, by λ: exact at points, linear between them."""
+    """The bits that one more level adds and the share of ‖ΔW‖² that it keeps, by λ: exact at points, else linear."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -177,8 +177,8 @@ class _Curve:
 
 
 def slopes_within(options: Sequence[Options], bits: float, worth: Worth) -> list[float]:
-    """Return a λ per adapter with which one more level adds about `bits` in all, and the last bit of each adds the same
-    predicted quality: λ worth(kept) is one number. `worth`, dq / d(energy kept), must not rise.
+    """Return one λ per adapter at which one more level adds about `bits` in all, and each one's last bit adds the same
+    predicted quality: λ worth(kept) is equal for all. `worth`, dq / d(share kept), must not increase.
     """
     curves = [_Curve(each) for each in options]
     logarithms: list[float] = []

@@ -1,4 +1,4 @@
-"""An adapter as directions: ΔW_m = Σ σ u vᵀ of every module, its sides u and v scaled to entries of unit variance."""
+"""An adapter as directions: ΔW_m = Σ σ u vᵀ of every module, with sides u and v scaled to unit-variance entries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .arrays import Array32, Float32, Int, Positions, Vector
 from .quantiser import LIMIT, TOTAL, UNIT, quantiser, refining_tables, start_table
 
 CELLS = 384
-"""Cells of a side's histogram, each 1/64 wide; one more holds what is larger."""
+"""Cells of a side's histogram, each 1/64 wide; one more holds larger values."""
 _OUTLIER_BITS = 32.0
-_RELATIVE = 1e-7  # singular values below this share of the largest of their module are rounding
+_RELATIVE = 1e-7  # singular values below this share of their module's largest are rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Spectrum:
 
 
 def spectrum(f: Factors) -> Spectrum:
-    """The singular value decomposition of one ΔW, from its factors; n is its rank, 0 where ΔW is 0."""
+    """Return the singular value decomposition of one ΔW, from its factors; n is the rank, 0 if ΔW = 0."""
     u, sigma, v = decomposed(f)
     count = int(np.sum(sigma > _RELATIVE * sigma[0])) if sigma[0] > 0 else 0
     sides = ((side[:, :count].T * np.sqrt(len(side))).astype(np.float32) for side in (u, v))
@@ -41,15 +41,15 @@ def spectrum(f: Factors) -> Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """What rates and distortions of n sides are estimated from: how many magnitudes fall into each cell, their sums."""
+    """Histograms of n sides, to estimate rates and distortions: the number and sum of magnitudes in each cell."""
 
     counts: Float32[Array32, "n cells"]
     sums: Float32[Array32, "n cells"]
     lengths: Vector
 
     def estimate(self, chain: tuple[int, ...], rows: Int[Positions, " n"] | None = None) -> tuple[Vector, Vector]:
-        """Bits under the chain's start quantiser or last refinement, and cos² between sides and what they are coded
-        as; (n,) each, of all sides or of some.
+        """Estimate the bits with the chain's start quantiser or last refinement, and cos² between sides and their coded
+        values; (n,) each, for all sides or for `rows`.
         """
         counts, sums = (x if rows is None else x[rows] for x in (self.counts, self.sums))
         lengths = self.lengths if rows is None else self.lengths[rows]
@@ -61,7 +61,7 @@ class Sides:
 
 @cache
 def _per_cell(chain: tuple[int, ...]) -> tuple[Float32[Array32, " cells"], Float32[Array32, " cells"]]:
-    """Bits and centre of a magnitude in each cell."""
+    """Return the bits and the centre of a magnitude in each cell."""
     q, middles = quantiser(chain), (np.arange(CELLS) * 2 + 1) * (LIMIT // CELLS // 2)
     bins = np.searchsorted(q.edges, middles, side="right")
     centres = np.append(q.centres[bins], LIMIT * 5 // 4) / UNIT
@@ -75,7 +75,7 @@ def _per_cell(chain: tuple[int, ...]) -> tuple[Float32[Array32, " cells"], Float
 
 
 def histogram(sides: Sequence[Float32[Array32, "_n _d"]]) -> Sides:
-    """The histograms of sides, each (n, d) of one module, one after the other."""
+    """Return the concatenated histograms of sides, (n, d) per module."""
     counts, sums = [], []
     for x in sides:
         magnitudes = np.abs(x)
@@ -102,7 +102,7 @@ class Directions:
 
 
 def directions(adapter: Adapter) -> Directions:
-    """Decompose every module; what a coder allocates bits to."""
+    """Decompose every module into the directions to which a coder allocates bits."""
     modules = {path: spectrum(factors) for path, factors in adapter.modules.items()}
     sigma = np.concatenate([m.sigma for m in modules.values()])
     total = float(sigma @ sigma)

@@ -1,6 +1,4 @@
-"""What callers of the public functions give where several adapters or numbers are wanted: taken as a list, or refused
-in words.
-"""
+"""Checks of sequences given to public functions: adapters or numbers become a list, other values a clear error."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ T = TypeVar("T")
 
 
 def as_adapters(given: Iterable[Adapter], name: str = "xs") -> list[Adapter]:
-    """The adapters of any iterable, a generator too. Raises UsageError for a single one, and for what is not one."""
+    """Return the adapters of any iterable as a list. Raises UsageError for a single adapter and for other items."""
     found = _listed(given, name, "adapters", (Adapter, str, bytes, Mapping))
     for place, x in enumerate(found):
         if not isinstance(x, Adapter):
@@ -23,14 +21,14 @@ def as_adapters(given: Iterable[Adapter], name: str = "xs") -> list[Adapter]:
 
 
 def as_adapter(given: Adapter) -> Adapter:
-    """The adapter. Raises UsageError for anything else."""
+    """Return the adapter. Raises UsageError for anything else."""
     if not isinstance(given, Adapter):
         raise UsageError(f"adapter is {_kind(given)}, not an Adapter", cure="read_adapter(path) reads one")
     return given
 
 
 def as_named(given: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
-    """Adapters by task name. Raises UsageError."""
+    """Return adapters by task name. Raises UsageError."""
     if not isinstance(given, Mapping):
         raise UsageError(f"adapters is {_kind(given)}, not a mapping", cure='give {"task name": adapter, …}')
     as_adapters(given.values(), "adapters.values()")
@@ -38,7 +36,7 @@ def as_named(given: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
 
 
 def as_numbers(given: Iterable[float], name: str = "weights") -> list[float]:
-    """The numbers of any iterable. Raises UsageError for a single one, and for what is not one."""
+    """Return the numbers of any iterable as a list. Raises UsageError for a single number and for other items."""
     found = _listed(given, name, "numbers", (int, float, str, bytes, Mapping))
     for place, x in enumerate(found):
         try:
@@ -49,7 +47,7 @@ def as_numbers(given: Iterable[float], name: str = "weights") -> list[float]:
 
 
 def as_texts(given: Iterable[str], name: str) -> tuple[str, ...]:
-    """The strings of any iterable but a string, which is an iterable of letters. Raises UsageError."""
+    """Return the strings of any iterable except a string, which iterates over letters. Raises UsageError."""
     return tuple(_listed(given, name, "strings", (str, bytes, Mapping)))
 
 
@@ -60,5 +58,5 @@ def _listed(given: Iterable[T], name: str, noun: str, single: tuple[type, ...]) 
 
 
 def _kind(value: object) -> str:
-    """What a value is, for a message: text is quoted, of anything else the type is named."""
+    """Describe a value for a message: a string is quoted, for other values the type is named."""
     return f"the string {value!r}" if isinstance(value, str) else f"of type {type(value).__name__}"

@@ -1,15 +1,15 @@
 """Fast inner products of updates: the equations of `algebra.py` for many modules or many adapters at once.
 
-Factors are multiplied in float32, in half the time; sums are float64. Where that would not hold, because ranks cancel
-each other or values are out of float32's range, the equation takes its place, so that a bound holds for any adapter:
+Factors are multiplied in float32, in half the time; sums are float64. Where float32 is not enough, because ranks cancel
+each other or values are out of range, the equation is used instead, so that a bound holds for any adapter:
 
     kernel                equation in algebra.py        differs from it by at most
     gram                  module_gram                   1e-6 ‖ΔW_i‖ ‖ΔW_j‖
-    row                   module_row                    1e-6 ‖ΔW‖ ‖ΔW'_j‖, squared norms by 1e-5 of themselves
+    row                   module_row                    1e-6 ‖ΔW‖ ‖ΔW'_j‖, squared norms by 1e-5 (relative)
     stack_squared_norms   module_squared_norm           1e-5 ‖ΔW‖²
     squared_norms         module_squared_norm           1e-5 ‖ΔW‖²
 
-tests/test_kernels.py holds every kernel to its bound.
+tests/test_kernels.py checks every bound.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from .adapter import Adapter, Factors, Shape, Stack
 from .algebra import module_gram, module_inner, module_squared_norm, union
 from .arrays import Array32, Array64, Bool, Flags, Float32, Float64, Int, Positions, Square, Table, Vector
 
-_PANEL = 256  # rows of stacked factors multiplied at once: a panel and its product stay in the cache
+_PANEL = 256  # rows of stacked factors multiplied at once: a panel and its product fit into the CPU cache
 _SMALL = 10**6  # multiplications up to which OpenBLAS multiplies without packing
-_THIN = 100  # a side of a piece too short to be worth a call
-_RUN = 2**19  # values of either factor of a run of modules, 2 MB of float32
+_THIN = 100  # pieces up to this width are not worth a call
+_RUN = 2**19  # values in either factor of a run of modules, 2 MB of float32
 _BLOCK = 2**21  # values of dense rows held at once, 16 MB of float64
-_CANCELS = 4.0  # terms of a sum may be this much larger than the sum itself: beyond, float32 loses digits
+_CANCELS = 4.0  # largest ratio of a sum's absolute terms to the sum: beyond, float32 loses digits
 _TINY = 1e-15  # sums of float32 products below this may have underflown
 
 
 def squared_norms(x: Adapter) -> Mapping[str, float]:
-    """‖ΔW‖² of every module by its path, `module_squared_norm` to 1e-5; found once and kept with the modules."""
+    """Return ‖ΔW‖² of every module by path, `module_squared_norm` to 1e-5; computed once and cached."""
     if x.modules.squared_norms is None:
         parts = runs([x])
         found = each(lambda paths: stack_squared_norms(x.modules.stack(paths)).tolist(), parts)
@@ -45,8 +45,8 @@ def squared_norms(x: Adapter) -> Mapping[str, float]:
 
 
 def squared_norms_hold(x: Adapter) -> bool:
-    """Whether the squared norms kept with the modules are theirs: to 1e-4, where ranks cancel to 1e-12 of the ranks'
-    own.
+    """Return whether the squared norms cached with the modules are right: to 1e-4 or, where ranks cancel, to 1e-12 of
+    the ranks' own.
     """
     if x.modules.squared_norms is None:
         return False
@@ -59,8 +59,8 @@ def squared_norms_hold(x: Adapter) -> bool:
 
 
 def runs(xs: Sequence[Adapter]) -> list[list[str]]:
-    """The union of the adapters' module paths in runs of one name in successive layers that have one shape (or are
-    absent) in each of the adapters, a run's factors small enough to stay in the cache.
+    """Return the union of the adapters' module paths in runs of one name over successive layers, with one shape (or
+    absent) in each adapter, whose factors fit into the CPU cache.
     """
     shapes = [x.shapes for x in xs]
     alike: dict[tuple[str, tuple[Shape | None, ...]], list[str]] = {}
@@ -73,11 +73,11 @@ def runs(xs: Sequence[Adapter]) -> list[list[str]]:
     return found
 
 
-# many adapters among themselves, one module at a time ----------------------------------------------------------------
+# many adapters with each other, one module at a time -----------------------------------------------------------------
 
 
 def gram(fs: Sequence[Factors | None]) -> Square:
-    """`module_gram` of one module, (n, n): G_ij to 1e-6 ‖ΔW_i‖ ‖ΔW_j‖; `None` stands for ΔW = 0."""
+    """Return `module_gram` of one module, (n, n): G_ij to 1e-6 ‖ΔW_i‖ ‖ΔW_j‖; `None` means ΔW = 0."""
     present = [f for f in fs if f is not None]
     result = np.zeros((len(fs), len(fs)))
     if not present:
@@ -97,7 +97,7 @@ def gram(fs: Sequence[Factors | None]) -> Square:
 
 
 def _factored_gram(fs: Sequence[Factors]) -> tuple[Square, bool]:
-    """Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), a panel of ranks at a time, and whether float32 is enough for it."""
+    """Return Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), a panel of ranks at a time, and whether float32 was enough."""
     a = np.concatenate([f.a for f in fs]).astype(np.float32, copy=False)
     b = np.concatenate([f.b for f in fs], axis=1).astype(np.float32, copy=False)
     start = np.concatenate([[0], np.cumsum([f.shape.rank for f in fs])]).astype(np.intp)
@@ -105,7 +105,7 @@ def _factored_gram(fs: Sequence[Factors]) -> tuple[Square, bool]:
     with np.errstate(over="ignore", invalid="ignore"):
         for i, k in _panels(start):
             rows = slice(start[i], start[k])
-            for j, stop in ((i, k), (k, len(fs))):  # what is left of the panel is known by symmetry
+            for j, stop in ((i, k), (k, len(fs))):  # columns left of the panel are known by symmetry
                 if j == stop:
                     continue
                 columns = slice(start[j], start[stop])
@@ -121,7 +121,7 @@ def _factored_gram(fs: Sequence[Factors]) -> tuple[Square, bool]:
 
 
 def _panels(offsets: Int[Positions, " n"]) -> list[tuple[int, int]]:
-    """Runs of consecutive adapters whose ranks add up to at most a panel (one adapter at least)."""
+    """Return runs of consecutive adapters whose ranks add up to at most a panel (at least one adapter)."""
     panels, start = [], 0
     for stop in range(1, len(offsets)):
         if stop == len(offsets) - 1 or offsets[stop + 1] - offsets[start] > _PANEL:
@@ -131,7 +131,7 @@ def _panels(offsets: Int[Positions, " n"]) -> list[tuple[int, int]]:
 
 
 def _dense_gram(fs: Sequence[Factors]) -> Square:
-    """Σ (B_i A_i) ∘ (B_j A_j) in float64, a block of rows at a time."""
+    """Return Σ (B_i A_i) ∘ (B_j A_j) in float64, a block of rows at a time."""
     dout, _, din = fs[0].shape
     step = max(1, _BLOCK // (2 * din * len(fs)))
     result = np.zeros((len(fs), len(fs)))
@@ -145,12 +145,12 @@ def _dense_rows(fs: Sequence[Factors], rows: slice) -> Float64[Array64, "n value
     return np.stack([(f.b[rows].astype(np.float64) @ f.a.astype(np.float64)).ravel() for f in fs])
 
 
-# one adapter against many, runs of modules side by side --------------------------------------------------------------
+# one adapter against many, stacked runs of modules -------------------------------------------------------------------
 
 
 def row(x: Adapter, ys: Sequence[Adapter], paths: Sequence[str]) -> tuple[Table, Vector, Table]:
-    """`module_row` of n modules that `runs` put together: ⟨ΔW, ΔW'_j⟩ (n, m) to 1e-6 ‖ΔW‖ ‖ΔW'_j‖, ‖ΔW‖² (n,) and
-    ‖ΔW'_j‖² (n, m) to 1e-5 of themselves. Each adapter is read once; squared norms that are known are taken.
+    """Return `module_row` of the n modules of a run: ⟨ΔW, ΔW'_j⟩ (n, m) to 1e-6 ‖ΔW‖ ‖ΔW'_j‖, ‖ΔW‖² (n,) and
+    ‖ΔW'_j‖² (n, m) to a relative 1e-5. Each adapter is read once; known squared norms are used.
     """
     inner, squared = np.zeros((len(paths), len(ys))), np.zeros((len(paths), len(ys)))
     f = x.modules.stack(paths) if paths[0] in x.modules else None
@@ -166,13 +166,13 @@ def row(x: Adapter, ys: Sequence[Adapter], paths: Sequence[str]) -> tuple[Table,
 
 
 def _known_squared_norms(x: Adapter, paths: Sequence[str], f: Stack) -> Vector:
-    """`stack_squared_norms`, or what is known of them."""
+    """Return the known squared norms, else `stack_squared_norms`."""
     known = x.modules.squared_norms
     return stack_squared_norms(f) if known is None else np.array([known[path] for path in paths])
 
 
 def stack_squared_norms(f: Stack) -> Vector:
-    """`module_squared_norm` of n stacked modules, (n,): ‖ΔW‖² to 1e-5 of itself."""
+    """Return `module_squared_norm` of n stacked modules, (n,): ‖ΔW‖² to a relative 1e-5."""
     if not _worth(f, f):
         return np.array([module_squared_norm(f[i]) for i in range(len(f))])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -186,7 +186,7 @@ def stack_squared_norms(f: Stack) -> Vector:
 def _squared(
     a: Float32[Array32, "n rank rank"], b: Float32[Array32, "n rank rank"]
 ) -> tuple[Vector, Bool[Flags, " n"]]:
-    """Σ (A Aᵀ) ∘ (Bᵀ B) of stacked Gram matrices, and whether float32 is enough for it."""
+    """Return Σ (A Aᵀ) ∘ (Bᵀ B) of stacked Gram matrices, and whether float32 was enough."""
     product = a * b
     found, terms = product.sum(axis=(1, 2), dtype=np.float64), np.abs(product).sum(axis=(1, 2), dtype=np.float64)
     sides = np.minimum(np.trace(a, axis1=1, axis2=2), np.trace(b, axis1=1, axis2=2))
@@ -194,8 +194,8 @@ def _squared(
 
 
 def _stack_inner(f: Stack, a_t: Float32[Array32, "n din rank"], g: Stack, bounds: Vector) -> Vector:
-    """`module_inner` of n stacked modules, (n,), to 1e-6 `bounds`, which are ‖ΔW‖ ‖ΔW'‖; `a_t` is f.a with its sides
-    exchanged, contiguous.
+    """Return `module_inner` of n stacked modules, (n,), to 1e-6 `bounds`, which are ‖ΔW‖ ‖ΔW'‖; `a_t` is f.a with the
+    last two axes exchanged, contiguous.
     """
     if not _worth(f, g):
         return np.array([module_inner(f[i], g[i]) for i in range(len(f))])
@@ -212,14 +212,14 @@ def _stack_inner(f: Stack, a_t: Float32[Array32, "n din rank"], g: Stack, bounds
 
 
 def _worth(f: Stack, g: Stack) -> bool:
-    """Whether multiplying factors costs no more than multiplying ΔW, which is counted double for moving it."""
+    """Return whether multiplying factors costs no more than multiplying ΔW, counted double for moving it in memory."""
     (dout, rank, din), other = f.shape, g.shape.rank
     return rank * other * (dout + din) <= 2 * (rank + other + 2) * dout * din
 
 
 def _in_pieces(x: Float32[Array32, "n wide d"], y: Float32[Array32, "n d tall"]) -> Float32[Array32, "n wide tall"]:
-    """The products of wide and of tall matrices, the long side cut into pieces that OpenBLAS
-    multiplies without packing: 3/5 of the time at rank 32.
+    """Return the products of wide and tall matrices, the long side cut into pieces that OpenBLAS multiplies without
+    packing: 3/5 of the time at rank 32.
     """
     (n, wide, length), tall = x.shape, y.shape[2]
     width = _piece(length, wide * tall)
@@ -231,6 +231,6 @@ def _in_pieces(x: Float32[Array32, "n wide d"], y: Float32[Array32, "n d tall"])
 
 @cache
 def _piece(length: int, area: int) -> int:
-    """The largest divisor of the length with which a product is small; the length itself where pieces get thin."""
+    """Return the largest divisor of the length that makes products small; the length itself if pieces get too thin."""
     widths = range(min(length, _SMALL // area), _THIN, -1)
     return next((width for width in widths if length % width == 0), length)

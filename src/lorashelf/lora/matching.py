@@ -1,7 +1,7 @@
-r"""Which modules the names and patterns of an adapter_config.json mean, as PEFT matches them, in time linear in both.
+r"""Matching modules with the names and patterns of an adapter_config.json, as PEFT does, in time linear in both.
 
-target_modules, exclude_modules   a pattern that matches the whole path, or names: a path or its ending
-rank_pattern, alpha_pattern       regular expressions, of which the first that matches "(.*\.)?(KEY)$" counts
+target_modules, exclude_modules   a pattern that matches the whole path, or names: a path or a suffix of it
+rank_pattern, alpha_pattern       regular expressions, of which the first that matches "(.*\.)?(KEY)$" applies
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-BAD_PATTERN = (re.error, OverflowError, RecursionError)  # what compiling a hostile pattern raises
-_ANY = "\0"  # any one letter, in the fixed ending of a key; no path holds it
+BAD_PATTERN = (re.error, OverflowError, RecursionError)  # raised when compiling a hostile pattern
+_ANY = "\0"  # any one character, in the fixed suffix of a key; no path contains it
 _PLAIN = re.compile(r"[\w.-]*")
 
 
 class Key:
-    """One key of `rank_pattern` or `alpha_pattern`, and what every path that it matches ends with."""
+    """One key of `rank_pattern` or `alpha_pattern`, with the fixed suffix of all paths that it matches."""
 
     def __init__(self, key: str) -> None:
-        """Compile it, unless it is plain text, whose ending says all. Raises one of BAD_PATTERN."""
+        """Compile the key, unless it is plain text, for which the suffix is enough. Raises one of BAD_PATTERN."""
         self.ending, plain = _fixed_ending(key.removeprefix("^"))
         self._whole = key.startswith("^")
         self._rule = None if plain else re.compile(rf"(.*\.)?({key})$")
 
     def matches(self, path: str) -> bool:
-        """Whether PEFT applies it to a path that ends with `ending` (peft.utils.other.get_pattern_key)."""
+        """Return whether PEFT applies the key to a path that ends with `ending` (peft.utils.other.get_pattern_key)."""
         if self._rule is not None:
             return self._rule.match(path) is not None
         before = len(path) - len(self.ending)
@@ -36,22 +36,22 @@ class Key:
 class FirstMatch(Generic[T]):
     """PEFT's rule for `rank_pattern` and `alpha_pattern`: the value of the first key that matches a path.
 
-    A key is a regular expression, and only keys whose fixed ending is that of the path are tried: many keys that spell
-    out one module each cost no more than few.
+    A key is a regular expression, and only keys with the path's fixed suffix are tried: many keys for one module each
+    cost no more than a few.
     """
 
     def __init__(self, keys: Iterable[tuple[Key, T]]) -> None:
         self._keys = list(keys)
         self._by_ending: dict[
             tuple[int, ...], dict[str, list[int]]
-        ] = {}  # lengths of the known runs → letters → places
+        ] = {}  # lengths of the fixed runs → characters → places
         for place, (key, _) in enumerate(self._keys):
             runs = key.ending.split(_ANY)
             self._by_ending.setdefault(tuple(map(len, runs)), {}).setdefault("".join(runs), []).append(place)
         self._slices = {lengths: _slices(lengths) for lengths in self._by_ending}
 
     def of(self, path: str, default: T) -> T:
-        """The value of the first key that matches the path, else the default."""
+        """Return the value of the first key that matches the path, else the default."""
         places = sorted(self._candidates(path))
         return next((self._keys[place][1] for place in places if self._keys[place][0].matches(path)), default)
 
@@ -61,8 +61,8 @@ class FirstMatch(Generic[T]):
 
 
 def _fixed_ending(key: str) -> tuple[str, bool]:
-    """What every match of a regular expression ends with, _ANY for a dot (empty where it is not plain to see), and
-    whether that is the whole of it.
+    """Return the suffix of every match of a regular expression, with _ANY for a dot (empty if unknown), and whether it
+    is the whole expression.
     """
     if _PLAIN.fullmatch(key):
         return key.replace(".", _ANY), True
@@ -82,7 +82,7 @@ def _fixed_ending(key: str) -> tuple[str, bool]:
 
 
 def _slices(lengths: tuple[int, ...]) -> list[slice]:
-    """Where the known runs of an ending stand in a path, counted from its end; one letter lies between two runs."""
+    """Return where the fixed runs of a suffix are in a path, counted from its end, with one character between runs."""
     found, start = [], -(sum(lengths) + len(lengths) - 1)
     for length in lengths:
         if length:
@@ -92,9 +92,9 @@ def _slices(lengths: tuple[int, ...]) -> list[slice]:
 
 
 def targets(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Whether PEFT adapts a module, by its path (peft.tuners.tuners_utils.check_target_module_exists).
+    """Return a function from a path to whether PEFT adapts it (peft.tuners.tuners_utils.check_target_module_exists).
 
-    Raises one of BAD_PATTERN, now or when it is called.
+    Raises one of BAD_PATTERN, now or when the function is called.
     """
     excluded, wanted = config.get("exclude_modules"), config.get("target_modules")
     left_out = _named(excluded) if excluded else _never
@@ -112,7 +112,7 @@ def _never(path: str) -> bool:
 
 
 def _named(names: str | Iterable[str]) -> Callable[[str], bool]:
-    """A pattern that matches the whole path, or names: the path or its ending."""
+    """Return a matcher of a pattern for whole paths, or of names: the path or a suffix."""
     if isinstance(names, str):
         rule = re.compile(names)
         return lambda path: rule.fullmatch(path) is not None
@@ -121,7 +121,7 @@ def _named(names: str | Iterable[str]) -> Callable[[str], bool]:
 
 
 def endings(path: str) -> Iterator[str]:
-    """The path and what stands after each of its dots.
+    """Yield the path and what follows each of its dots.
 
     >>> list(endings("layers.0.q_proj"))
     ['layers.0.q_proj', '0.q_proj', 'q_proj']
@@ -134,7 +134,7 @@ def endings(path: str) -> Iterator[str]:
 
 
 def _layers(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Whether a path lies in one of `layers_to_transform`, the layer's number found by `layers_pattern`."""
+    """Return a matcher of paths in `layers_to_transform`, with the layer's number found by `layers_pattern`."""
     layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
     if layers is None or layers == []:
         return lambda path: True

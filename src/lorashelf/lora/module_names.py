@@ -1,10 +1,10 @@
-"""What a module of the base is called: names that training tools leave in a path, and two spellings of one module.
+"""Names of the base's modules: additions of training tools, and different spellings of one module.
 
-A base's modules have other names in another version or class of transformers: `language_model.model.layers.0` of
-transformers 4 is `model.language_model.layers.0` in 5, and `layers.0` where AutoModel was trained in place of
-AutoModelForCausalLM. `canonical` gives all of them one name, to compare by. Its rules are those by which transformers
-5.23 renames weights on loading (conversion_mapping.py, base_model_prefix), and so PEFT an adapter's keys
-(transformers_weight_conversion.py); tests/test_module_names.py holds them against the installed libraries.
+A base's modules have different names in other versions or classes of transformers: `language_model.model.layers.0` of
+transformers 4 is `model.language_model.layers.0` in 5, and `layers.0` if AutoModel was trained instead of
+AutoModelForCausalLM. `canonical` maps all of them to one name for comparison, by the rules with which transformers
+5.23 renames weights on loading (conversion_mapping.py, base_model_prefix), and PEFT an adapter's keys
+(transformers_weight_conversion.py); tests/test_module_names.py compares them with the installed libraries.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 WRAPPERS = frozenset(["model", "language_model", "text_model", "llm", "vlm", "thinker"])
-"""Attributes between a model and its language model, which versions and classes of transformers add and leave out."""
+"""Attributes between a model and its language model, which versions and classes of transformers add or omit."""
 
 TOWERS = {"vision_tower": "vision", "vision_model": "vision", "visual": "vision", "vit": "vision"}
 """Names of the image encoder; `vision_tower.vision_model` (CLIP, SigLIP) is `vision_tower` alone in transformers 5."""
@@ -37,13 +37,13 @@ unispeech unispeech_sat vibevoice_acoustic_tokenizer videomae videomt vilt visua
 wav2vec2 wav2vec2_bert wav2vec2_conformer wavlm x_clip xcodec xcodec2 yoso zoedepth
 """
 BASE_PREFIXES = frozenset(_BASE_PREFIXES.split())
-"""base_model_prefix: the attribute under which a model with a head holds the model without one (`model`: WRAPPERS)."""
+"""base_model_prefix: the attribute of a model with a head that holds the model without one (`model`: WRAPPERS)."""
 
 _DROPPED = (
     *((tower, "vision_model") for tower in ("vision_tower", "image_tower", "video_tower", "vision_model")),
     *((wrapper, "model") for wrapper in ("language_model", "text_model", "vlm", "thinker")),
 )
-"""Names of which transformers 5 leaves the second out."""
+"""Pairs of names of which transformers 5 omits the second."""
 
 _PARTS = frozenset(["vision", "image", "video", "audio", "speech", "sound", "encoder", "decoder", "talker"])
 _RENAMED: tuple[tuple[str, str], ...] = (
@@ -69,7 +69,7 @@ _OLD = frozenset(
         *("block_sparse_moe", "embed_out", "backbone", "mlp_AR", "vision_projector"),
     ]
 )
-"""Of each rule a word: most names have none, and need not be looked at."""
+"""A word of each rule: most names have none of them and need no check."""
 
 _TOOLS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
 _PEFT = "base_model.model."
@@ -77,18 +77,18 @@ _LEFT = re.compile(rf"(?:^|\.)(?:{'|'.join(_TOOLS)}|module|base_model)\.")
 _SAVE = "save it again with PEFT's save_pretrained"
 _IMPOSSIBLE = {
     "base_layer": (
-        "a layer under another adapter, on top of which it was trained",
+        "a layer below another adapter: trained on top of that adapter",
         "merge the other adapter into the base (merge_and_unload), and train on that",
     ),
-    "modules_to_save": ("a module saved whole", "train it again without modules_to_save"),
-    "original_module": ("a module saved whole", "train it again without modules_to_save"),
+    "modules_to_save": ("a whole module", "train it again without modules_to_save"),
+    "original_module": ("a whole module", "train it again without modules_to_save"),
     "lora_A": ("a layer inside an adapter", _SAVE),
     "lora_B": ("a layer inside an adapter", _SAVE),
 }
 
 
 def cleaned(key: str) -> str:
-    """A tensor's key without what training tools leave in it: torch.compile, FSDP, activation checkpointing, Fabric,
+    """Return a tensor's key without additions of training tools: torch.compile, FSDP, activation checkpointing, Fabric,
     DDP and DeepSpeed (`module.` in front of the base), PEFT applied twice.
 
     >>> cleaned("module.base_model.model._orig_mod.model.layers.0.q_proj.lora_A.weight")
@@ -106,7 +106,7 @@ def cleaned(key: str) -> str:
 
 
 def impossible(path: str) -> Iterator[tuple[str, str]]:
-    """Why no base can have a module of this name, and the cure."""
+    """Yield the reasons why no base can have a module of this name, each with the cure."""
     parts = path.split(".")
     if "" in parts:
         yield "an empty part of a module's name", _SAVE
@@ -116,17 +116,17 @@ def impossible(path: str) -> Iterator[tuple[str, str]]:
 
 
 def canonical(path: str) -> str:
-    """The name by which spellings of one module are alike; not itself a module's name."""
+    """Return a name that is equal for all spellings of one module; not itself a module's name."""
     head, tail = split(path)
     return ".".join((*head, tail))
 
 
-_KEPT = 2**16  # names of which the parts are remembered: every comparison and merge asks for them again
+_KEPT = 2**16  # names with cached parts, which every comparison and merge needs
 
 
 @lru_cache(_KEPT)
 def cut(path: str) -> tuple[str, str]:
-    """The part of the model in front of a path, with its dot, and the module's place in it: from its layer on.
+    """Split a path into the part of the model, with its dot, and the module's place in it, from its layer on.
 
     >>> cut("model.layers.3.self_attn.q_proj"), cut("lm_head")
     (('model.', 'layers.3.self_attn.q_proj'), ('', 'lm_head'))
@@ -139,7 +139,7 @@ def cut(path: str) -> tuple[str, str]:
 
 @lru_cache(_KEPT)
 def split(path: str) -> tuple[tuple[str, ...], str]:
-    """The part of the model and the place in it of a canonical name.
+    """Split a canonical name into the part of the model and the place in it.
 
     >>> split("model.language_model.layers.3.self_attn.q_proj")
     ((), 'layers.3.self_attn.q_proj')
@@ -156,7 +156,7 @@ def split(path: str) -> tuple[tuple[str, ...], str]:
 
 
 def age(path: str) -> tuple[bool, ...]:
-    """What marks the later of two spellings of one module, by comparison: the one into which transformers renames."""
+    """Return a sort key that is larger for the later of two spellings of one module, to which transformers renames."""
     parts = path.split(".")
     pairs = set(itertools.pairwise(parts))
     return (
@@ -169,33 +169,33 @@ def age(path: str) -> tuple[bool, ...]:
 
 
 def _renamed(path: str) -> str:
-    """The path with the names inside a layer that transformers 5 has."""
+    """Return the path with the names that transformers 5 uses inside a layer."""
     if not _OLD.isdisjoint(path.split(".")):
-        for pattern, target in _RENAMED:  # compiled by `re` when first needed, and kept there
+        for pattern, target in _RENAMED:  # compiled on first use and cached by `re`
             path = re.sub(pattern, target, path)
     return path
 
 
 def without_prefix(path: str) -> str:
-    """A path as it is in the model without a head: without the base_model_prefix; "" where it has none."""
+    """Return a path in the model without a head, that is without the base_model_prefix; "" if it has none."""
     first, _, rest = path.partition(".")
     return rest if first in BASE_PREFIXES else ""
 
 
 def is_bare(path: str) -> bool:
-    """Whether a path begins neither with a base_model_prefix nor with another wrapper of the language model."""
+    """Return whether a path starts with neither a base_model_prefix nor another wrapper of the language model."""
     first = path.partition(".")[0]
     return first not in BASE_PREFIXES and first not in WRAPPERS
 
 
 def distinct(head: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Whether two parts of a model are certainly not one part under two names: text and vision, encoder and decoder."""
+    """Return whether two parts of a model are certainly different: text and vision, encoder and decoder."""
     kinds = {_kind(head), _kind(other)}
     return len(kinds) == 2 and "" not in kinds
 
 
 def _kind(head: tuple[str, ...]) -> str:
-    """The word for a part of a model; "" where its name does not say."""
+    """Return the kind of a part of a model; "" if its name does not show it."""
     if not head:
         return "language"
     return next((word for part in head for word in part.split("_") if word in _PARTS), "")

@@ -1,4 +1,4 @@
-"""From the share of ‖ΔW‖² that a coarse code keeps: how it is scaled, and what it is worth."""
+"""The scaling and the predicted quality of a coarse code, from the share of ‖ΔW‖² that it keeps."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MEASURED = (
     *((0.0, 0.0), (0.163, 0.70), (0.276, 0.854), (0.44, 0.954)),
     *((0.667, 0.979), (0.814, 0.993), (0.955, 0.997), (1.0, 1.0)),
 )
-"""(energy kept, share of the loss kept): 40 adapters of SmolLM2-135M, coded and scaled by `restoration`."""
+"""(share of ‖ΔW‖² kept, share of the gain in loss kept): 40 adapters of SmolLM2-135M, coded, with `restoration`."""
 
 MOST_QUALITY = 0.997
-"""What the finest code keeps of any adapter, by prediction: half precision is better where more is wanted."""
+"""The predicted quality of the finest code; to keep more, half precision is better."""
 
 
 def quality(kept: float) -> float:
-    """Predicted share of an adapter's gain in loss that is kept, in [0, 1]: linear between the points measured."""
+    """Return the predicted share of an adapter's gain in loss that is kept, in [0, 1]: MEASURED, interpolated."""
     energies, qualities = zip(*MEASURED, strict=True)
     return float(np.interp(kept, energies, qualities))
 
@@ -32,16 +32,16 @@ def worth(kept: Vector) -> Vector:
 
 
 def energy_for(wanted: float) -> float:
-    """The least energy kept at which `quality` predicts this much."""
+    """Return the least share of ‖ΔW‖² at which `quality` predicts `wanted`."""
     energies, qualities = zip(*MEASURED, strict=True)
     return float(np.interp(wanted, qualities, energies))
 
 
 def restoration(kept: float) -> float:
-    """The factor by which what is kept is scaled up: kept^(−p/2), p = (0.965 − kept) / 0.5 between 0 and 1.
+    """Return the factor that scales up what is kept: kept^(−p/2), p = (0.965 − kept) / 0.5 between 0 and 1.
 
-    1 / √kept would restore the norm that dropped directions take away. Nothing is restored of a fine code, all at half
-    the energy and below.
+    1 / √kept would restore the norm lost with the dropped directions. A fine code is not scaled; at half of ‖ΔW‖² and
+    below, the full norm is restored.
     """
     power = min(max((0.965 - kept) / 0.5, 0.0), 1.0)
     return float(max(kept, 1 / 64) ** (-power / 2))

@@ -1,8 +1,8 @@
-"""Nested scalar quantisers of a Gaussian, in integers: where bins end, what they stand for, how often they come.
+"""Nested scalar quantisers of a Gaussian, in integers: edges, centres and frequencies of bins.
 
-A value x of unit variance is cut by magnitude: bin 0 is |x| < edges[0], bin k is edges[k-1] <= |x| < edges[k], and what
-is larger than all edges is an outlier. Edges and centres are integers in units of 2^-16, frequencies integers that add
-up to 2^24, all of them found by integer arithmetic alone: every machine has the same. docs/coded.md is normative.
+A value x of unit variance is binned by magnitude: bin 0 is |x| < edges[0], bin k is edges[k-1] <= |x| < edges[k], and
+larger values are outliers. Edges and centres are integers in units of 2^-16, frequencies are integers that add up to
+2^24, all computed by integer arithmetic alone: the same on every machine. docs/coded.md is normative.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 from .arrays import Int64, Integers
 
 UNIT = 2**16
-"""One standard deviation, as edges and centres count it."""
+"""One standard deviation, in the unit of edges and centres."""
 TOTAL = 2**24
-"""What the frequencies of one table add up to."""
+"""The sum of a table's frequencies."""
 LIMIT = 6 * UNIT
-"""Bins of a start quantiser go on until they reach this magnitude."""
+"""The bins of a start quantiser reach up to this magnitude."""
 RATIOS = (1, 2, 3)
-"""How many bins a refinement makes of one; 1 leaves a quantiser as it is."""
+"""Into how many bins a refinement cuts one; 1 leaves the quantiser unchanged."""
 _NODE = UNIT // 64  # the density is linear between multiples of 1/64
 _NODES = 640
 _FALL, _BEND = 18444492411329227605, 18442241023793258495  # 2^64 e^(-1/8192), 2^64 e^(-2/8192), rounded down
@@ -35,12 +35,12 @@ STARTS: Sequence[tuple[int, int]] = (
     *((step, step // 2) for step in _STEPS),
     *((step, step * 3 // 4) for step in _STEPS[1:11]),
 )
-"""(step, half the width of bin 0) of the start quantisers: 2.8 · 2^(-i/4), and some of a wider bin 0."""
+"""(step, half the width of bin 0) of the start quantisers: 2.8 · 2^(-i/4), and some with a wider bin 0."""
 
 
 @cache
 def _law() -> tuple[Int64[Integers, " nodes"], Int64[Integers, " nodes"]]:
-    """The density 2^30 e^(-x²/2) at multiples of 1/64, and its integral from 0 up to them in units of 2^-16."""
+    """Return the density 2^30 e^(-x²/2) at multiples of 1/64, and its integral from 0 to each in units of 2^-16."""
     value, fall, values = 2**62, _FALL, []
     for _ in range(_NODES + 1):
         values.append(value >> 32)
@@ -57,7 +57,7 @@ def _density(x: Int64[Integers, " n"]) -> Int64[Integers, " n"]:
 
 
 def _mass(x: Int64[Integers, " n"]) -> Int64[Integers, " n"]:
-    """The integral of the density from 0 to x."""
+    """Return the integral of the density from 0 to x."""
     values, sums = _law()
     node, rest = np.divmod(x, _NODE)
     bend = (values[node + 1] - values[node]) * rest * rest // (2 * _NODE)
@@ -66,7 +66,7 @@ def _mass(x: Int64[Integers, " n"]) -> Int64[Integers, " n"]:
 
 
 def frequencies(masses: Int64[Integers, "n m"]) -> Int64[Integers, "n m"]:
-    """(n, m) masses as n tables of m frequencies, each at least 1 and 2^24 together; the first takes what is left."""
+    """Return (n, m) masses as n tables of m frequencies, each ≥ 1, adding up to 2^24; the first takes the remainder."""
     count = masses.shape[1]
     unit = masses.sum(axis=1, keepdims=True) // (TOTAL - count) + 1
     found: Integers = 1 + masses // unit
@@ -76,42 +76,42 @@ def frequencies(masses: Int64[Integers, "n m"]) -> Int64[Integers, "n m"]:
 
 @dataclass(frozen=True, eq=False)
 class Quantiser:
-    """The bins of a magnitude: `edges` (K + 1,) ascending, `centres` (K + 1,) from 0, for K bins beside bin 0."""
+    """The bins of a magnitude: `edges` (K + 1,) ascending, `centres` (K + 1,) from 0, for K bins besides bin 0."""
 
     edges: Int64[Integers, " n"]
 
     @property
     def bins(self) -> int:
-        """K, the number of bins beside bin 0."""
+        """K, the number of bins besides bin 0."""
         return len(self.edges) - 1
 
     @property
     def centres(self) -> Int64[Integers, " {self.bins}+1"]:
-        """The mean magnitude inside every bin: 0 of bin 0, and (p(a) − p(b)) / ∫ₐᵇ p of [a, b)."""
+        """The mean magnitude in every bin: 0 for bin 0, and (p(a) − p(b)) / ∫ₐᵇ p for [a, b)."""
         low, high = self.edges[:-1], self.edges[1:]
         mass, fall = _mass(high) - _mass(low), _density(low) - _density(high)
         mean = np.where(mass > 0, fall * 2**32 // np.maximum(mass, 1), (low + high) // 2)
         return np.concatenate([[0], np.clip(mean, low, high)])
 
     def masses(self) -> Int64[Integers, " {self.bins}+1"]:
-        """The mass of every bin, (K + 1,), one sign only."""
+        """Return the mass of every bin, (K + 1,), one sign only."""
         return np.diff(_mass(self.edges), prepend=0)
 
     def start_frequencies(self) -> Int64[Integers, " 2*{self.bins}+3"]:
-        """Of the symbols 0, +1, −1, +2, −2 … +K, −K and an outlier of either sign: (2 K + 3,)."""
+        """Return the frequencies of the symbols 0, +1, −1, … +K, −K and an outlier of either sign: (2 K + 3,)."""
         masses = self.masses()
         both = np.concatenate([masses[:1] * 2, np.repeat(masses[1:], 2), [0, 0]])
         table: Integers = frequencies(both[None])[0]
         return table
 
     def refined(self, ratio: int) -> Quantiser:
-        """Bin 0 cut to a third and the ring around it; every other bin cut into `ratio` equal ones."""
+        """Return the refinement: bin 0 is cut at a third, every other bin into `ratio` equal ones."""
         low, high = self.edges[:-1, None], self.edges[1:, None]
         cuts = low + (high - low) * np.arange(1, ratio + 1) // ratio
         return Quantiser(np.concatenate([[self.edges[0] // 3, self.edges[0]], cuts.ravel()]))
 
     def refining_frequencies(self, ratio: int) -> tuple[Int64[Integers, " 3"], Int64[Integers, "{self.bins} {ratio}"]]:
-        """Of bin 0's parts 0, +1, −1: (3,); of the parts of bin k = 1 … K: (K, ratio)."""
+        """Return the frequencies of bin 0's parts 0, +1, −1, (3,), and of the parts of bins 1 … K, (K, ratio)."""
         parts = self.refined(ratio).masses()
         inner = np.array([[2 * parts[0], parts[1], parts[1]]])
         return frequencies(inner)[0], frequencies(parts[2:].reshape(self.bins, ratio))
@@ -119,7 +119,7 @@ class Quantiser:
 
 @cache
 def quantiser(chain: tuple[int, ...]) -> Quantiser:
-    """The quantiser of a chain: the index of its start, then the ratios of its refinements."""
+    """Return the quantiser of a chain: the index of its start, then the ratios of its refinements."""
     if len(chain) > 1:
         return quantiser(chain[:-1]).refined(chain[-1])
     step, zero = STARTS[chain[0]]
@@ -128,11 +128,11 @@ def quantiser(chain: tuple[int, ...]) -> Quantiser:
 
 @cache
 def start_table(chain: tuple[int, ...]) -> Int64[Integers, " symbols"]:
-    """`start_frequencies` of the quantiser of a chain."""
+    """Return `start_frequencies` of a chain's quantiser."""
     return quantiser(chain).start_frequencies()
 
 
 @cache
 def refining_tables(chain: tuple[int, ...]) -> tuple[Int64[Integers, " 3"], Int64[Integers, "bins {chain[-1]}"]]:
-    """`refining_frequencies` of the last ratio of a chain."""
+    """Return `refining_frequencies` of a chain's last ratio."""
     return quantiser(chain[:-1]).refining_frequencies(chain[-1])

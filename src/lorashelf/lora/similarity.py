@@ -1,6 +1,6 @@
-"""How alike adapters are: a registry of metrics over ΔW, as a matrix or of one adapter against many.
+"""The similarity of adapters: a registry of metrics over ΔW, as a matrix or for one adapter against many.
 
-`cosine` is the K-Merge papers' (arXiv 2510.13537, eq. 2). Metrics stream: one module of every adapter is in memory at a
+`cosine` is that of K-Merge (arXiv 2510.13537, eq. 2). Metrics stream: one module of every adapter is in memory at a
 time.
 """
 
@@ -28,8 +28,8 @@ METRICS: Registry[Similarity] = Registry("metric")
 
 
 def similarity(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, metric: str = "cosine") -> Table:
-    """The (n, m) float64 matrix of similarities between `xs` and `ys`, or (n, n) within `xs`. Raises UnknownName,
-    ShapeMismatch.
+    """Return the (n, m) float64 matrix of similarities between `xs` and `ys`, or (n, n) within `xs`. Raises
+    UnknownName, ShapeMismatch.
     """
     xs = as_adapters(xs)
     others = [] if ys is None else as_adapters(ys, "ys")
@@ -44,9 +44,9 @@ def _registered(function: Similarity) -> Similarity:
 
 @_registered
 def cosine(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Table:
-    """Mean over modules of cos(vec ΔW, vec ΔW'), in [-1, 1].
+    """Return the mean over modules of cos(vec ΔW, vec ΔW'), in [-1, 1].
 
-    Over the union of both adapters' modules; a module that one side lacks, or whose ΔW is zero, counts 0. Invariant to
+    Over the union of both adapters' modules; a module that one side lacks, or with ΔW = 0, counts 0. Invariant to
     positive scales and to the gauge (B G, G⁻¹ A). K-Merge, arXiv 2510.13537, eq. 2.
     """
     return _module_mean(xs, ys, _cosines)
@@ -59,22 +59,22 @@ def _cosines(inner: Table, left: Left, right: Right) -> Table:
 
 @_registered
 def l2(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Table:
-    """Mean over modules of 1 / (1 + ‖ΔW − ΔW'‖_F), in (0, 1], on scaled ΔW; a module that one side lacks is ΔW = 0
-    there.
+    """Return the mean over modules of 1 / (1 + ‖ΔW − ΔW'‖_F), in (0, 1], on scaled ΔW; a module that one side lacks has
+    ΔW = 0 there.
     """
     return _module_mean(xs, ys, _closeness, exact=True)  # a difference of numbers that may be equal
 
 
 def _closeness(inner: Table, left: Left, right: Right) -> Table:
     squared = left + right - 2 * inner
-    rounding = 1e-14 * (left + right)  # what is left of a difference of equal numbers
+    rounding = 1e-14 * (left + right)  # the residue of a difference of equal numbers
     distance = np.sqrt(np.where(squared <= rounding, 0.0, squared))
     return np.asarray(1.0 / (1.0 + distance))
 
 
 @_registered
 def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, quantile: float = 0.8) -> Table:
-    """Cosine between SVD features of the raw factors (MBC, arXiv 2405.11157; mttl's `svd_similarity`).
+    """Return the cosine between SVD features of the raw factors (MBC, arXiv 2405.11157; mttl's `svd_similarity`).
 
     Per adapter all A, B are flattened, values up to the `quantile` of their magnitudes set to zero; features are the
     leading d = min(64, n - 1) left singular vectors times singular values of the (n, D) matrix. Depends on the gauge,
@@ -91,14 +91,14 @@ def svd_features(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None, *, 
 def _module_mean(
     xs: Sequence[Adapter], ys: Sequence[Adapter] | None, of_module: OfModule, *, exact: bool = False
 ) -> Table:
-    """Mean of a per-module score over the modules that either side of a pair has; by kernels, or `exact` by the
-    equations.
+    """Return the mean of a per-module score over the modules that either side of a pair has; by kernels or, if `exact`,
+    by the equations.
     """
     if ys is not None:
         return np.stack([_one_against(x, ys, of_module, exact) for x in xs]) if xs else np.zeros((0, len(ys)))
     total, count = np.zeros((len(xs), len(xs))), np.zeros((len(xs), len(xs)))
     gram = module_gram if exact else kernels.gram
-    for path in union(xs):  # few large products: BLAS has threads of its own, and memory counts
+    for path in union(xs):  # few large products: BLAS uses threads itself, and memory is limited
         fs = [x.modules.get(path) for x in xs]
         inner = gram(fs)
         own = np.maximum(np.diagonal(inner), 0.0)
@@ -110,7 +110,7 @@ def _module_mean(
 
 
 def _one_against(x: Adapter, ys: Sequence[Adapter], of_module: OfModule, exact: bool) -> Vector:
-    """The means of one adapter against many, (m,): many small products, runs of modules side by side."""
+    """Return the means of one adapter against many, (m,): many small products, runs of modules in parallel."""
     total, count = np.zeros(len(ys)), np.zeros(len(ys))
     for scores, present in each(partial(_sums, x, ys, of_module, exact), kernels.runs([x, *ys])):
         total += scores
@@ -121,7 +121,7 @@ def _one_against(x: Adapter, ys: Sequence[Adapter], of_module: OfModule, exact: 
 def _sums(
     x: Adapter, ys: Sequence[Adapter], of_module: OfModule, exact: bool, paths: Sequence[str]
 ) -> tuple[Vector, Int[Positions, " n"]]:
-    """The scores of one adapter against many, summed over a run of modules, and of how many modules they are."""
+    """Return the scores of one adapter against many, summed over a run of modules, and of how many modules they are."""
     inner, own, others = (_exact_row if exact else kernels.row)(x, ys, paths)
     present = np.array([paths[0] in x.modules or paths[0] in y.modules for y in ys])
     return np.where(present, of_module(inner, own[:, None], others).sum(axis=0), 0.0), len(paths) * present
@@ -134,8 +134,8 @@ def _exact_row(x: Adapter, ys: Sequence[Adapter], paths: Sequence[str]) -> tuple
 
 
 def raw_gram(xs: Sequence[Adapter], quantile: float = 0.0) -> Square:
-    """Inner products of the flattened raw factors A, B (zero-padded to equal rank), (n, n): what K-Means on A, B needs
-    of them.
+    """Return the inner products of the flattened raw factors A, B (zero-padded to equal rank), (n, n), for K-Means on
+    A, B.
 
     Values up to the `quantile` of an adapter's own magnitudes count as zero. Scales are not applied: these are A
     and B as stored.
@@ -163,8 +163,8 @@ def _magnitude(x: Adapter, quantile: float) -> float:
 
 
 def principal_coordinates(gram: Square) -> Square:
-    """Points with these inner products, (n, n): row i is point i, columns by falling variance (classical scaling, signs
-    canonical).
+    """Return points with these inner products, (n, n): row i is point i, columns by falling variance (classical
+    scaling, canonical signs).
     """
     values, vectors = np.linalg.eigh((gram + gram.T) / 2)
     points = vectors[:, ::-1] * np.sqrt(np.maximum(values[::-1], 0.0))

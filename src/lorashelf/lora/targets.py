@@ -1,8 +1,8 @@
-"""Which modules of a base PEFT adapts: `target_modules` and its companions, as an adapter came with them.
+"""The modules of a base that PEFT adapts: an adapter's `target_modules` and its companions.
 
-They are kept, not replaced by the paths of the modules: PEFT renames the keys of an adapter that was trained under
-another version of transformers, but not its targets, so a name such as `q_proj` still finds its module where a path
-does not. Several adapters in one are the union: the names of all, or one pattern where names cannot say it.
+They are kept, not replaced by the modules' paths: PEFT renames the keys of an adapter that was trained with another
+version of transformers, but not its targets, so a name such as `q_proj` still finds its module where a path would not.
+Merged adapters have the union: all names, or one pattern if names cannot express it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Targets = dict[str, Any]
 
 
 def named(names: Iterable[str]) -> Targets:
-    """Targets that are names only: paths, or their endings."""
+    """Return targets that are names only: paths or suffixes."""
     return {**dict.fromkeys(TARGET_FIELDS), "target_modules": sorted(set(names))}
 
 
 def targets_of(config: Mapping[str, Any], paths: Collection[str]) -> Targets:
-    """Those of a config, as far as they match a module here, and the paths of the modules that they do not match."""
+    """Return a config's targets, as far as they match one of the modules, and the paths of unmatched modules."""
     found = {field: config.get(field) or None for field in TARGET_FIELDS}
     wanted = found["target_modules"]
     if wanted is None:
@@ -37,7 +37,7 @@ def targets_of(config: Mapping[str, Any], paths: Collection[str]) -> Targets:
 
 
 def covering(found: Targets, paths: Collection[str]) -> Targets:
-    """The targets, and the paths that they do not match."""
+    """Return the targets extended by the paths that they do not match."""
     try:
         left = _left(found, paths)
         if left and found["target_modules"]:
@@ -54,7 +54,7 @@ def _left(found: Targets, paths: Collection[str]) -> list[str]:
 
 
 def joined(sources: Iterable[tuple[Mapping[str, Any], Collection[str]]]) -> Targets:
-    """What matches whatever the targets of any of these configs match; beside each config, the adapter's modules."""
+    """Return targets that match whatever those of any config match; each config comes with its adapter's modules."""
     distinct: list[Targets] = []
     everything: set[str] = set()
     for config, paths in sources:
@@ -75,7 +75,7 @@ ALL_LINEAR = {**named(()), "target_modules": "all-linear"}
 
 
 def _union(several: Iterable[Targets]) -> Targets:
-    """Names where all are names only, else one pattern."""
+    """Return names if all targets are names only, else one pattern."""
     several = list(several)
     if all(_names_only(each) for each in several):
         return named(_shortest({name for each in several for name in each["target_modules"]}))
@@ -95,7 +95,7 @@ def _names_only(found: Targets) -> bool:
 
 
 def _shortest(names: set[str]) -> Iterator[str]:
-    """The names of which no ending is among them."""
+    """Return the names without a proper suffix among them."""
     return (name for name in names if not any(ending in names for ending in list(endings(name))[1:]))
 
 
@@ -103,7 +103,7 @@ def _shortest(names: set[str]) -> Iterator[str]:
 
 
 def _pattern(found: Targets) -> str:
-    """A regular expression that matches the whole of the paths that the targets match. Raises re.error."""
+    """Return a regular expression that matches exactly the whole paths that the targets match. Raises re.error."""
     wanted, excluded, layers = found["target_modules"], found["exclude_modules"], found["layers_to_transform"]
     unless = rf"(?!(?:{_names(excluded)})\Z)" if excluded else ""
     if isinstance(wanted, str) or layers is None:
@@ -116,7 +116,7 @@ def _pattern(found: Targets) -> str:
 def _names(names: str | Collection[str]) -> str:
     if not isinstance(names, str):
         return rf"(?:.*\.)?{_any(names)}"
-    flags = re.match(r"\(\?([aimsux]+)\)", names)  # those of a whole pattern can only stand at its start
+    flags = re.match(r"\(\?([aimsux]+)\)", names)  # global flags are allowed only at the start of a pattern
     return f"(?{flags[1]}:{names[flags.end() :]})" if flags else names
 
 
@@ -125,7 +125,7 @@ def _any(names: Iterable[str]) -> str:
 
 
 def _in_layers(patterns: str | list[str] | None, numbers: str) -> str:
-    """A look ahead: the first number in the path, or the first after one of `patterns`, is one of these."""
+    """Return a lookahead: the first number in the path, or the first after one of `patterns`, is one of `numbers`."""
     if not patterns:
         return rf"(?=(?:(?!\.[^.]*\.\d+\.).)*\.[^.]*\.(?:{numbers})\.)"
     words = [patterns] if isinstance(patterns, str) else patterns
