@@ -930,4 +930,4 @@ def test_numbers_that_cannot_be_merged_with_have_a_cure(
     assert caught.value.cure == "give finite numbers, one per adapter"
     with pytest.raises(UsageError) as caught:
         merge([read_adapter(folder) for folder in words[:2]], method="linear", rank=0)
-    assert caught.value.cure == "give a rank of at least 1, or none for the method's own"
+    assert caught.value.cure == "give a rank of at least 1, or none for the method's default"

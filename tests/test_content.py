@@ -362,7 +362,7 @@ def test_a_small_adapter_is_not_taken_for_rounding(method: str, dtype: str, smal
     x = make_adapter(1)
     x = x.with_factors({path: replace(f, b=f.b * np.float32(small)) for path, f in x.modules.items()})
     content = folded([large, x], recipe)
-    with pytest.raises(NotReversible, match="so small beside it that rounding would leave"):
+    with pytest.raises(NotReversible, match="so small compared with this adapter that rounding would leave"):
         without(content, large.digest, large, recipe)
     rest, precision = without(content, x.digest, x, recipe)
     assert missed_by(rest.adapter, [large], method) <= precision < 0.05
@@ -410,7 +410,7 @@ def test_taking_out_down_to_one_gives_that_one_and_then_there_is_nothing_to_take
     assert_same_delta(x, rest.adapter, 1e-6)
     assert [m.weight for m in rest.history.merged] == [1.0]
     assert rest.history.faithful == "*"
-    with pytest.raises(NotReversible, match="one adapter only"):
+    with pytest.raises(NotReversible, match="only one adapter"):
         without(rest, x.digest, x, LINEAR)
 
 

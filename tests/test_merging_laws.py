@@ -91,7 +91,7 @@ def declared(
 @pytest.mark.parametrize(
     ("given", "fault"),
     [
-        ({"free": 3}, "free is 3, not a text"),
+        ({"free": 3}, "free is 3, not a string"),
         ({"one": "z"}, "one is 'z'; choose from x, y"),
         ({"exact": "banana"}, "exact is 'banana', not true or false"),
         ({"exact": 1}, "exact is 1, not true or false"),
@@ -130,7 +130,7 @@ def test_a_rule_may_be_wrapped_by_a_decorator_of_another_module() -> None:
 def test_a_name_that_merge_takes_for_itself_is_refused_at_registration(name: str) -> None:
     scope: dict[str, Any] = {}
     exec(f"def rule(tensors, ws, draw, *, {name}: float = 1.0): return tensors[0]", scope)
-    with pytest.raises(TypeError, match=f"{name}: its caller takes this name for itself"):
+    with pytest.raises(TypeError, match=f"{name}: the name is reserved for the caller"):
         merge_method(f"takes_{name}", space="delta", cites="nobody")(scope["rule"])
     assert f"takes_{name}" not in METHODS
 
@@ -150,7 +150,12 @@ def test_every_fault_of_a_rules_parameters_is_named_at_registration() -> None:
 
     with pytest.raises(TypeError) as caught:
         merge_method("faulty", space="delta", cites="nobody")(rule)
-    for fragment in ("needed: it has no default", "bare: annotate it", "several: annotate it", "the default of wrong"):
+    for fragment in (
+        "needed: there is no default",
+        "bare: annotate it",
+        "several: annotate it",
+        "the default of wrong",
+    ):
         assert fragment in str(caught.value)
     assert "faulty" not in METHODS
 

@@ -289,7 +289,7 @@ def test_a_method_of_ones_own_may_ask_for_losses(monkeypatch: pytest.MonkeyPatch
     xs = [make_adapter(i) for i in range(4)]
     found = cluster(dict(zip("abcd", xs)), 2, method="worst first", losses=lambda pairs: [ord(t) for _, t in pairs])
     assert found == Clustering((("a",), ("b", "c", "d")), "worst first", 0, {"share": 0.5})
-    with pytest.raises(TypeError, match="losses: its caller takes this name for itself"):
+    with pytest.raises(TypeError, match="losses: the name is reserved for the caller"):
 
         @partition_method("another")
         def another(xs, k, seed, given, watch, *, losses: Annotated[int, None] = 1): ...

@@ -51,11 +51,11 @@ def test_a_task_that_stays_is_not_wiped_by_what_is_taken_out(tmp_path: Path, dty
     large, small = scaled(rounded(make_adapter(0, dtype=dtype)), 0.25), one_step(1, size, dtype)
     shelf = one_slot(tmp_path / "s", {"large": large, "small": small})
     before = held(shelf, "small")
-    with pytest.raises(NotReversible, match="the rest is so small beside it"):
+    with pytest.raises(NotReversible, match="the rest is so small compared with this adapter"):
         plan_update(shelf.snapshot(), "large", make_adapter(2, dtype=dtype), large)
     plan = plan_remove(shelf.snapshot(), "large", large)
     assert (plan.report["removed"], plan.report["precision"]) == ("route", None)
-    assert "the rest is so small beside it that rounding would leave" in plan.report["reason"]
+    assert "the rest is so small compared with this adapter that rounding would leave" in plan.report["reason"]
     shelf.commit(plan)
     assert held(shelf, "small").digest == before.digest
     assert norm(before) > 0

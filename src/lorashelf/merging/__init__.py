@@ -1,11 +1,11 @@
 """Merging N adapters into one: a registry of methods, one driver.
 
-A method is a function of one module, registered with the space it works in:
+A method is a function on one module, registered with its space:
 
-- `factors`: rule(tensors, weights, draw, **params) on the A's and on the B's apart (PEFT's way: cross terms, depends on
-  the gauge)
-- `exact`: the weighted sum Σ w ΔW in factors; `rank` says whether ranks add or are cut back to the largest
-- `delta`: rule(tensors, weights, draw, **params) on the dense ΔW's, one module at a time, then the best rank r
+- `factors`: rule(tensors, weights, draw, **params) on the A's and on the B's separately (as in PEFT: has cross terms,
+  depends on the gauge)
+- `exact`: the weighted sum Σ w ΔW in factors; `rank` sets whether ranks add or are cut back to the largest
+- `delta`: rule(tensors, weights, draw, **params) on the dense ΔW's, one module at a time, then the best rank-r factors
 
 The keyword-only parameters of the function are the method's parameters, with their defaults, types and ranges.
 """

@@ -1,4 +1,4 @@
-"""Averages: an adapter and the adapters that it stands for; begun, folded into, taken out of. No disk."""
+"""Averages: an adapter with the record of what was merged into it; created, folded into, taken apart. No disk."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .methods import METHODS
 from .spec import MergeSpec, Weighting
 
 LARGEST_NORM = 1e9
-GROWS = 0.9  # of the energy of what a sum had before this much is left, unless adapters cancel each other
+GROWS = 0.9  # share of a term's ‖ΔW‖² that a sum keeps at least, unless adapters cancel each other
 UNRECORDED = "merged or cut before the shelf recorded how"
-LEAST_PRECISION = 0.1  # an adapter is taken out of an average only if this much of the rest is left
+LEAST_PRECISION = 0.1  # the largest relative error of the rest with which an adapter is taken out of an average
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One adapter that was averaged in, by the digest of what it came from."""
+    """The record of one adapter that was averaged in, with the digest of the original."""
 
     task: str
     type: str
@@ -41,42 +41,42 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What stored values stand for: the adapters merged into them, and how."""
+    """What stored values were merged from, and how."""
 
     merged: tuple[Source, ...]
     error: float = 0.0
-    """Relative error of what compression (`rank`) cut off, at the latest merge."""
+    """Relative error of compression (`rank`, lossy encoding) at the latest merge."""
     method: str | None = None
-    """The merge method of which the values are the equal average of `merged`, as far as rounding; None if not."""
+    """The merge method if the values are, up to rounding, the equal average of `merged` by it; else None."""
     restored: float = 1.0
-    """The factor of norm restoration inside the scales; divided out before the next fold."""
+    """The factor of norm restoration contained in the scales; divided out before the next fold."""
     noise: tuple[float, ...] = ()
-    """Energies of the errors that rounding has left on A and on B of every module in the order of their paths, both
-    multiplied by √|s|, then of all others together; empty where they are those of folding `merged` one by one.
+    """Squared norms of rounding errors on A and on B of every module in the order of paths, both multiplied by √|s|,
+    then of all other modules together; empty if they are those of folding `merged` one by one.
     """
     extra_roundings: int = 0
-    """How many roundings the values have seen beyond those of folding `merged`; earlier writers kept it for `noise`."""
+    """Number of roundings beyond those of folding `merged`; written by earlier versions instead of `noise`."""
     fixed: str | None = None
-    """Why no adapter can be taken out, in words; None where one can, or where nobody recorded it."""
+    """Why no adapter can be taken out, in words; None if one can, or if the reason was not recorded."""
 
     @property
     def digests(self) -> frozenset[str]:
-        """The digests averaged in."""
+        """The digests of the averaged adapters."""
         return frozenset(source.digest for source in self.merged)
 
     @property
     def trained(self) -> bool:
-        """Whether any of the adapters changes something."""
+        """Whether any of the adapters is trained (ΔW ≠ 0)."""
         return any(source.norm for source in self.merged)
 
     @property
     def faithful(self) -> str | None:
-        """The averaging method that can go on from here exactly: its own; any ("*") for one adapter stored uncut."""
+        """The averaging method that can continue exactly: the same; any ("*") for one adapter stored without a cut."""
         return "*" if len(self.merged) == 1 and not self.error else self.method
 
     @property
     def irreversible(self) -> str | None:
-        """Why no adapter can be taken out, None where one can: an equal average, or one adapter alone."""
+        """Why no adapter can be taken out; None for an equal average or a single adapter."""
         if self.method is not None or len(self.merged) < 2:
             return None
         return f"the slot's adapters cannot be taken apart: {self.fixed or UNRECORDED}"
@@ -84,21 +84,21 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """An adapter and what it stands for; in memory, without a shelf."""
+    """An adapter with its history; in memory, without a shelf."""
 
     adapter: Adapter
     history: History
 
     @property
     def plain(self) -> Average:
-        """The same without norm restoration: what the next fold starts from."""
+        """The average without norm restoration, from which the next fold starts."""
         if self.history.restored == 1.0:
             return self
         return Average(scaled(self.adapter, 1 / self.history.restored), replace(self.history, restored=1.0))
 
     @property
     def noise(self) -> Noise | None:
-        """What rounding has left; None is that of folding `merged` one by one in the adapter's dtype."""
+        """The rounding noise; None means that of folding `merged` one by one in the adapter's dtype."""
         history = self.history
         if history.noise:
             pairs = np.reshape(history.noise, (-1, 2))
@@ -109,22 +109,22 @@ class Average:
 
     @property
     def noise_fits(self) -> bool:
-        """Whether the recorded noise is of as many modules as the adapter has."""
+        """Whether the recorded noise matches the adapter's number of modules."""
         return len(self.history.noise) in (0, 2 * len(self.adapter.modules) + 2)
 
 
 def source(task: str, kind: str, adapter: Adapter) -> Source:
-    """The record of an adapter that is to be stored. Raises AdapterFormatError if ΔW is absurdly large."""
+    """Return the record of an adapter to store. Raises AdapterFormatError if ‖ΔW‖ is implausibly large."""
     size = math.sqrt(sum(squared_norms(adapter).values()))
-    if not size <= LARGEST_NORM:  # NaN is not
+    if not size <= LARGEST_NORM:  # also true for NaN
         raise AdapterFormatError(
-            [f"{task}: ‖ΔW‖ is {size:.1e}"], cure="no trained adapter is that large: train it again"
+            [f"{task}: ‖ΔW‖ is {size:.1e}"], cure="no trained adapter has such a norm: train it again"
         )
     return Source(task, kind, adapter.digest, 1.0, adapter.rank, adapter.parameters, adapter.dtype, size)
 
 
 def alone(adapter: Adapter, record: Source, spec: MergeSpec) -> Average:
-    """The adapter alone, as the spec stores it: `dtype`, and the rank cut to `rank`."""
+    """Return a single adapter as the spec stores it: in `dtype`, cut to `rank`."""
     stored = replace(adapter, dtype=spec.dtype or adapter.dtype)
     cut = 0.0
     if spec.rank is not None:
@@ -140,13 +140,13 @@ def fold(
     spec: MergeSpec,
     weighting: Weighting = "mean",
 ) -> Average:
-    """The merge of what the sources have averaged with one more adapter.
+    """Merge one more adapter into the averages of the sources.
 
-    'mean': weights nᵢ/(n+1) and 1/(n+1), so everything averaged counts the same (K-Merge); 'half': ½ and ½; a method
-    whose default weight is 1 takes 1 and 1. Averages are computed in float32 and rounded once, to the widest dtype or
-    the spec's.
+    'mean': weights nᵢ/(n+1) and 1/(n+1), so all averaged adapters count the same (K-Merge); 'half': ½ and ½; a method
+    with default weight 1 uses 1 and 1. Averages are computed in float32 and rounded once, to the widest dtype or the
+    spec's.
     """
-    sources = [source for source in sources if source.history.trained]  # untrained ones take no part
+    sources = [source for source in sources if source.history.trained]  # untrained sources are left out
     if not sources:
         return alone(adapter, record, spec)
     *held, adapter = aligned([*(source.adapter for source in sources), adapter])
@@ -172,7 +172,7 @@ def fold(
 
 
 def _under(average: Average, adapter: Adapter) -> Average:
-    """The average with its modules named as the same adapter's, which `aligned` may have renamed."""
+    """Return the average with the module names of `adapter`, the same adapter possibly renamed by `aligned`."""
     noise = average.noise
     if noise is None or not isinstance(adapter.modules, Renamed):
         return replace(average, adapter=adapter)
@@ -182,8 +182,8 @@ def _under(average: Average, adapter: Adapter) -> Average:
 
 
 def block(adapters: Sequence[Adapter], records: Sequence[Source], spec: MergeSpec) -> Average:
-    """Several adapters merged at once with the method's default weights, copies once and untrained ones left out; one
-    alone is stored as it is.
+    """Merge adapters at once with the method's default weights, copies once and untrained ones left out; a single one
+    is stored unmerged.
     """
     first: dict[str, tuple[Adapter, Source]] = {}
     effective = any(m.norm for m in records)
@@ -204,13 +204,13 @@ def block(adapters: Sequence[Adapter], records: Sequence[Source], spec: MergeSpe
 
 
 def without(average: Average, digest: str, adapter: Adapter, spec: MergeSpec) -> tuple[Average, float]:
-    """The average with one adapter taken out, and the relative precision of the rest.
+    """Take one adapter out of an average; also return the relative precision of the rest.
 
-    Raises NotReversible where it is not an equal average of several, or rounding would leave nothing of the rest.
+    Raises NotReversible if it is not an equal average of several, or rounding would leave too little of the rest.
     """
     merged, method = average.history.merged, average.history.method
     if len(merged) < 2:
-        raise NotReversible("the slot holds one adapter only")
+        raise NotReversible("the slot holds only one adapter")
     if method is None:
         raise NotReversible(str(average.history.irreversible))
     index = next(i for i, m in enumerate(merged) if m.digest == digest)
@@ -218,7 +218,7 @@ def without(average: Average, digest: str, adapter: Adapter, spec: MergeSpec) ->
     rest = unmerge(average.adapter, adapter, [m.norm for m in remaining], method=method, noise=average.noise)
     if rest.precision > LEAST_PRECISION:
         left = "nothing of it" if rest.precision > 1 else f"a relative precision of {rest.precision:.0e}"
-        raise NotReversible(f"the rest is so small beside it that rounding would leave {left}")
+        raise NotReversible(f"the rest is so small compared with this adapter that rounding would leave {left}")
     equal = tuple(replace(m, weight=1.0 / len(remaining)) for m in remaining)
     stored, error, lossy = _stored(rest.adapter, spec)
     history = History(equal, error, None if lossy else method, noise=() if lossy else _flat(rest.noise), fixed=lossy)
@@ -226,8 +226,8 @@ def without(average: Average, digest: str, adapter: Adapter, spec: MergeSpec) ->
 
 
 def _fixed(sources: Sequence[History], spec: MergeSpec, weighting: Weighting, lossy: str | None) -> str | None:
-    """Why a merge is not an equal average, so that nothing can be taken out of it; None where it is one. `lossy` is how
-    storing it left something out.
+    """Return why a merge is not an equal average, so that nothing can be taken out; None if it is one. `lossy` states
+    how storing left something out, if so.
     """
     if any(source.faithful is None for source in sources):
         return next((source.fixed for source in sources if source.fixed), UNRECORDED)
@@ -242,7 +242,7 @@ def _fixed(sources: Sequence[History], spec: MergeSpec, weighting: Weighting, lo
 
 
 def _noise(sources: Sequence[Average], shares: Sequence[float], merged: Adapter, spec: MergeSpec) -> Noise | None:
-    """The noise after a fold of averages; None where it is that of a sum which grew, in one dtype, fold by fold."""
+    """Return the noise after a fold of averages; None if it is that of a sum that grew fold by fold in one dtype."""
     power = METHODS[spec.method].mean_power or 0.0
     usual = (source.noise is None and source.adapter.dtype == merged.dtype for source in sources)
     if all(usual) and not _cancels(sources, shares, merged, power):
@@ -258,26 +258,26 @@ def _noise(sources: Sequence[Average], shares: Sequence[float], merged: Adapter,
 
 
 def _cancels(sources: Sequence[Average], shares: Sequence[float], merged: Adapter, power: float) -> bool:
-    """Whether a module's ΔW is smaller than what a source brought to it: it was larger when it was rounded."""
+    """Return whether a module's ΔW is smaller than a source's contribution: it was larger when it was rounded."""
     now = squared_norms(merged)
     return any(
-        now[path] < GROWS * energy * share ** (4 * power)
+        now[path] < GROWS * squared * share ** (4 * power)
         for source, share in zip(sources, shares, strict=True)
-        for path, energy in squared_norms(source.adapter).items()
+        for path, squared in squared_norms(source.adapter).items()
     )
 
 
 def _flat(noise: Noise | None) -> tuple[float, ...]:
-    """As in a manifest: A and B of every module in the order of their paths, then of all others together."""
+    """Return the noise as in a manifest: A and B of every module in the order of paths, then of all others together."""
     if noise is None:
         return ()
-    return tuple(float(energy) for _, pair in sorted(noise.modules.items()) for energy in pair) + tuple(
+    return tuple(float(squared) for _, pair in sorted(noise.modules.items()) for squared in pair) + tuple(
         map(float, noise.elsewhere)
     )
 
 
 def one_base(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The adapters under one base name, after that was checked or declared."""
+    """Return the adapters with one base name, once that was checked or declared."""
     base = next((x.base for x in adapters if x.base.name), BaseId())
     return [replace(x, base=base) for x in adapters]
 
@@ -299,8 +299,8 @@ def _merge(
 
 
 def _stored(adapter: Adapter, spec: MergeSpec, cut: float = 0.0) -> tuple[Adapter, float, str | None]:
-    """The adapter as it comes back from the disk, the relative error of it beside the one that was `cut`, and how
-    something was left out, in words.
+    """Return the adapter as read back from disk, the total relative error including `cut`, and, in words, how something
+    was left out.
     """
     codec = CODECS[spec.encoding]
     stored, error = codec.round_trip(adapter, spec.quality)
@@ -309,19 +309,19 @@ def _stored(adapter: Adapter, spec: MergeSpec, cut: float = 0.0) -> tuple[Adapte
 
 
 def _restored(average: Average, spec: MergeSpec) -> Average:
-    """With `restore_norm`, several adapters' merge scaled to their mean norm; the factor is divided out before the next
-    fold.
+    """With `restore_norm`, scale the merge of several adapters to their mean norm; the next fold divides the factor out
+    first.
     """
     if not spec.restore_norm or len(average.history.merged) < 2:
         return average
     size, wanted = norm(average.adapter), float(np.mean([m.norm for m in average.history.merged]))
     factor = wanted / size if size else 0.0
-    if not 0.0 < factor < math.inf:  # nothing to restore, or nothing to restore it with
+    if not 0.0 < factor < math.inf:  # nothing to restore, or not possible
         return average
     return Average(scaled(average.adapter, factor), replace(average.history, restored=factor))
 
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:
-    """The adapter with every ΔW times `factor`, kept in the scales."""
+    """Return the adapter with every ΔW multiplied by `factor`, in the scales."""
     modules: Mapping[str, Factors] = adapter.modules
     return adapter.with_factors({path: Factors(f.a, f.b, f.scale * factor) for path, f in modules.items()})

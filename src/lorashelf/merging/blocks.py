@@ -1,4 +1,4 @@
-"""Blocks of tasks: each merged into one adapter, whichever way they were found."""
+"""Blocks of tasks, each merged into one adapter, however the blocks were found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .spec import MergeSpec
 
 
 def named(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """The adapters in the order of their task names, spelled as they are stored. Raises TaskNameError."""
+    """Return the adapters sorted by task name, spelled as stored. Raises TaskNameError."""
     offered = as_named(adapters).items()
     found = {task_name(name): adapter for name, adapter in sorted(offered, key=lambda item: str(item[0]))}
     if len(found) < len(adapters):
@@ -24,14 +24,14 @@ def named(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 def merge_block(
     adapters: Mapping[str, Adapter], types: Mapping[str, str], tasks: Sequence[str], spec: MergeSpec
 ) -> Average:
-    """The merge of a block's adapters in the order of their names."""
+    """Merge a block's adapters in the order of their names."""
     ordered = sorted(tasks)
     sources = [source(task, types[task], adapters[task]) for task in ordered]
     return block([adapters[task] for task in ordered], sources, spec)
 
 
 def merger(adapters: Mapping[str, Adapter], spec: MergeSpec) -> Callable[[Sequence[str]], Adapter]:
-    """What a shelf would store for a block of tasks, as a function of their names: what a search measures."""
+    """Return a function from a block of task names to the adapter that a shelf would store, which a search measures."""
     known = named(adapters)
     known = dict(zip(known, one_base(list(known.values())), strict=True))
     types = dict.fromkeys(known, "")

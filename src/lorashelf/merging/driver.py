@@ -23,7 +23,7 @@ from . import factor
 from .methods import METHODS, Draw, MergeMethod, Tensor
 from .parameters import Value
 
-_LARGE = 2**17  # values of all adapters' factors of a module that are worth a thread
+_LARGE = 2**17  # values in a module's factors, over all adapters, from which a thread pays
 
 
 def merge(
@@ -37,10 +37,10 @@ def merge(
 ) -> Adapter:
     """Merge adapters of one base into one, by a registered method.
 
-    `weights` (n,) default to 1/n or 1 as the method declares; `rank` caps the rank stored (never pads). A single
-    adapter comes back with w ΔW from every method. The result has the widest input dtype, and of several adapters one
-    alpha for all ranks. Untrained adapters (ΔW = 0) do not count in n, and an untrained module takes no part: its
-    random A would mix with the others' B. Raises UsageError, BaseMismatch, ShapeMismatch, UnknownName.
+    `weights` (n,) default to 1/n or 1 as the method declares; `rank` caps the rank stored (never pads). For a single
+    adapter every method returns w ΔW. The result has the widest input dtype and, for several adapters, one alpha for
+    all ranks. Untrained adapters (ΔW = 0) do not count in n, and an untrained module is left out: its random A would
+    mix with the others' B. Raises UsageError, BaseMismatch, ShapeMismatch, UnknownName.
     """
     return merge_measured(xs, weights, method=method, rank=rank, seed=seed, **params)[0]
 
@@ -56,18 +56,18 @@ def merge_measured(
     watch: Callable[[list[str]], Iterable[str]] = iter,
     **params: Any,
 ) -> tuple[Adapter, float]:
-    """`merge`, and the relative Frobenius error of cutting its result to the rank (0 where nothing was cut).
+    """Return `merge`, and the relative Frobenius error of cutting its result to the rank (0 if nothing was cut).
 
-    `averages` says which of `xs` are averages: a side of theirs that is 0 stands for adapters that cancel. `watch`
-    wraps the module paths as they are worked through: a progress bar, for methods that take minutes.
+    `averages` marks which of `xs` are averages: in these, a side that is 0 comes from adapters that cancel. `watch`
+    wraps the iteration over module paths: a progress bar, for methods that take minutes.
     """
     chosen = METHODS[method]
     checked = chosen.checked(params)
     xs = as_adapters(xs)
     ws = _weights(xs, None if weights is None else as_numbers(weights), chosen)
     if rank is not None and rank < 1:
-        raise UsageError(f"rank is {rank}", cure="give a rank of at least 1, or none for the method's own")
-    sources, xs = xs, fitting(xs)  # a mask is drawn by the source's digest
+        raise UsageError(f"rank is {rank}", cure="give a rank of at least 1, or none for the method's default")
+    sources, xs = xs, fitting(xs)  # masks are seeded by the source's digest
     paths = union(xs)
 
     def merged(path: str) -> tuple[Factors, float, float]:
@@ -84,7 +84,7 @@ def merge_measured(
             found = _merge_module(chosen, fs, share, _masks(sources, present, path, seed), cap, checked)
         return truncate(found[0], cap) if cap is not None and found[0].shape.rank > cap else found
 
-    # Averages wait for memory, small modules for Python: threads help neither.
+    # Averages are bound by memory, small modules by Python: threads help neither.
     values = Counter[str]()
     for x in xs:
         values.update({path: s.rank * (s.dout + s.din) for path, s in x.shapes.items()})
@@ -110,7 +110,7 @@ def _merge_module(
     cap: int | None,
     params: Mapping[str, Value],
 ) -> tuple[Factors, float, float]:
-    """One module: its factors, and the energy dropped and kept where the rank was cut on the way."""
+    """Merge one module; returns its factors, and ‖ΔW‖² dropped and kept if the rank was cut on the way."""
     if method.space == "exact":
         return method.rule(fs, weights), 0.0, 0.0
     if method.space == "delta":
@@ -130,8 +130,8 @@ def _merge_module(
 
 
 def one_alpha(modules: dict[str, Factors]) -> dict[str, Factors]:
-    """Modules of scale 1 with the largest rank for the alpha of all, so that ΔW = alpha / r · B A is read alike where
-    an alpha of each module's own is passed over (llama.cpp's converter).
+    """Return modules of scale 1 with the largest rank as alpha of all, so that ΔW = alpha / r · B A is read the same
+    by programs that ignore per-module alphas (llama.cpp's converter).
     """
     alpha = max((f.shape.rank for f in modules.values()), default=1)
     scaled = {}
@@ -162,8 +162,8 @@ def _default_rank(method: MergeMethod, fs: list[Factors]) -> int | None:
 
 
 def _masks(xs: Sequence[Adapter], present: list[int], path: str, seed: int) -> dict[str, Draw]:
-    """The generator of adapter i's mask on each side, from (seed, digest, module, side): no matter in which order
-    adapters come.
+    """Return the generator of adapter i's mask for each side, from (seed, digest, module, side), independent of the
+    adapters' order.
     """
 
     def side(name: str) -> Draw:

@@ -1,4 +1,4 @@
-"""Rules on tensors: sparsify each, then agree. Registered on the factors A and B (PEFT's names) and on the dense ΔW
+"""Rules on tensors: sparsify each, then combine. Registered on the factors A and B (PEFT's names) and on the dense ΔW
 (`…_svd`).
 
 A rule gets the tensors of one module (lower ranks not yet padded), their weights (n,), and `draw(i)`, the generator of
@@ -18,7 +18,7 @@ from .methods import Draw, Tensor, Weights, merge_method
 from .parameters import Fraction
 
 PEFT = "PEFT 0.21.2 add_weighted_adapter"
-KMERGE = "K-Merge, arXiv 2510.13537, the equation of its fold read literally"
+KMERGE = "K-Merge, arXiv 2510.13537, its fold equation read literally"
 TIES = "TIES, arXiv 2306.01708"
 Signs = Literal["total", "frequency"]
 DARE = "DARE, arXiv 2311.03099"
@@ -26,29 +26,29 @@ DARE = "DARE, arXiv 2311.03099"
 
 @merge_method("linear", space="factors", cites=f"{PEFT}; K-Merge's released code", mean_power=0.5)
 def linear(tensors: Sequence[Tensor], weights: Weights, draw: Draw) -> Tensor:
-    """Σ wᵢ Xᵢ, on A with w = sgn(w s)√|w s| and on B with √|w s|: n² cross terms, and ΔW keeps about the norm of one
-    adapter.
+    """Return Σ wᵢ Xᵢ, on A with w = sgn(w s)√|w s| and on B with √|w s|: n² cross terms, and ΔW keeps about the norm of
+    one adapter.
     """
     return _weighted_sum(tensors, weights)
 
 
 @merge_method("factor_mean", space="factors", cites=KMERGE, weighting="plain", mean_power=1.0, duplicate=True)
 def factor_mean(tensors: Sequence[Tensor], weights: Weights, draw: Draw) -> Tensor:
-    """Σ wᵢ √sᵢ Xᵢ on A and on B: the mean of the factors, read literally; ΔW shrinks with n."""
+    """Return Σ wᵢ √sᵢ Xᵢ on A and on B: the literal mean of the factors; ΔW shrinks with n."""
     return _weighted_sum(tensors, weights)
 
 
 @merge_method("magnitude_prune", space="factors", cites=PEFT, weights="unary")
 @merge_method("magnitude_prune_svd", space="delta", cites=PEFT, weights="unary", gauge=True)
 def magnitude_prune(tensors: Sequence[Tensor], weights: Weights, draw: Draw, *, density: Fraction = 0.5) -> Tensor:
-    """Σ wᵢ top(Xᵢ), the `density` largest magnitudes of each tensor kept."""
+    """Return Σ wᵢ top(Xᵢ): of each tensor the share `density` with the largest magnitudes is kept."""
     return _weighted_sum([keep_largest(x, density) for x in tensors], weights)
 
 
 @merge_method("dare_linear", space="factors", cites=DARE, weights="unary", random=True)
 @merge_method("dare_linear_svd", space="delta", cites=DARE, weights="unary", random=True)
 def dare_linear(tensors: Sequence[Tensor], weights: Weights, draw: Draw, *, density: Fraction = 0.5) -> Tensor:
-    """Σ wᵢ mᵢ ∘ Xᵢ / density, mᵢ a random mask that keeps `density` of the entries."""
+    """Return Σ wᵢ mᵢ ∘ Xᵢ / density, mᵢ a random mask that keeps the share `density` of the entries."""
     return _weighted_sum([keep_random(x, density, draw(i)) for i, x in enumerate(tensors)], weights)
 
 
@@ -62,8 +62,8 @@ def ties(
     density: Fraction = 0.5,
     majority_sign_method: Signs = "total",
 ) -> Tensor:
-    """Trim each tensor to its `density` largest magnitudes, elect a sign per entry, average the wᵢ Xᵢ that agree with
-    it.
+    """Trim each tensor to the share `density` with the largest magnitudes, elect a sign per entry, average the wᵢ Xᵢ
+    of this sign.
     """
     return agree([keep_largest(x, density) for x in tensors], weights, majority_sign_method)
 
@@ -78,12 +78,12 @@ def dare_ties(
     density: Fraction = 0.5,
     majority_sign_method: Signs = "total",
 ) -> Tensor:
-    """As `ties`, with DARE's random mask and rescaling in place of the trim."""
+    """Merge like `ties`, with DARE's random mask and rescaling instead of the trim."""
     return agree([keep_random(x, density, draw(i)) for i, x in enumerate(tensors)], weights, majority_sign_method)
 
 
 def keep_largest(x: Float32[Array32, "rows columns"], density: float) -> Float32[Array32, "rows columns"]:
-    """All but the int(density · size) largest magnitudes of x set to zero; equal ones are kept from the front."""
+    """Set all but the int(density · size) largest magnitudes of x to zero; of equal magnitudes the first are kept."""
     count = int(density * x.size)
     if count >= x.size:
         return x
@@ -100,7 +100,7 @@ def keep_largest(x: Float32[Array32, "rows columns"], density: float) -> Float32
 def keep_random(
     x: Float32[Array32, "rows columns"], density: float, rng: np.random.Generator
 ) -> Float32[Array32, "rows columns"]:
-    """X ∘ m / density, m ~ Bernoulli(density) per entry; all zeros at density 0."""
+    """Return x ∘ m / density, m ~ Bernoulli(density) per entry; all zeros at density 0."""
     if density >= 1.0:
         return x
     if density <= 0.0:
@@ -109,8 +109,8 @@ def keep_random(
 
 
 def agree(tensors: Sequence[Tensor], weights: Weights, majority_sign_method: Signs) -> Tensor:
-    """Per entry: the sign of the sum ('total') or of the count of signs ('frequency'), 0 as +; then the mean of wᵢ Xᵢ
-    over the tensors whose entry has that sign (and is not zero).
+    """Elect per entry the sign of the sum ('total') or of the count of signs ('frequency'), 0 as +; return the mean of
+    wᵢ Xᵢ over the tensors whose entry has this sign (and is not zero).
     """
     size = padded_shape(tensors)
     votes = np.zeros(size, dtype=np.float32)
@@ -128,7 +128,7 @@ def agree(tensors: Sequence[Tensor], weights: Weights, majority_sign_method: Sig
 
 
 def padded_shape(tensors: Sequence[Tensor]) -> tuple[int, int]:
-    """The shape that holds every tensor, lower ranks zero-padded."""
+    """Return the smallest shape that holds every tensor, with lower ranks zero-padded."""
     return max(x.shape[0] for x in tensors), max(x.shape[1] for x in tensors)
 
 
@@ -141,5 +141,5 @@ def _weighted_sum(tensors: Sequence[Tensor], weights: Weights) -> Tensor:
 
 
 def roots(products: Sequence[float]) -> Weights:
-    """sgn(p)√|p| of weight × scale, the factor PEFT puts on A (its magnitude on B)."""
+    """Return sgn(p)√|p| for p = weight × scale, PEFT's factor on A (its magnitude on B)."""
     return np.array([math.copysign(math.sqrt(abs(p)), p) for p in products], dtype=np.float32)

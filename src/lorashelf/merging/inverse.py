@@ -1,10 +1,10 @@
-"""Taking an adapter out of an equal average, and how much of the rest rounding has left.
+"""Taking an adapter out of an equal average, and how much of the rest survives rounding.
 
-X stands for a side (A or B) of one module, multiplied by √|s|; p is the method's `mean_power`.
+X is a side (A or B) of one module, multiplied by √|s|; p is the method's `mean_power`.
 
     stored    M = n^-p Σ X + errors            errors: one rounding per fold, each of at most u |M| + a subnormal's step
-    rest      (n - 1)^-p (n^p M - X_removed)   the same errors, now beside what is left
-    ΔW        ‖B' A' - B A‖² ≤ e_B max‖a_k‖² + e_A max‖b_k‖² + e_A e_B      e: energy of a side's errors; k: a rank
+    rest      (n - 1)^-p (n^p M - X_removed)   the same errors, relative to a smaller remainder
+    ΔW        ‖B' A' - B A‖² ≤ e_B max‖a_k‖² + e_A max‖b_k‖² + e_A e_B      e: ‖errors of a side‖²; k: a rank
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ Energies = Float64[Array64, "2"]
 Sides = tuple[Float64[Array64, "rank din"], Float64[Array64, "dout rank"]]
 UNIT_ROUNDOFF = {"f32": 2.0**-22, "f16": 2.0**-11, "bf16": 2.0**-8}  # in f32 the weights and sums of a fold round too
 SUBNORMAL = {"f32": 2.0**-149, "f16": 2.0**-24, "bf16": 2.0**-133}  # the step between the smallest values
-STATED = 1e-5  # relative precision of the norms that a manifest states
+STATED = 1e-5  # relative precision of the norms in a manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """The energies of the errors that rounding has left in an average."""
+    """The squared norms of the rounding errors in an average."""
 
     modules: Mapping[str, Energies]
     elsewhere: Energies = field(default_factory=lambda: np.zeros(2))
-    """Of all modules that the average does not hold (any more) together: what was dropped may have been something."""
+    """Of all modules together that the average does not hold (any more): dropped values may not have been zero."""
 
     def __getitem__(self, path: str) -> Energies:
         return self.modules.get(path, self.elsewhere)
 
 
 class Rest(NamedTuple):
-    """What is left of an average after one adapter was taken out."""
+    """The rest of an average after one adapter was taken out."""
 
     adapter: Adapter
     noise: Noise
     precision: float
-    """Bound of ‖ΔW - the true average's‖ / ‖the true average's‖; inf where no bound can be given."""
+    """Bound of ‖ΔW - the true average's‖ / ‖the true average's‖; inf if there is no bound."""
 
 
 def noise_of(x: Adapter, roundings: float) -> Noise:
-    """The noise of an average that was rounded so many times to the dtype of `x`, its content now.
+    """Return the noise of an average rounded `roundings` times to the dtype of `x`, its present values.
 
-    Independent errors add up in their energies. The sum of n grows by folding, unless they cancel, so that the n
-    roundings of a running average are worth n / 2 of what it is.
+    The squared norms of independent errors add up. A sum grows with every fold, unless adapters cancel, so the n
+    roundings of a running average count as n / 2 roundings of its present values.
     """
     return Noise({path: roundings * _rounding(f, x.dtype) for path, f in x.modules.items()})
 
@@ -68,14 +68,14 @@ def unmerge(
 ) -> Rest:
     """Take one adapter out of an equal average; `staying` are the norms ‖ΔW‖ of the others in it, at least one.
 
-    `noise` defaults to that of an average folded one by one in its dtype. Ranks, and modules, of which both sides are
-    no larger than the noise are cleared, for cosine would take them for an adapter; the precision counts what they may
+    `noise` defaults to that of an average folded one by one in its dtype. Ranks and modules with both sides no larger
+    than the noise are cleared, because cosine would take them for an adapter; the precision includes what they may
     have held. Raises NotReversible for a method that does not average.
     """
     power = METHODS[method].mean_power
     if power is None:
         raise NotReversible(f"a merge by {method} cannot be taken apart", cure="use linear or factor_mean")
-    merged, removed = aligned([merged, removed], spelling="first")  # that of the noise
+    merged, removed = aligned([merged, removed], spelling="first")  # as in the noise
     count = len(staying) + 1
     noise = noise or noise_of(merged, count / 2)
     share = (count - 1) ** -power
@@ -106,7 +106,7 @@ def unmerge(
 
 
 def _difference(held: Factors | None, removed: Factors | None, times: float) -> Sides:
-    """`times` what is held minus what is removed, on A and on B; lower ranks zero-padded, an absent module is 0."""
+    """Return `times` · held − removed on A and on B; lower ranks are zero-padded, an absent module is 0."""
     sides = [_rooted(f) for f in (held, removed) if f is not None]
     a, b = (np.zeros(np.max([pair[i].shape for pair in sides], axis=0)) for i in (0, 1))
     for pair, weight in zip(sides, [times, -1.0] if held is not None else [-1.0], strict=False):
@@ -116,8 +116,8 @@ def _difference(held: Factors | None, removed: Factors | None, times: float) -> 
 
 
 def _cleared(a: Float64[Array64, "rank din"], b: Float64[Array64, "dout rank"], kept: Bool[Flags, " rank"]) -> Factors:
-    """The factors with the other ranks set to zero, and the last of them cut off: a rank has its place, in which the
-    next fold adds to it.
+    """Return the factors with the ranks not kept set to zero, and trailing ones cut off: the others keep their place,
+    where the next fold adds to them.
     """
     rank = np.flatnonzero(kept)[-1] + 1
     return Factors(
@@ -127,8 +127,8 @@ def _cleared(a: Float64[Array64, "rank din"], b: Float64[Array64, "dout rank"], 
 
 
 def _precision(rest: Adapter, missed: float, staying: Sequence[float]) -> float:
-    """The error relative to the true rest: of a single adapter the norm is known, of several it is at least what is
-    left without the error.
+    """Return the error relative to the true rest, whose norm is known for a single adapter and for several is at least
+    the norm found minus the error.
     """
     size = norm(rest)
     if len(staying) > 1:
@@ -137,7 +137,7 @@ def _precision(rest: Adapter, missed: float, staying: Sequence[float]) -> float:
 
 
 def _rounding(f: Factors, dtype: str) -> Energies:
-    """The energies of the errors of rounding A and B to a dtype once: u |x|, and half a subnormal's step, per value."""
+    """Return the squared norms of the errors of rounding A and B once: per value u |x| and half a subnormal step."""
     unit, step = UNIT_ROUNDOFF[dtype], SUBNORMAL[dtype] / 2 * math.sqrt(abs(f.scale))
     return np.array([unit**2 * np.sum(side**2) + step**2 * side.size for side in _rooted(f)])
 

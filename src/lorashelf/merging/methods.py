@@ -1,4 +1,4 @@
-"""The registry of merge methods and what a method declares about itself."""
+"""The registry of merge methods, and a method's declarations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Space = Literal["factors", "exact", "delta"]
 
 @dataclass(frozen=True, slots=True)
 class MergeMethod:
-    """A registered method: its rule, and the laws it obeys or is declared not to."""
+    """A registered method: the rule, and declarations of the laws that it obeys."""
 
     name: str
     rule: Rule
@@ -34,11 +34,11 @@ class MergeMethod:
     rank: Literal["max", "sum"]
     """The rank of the result: the largest among the inputs, or their sum."""
     weighting: Literal["root", "plain"]
-    """In factor space: √|w s| multiplies what the rule sums (PEFT), or √s goes into the tensors first and w multiplies.
+    """In factor space: the rule's weights are √|w s| (PEFT), or √s multiplies the tensors first and the weights are w.
     """
     mean_power: float | None
-    """For a rule that sums: merging n with weight 1/n equals n**-mean_power · Σ of the √s-scaled tensors, on A and on
-    B; so it can be inverted.
+    """For a rule that sums: merging n with weight 1/n is n**-mean_power · Σ of the √s-scaled tensors, on A and on B,
+    and can be inverted.
     """
     duplicate: bool
     """Whether n copies of one adapter with the default weights merge into that adapter."""
@@ -50,7 +50,7 @@ class MergeMethod:
     """The rule's keyword-only parameters, by name."""
 
     def checked(self, params: Mapping[str, Value]) -> dict[str, Value]:
-        """The parameters with defaults filled in. Raises UsageError naming every unknown or unusable one."""
+        """Return the parameters with defaults filled in. Raises UsageError naming every unknown or unusable one."""
         return checked(self.name, self.parameters, params, "see docs/methods.md for the parameters of each method")
 
 
@@ -70,8 +70,8 @@ def merge_method(
     gauge: bool = False,
     random: bool = False,
 ) -> Callable[[Rule], Rule]:
-    """Register a rule as merge method `name`; the declarations are those of MergeMethod, and the contract tests hold it
-    to them. Raises TypeError for parameters that `parameters_of` refuses, ValueError for a name that is taken.
+    """Register a rule as merge method `name`; the declarations are those of MergeMethod and checked by the contract
+    tests. Raises TypeError for parameters that `parameters_of` refuses, ValueError for a name already taken.
     """
 
     def register(rule: Rule) -> Rule:

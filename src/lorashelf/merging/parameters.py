@@ -1,4 +1,4 @@
-"""What a method's parameters may be: read from the annotations of its rule, checked at every use."""
+"""Parameters of methods: declared by the annotations of a rule, checked at every use."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..errors import UsageError
 Value = bool | int | float | str
 """What a parameter of a method may be given."""
 RESERVED = frozenset({"xs", "weights", "method", "rank", "seed", "watch"})
-"""Names that `merge` takes for itself: a parameter of such a name could never be given."""
+"""Names of arguments of `merge`: a parameter of such a name could never be given."""
 _KINDS: Mapping[type, str] = MappingProxyType(
-    {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+    {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
 )
 
 
@@ -35,22 +35,22 @@ class Within:
 
 
 Fraction = Annotated[float, Within(0.0, 1.0)]
-"""A share, from 0 to 1."""
+"""A share from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of a method: its name, its kind, its default and what else bounds it."""
+    """One parameter of a method: name, type, default, and choices or range."""
 
     name: str
     kind: type
     default: Value
     choices: tuple[str, ...] = ()
-    """What a text may be; empty for any."""
+    """Allowed strings; empty for any."""
     within: Within = Within()
 
     def fault(self, value: object) -> str | None:
-        """What is wrong with a value, None if nothing is."""
+        """Return what is wrong with a value, or None."""
         if self.choices:
             return None if value in self.choices else f"{self.name} is {value!r}; choose from {', '.join(self.choices)}"
         if not self._is_kind(value):
@@ -68,11 +68,11 @@ class Parameter:
 def parameters_of(
     rule: Callable[..., object], noun: str = "merge method", reserved: frozenset[str] = RESERVED
 ) -> Mapping[str, Parameter]:
-    """The keyword-only parameters of a rule, by name.
+    """Return the keyword-only parameters of a rule, by name.
 
-    Each is annotated as bool, int, float, str or a Literal of texts, a number optionally with its range
-    (`Annotated[float, Within(0, 1)]`), and has a default. Raises TypeError naming every parameter that is not so, or
-    that bears a `reserved` name, one which the caller of such rules takes for itself.
+    Each is annotated as bool, int, float, str or a Literal of strings, a number optionally with its range
+    (`Annotated[float, Within(0, 1)]`), and has a default. Raises TypeError naming every other parameter, and every one
+    with a `reserved` name: an argument of the rules' caller.
     """
     found: dict[str, Parameter] = {}
     faults: list[str] = []
@@ -92,7 +92,7 @@ def parameters_of(
 
 
 def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, Value], cure: str) -> dict[str, Value]:
-    """The given parameters with the defaults of the others. Raises UsageError naming every unknown or unusable one."""
+    """Return the given parameters and the defaults of the others. Raises UsageError naming every unknown or bad one."""
     faults = [
         f"{owner} has no parameter {name!r} (it has: {', '.join(known) or 'none'})"
         for name in given
@@ -105,7 +105,7 @@ def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, Valu
 
 
 def _hints(rule: Callable[..., object], noun: str) -> dict[str, Any]:
-    """The annotations of keyword-only parameters; those of the others may be for a type checker only."""
+    """Return the annotations of keyword-only parameters; the others' may be for type checkers only."""
     spelled = inspect.get_annotations(rule)
     keywords = {p.name for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY}
     alone = type(rule.__name__, (), {"__annotations__": {n: v for n, v in spelled.items() if n in keywords}})
@@ -113,20 +113,18 @@ def _hints(rule: Callable[..., object], noun: str) -> dict[str, Any]:
         written_in = getattr(inspect.unwrap(rule), "__globals__", {})  # a decorator has the globals of its own module
         return get_type_hints(alone, globalns=written_in, include_extras=True)
     except NameError as error:
-        raise TypeError(
-            f"{rule.__name__} cannot be a {noun}: an annotation names what is not there: {error}"
-        ) from error
+        raise TypeError(f"{rule.__name__} cannot be a {noun}: an annotation uses an undefined name: {error}") from error
 
 
 def _faults(given: inspect.Parameter, hint: Any, reserved: frozenset[str]) -> Iterator[str]:
     if given.name in reserved:
-        yield "its caller takes this name for itself"
+        yield "the name is reserved for the caller"
     if given.default is given.empty:
-        yield "it has no default"
+        yield "there is no default"
     plain, *_ = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     texts = get_origin(plain) is Literal and all(isinstance(choice, str) for choice in get_args(plain))
     if not texts and plain not in _KINDS:
-        yield "annotate it as bool, int, float, str, a Literal of texts, or Annotated[float, Within(least, most)]"
+        yield "annotate it as bool, int, float, str, a Literal of strings, or Annotated[float, Within(least, most)]"
 
 
 def _parameter(name: str, hint: Any, default: Value) -> Parameter:

@@ -1,4 +1,4 @@
-"""How adapters are merged, and what of the result is stored."""
+"""How adapters are merged and the result is stored."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import Any, Literal, get_args
 from .methods import METHODS
 
 Weighting = Literal["mean", "half"]
-"""What a newcomer weighs in a fold: as much as everything averaged before it each, or ½."""
+"""The weight of the arriving adapter in a fold: that of each adapter averaged before, or ½."""
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 
 @dataclass(frozen=True, slots=True)
 class MergeSpec:
-    """A merge method with its parameters, the rank and dtype of what is stored, the seed of random methods."""
+    """A merge method with its parameters, the rank, dtype and encoding of the stored result, and the seed."""
 
     method: str = "linear"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     rank: int | None = None
-    """Cap of the rank stored; never pads."""
+    """Cap on the stored rank; never pads."""
     dtype: str | None = None
-    """None: as the adapter, of several the widest."""
+    """None: the adapter's own, for several the widest."""
     seed: int = 0
     encoding: str = "peft"
-    """How what is merged is stored: the name of a codec."""
+    """How the result is stored: the name of a codec."""
     quality: float = 0.99
-    """Predicted share of what an adapter does that a codec with loss keeps."""
+    """Predicted share of an adapter's gain in loss that a lossy codec keeps."""
     restore_norm: bool = False
     """Scale every merge of several adapters to their mean norm ‖ΔW‖."""
 
     @property
     def later(self) -> MergeSpec:
-        """The spec of folds into what this one merged: itself, with `linear` in place of a method whose default weight
-        is 1. Such a fold gives the newcomer as much weight as all before it and trims them anew each time.
+        """The spec of later folds into a merge: the same, but with `linear` instead of a method with default weight 1,
+        whose fold would weight the arriving adapter like all earlier ones together and trim those again each time.
         """
         averages = METHODS[self.method].weights == "mean"
         return self if averages else replace(self, method="linear", parameters={})
 
     def document(self) -> dict[str, Any]:
-        """As in a manifest and in shelf.toml, where the method is called `merge`; `peft` goes without saying."""
+        """Return the document for a manifest and shelf.toml, where the method is called `merge`; `peft` is implied."""
         stored = {} if self.encoding == "peft" else {"encoding": self.encoding, "quality": self.quality}
         return {
             "merge": self.method,
