@@ -31,6 +31,7 @@ SHELF = [
     "add",
     "update",
     "cluster",
+    "pack",
     "remove",
     "route",
     "ls",

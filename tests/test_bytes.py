@@ -32,9 +32,13 @@ from lorashelf import (
     plan_update,
 )
 from lorashelf.errors import UsageError
+from lorashelf.formats.coded.decoder import inspect
+from lorashelf.formats.coded.encoder import Encoder
+from lorashelf.formats.coded.ladder import ladder
 from lorashelf.lora.quality import MOST_QUALITY, quality
 from lorashelf.placement.clustering import cluster
 from lorashelf.placement.rates import Rate, steps
+from lorashelf.shelf.packing import plan_pack
 from lorashelf.shelf.repair import repair
 from lorashelf.shelf.settings import read_toml
 from test_cli import run
@@ -418,3 +422,84 @@ def test_every_command_works_on_a_shelf_of_bytes(tmp_path: Path, run: Command, a
     assert json.loads(json.dumps(document["settings"]))["floor"] == 0.7
     assert "floor = 0.7" in (shelf / "shelf.toml").read_text()
     assert sum(path.stat().st_size for path in shelf.rglob("*") if path.is_file()) <= 60_000
+
+
+# pack -----------------------------------------------------------------------------------------------------------------
+
+
+def packed(path: Path, named: dict[str, Adapter], **options: Any) -> Shelf:
+    Shelf.create_with(path, new_settings(None, **options), lambda snapshot: plan_pack(snapshot, named))
+    return Shelf(path)
+
+
+def mean_quality(shelf: Shelf) -> float:
+    return float(np.mean(list(qualities(shelf).values())))
+
+
+@pytest.mark.parametrize(("keep", "objects"), [(0, 1.2), (0, 5.5), (1, 6.5)])
+def test_adds_in_any_order_end_within_two_percent_of_packing_all_at_once(
+    tmp_path: Path, adapters: Sequence[Adapter], keep: int, objects: float
+) -> None:
+    named = {f"task-{i}": x for i, x in enumerate(adapters)}
+    limit = int(objects * FINEST) + (keep + 2) * 10_000
+    best = mean_quality(packed(tmp_path / "packed", named, bytes=limit, keep=keep, floor=0.6))
+    assert best < 0.9955  # there is something to lose
+    for order in (sorted(named), sorted(named, reverse=True), np.random.default_rng(0).permutation(sorted(named))):
+        shelf = Shelf.create(
+            tmp_path / f"s{len(list(tmp_path.iterdir()))}", new_settings(None, bytes=limit, keep=keep, floor=0.6)
+        )
+        for task in map(str, order):
+            plan = plan_add(shelf.snapshot(), named[task], task)
+            assert plan.refused is None
+            shelf.commit(plan)
+        assert best * 0.98 <= mean_quality(shelf) <= best * 1.005
+        assert on_disk(shelf) <= limit
+
+
+def test_pack_gives_all_tasks_one_slope_and_spends_the_budget(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
+    named = {f"task-{i}": x for i, x in enumerate(adapters)}
+    shelf = packed(tmp_path / "s", {**named, "copy": adapters[0]}, bytes=4 * FINEST + 20_000, keep=0)
+    assert 0.9 * (4 * FINEST + 20_000) < on_disk(shelf) <= 4 * FINEST + 20_000
+    assert shelf.snapshot().located("copy")[0].members == ("copy", "task-0")
+    slots = shelf.snapshot().manifest.slots
+    curves = []
+    for slot in slots:
+        x = adapters[int(slot.members[-1].removeprefix("task-"))]
+        n, curve, total = len(levels(shelf, slot.id)), [], 0
+        for level in inspect(list(ladder(Encoder(x), MOST_QUALITY)))[2]:
+            total += level.bytes
+            curve.append(Rate(total, level.quality * len(slot.members)))
+        curves.append((curve, n))
+    # no byte moved from one task to another would raise the sum: the best gain per byte is below the least loss
+    gains = [(c[n].quality - c[n - 1].quality) / (c[n].bytes - c[n - 1].bytes) for c, n in curves if n < len(c)]
+    losses = [(c[n - 1].quality - c[n - 2].quality) / (c[n - 1].bytes - c[n - 2].bytes) for c, n in curves if n > 1]
+    assert max(gains) <= min(losses) * 1.05
+    assert shelf.verify() == []
+
+
+def test_pack_writes_a_shelf_and_says_what_it_keeps(tmp_path: Path, run: Command, adapters: Sequence[Adapter]) -> None:
+    folders = [write_peft(tmp_path / f"task-{i}", x) for i, x in enumerate(adapters[:6])]
+    code, document = run("pack", *folders, "-o", tmp_path / "s", "--bytes", "50kB")
+    assert code == 0
+    kept = {task: each["predicted_quality"] for task, each in document["tasks"].items()}
+    assert document["predicted_quality"]["mean"] == pytest.approx(np.mean(list(kept.values())))
+    assert document["predicted_quality"]["least"] == kept[document["predicted_quality"]["task"]] == min(kept.values())
+    assert kept == pytest.approx(qualities(Shelf(tmp_path / "s")))
+    assert document["bytes"] == on_disk(Shelf(tmp_path / "s")) <= 50_000
+    assert run("add", tmp_path / "s", write_peft(tmp_path / "late", adapters[8]))[0] == 0
+    assert run("log", tmp_path / "s")[1][1]["operation"] == "pack"
+
+
+def test_pack_refuses_what_does_not_fit_whole_and_its_cure_works(
+    tmp_path: Path, run: Command, adapters: Sequence[Adapter]
+) -> None:
+    folders = [write_peft(tmp_path / f"task-{i}", x) for i, x in enumerate(adapters[:6])]
+    before = tree(tmp_path)
+    words = ("pack", *folders, "-o", tmp_path / "s", "--floor", 0.95, "--bytes")
+    code, document = run(*words, "20kB")
+    assert code == 4
+    assert tree(tmp_path) == before
+    needed = int(re.search(r"--bytes (\d+)", document["error"]["cure"])[1])  # type: ignore[index]
+    assert run(*words, needed)[0] == 0
+    assert min(qualities(Shelf(tmp_path / "s")).values()) >= 0.95
+    assert run(*words, needed)[0] == 4

@@ -75,6 +75,10 @@ Aliases = Annotated[
     list[str] | None, typer.Option("--base-alias", help="Another name of the same base model.", metavar="NAME")
 ]
 AssumeBase = Annotated[bool, typer.Option("--assume-base", help="Accept another base name; shapes are still checked.")]
+TaskFile = Annotated[
+    Path | None,
+    typer.Option("--task-file", help="The task.toml to store with a task, or a folder of task folders."),
+]
 Encoding = Annotated[
     str,
     typer.Option("--encoding", help="How slots are stored: peft, or coded (few bytes; `route` writes PEFT folders)."),
@@ -200,6 +204,18 @@ def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
             f"task names given twice: {', '.join(repeated)}", cure="give each its own name: NAME=ADAPTER"
         )
     return by_name
+
+
+def details(names: Sequence[str], task_file: Path | None) -> dict[str, Mapping[str, Any]]:
+    """What a task file, or a folder of task folders, has to be stored with each task; tasks without any are noted."""
+    if task_file is None:
+        return {name: {} for name in names}
+    from ..tasks.folders import fields_for
+
+    found: dict[str, Mapping[str, Any]] = {name: fields_for(task_file, name) for name in names}
+    if without := [name for name, fields in found.items() if not fields]:
+        note(f"{task_file} has no task file for {', '.join(without)}")
+    return found
 
 
 def note_adapters(adapters: Mapping[str, Adapter]) -> None:

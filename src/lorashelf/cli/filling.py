@@ -117,10 +117,7 @@ def add(
     type: Annotated[
         str | None, typer.Option("--type", help="Problem type; default: the name before the first '-'.")
     ] = None,
-    task_file: Annotated[
-        Path | None,
-        typer.Option("--task-file", help="The task.toml to store with a task, or a folder of task folders."),
-    ] = None,
+    task_file: arg.TaskFile = None,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Skip tasks that are on the shelf with the same adapter.")
     ] = False,
@@ -137,7 +134,7 @@ def add(
         _check_names(adapters, task)
         opened = Shelf(shelf)
         arrivals = arg.read_each(adapters, task)
-        details = _details([name for name, _ in arrivals], task_file)
+        details = arg.details([name for name, _ in arrivals], task_file)
         arg.note_adapters(dict(arrivals))
         with contextlib.nullcontext() if dry_run else opened.writing(), _watched(len(arrivals), json) as print_decision:
             snapshot = opened.snapshot()
@@ -170,17 +167,6 @@ def _check_names(texts: Sequence[str], task: str | None) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise TaskNameError(f"several adapters are named {', '.join(map(repr, twice))}", cure="name them: NAME=ADAPTER")
-
-
-def _details(names: Sequence[str], task_file: Path | None) -> dict[str, Mapping[str, Any]]:
-    if task_file is None:
-        return {name: {} for name in names}
-    from ..tasks.folders import fields_for
-
-    found: dict[str, Mapping[str, Any]] = {name: fields_for(task_file, name) for name in names}
-    if without := [name for name, fields in found.items() if not fields]:
-        note(f"{task_file} has no task file for {', '.join(without)}")
-    return found
 
 
 def _new(snapshot: Snapshot, arrivals: Arrivals, skip: bool) -> tuple[list[tuple[str, Adapter]], list[str]]:

@@ -189,20 +189,20 @@ def size(count: float) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
-def rate(coded: Mapping[str, Any]) -> str:
-    """Format the size and the predicted quality of a coded object.
+def rate(coded: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Format the size of a coded object, its share of 16 bits and its predicted quality.
 
     >>> rate({"bytes": 18432, "percent": 1.0, "predicted_quality": 0.954})
-    '18.4 kB (1.00 % of 16 bits), predicted quality 0.954'
+    ('18.4 kB', '1.00 %', '0.954')
     """
     kept = coded["predicted_quality"]
-    quality = "" if kept is None else f", predicted quality {kept:.3f}"
-    return f"{size(coded['bytes'])} ({coded['percent']:.2f} % of 16 bits){quality}"
+    return size(coded["bytes"]), f"{coded['percent']:.2f} %", "-" if kept is None else f"{kept:.3f}"
 
 
 def coded_lines(item: Mapping[str, Any]) -> list[str]:
     """Return how a task was coded on a shelf of bytes as one line, in wordings from the longest to the shortest."""
-    coded = f"{item['task']}: {rate(item['coded'][item['task']])}"
+    taken, share, kept = rate(item["coded"][item["task"]])
+    coded = f"{item['task']}: {taken} ({share} of 16 bits), predicted quality {kept}"
     if not item["coarser"]:
         return [coded]
     return [

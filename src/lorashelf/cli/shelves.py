@@ -13,7 +13,7 @@ from ..shelf import routing
 from ..shelf.plans import plan_remove, plan_update
 from ..shelf.shelf import Shelf
 from . import arguments as arg
-from .output import coded_lines, show, size, table
+from .output import coded_lines, rate, show, size, table
 
 Task = Annotated[str, typer.Argument(help="A task on the shelf.", metavar="TASK", show_default=False)]
 
@@ -109,7 +109,7 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     rows = [
         (
             *(s["slot"], s["rank"], s["dtype"], size(s["bytes"]), len(s["merged"]), s["members"]),
-            *(_rate(s) if coded else ()),
+            *((rate(s)[1:] if "percent" in s else ("", "")) if coded else ()),
         )
         for s in document["slots"]
     ]
@@ -128,14 +128,6 @@ def _listed(document: dict[str, Any]) -> list[Any]:
         f"on disk, with {numbered(document['budget']['keep'], 'state')} of history, {size(document['bytes'])}{room}; "
         f"{filled}",
     ]
-
-
-def _rate(slot: dict[str, Any]) -> tuple[str, str]:
-    """Return the last columns of a slot, empty if the slot is not coded."""
-    if "percent" not in slot:
-        return "", ""
-    kept = slot["predicted_quality"]
-    return f"{slot['percent']:.2f} %", "-" if kept is None else f"{kept:.3f}"
 
 
 def _precision(document: dict[str, Any]) -> str:

@@ -41,19 +41,13 @@ class Encoded(Protocol):
         ...
 
 
-class Level(NamedTuple):
-    """What a level, with those before it, achieves."""
+class Rate(NamedTuple):
+    """What a level takes, and what it keeps with those before it."""
 
     bytes: int
     """Bytes of this level alone."""
     kept: float
     """Share of ‖ΔW‖² that the levels up to this one keep."""
-    quality: float
-    """Predicted share of the adapter's gain in loss."""
-    directions: int
-    """The number of directions, over all modules, coded up to this level."""
-    reference: str
-    """The first 16 hex digits of the level's BLAKE2b-256."""
 
 
 class Codec(ABC):
@@ -93,10 +87,14 @@ class Codec(ABC):
         """
         return []
 
-    def levels(self, adapter: Adapter) -> Sequence[Level]:
-        """What each level of an adapter that `round_trip` or `open` returned is worth; empty where there are none."""
+    def glance(self, paths: Sequence[Path], sums: Sequence[int], lost: Lost) -> Adapter:
+        """Open as `open` does, for shapes and `rates`; values need not be there. Raises AdapterFormatError."""
+        return self.open(paths, sums, lost)
+
+    def rates(self, adapter: Adapter) -> Sequence[Rate]:
+        """Return what each level of an adapter of this codec takes and keeps; empty where there are no levels."""
         return ()
 
     def coarser(self, adapter: Adapter, count: int) -> Adapter:
-        """The adapter of the first `count` of its levels. Raises TypeError where there are no levels."""
+        """Return the adapter of the first `count` of its levels. Raises TypeError where there are no levels."""
         raise TypeError(f"the encoding {self.name} has no levels")

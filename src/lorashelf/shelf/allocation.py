@@ -10,7 +10,8 @@ from itertools import accumulate
 from typing import Any
 
 from ..errors import OverBudget, UsageError
-from ..formats.codec import Codec, Level
+from ..formats.codec import Codec
+from ..formats.codec import Rate as LevelRate
 from ..lora.quality import quality
 from ..merging.average import Average
 from ..placement.rates import Rate, Step, steps
@@ -72,7 +73,7 @@ class _Allocation:
     def averages(self) -> Sequence[Average]:
         """What each slot holds at its finest."""
         writes = self.finest.writes
-        held = (writes[slot.id] if slot.id in writes else self.snapshot.stored(slot) for slot in self.slots)
+        held = (writes[slot.id] if slot.id in writes else self.snapshot.glanced(slot) for slot in self.slots)
         return [Average(x, slot.history) for x, slot in zip(held, self.slots, strict=True)]
 
     @cached_property
@@ -87,7 +88,7 @@ class _Allocation:
         return steps(self.curves, [floor * len(slot.members) for slot in self.slots])
 
     def plan(self) -> Plan:
-        """The finest plan that fits. Raises OverBudget."""
+        """Return the finest plan that fits. Raises OverBudget."""
         limit = self.snapshot.settings.budget.bytes or 0
         for own in self._cuts:
             taken = self._fewest(own, limit)
@@ -123,14 +124,16 @@ class _Allocation:
             if count == len(curve):
                 slots.append(slot)
                 continue
-            coarse = coarser(held, slot.codec, count)
-            writes[slot.id] = coarse.adapter
             if settled:
+                coarse = coarser(held, slot.codec, count)
+                writes[slot.id] = coarse.adapter
                 slots.append(Slot.planned(slot.id, coarse, slot.members, slot.object.encoding))
             else:
+                writes[slot.id] = held.adapter
                 files = slot.object.files[:count]
                 stored = replace(slot.object, id=PENDING, bytes=curve[count - 1].bytes, files=files)
-                slots.append(replace(slot, object=stored, history=coarse.history))
+                history = replace(slot.history, error=_error(held, slot.codec.rates(held.adapter), count))
+                slots.append(replace(slot, object=stored, history=history))
         changed = self._changes(counts)
         cause = {**self.finest.manifest.cause, **({"coarser": changed} if changed else {})}
         manifest = replace(self.finest.manifest, slots=tuple(slots), cause=cause)
@@ -191,28 +194,14 @@ class _Allocation:
 
     def _later(self, taken: int, own: int) -> int:
         """Every byte under the shelf once it was changed `keep` times more: what more steps make less."""
-        plan, budget = self._at(taken, own), self.snapshot.settings.budget
-        if not budget.keep:
+        if not self.snapshot.settings.budget.keep:
             return self._now(taken, own)
-        largest = max(slot.object.bytes for slot in plan.manifest.slots)
-        rewritten = self._rewritten(self._counts(taken, own), largest)
-        return after_changes(self.snapshot, plan) + budget.keep * rewritten
-
-    def _rewritten(self, counts: Sequence[int], wanted: int) -> int:
-        """What is written where further steps free so many bytes: objects do not share levels, so all of each coarser
-        one.
-        """
-        freed, sizes = 0, {}
-        for step in self.order:
-            if freed < wanted and step.levels < counts[step.object]:
-                freed += step.bytes
-                sizes[step.object] = self.curves[step.object][step.levels - 1].bytes
-        return sum(sizes.values())
+        return after_changes(self.snapshot, self._at(taken, own))
 
     def _over(self, limit: int) -> OverBudget:
         """The error, with the least budget at which the plan fits."""
         own = len(self.order)
-        low, high = 0, own  # where as much is written as is freed: more steps write more, fewer free less
+        low, high = 0, own  # where the plan and what comes after it take the same: more steps record more changes
         while low < high:
             middle = (low + high) // 2
             reached = self._now(middle, own) >= self._later(middle, own)
@@ -229,7 +218,7 @@ class _Allocation:
 
 
 def _curve(slot: Slot, average: Average) -> Sequence[Rate]:
-    levels = slot.codec.levels(average.adapter)
+    levels = slot.codec.rates(average.adapter)
     sizes = accumulate(level.bytes for level in levels)
     errors = [_error(average, levels, count) for count in range(1, len(levels) + 1)]
     return [Rate(n, quality(1.0 - error**2) * len(slot.members)) for n, error in zip(sizes, errors, strict=True)]
@@ -237,11 +226,11 @@ def _curve(slot: Slot, average: Average) -> Sequence[Rate]:
 
 def coarser(average: Average, codec: Codec, count: int) -> Average:
     """The average with the first `count` levels of its content."""
-    error = _error(average, codec.levels(average.adapter), count)
+    error = _error(average, codec.rates(average.adapter), count)
     return Average(codec.coarser(average.adapter, count), replace(average.history, error=error))
 
 
-def _error(average: Average, levels: Sequence[Level], count: int) -> float:
+def _error(average: Average, levels: Sequence[LevelRate], count: int) -> float:
     """Its relative error with so many levels: what was cut off before coding stays cut off."""
     if count == len(levels):
         return average.history.error

@@ -79,10 +79,10 @@ def _arrival(
     details = storable(task, details or {})
     kind = kind_of(task, type, details.pop("type", None))
     with all_damage(snapshot), beside(lambda: adapter.digest):  # asked for below
-        held = {slot.id: snapshot.stored(slot) for slot in manifest.slots if slot.readable}
+        by_bytes = settings.placement.by_bytes  # then nothing depends on what is similar
+        held = {s.id: snapshot.glanced(s) if by_bytes else snapshot.stored(s) for s in manifest.slots if s.readable}
         base = agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
         squared_norms(adapter)  # likewise
-        by_bytes = settings.placement.by_bytes  # then nothing depends on what is similar
         values = similarity([adapter], list(held.values()))[0] if held and not by_bytes else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=not by_bytes)}
     same = next((s.id for s in manifest.slots if s.readable and adapter.digest in s.history.digests), None)

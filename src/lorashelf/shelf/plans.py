@@ -46,7 +46,7 @@ def plan_update(
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
     with all_damage(snapshot):
-        others = [snapshot.stored(s) for s in snapshot.manifest.slots if s.readable and s.id != slot.id]
+        others = [snapshot.glanced(s) for s in snapshot.manifest.slots if s.readable and s.id != slot.id]
         base = agreed_base(snapshot, {task: adapter}, others, assume_base)
     record = source(task, details["type"], adapter)
     precision = None
@@ -251,5 +251,5 @@ def check_arrivals(snapshot: Snapshot, adapters: Mapping[str, Adapter], *, assum
 
     Raises TaskNameError, BaseMismatch, ShapeMismatch, CorruptShelf.
     """
-    held = [snapshot.stored(slot) for slot in snapshot.manifest.slots if slot.readable]
+    held = [snapshot.glanced(slot) for slot in snapshot.manifest.slots if slot.readable]
     agreed_base(snapshot, named(adapters), held, assume_base)

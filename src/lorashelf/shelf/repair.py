@@ -136,7 +136,7 @@ def _own(slot: Slot, option: Mended) -> tuple[bool, Mended]:
     average, codec = option.new, slot.codec
     if average is None:
         return False, option
-    parts = [coarser(average, codec, n) for n in range(1, len(codec.levels(average.adapter)) + 1)] or [average]
+    parts = [coarser(average, codec, n) for n in range(1, len(codec.rates(average.adapter)) + 1)] or [average]
     fits = [part for part in parts if codec.encode(part.adapter).size <= slot.object.bytes] or parts[:1]
     own = codec.encode(fits[-1].adapter).stored().identity == slot.object.id
     return own, replace(option, new=fits[-1])

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..atomic import no_links, read_file, refusals
 from ..errors import AdapterFormatError, CorruptShelf, DiskError, StaleShelf, UnknownName
 from ..execution import at_once
 from ..formats.objects import Stored, known_digest, object_digest
-from ..formats.safetensors import DAMAGED
+from ..formats.safetensors import DAMAGED, Lost
 from ..lora.adapter import Adapter
 from ..lora.kernels import squared_norms_hold
 from ..merging.average import Average
@@ -117,8 +117,18 @@ class Snapshot:
         """
         if slot.id in self.pending:
             return self.pending[slot.id]
-        facts = self.facts(slot)
-        if not facts.sums:
+        adapter, known = self._opened(slot, slot.codec.open), self.facts(slot).squared_norms
+        if len(known) == len(adapter.modules):
+            adapter.modules.squared_norms = dict(zip(adapter.modules, known, strict=True))
+        return adapter
+
+    def glanced(self, slot: Slot) -> Adapter:
+        """As `stored`, for shapes and the rates of levels: values need not be there. Raises likewise."""
+        return self.pending[slot.id] if slot.id in self.pending else self._opened(slot, slot.codec.glance)
+
+    def _opened(self, slot: Slot, read: Callable[[Sequence[Path], Sequence[int], Lost], Adapter]) -> Adapter:
+        sums = self.facts(slot).sums
+        if not sums:
             self.check_bytes(slot)
         with self._standing():
             with refusals(self.path, "read"):
@@ -128,12 +138,9 @@ class Snapshot:
                 return self._corrupt([_damaged(slot, what)], path)
 
             try:
-                adapter = slot.codec.open(files, facts.sums, lost)
+                return read(files, sums, lost)
             except AdapterFormatError as error:
                 raise self._corrupt([_damaged(slot, "; ".join(error.faults))], path) from error
-        if len(facts.squared_norms) == len(adapter.modules):
-            adapter.modules.squared_norms = dict(zip(adapter.modules, facts.squared_norms, strict=True))
-        return adapter
 
     def facts(self, slot: Slot) -> Facts:
         """What is recorded of a slot's object; nothing where the page is damaged, so that the object is hashed."""

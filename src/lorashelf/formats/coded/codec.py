@@ -12,13 +12,13 @@ from ... import atomic
 from ...digest import digest
 from ...errors import AdapterFormatError, NotStorable
 from ...lora.adapter import Adapter
-from ..codec import Codec, Level
+from ..codec import Codec, Rate
 from ..objects import Stored, StoredFile, length
 from ..safetensors import DAMAGED, Lost
 from .record import reference
 
 if TYPE_CHECKING:
-    from .decoder import CodedModules
+    from .decoder import CodedModules, GlancedModules
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +81,17 @@ class Coded(Codec):
 
     def encode(self, adapter: Adapter) -> Levels:
         """The levels that the adapter was decoded from. Raises TypeError for one that was not."""
-        return Levels(_decoded(adapter).levels)
+        return Levels(_of_levels(adapter).levels)
 
-    def levels(self, adapter: Adapter) -> Sequence[Level]:
-        """What each of its levels is worth. Raises TypeError for an adapter that was not decoded from levels."""
-        return _decoded(adapter).rates
+    def rates(self, adapter: Adapter) -> Sequence[Rate]:
+        """Return what each of its levels takes and keeps. Raises TypeError for an adapter without levels."""
+        return _of_levels(adapter).rates
 
     def coarser(self, adapter: Adapter, count: int) -> Adapter:
-        """The adapter of the first `count` of its levels, which needs no original. Raises TypeError likewise."""
+        """Return the adapter of the first `count` of its levels, which needs no original. Raises TypeError likewise."""
         from .decoder import decode
 
-        return decode(_decoded(adapter).levels[:count])
+        return decode(_of_levels(adapter).levels[:count])
 
     def round_trip(self, adapter: Adapter, quality: float) -> tuple[Adapter, float]:
         """The adapter coded for a predicted quality, and decoded. Raises UsageError where no code is so fine."""
@@ -105,12 +105,21 @@ class Coded(Codec):
 
     def open(self, paths: Sequence[Path], sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
         """Open the adapter of files of levels. Raises AdapterFormatError naming every file that is damaged."""
+        from .decoder import decode
+
+        return decode(self._read(paths), str(paths[-1]))
+
+    def glance(self, paths: Sequence[Path], sums: Sequence[int], lost: Lost) -> Adapter:
+        """Read shapes and rates from the heads of the levels. Raises AdapterFormatError likewise."""
+        from .decoder import glance
+
+        return glance(self._read(paths), str(paths[-1]))
+
+    def _read(self, paths: Sequence[Path]) -> list[bytes]:
         levels = [_content(path) for path in paths]
         if faults := self.damaged(paths):
             raise AdapterFormatError(faults, where=str(paths[-1]))
-        from .decoder import decode
-
-        return decode([level for level in levels if level is not None], str(paths[-1]))
+        return [level for level in levels if level is not None]
 
     def damaged(self, paths: Sequence[Path]) -> list[str]:
         """Return a fault for each level that is not what its name states."""
@@ -124,10 +133,10 @@ class Coded(Codec):
         return [objects / name for name in names]
 
 
-def _decoded(adapter: Adapter) -> CodedModules:
-    """The modules of an adapter that was decoded from levels. Raises TypeError for another."""
-    from .decoder import CodedModules
+def _of_levels(adapter: Adapter) -> CodedModules | GlancedModules:
+    """Return the modules of an adapter that was made from levels. Raises TypeError for another."""
+    from .decoder import CodedModules, GlancedModules
 
-    if not isinstance(adapter.modules, CodedModules):
-        raise TypeError("only what `round_trip` or `open` returned has levels")
+    if not isinstance(adapter.modules, CodedModules | GlancedModules):
+        raise TypeError("only what `round_trip`, `open` or `glance` returned has levels")
     return adapter.modules

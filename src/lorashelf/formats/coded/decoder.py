@@ -17,7 +17,7 @@ from ...errors import AdapterFormatError
 from ...lora.adapter import Adapter, Factors, Modules, Shape
 from ...lora.quality import quality
 from ...lora.quantiser import RATIOS
-from ..codec import Level
+from ..codec import Rate
 from .body import MOST_GAIN, NONE, Additions, Coded, Direction, Head, Side, read_elements, read_lists
 from .description import Description, parameters
 from .elements import Chain, checked, values
@@ -25,6 +25,21 @@ from .record import bodies, reference
 from .stream import Scanner, StreamReader, malformed
 
 _STEP = 18248035989933441396  # 2^64 2^(-1/64), rounded down
+
+
+class Level(NamedTuple):
+    """What a level, with those before it, achieves."""
+
+    bytes: int
+    """Bytes of this level alone."""
+    kept: float
+    """Share of ‖ΔW‖² that the levels up to this one keep."""
+    quality: float
+    """Predicted share of the adapter's gain in loss."""
+    directions: int
+    """The number of directions, over all modules, coded up to this level."""
+    reference: str
+    """The first 16 hex digits of the level's BLAKE2b-256."""
 
 
 class _Pending(NamedTuple):
@@ -129,9 +144,9 @@ class CodedModules(Modules):
         return self._outline.stored
 
     @property
-    def rates(self) -> Sequence[Level]:
-        """What each of these levels is worth."""
-        return self._outline.levels
+    def rates(self) -> Sequence[Rate]:
+        """What each of these levels takes and keeps."""
+        return [Rate(level.bytes, level.kept) for level in self._outline.levels]
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -155,6 +170,40 @@ class CodedModules(Modules):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+class GlancedModules(Modules):
+    """Modules of levels of which the heads are read, and nothing else: shapes as they were coded, no values."""
+
+    def __init__(self, levels: Sequence[bytes], where: str | None = None) -> None:
+        """Raise AdapterFormatError with `where` for levels that are damaged or lack those before."""
+        self.levels = tuple(levels)
+        heads = [Head(Scanner(body), place == 0) for place, body in enumerate(bodies(levels, where))]
+        self.rates = [Rate(len(level), head.kept) for level, head in zip(levels, heads, strict=True)]
+        assert heads[0].description is not None
+        self.description = heads[0].description
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Module path → the shape that was coded."""
+        return self.description.shapes
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        """1 for every module."""
+        return dict.fromkeys(self.shapes, 1.0)
+
+    def __getitem__(self, path: str) -> Factors:
+        raise TypeError(f"the values of {path} are not read: decode the levels")
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def factors(directions: Sequence[Direction], shape: Shape, top: float, restored: int) -> Factors:
@@ -196,6 +245,13 @@ def decode(levels: Sequence[bytes], where: str | None = None) -> Adapter:
     outline = Outline(levels, where)
     of = outline.description
     return Adapter(CodedModules(outline), of.base, of.dtype, of.config)
+
+
+def glance(levels: Sequence[bytes], where: str | None = None) -> Adapter:
+    """What `decode` gives, without lists and values: base, shapes and levels. Raises AdapterFormatError."""
+    modules = GlancedModules(levels, where)
+    of = modules.description
+    return Adapter(modules, of.base, of.dtype, of.config)
 
 
 def inspect(levels: Sequence[bytes], where: str | None = None) -> tuple[Description, int, list[Level]]:
