@@ -6,14 +6,16 @@ A digest is `b2-` and 64 hex digits of BLAKE2b-256; the tag would distinguish a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeAlias
 
 import rfc8785
 
 from .errors import NotStorable
 
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+"""What a JSON document holds."""
 TAG = "b2-"
 PATTERN = re.compile(r"b2-[0-9a-f]{64}")
 

@@ -75,7 +75,7 @@ def alike(paths: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _parts(path: str) -> tuple[Any, ...]:
+def _parts(path: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdecimal() else part for part in path.split("."))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import atomic
-from .digest import canonical_json, digest
+from .digest import Json, canonical_json, digest
 from .errors import UsageError
 from .locks import sole
 
@@ -51,7 +51,7 @@ class ResultStore:
         """Whether the file is not empty."""
         return self.kept is not None and self.kept.exists() and self.kept.stat().st_size > 0
 
-    def get(self, unit: Mapping[str, Any], fits: Callable[[Any], bool] = lambda _: True) -> Any:
+    def get(self, unit: Mapping[str, Json], fits: Callable[[object], bool] = lambda _: True) -> Any:
         """Return the result of a unit, or None; a result that does not fit is dropped with a warning."""
         found = self._results.get(canonical_json(unit))
         if found is None or fits(found):
@@ -61,7 +61,7 @@ class ResultStore:
         del self._results[canonical_json(unit)]
         return None
 
-    def put(self, unit: Mapping[str, Any], result: Any) -> None:
+    def put(self, unit: Mapping[str, Json], result: Json) -> None:
         """Store the result of a unit, on disk before this returns. Raises DiskError."""
         line = _line(unit, result)
         if self.kept is not None:
@@ -118,7 +118,7 @@ def _make(folder: Path) -> None:
         raise UsageError("the output folder contains something else", where=str(folder), cure=cure)
 
 
-def _line(unit: Any, result: Any) -> bytes:
+def _line(unit: Mapping[str, Json], result: Json) -> bytes:
     record = {"digest": digest([canonical_json([unit, result])]), "unit": unit, "result": result}
     return canonical_json(record) + b"\n"
 

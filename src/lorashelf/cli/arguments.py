@@ -287,7 +287,7 @@ def _pairs(texts: Iterable[str] | None, option: str, form: str, example: str) ->
         yield key, value
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> bool | int | float | str:
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):

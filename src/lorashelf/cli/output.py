@@ -37,7 +37,7 @@ def show(document: Any, as_json: bool, view: Callable[[Any], Any]) -> None:
         raise error.amended(what=what) from error.__cause__
 
 
-def print_parts(parts: Iterable[Any]) -> None:
+def print_parts(parts: Iterable[object]) -> None:
     """Print lines and tables for people."""
     from rich.console import Console  # here and below: a tenth of the start-up time, which --json never needs
 
@@ -66,13 +66,13 @@ def cells(text: str) -> int:
     return sum(2 if east_asian_width(c) in "WF" else 0 if combining(c) else 1 for c in text)
 
 
-def print_json(document: Any) -> None:
+def print_json(document: object) -> None:
     """Print one JSON document on stdout, escaped if stdout cannot encode all of Unicode."""
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     print(json.dumps(_finite(document), ensure_ascii=not unicode, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """Return the document with null instead of NaN and infinity, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -81,7 +81,7 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """Return a plain table; columns whose name starts with '>' are right-aligned."""
     from rich.table import Table
 
@@ -217,7 +217,7 @@ def score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):

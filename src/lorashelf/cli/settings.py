@@ -159,7 +159,7 @@ def _flat(settings: Settings) -> dict[str, Any]:
     return {**settings.budget.document(), **stored, **settings.recipe, **outer}
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     return NONE if value is None or value in ([], {}) else str(value)
 
 

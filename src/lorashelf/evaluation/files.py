@@ -95,7 +95,7 @@ def read_result(path: Path) -> dict[str, Any]:
     return {**document, "tasks": {task: {"score": None, "metric": None, **record} for task, record in tasks.items()}}
 
 
-def _is(value: Any, kind: type[Any]) -> bool:
+def _is(value: object, kind: type) -> bool:
     """Return whether a JSON value is of a type; integers are numbers, booleans and NaN are not."""
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class Unit:
             "max_new_tokens": self.task.max_new_tokens if self.what == "answers" else None,
         }
 
-    def fits(self, result: Any) -> bool:
+    def fits(self, result: object) -> bool:
         """Return whether a result has the form of one from `measured`."""
         if not isinstance(result, list) or len(result) != len(self.examples.examples):
             return False
@@ -172,7 +172,7 @@ def prepare(
         ready.append(Ready(tasks[name], adapters[name], fitting.drawn(limit, seed), dropped, metrics[name]))
     if faults:
         raise _cannot_start(faults)
-    served: dict[Any, list[str]] = {}
+    served: dict[Hashable, list[str]] = {}
     for name in names:
         served.setdefault(_identity(adapters[name]), []).append(name)
     together = {", ".join(group): adapters[group[0]] for group in served.values()}
@@ -205,7 +205,7 @@ def evaluate(
     return prepared.measured(backend, journal, watch)
 
 
-def _identity(adapter: Adapter | None) -> Any:
+def _identity(adapter: Adapter | None) -> Hashable:
     """Return a key that is equal for tasks of one adapter, even if the adapter was read several times."""
     return None if adapter is None else (adapter.digest, adapter.base)
 
@@ -220,8 +220,9 @@ def _measured(ready: Ready, results: Sequence[Any], seed: int) -> Measured:
     return replace(plain, answers=tuple(results[1]), score=score)
 
 
-def _is_loss(nll: Any, tokens: Any) -> bool:
-    return type(nll) in (int, float) and math.isfinite(nll) and type(tokens) is int and tokens > 0
+def _is_loss(nll: object, tokens: object) -> bool:
+    finite = isinstance(nll, int | float) and type(nll) is not bool and math.isfinite(nll)
+    return finite and type(tokens) is int and tokens > 0
 
 
 def _cannot_start(faults: Sequence[str]) -> UsageError:

@@ -330,7 +330,7 @@ def _config_sum(folder: Path) -> int:
         raise AdapterFormatError([f"{CONFIG_FILE} cannot be read: {error.strerror}"], where=str(folder)) from error
 
 
-def _encodable(document: Any) -> bool:
+def _encodable(document: object) -> bool:
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:

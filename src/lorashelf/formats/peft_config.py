@@ -113,7 +113,7 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[Fault]:
             )
 
 
-def _is_on(name: str, value: Any) -> bool:
+def _is_on(name: str, value: object) -> bool:
     """Return whether PEFT acts on a field of this value (LoraConfig.__post_init__, LoraLayer.resolve_lora_variant)."""
     if name == "trainable_token_indices":
         return value is not None and value != {}  # even an empty list wraps the embedding
@@ -192,7 +192,7 @@ def unmatched(config: Mapping[str, Any], paths: Iterable[str], faults: Faults) -
         faults.append("not matched by target_modules: PEFT would drop it", cure, at=path)
 
 
-def _shortened(value: Any) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
@@ -209,5 +209,5 @@ def _target_faults(config: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(f"layers_pattern is {_shortened(pattern)}, not a name or a list of names", _MEND)
 
 
-def _is_list(value: Any, kind: type) -> bool:
+def _is_list(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 from zlib import crc32
 
 import numpy as np
@@ -165,7 +165,7 @@ class TensorFile(Mapping[str, TensorRecord]):
     def __getitem__(self, name: str) -> TensorRecord:
         return self._records[name]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._records)
 
     def __len__(self) -> int:
@@ -284,7 +284,7 @@ def _by_kind(faults: list[tuple[str, str]]) -> list[str]:
     return [first + (f", and {len(more)} more tensors" if more else "") for first, *more in kinds.values()]
 
 
-def _record(described: Any, room: int) -> tuple[TensorRecord | None, str | None]:
+def _record(described: object, room: int) -> tuple[TensorRecord | None, str | None]:
     if not isinstance(described, dict) or not {"dtype", "shape", "data_offsets"} <= described.keys():
         return None, "needs dtype, shape and data_offsets"
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
@@ -301,7 +301,7 @@ def _record(described: Any, room: int) -> tuple[TensorRecord | None, str | None]
     return TensorRecord(dtype, tuple(shape), start, stop), None
 
 
-def _naturals(values: Any) -> bool:
+def _naturals(values: object) -> TypeGuard[list[int]]:
     """Return whether this is a short list of whole numbers that a file could hold: their product can be printed."""
     return isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**53 for v in values)
 

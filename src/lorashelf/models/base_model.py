@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
+from ..digest import Json
 from ..errors import ModelError, UsageError
 from ..tasks.template import Template
 from .chat_template import template_of
@@ -44,7 +45,7 @@ def open_base(
     *,
     device: str | None = None,
     dtype: str | None = None,
-    template_arguments: Mapping[str, Any] | None = None,
+    template_arguments: Mapping[str, Json] | None = None,
 ) -> BaseModel:
     """Open a base model: a hub id, a folder, a GGUF file; None is SmolLM2-135M-Instruct from its package.
 

@@ -14,6 +14,7 @@ from difflib import SequenceMatcher
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ..digest import Json
 from ..errors import ModelError, UnknownName, UsageError
 from ..tasks.template import Template
 
@@ -21,10 +22,10 @@ NAMED = "chat_template"  # the argument that chooses among named templates
 _SYSTEM, _QUERY, _ANSWER, _LATER = "⟨system⟩", "⟨query⟩", "⟨answer⟩", "⟨later⟩"
 _PADDED = " \n{}\n "
 _PIECES = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\s+|\w+|.")
-_NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
+_NO_ARGUMENTS: Mapping[str, Json] = MappingProxyType({})
 
 
-def template_of(tokenizer: Any, arguments: Mapping[str, Any] = _NO_ARGUMENTS) -> Template:
+def template_of(tokenizer: Any, arguments: Mapping[str, Json] = _NO_ARGUMENTS) -> Template:
     """Return how a tokenizer's chat template spells a user turn and its answer, without the default system turn.
 
     `arguments` go to the template (enable_thinking=False; chat_template="rag" chooses a named one). Without a chat
@@ -151,7 +152,7 @@ def _before_system(begins: str, explicit: str, header: str, bos: str) -> str:
 class _Chat:
     """A tokenizer's chat template with its arguments. Whatever the template raises becomes a ModelError."""
 
-    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Json]) -> None:
         self._tokenizer, self._arguments = tokenizer, arguments
         self.bos, self.eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
 
@@ -188,7 +189,7 @@ class _Chat:
         return ModelError(what, where=self._tokenizer.name_or_path, cure="choose another base")
 
 
-def _checked(tokenizer: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(tokenizer: Any, arguments: Mapping[str, Json]) -> dict[str, Any]:
     """Return the arguments, and the template's name if only one is named. Raises UsageError, UnknownName."""
     where, named = tokenizer.name_or_path, tokenizer.chat_template
     given = dict(arguments)

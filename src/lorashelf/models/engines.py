@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar, overload
 
+from ..digest import Json
 from ..registry import Registry
 from .protocol import LanguageModel, Model, capable
 
@@ -20,7 +21,7 @@ class Engine(Protocol):
         *,
         device: str | None,
         dtype: str | None,
-        template_arguments: Mapping[str, Any] | None,
+        template_arguments: Mapping[str, Json] | None,
     ) -> Model:
         """Open the model."""
         ...
@@ -36,7 +37,7 @@ def open_model(
     *,
     device: str | None = None,
     dtype: str | None = None,
-    template_arguments: Mapping[str, Any] | None = None,
+    template_arguments: Mapping[str, Json] | None = None,
 ) -> LanguageModel: ...
 
 
@@ -48,7 +49,7 @@ def open_model(
     capability: type[C],
     device: str | None = None,
     dtype: str | None = None,
-    template_arguments: Mapping[str, Any] | None = None,
+    template_arguments: Mapping[str, Json] | None = None,
 ) -> C: ...
 
 
@@ -59,7 +60,7 @@ def open_model(
     capability: type[Any] = LanguageModel,
     device: str | None = None,
     dtype: str | None = None,
-    template_arguments: Mapping[str, Any] | None = None,
+    template_arguments: Mapping[str, Json] | None = None,
 ) -> Any:
     """Open a base model by hub id, folder or GGUF file; None is SmolLM2-135M-Instruct from its package.
 

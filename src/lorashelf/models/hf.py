@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..digest import Json
 from ..errors import ModelError
 from ..lora.adapter import Adapter
 from ..lora.arrays import Array32, Float32
@@ -56,7 +57,7 @@ class HFBackend(LanguageModel):
         *,
         device: str | None = None,
         dtype: str | None = None,
-        template_arguments: Mapping[str, Any] | None = None,
+        template_arguments: Mapping[str, Json] | None = None,
     ) -> HFBackend:
         """Open a base model by hub id, folder or GGUF file. Raises as `open_base`."""
         return cls(open_base(name, device=device, dtype=dtype, template_arguments=template_arguments))

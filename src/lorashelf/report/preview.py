@@ -13,7 +13,7 @@ from ..formats.peft import encode
 from ..lora.adapter import Adapter
 from ..lora.algebra import norm, singular_values
 from ..lora.alignment import fitting
-from ..lora.arrays import Square
+from ..lora.arrays import Array64, Square
 from ..lora.similarity import similarity
 from ..merging.average import block, one_base, source
 from ..merging.spec import MergeSpec
@@ -103,5 +103,5 @@ def _linked(distances: Square, count: int, chosen: list[int]) -> list[int]:
     return average_linkage(distances[np.ix_(chosen, chosen)], count)
 
 
-def _mean(values: Any) -> float | None:
+def _mean(values: Sequence[float] | Array64) -> float | None:
     return float(np.mean(values)) if len(values) else None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..digest import Json
 from ..errors import UsageError
 from ..lora.adapter import Adapter
 from ..models.protocol import Scores, mean_loss
@@ -134,9 +135,9 @@ def _by_block(keys: Iterable[Key]) -> dict[tuple[str, ...], list[str]]:
     return found
 
 
-def _is_loss(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_loss(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
-def _unit(key: Key) -> dict[str, Any]:
+def _unit(key: Key) -> dict[str, Json]:
     return {"what": "loss", "block": list(key[0]), "task": key[1]}

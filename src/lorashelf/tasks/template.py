@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..digest import canonical_json, digest
+from ..digest import Json, canonical_json, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Template:
     trims_query: bool = False
     """Whether the template strips white space around the user's text, as those of Llama 3 and Gemma do."""
     trims_answer: bool = False
-    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    arguments: Mapping[str, Json] = field(default_factory=dict, hash=False)
     """Arguments of the chat template besides the turns: enable_thinking and the like."""
     system: str = field(default="", compare=False)
     """The chat template's default system turn, which is omitted."""

@@ -88,12 +88,12 @@ class StreamWriter:
         self._tables = bytearray()
         self._encoder = _coder().queue.RangeEncoder()
 
-    def symbols(self, values: NDArray[Any], table: Integers) -> None:
+    def symbols(self, values: NDArray[np.signedinteger], table: Integers) -> None:
         """Write symbols with one table; with a table of one symbol they take no bits."""
         if len(values) and len(table) > 1:
             self._encoder.encode(np.ascontiguousarray(values, np.int32), _model(table, len(values)))
 
-    def numbers(self, values: NDArray[Any]) -> None:
+    def numbers(self, values: NDArray[np.signedinteger]) -> None:
         """Write a list of small numbers, whose length the reader knows, and its table."""
         if not len(values):
             return
