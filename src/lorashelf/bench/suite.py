@@ -242,7 +242,7 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _fault(name: str, value: object) -> str | None:
+def _fault(name: str, value: Any) -> str | None:
     """Return what is wrong with the value of an option, or None."""
     if name in _SEARCH:
         return _SEARCH[name].fault(value)

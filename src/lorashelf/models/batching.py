@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .loading import libraries
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_PADDING = 0.1  # of a batch's positions
 _CALL = 24  # fixed cost of a forward pass, in positions: weighed against padding
@@ -49,7 +52,9 @@ def largest_batches(lengths: Sequence[int], positions: int) -> list[list[int]]:
     return batches
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int, device: Any, left: bool = False) -> tuple[Any, Any]:
+def padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (n, longest) token ids and the mask of what is not padding; any token can pad, since it is masked."""
     torch, _ = libraries()
     longest = max(map(len, rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from .loading import fingerprint, libraries
 from .memory import sparing, within_memory
 from .protocol import LanguageModel, Loss, Pair
 from .tokens import Tokenisation, Tokens
+
+if TYPE_CHECKING:
+    import torch
 
 LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32
 _ANSWERED = 4  # a batch of answers has this many times `batch` positions: it needs logits at one position per row only
@@ -138,7 +141,7 @@ class HFBackend(LanguageModel):
             row, losses = self.token_losses(batch)
         return self.sums(row, losses, len(batch))
 
-    def token_losses(self, batch: Sequence[Tokens]) -> tuple[Any, Any]:
+    def token_losses(self, batch: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return, for every answer token of a batch in order, its example's index and its −log p in float32.
 
         The model's head computes these positions only. Outside inference mode the losses can be differentiated.
@@ -154,7 +157,7 @@ class HFBackend(LanguageModel):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         return row, torch.nn.functional.cross_entropy(logits.float(), ids[row, column], reduction="none")
 
-    def sums(self, row: Any, losses: Any, count: int) -> list[float]:
+    def sums(self, row: torch.Tensor, losses: torch.Tensor, count: int) -> list[float]:
         """Return token losses summed by example, in float64."""
         sums = self._torch.zeros(count, dtype=self._torch.float64, device="cpu")
         return [float(x) for x in sums.index_add_(0, row.cpu(), losses.detach().cpu().double())]
@@ -241,7 +244,7 @@ class HFBackend(LanguageModel):
         layer = round(depth * self.base.model.config.get_text_config().num_hidden_layers)
         means = np.empty((len(texts), self.base.model.get_output_embeddings().weight.shape[1]), np.float32)
 
-        def mean_states(some: Sequence[Sequence[int]]) -> list[Any]:
+        def mean_states(some: Sequence[Sequence[int]]) -> list[Array32]:
             ids, mask = padded(some, self.text.pad, self.base.model.device)
             with self.adapters.on_base(None), self._torch.inference_mode():
                 seen = self.base.model.base_model(

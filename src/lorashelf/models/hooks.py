@@ -7,7 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Fault, OutOfMemory, ShapeMismatch
 from ..faults import Faults
@@ -17,9 +17,12 @@ from .base_model import BaseModel
 from .loading import libraries
 from .memory import within_memory
 
+if TYPE_CHECKING:
+    import torch
+
 _PEFT = "serve it with PEFT, which converts it: PeftModel.from_pretrained(base, FOLDER); route prints a task's FOLDER"
 _logger = logging.getLogger("lorashelf")
-_Hook = Callable[[Any, tuple[Any, ...], Any], Any]
+_Hook = Callable[["torch.nn.Module", tuple["torch.Tensor", ...], "torch.Tensor"], "torch.Tensor"]
 
 
 class AdapterPool:
@@ -115,10 +118,10 @@ class AdapterPool:
         return faults.listed()
 
 
-def _added(a: Any, b: Any) -> _Hook:
+def _added(a: torch.Tensor, b: torch.Tensor) -> _Hook:
     """Return a hook that adds (x a) b to a layer's output: a (din, r), b (r, dout)."""
 
-    def hook(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         x = inputs[0].reshape(-1, a.shape[0])
         return output.view(-1, b.shape[1]).addmm_(x @ a, b).view(output.shape)
 
@@ -130,7 +133,7 @@ def _first_of(names: Sequence[str], noun: str) -> str:
     return names[0] + (f" and {len(names) - 1} more {noun}" if len(names) > 1 else "")
 
 
-def _is_fused(experts: Any) -> bool:
+def _is_fused(experts: torch.nn.Module) -> bool:
     """Return whether experts are three-dimensional parameters, as in transformers 5."""
     return any(weight.ndim == 3 for weight in experts.parameters(recurse=False))
 
@@ -145,10 +148,10 @@ def sizes(layer: Any) -> tuple[int, int] | None:
 
 
 @contextmanager
-def head_at(model: Any, row: Any, column: Any) -> Iterator[None]:
+def head_at(model: Any, row: torch.Tensor | Sequence[int], column: torch.Tensor | Sequence[int]) -> Iterator[None]:
     """Restrict the head to the positions (row, column) in the block: logits become (1, n, vocabulary)."""
 
-    def gather(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def gather(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs[0][row, column].unsqueeze(0), *inputs[1:])
 
     hook = model.get_output_embeddings().register_forward_pre_hook(gather)

@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..digest import canonical_json, digest
 from ..errors import MissingExtra, ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def libraries() -> tuple[Any, Any]:
@@ -35,7 +38,7 @@ def whole_model(*source: Any, **options: Any) -> Any:
     return model
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: torch.nn.Module) -> str:
     """Return a fingerprint of the weights: a digest of names, shapes and 64 values spread over each, in float32."""
     chunks = []
     for name, weight in model.named_parameters():
