@@ -38,7 +38,8 @@ def state(target: Path) -> Any:
 def content(shelf: Shelf) -> Any:
     snapshot = shelf.snapshot()
     slots = snapshot.manifest.slots
-    return snapshot.manifest.tasks, slots, [_delta(snapshot.stored(slot)) for slot in slots]
+    documents = [slot.document() for slot in slots]  # facts are inline in format 1, on pages in format 2
+    return snapshot.manifest.tasks, documents, [_delta(snapshot.stored(slot)) for slot in slots]
 
 
 def is_shelf(target: Path) -> bool:

@@ -24,6 +24,7 @@ from lorashelf import (
     plan_update,
     write_adapter,
 )
+from manifests import as_format_1
 
 A, B, C, D, E = (make_adapter(seed, rank=2, layers=1) for seed in range(5))
 SHELF = "a.shelf"
@@ -120,6 +121,16 @@ def make_cluster(path: Path) -> None:
     Shelf.create_with(path, new_settings(2), lambda snapshot: plan_cluster(snapshot, named, found), clock)
 
 
+def of_format_1(path: Path) -> None:
+    as_format_1(standing(a=A, b=B, c=C)(path).path)
+
+
+def many_levels(path: Path) -> None:
+    """A coded object beside which its coarser version is written, and one that shares none of its files."""
+    shelf = Shelf.create(path, new_settings(2, policy="kmerge", encoding="coded", quality=0.99), clock)
+    add(shelf, {"a": A, "b": B})
+
+
 def make_empty(path: Path) -> None:
     Shelf.create(path, new_settings(2, policy="kmerge"), clock)
 
@@ -144,6 +155,8 @@ SCENES = {
     "an add that ends what can be redone": Scene(arriving(d=D), left_by_an_undo),
     "undo to a state off the line": Scene(to_an_ended_line, changed_after_an_undo),
     "set a prompt": Scene(planned(plan_set, "a", {"prompt": "Answer."}), standing(a=A, b=B)),
+    "an add to a shelf of format 1": Scene(arriving(d=D), of_format_1),
+    "an add of levels": Scene(planned(plan_update, "a", C), many_levels),
     "set keep": Scene(lambda path: Shelf(path, clock).configure({"keep": 1}), standing(keep=3, a=A, b=B, c=C, d=D)),
     "gc": Scene(lambda path: Shelf(path, clock).gc(), full_of_garbage),
 }

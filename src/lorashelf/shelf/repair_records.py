@@ -184,8 +184,9 @@ def _mended_log(folder: Path, head: str, kept: Mapping[str, Manifest], torn: Map
     if not aside and {*lines} == {*after}:
         return []
     atomic.replace_file(path, b"".join(after), folder / "tmp")
-    dropped = len({*lines} - {*after})
-    return [f"{log.FILE}: {dropped} damaged lines taken out, {len(lost)} states marked as lost{aside}"]
+    dropped, added = len({*lines} - {*after}), len({*after} - {*lines}) - len(lost)
+    done = f"{dropped} damaged lines removed, {added} states recorded, {len(lost)} states marked as lost"
+    return [f"{log.FILE}: {done}{aside}"]
 
 
 def _chain(head: str, kept: Mapping[str, Manifest]) -> set[str]:
