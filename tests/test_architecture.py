@@ -47,7 +47,7 @@ LATE = {  # import inside a function → why
     ("cli.adapters", "report.heatmap"): "only with --plot",
     ("models.loading", "torch"): "extra `llm`",
     ("models.loading", "transformers"): "extra `llm`",
-    ("cache", "platformdirs"): "a fiftieth of the start, and only where something is cached",
+    ("cache_folder", "platformdirs"): "a fiftieth of the start, and only where something is cached",
     ("models.base_model", "huggingface_hub"): "extra `llm`",
     ("models.base_model", "huggingface_hub.errors"): "extra `llm`",
     ("training.trainer", "peft"): "extra `llm`",

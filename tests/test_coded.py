@@ -23,7 +23,7 @@ from lorashelf.formats.coded.decoder import decode, inspect
 from lorashelf.formats.coded.description import DICTIONARY, packed, unpacked
 from lorashelf.formats.coded.encoder import Encoder
 from lorashelf.formats.coded.files import divided, encode_for, encode_together, encode_within, read_levels, write_coded
-from lorashelf.formats.coded.record import MAGIC, framed
+from lorashelf.formats.coded.frame import MAGIC, framed
 from lorashelf.formats.coded.stream import StreamReader, StreamWriter, varint
 from lorashelf.lora.algebra import combine
 from lorashelf.lora.allocation import slope_within, slopes_within

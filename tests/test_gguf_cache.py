@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lorashelf import atomic, base_folder
-from lorashelf.cache import cache_folder
+from lorashelf.cache_folder import cache_folder
 from lorashelf.models import gguf_cache
 from lorashelf.models.gguf_cache import CONTENTS, DIGESTS, cached, dequantised, source_digest
 from tiny_gguf import tiny_gguf

@@ -20,7 +20,7 @@ from lorashelf.errors import ShapeMismatch, UsageError
 from lorashelf.lora import algebra, allocation, arrays, directions, kernels, quantiser
 from lorashelf.lora.adapter import Stack
 from lorashelf.lora.arrays import Array32, Array64, Float32, Float64
-from lorashelf.merging import factor, inverse
+from lorashelf.merging import inverse, rules
 from lorashelf.placement import surrogate
 
 SOURCE = Path(lorashelf.__file__).parent
@@ -47,8 +47,8 @@ WRONG: dict[str, Callable[[], object]] = {
     "masses of one table": lambda: quantiser.frequencies(np.ones(4, np.int64)),
     "fewer sums than counts": lambda: directions.Sides(singles(4, 385), singles(3, 385), doubles(4)),
     "a choice for too few directions": lambda: allocation._best(doubles(4), [(doubles(4, 2), doubles(3, 2))] * 2, 1, 0),
-    "a table of weights": lambda: factor.linear([singles(2, 8)], singles(1, 1), np.random.default_rng),
-    "weights of another dtype": lambda: factor.agree([singles(2, 8)], doubles(1), "total"),
+    "a table of weights": lambda: rules.linear([singles(2, 8)], singles(1, 1), np.random.default_rng),
+    "weights of another dtype": lambda: rules.agree([singles(2, 8)], doubles(1), "total"),
     "ranks kept that are not there": lambda: inverse._cleared(doubles(3, 8), doubles(6, 3), np.ones(4, np.bool_)),
     "noise of three sides": lambda: inverse.Noise({}, doubles(3)),
     "inner products that are not square": lambda: surrogate.Surrogate(doubles(3, 4)),

@@ -27,7 +27,8 @@ if typing.TYPE_CHECKING:
     from .placement.policies import POLICIES, PlacementSpec, policy
     from .search.cluster import cluster_by_loss
     from .shelf.arrival import candidates, plan_add
-    from .shelf.manifest import Manifest, Plan
+    from .shelf.manifest import Manifest
+    from .shelf.plan import Plan
     from .shelf.plans import plan_cluster, plan_remove, plan_set, plan_update
     from .shelf.routing import route, routes
     from .shelf.settings import Budget, Settings, new_settings
@@ -52,7 +53,8 @@ _NAMES = {  # module → the names imported from it on first use
     "placement.partitioners": ("PARTITIONERS", "partition", "partitioner"),
     "placement.policies": ("POLICIES", "PlacementSpec", "policy"),
     "search.cluster": ("cluster_by_loss",),
-    "shelf.manifest": ("Manifest", "Plan"),
+    "shelf.manifest": ("Manifest",),
+    "shelf.plan": ("Plan",),
     "shelf.slot": ("Slot",),
     "shelf.arrival": ("candidates", "plan_add"),
     "shelf.plans": ("plan_cluster", "plan_remove", "plan_set", "plan_update"),

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..cache import cache_folder
+from ..cache_folder import cache_folder
 from ..errors import UsageError
 from ..models.protocol import Answers, Embeds, LanguageModel, capable
 from ..serving.generate import checked, service

@@ -10,10 +10,10 @@ A method is a function on one module, registered with its space:
 The keyword-only parameters of the function are the method's parameters, with their defaults, types and ranges.
 """
 
-from . import exact, factor
+from . import exact, rules
 from .driver import merge, merge_measured
 from .inverse import Noise, Rest, noise_of, unmerge
-from .methods import METHODS, MergeMethod, merge_method
+from .merge_method import METHODS, MergeMethod, merge_method
 from .parameters import Within
 from .spec import MergeSpec
 
@@ -25,10 +25,10 @@ __all__ = [
     "Rest",
     "Within",
     "exact",
-    "factor",
     "merge",
     "merge_measured",
     "merge_method",
     "noise_of",
+    "rules",
     "unmerge",
 ]

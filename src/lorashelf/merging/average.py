@@ -16,7 +16,7 @@ from ..lora.alignment import Renamed, aligned
 from ..lora.kernels import squared_norms
 from .driver import merge_measured
 from .inverse import Noise, noise_of, unmerge
-from .methods import METHODS
+from .merge_method import METHODS
 from .spec import MergeSpec, Weighting
 
 LARGEST_NORM = 1e9

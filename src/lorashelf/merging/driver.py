@@ -19,8 +19,8 @@ from ..lora.adapter import Adapter, Factors
 from ..lora.algebra import assemble, norm, trained, truncate, truncate_dense, union
 from ..lora.alignment import fitting
 from ..lora.given import as_adapters, as_numbers
-from . import factor
-from .methods import METHODS, Draw, MergeMethod, Tensor
+from . import rules
+from .merge_method import METHODS, Draw, MergeMethod, Tensor
 from .parameters import Value
 
 _LARGE = 2**17  # values in a module's factors, over all adapters, from which a thread pays
@@ -118,11 +118,11 @@ def _merge_module(
         dense = method.rule(deltas, np.array(weights, np.float32), masks["W"], **params)
         return truncate_dense(dense, cap or max(f.shape.rank for f in fs))
     if method.weighting == "root":
-        signed = factor.roots([w * f.scale for w, f in zip(weights, fs, strict=True)])
+        signed = rules.roots([w * f.scale for w, f in zip(weights, fs, strict=True)])
         a: Tensor = method.rule([f.a for f in fs], signed, masks["A"], **params)
         b: Tensor = method.rule([f.b for f in fs], np.abs(signed), masks["B"], **params)
     else:
-        root_a = factor.roots([f.scale for f in fs])
+        root_a = rules.roots([f.scale for f in fs])
         shares = np.array(weights, np.float32)
         a = method.rule([r * f.a for r, f in zip(root_a, fs, strict=True)], shares, masks["A"], **params)
         b = method.rule([abs(r) * f.b for r, f in zip(root_a, fs, strict=True)], shares, masks["B"], **params)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from ..lora.adapter import Factors
 from ..lora.algebra import concatenated
-from .factor import PEFT
-from .methods import merge_method
+from .merge_method import merge_method
+from .rules import PEFT
 
 
 @merge_method("cat", space="exact", cites=PEFT, rank="sum", duplicate=True, gauge=True)

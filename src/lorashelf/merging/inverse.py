@@ -21,9 +21,9 @@ from ..lora.adapter import Adapter, Factors
 from ..lora.algebra import norm, trained
 from ..lora.alignment import aligned
 from ..lora.arrays import Array64, Bool, Flags, Float64
-from . import factor
+from . import rules
 from .driver import one_alpha
-from .methods import METHODS
+from .merge_method import METHODS
 
 Energies = Float64[Array64, "2"]
 """Of the errors on A and on B of a module, both multiplied by √|s|."""
@@ -143,5 +143,5 @@ def _rounding(f: Factors, dtype: str) -> Energies:
 
 
 def _rooted(f: Factors) -> Sides:
-    signed = factor.roots([f.scale])[0]
+    signed = rules.roots([f.scale])[0]
     return f.a.astype(np.float64) * signed, f.b.astype(np.float64) * abs(signed)

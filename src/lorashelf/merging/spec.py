@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from .methods import METHODS
+from .merge_method import METHODS
 
 Weighting = Literal["mean", "half"]
 """The weight of the arriving adapter in a fold: that of each adapter averaged before, or ½."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
-from ..cache import cache_folder
+from ..cache_folder import cache_folder
 from ..digest import digest, is_digest
 from ..errors import DiskError, MissingExtra
 from ..locks import FileLock

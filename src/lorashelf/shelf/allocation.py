@@ -16,7 +16,7 @@ from ..lora.quality import quality
 from ..merging.average import Average
 from ..placement.rates import Rate, Step, steps
 from .budget import EDIT, after_changes
-from .manifest import Plan
+from .plan import Plan
 from .slot import PENDING, Slot
 from .snapshot import Snapshot
 

@@ -21,7 +21,8 @@ from ..placement import policies
 from ..placement.actions import Action, Candidate, Effect, Fold, Open, Refuse, folds, nearest
 from .allocation import fitted
 from .budget import Shortage, check_budget, shortage_of_room
-from .manifest import Manifest, Plan
+from .manifest import Manifest
+from .plan import Plan
 from .plan_parts import agreed_base, all_damage, kind_of, planned, storable
 from .slot import Slot
 from .snapshot import Snapshot

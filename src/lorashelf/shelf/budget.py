@@ -9,8 +9,8 @@ import numpy as np
 
 from ..errors import OverBudget
 from ..lora.adapter import WIDTHS, Adapter, Factors, Modules
-from .manifest import Plan
 from .pages import compressed
+from .plan import Plan
 from .slot import Slot
 from .snapshot import Snapshot
 

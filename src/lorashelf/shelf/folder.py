@@ -29,7 +29,7 @@ class ShelfFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.history = log.History(path)
+        self.log = log.Log(path)
 
     def make_folders(self) -> None:
         """Archives drop empty ones."""
@@ -142,7 +142,7 @@ class ShelfFolder:
         retained = snapshot.retained()
         leaving = list(snapshot.ancestors.items())[snapshot.keep :]
         if leaving:
-            self.history.append(reversed(leaving))
+            self.log.append(reversed(leaving))
         stay = {snapshot.head: snapshot.manifest, **retained}
         gone = self._deleted(MANIFESTS, {f"{identity}.json" for identity in stay})
         if gone:  # before what they refer to goes: a manifest that came back after a power cut would miss it

@@ -18,7 +18,7 @@ _TOLD = ("operation", "task", "decision", "slot", "to", "time", "version")
 _OF_A_CLUSTERING = ("method", "seed", "merge", "parameters", "search")
 
 
-class History:
+class Log:
     """The log in a shelf's folder."""
 
     def __init__(self, folder: Path) -> None:

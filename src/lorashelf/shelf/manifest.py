@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, cast
 
 from ..digest import canonical_json, digest, is_digest
 from ..errors import CorruptShelf, NewerFormat
-from ..formats.objects import Stored
-from ..lora.adapter import Adapter, BaseId
+from ..lora.adapter import BaseId
 from .pages import Pages, Reader, divided
 from .settings import FORMAT
-from .slot import Facts, Slot, StoredObject, is_number, record_faults
+from .slot import Facts, Slot, is_number, record_faults
 
 PENDING_TIME = "0000-00-00T00:00:00Z"
 Clock = Callable[[], datetime]
@@ -344,34 +343,3 @@ def stamp(clock: Clock) -> str:
 def manifest_id(data: bytes) -> str:
     """The id of a manifest's bytes."""
     return digest([data])
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A commit that has not happened: the manifest to be (its new objects PENDING), and the adapters to write per slot.
-
-    `report` is the document of the command that made it. A refused plan has the parent's content and commits
-    nothing.
-    """
-
-    parent: str
-    manifest: Manifest
-    writes: Mapping[int, Adapter]
-    report: Mapping[str, Any]
-    refused: str | None = None
-    shrinks: bool = False
-    """Whether it may pass a budget that is exceeded already (remove)."""
-
-    def sealed(self, written: Mapping[int, Stored], time: str) -> Manifest:
-        """The manifest with the ids and sums of what was written, by slot, and the time filled in."""
-        slots = tuple(
-            replace(slot, object=_sealed(slot.object, written[slot.id])) if slot.id in written else slot
-            for slot in self.manifest.slots
-        )
-        return replace(self.manifest, slots=slots, cause={**self.manifest.cause, "time": time})
-
-
-def _sealed(planned: StoredObject, written: Stored) -> StoredObject:
-    known = planned.facts
-    facts = replace(known, sums=written.sums) if isinstance(known, Facts) else known
-    return replace(planned, id=written.identity, facts=facts)

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from ..lora.adapter import Adapter
 from ..merging.average import Average, alone, one_base, source
 from .allocation import fitted
-from .manifest import Plan
+from .plan import Plan
 from .plan_parts import kind_of, planned, storable
 from .plans import together
 from .slot import Slot

@@ -13,7 +13,8 @@ from ..lora.adapter import Adapter, BaseId
 from ..lora.alignment import aligned
 from ..names import problem_type
 from ..version import VERSION
-from .manifest import PENDING_TIME, Manifest, Plan
+from .manifest import PENDING_TIME, Manifest
+from .plan import Plan
 from .settings import Settings
 from .snapshot import Snapshot
 

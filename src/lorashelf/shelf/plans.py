@@ -17,7 +17,7 @@ from ..merging.spec import MergeSpec
 from ..names import problem_type
 from .allocation import fitted
 from .budget import check_budget, shortage_of_room
-from .manifest import Plan
+from .plan import Plan
 from .plan_parts import agreed_base, all_damage, common_base, kind_of, planned, storable
 from .settings import Settings
 from .slot import Slot

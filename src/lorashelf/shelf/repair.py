@@ -18,7 +18,8 @@ from ..merging.average import Average, Source, alone, block, fold
 from ..merging.spec import WEIGHTINGS, MergeSpec
 from ..version import VERSION
 from .allocation import coarser
-from .manifest import PENDING_TIME, Manifest, Plan
+from .manifest import PENDING_TIME, Manifest
+from .plan import Plan
 from .plans import another
 from .settings import recorded
 from .shelf import Shelf

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
-from ..cache import cache_folder
+from ..cache_folder import cache_folder
 from ..errors import CorruptShelf, NewerFormat, UsageError
 from ..formats.objects import object_digest
 from ..formats.peft import encode, peft_files, size_alone, write_adapter

@@ -17,7 +17,7 @@ from ..formats.codecs import CODECS
 from ..lora.adapter import WIDTHS, BaseId, base_faults
 from ..lora.given import as_texts
 from ..lora.quality import MOST_QUALITY
-from ..merging.methods import METHODS
+from ..merging.merge_method import METHODS
 from ..merging.spec import MergeSpec
 from ..placement.policies import BYTES, POLICIES, PlacementSpec
 

@@ -30,7 +30,8 @@ from . import log, repair_records
 from .budget import check_budget
 from .creation import appearing, fill, first_files
 from .folder import MANIFESTS, ShelfFolder
-from .manifest import Clock, Manifest, Plan, now, stamp
+from .manifest import Clock, Manifest, now, stamp
+from .plan import Plan
 from .settings import FILE, FORMAT, Settings, config_error, edited_toml, read_toml
 from .slot import PENDING, Slot
 from .snapshot import Snapshot
@@ -134,7 +135,7 @@ class Shelf:
         """
         snapshot = self.snapshot()
         with atomic.refusals(self.path, "read"):
-            entries = {told["id"]: told for told in self._folder.history.entries()}
+            entries = {told["id"]: told for told in self._folder.log.entries()}
         for identity, manifest in [*snapshot.kept.items(), (snapshot.head, snapshot.manifest)]:
             entries[identity] = log.entry(identity, manifest)
         return sorted(entries.values(), key=lambda entry: int(entry["sequence"]))
@@ -170,7 +171,7 @@ class Shelf:
                     sound.add(slot)
         try:
             with atomic.refusals(self.path, "read"):
-                problems += self._folder.history.problems({snapshot.head: snapshot.manifest, **snapshot.kept})
+                problems += self._folder.log.problems({snapshot.head: snapshot.manifest, **snapshot.kept})
         except (ShelfError, DiskError) as error:
             problems.append(f"{error.what}; {error.where}; {error.cure}")
         return problems
@@ -275,7 +276,7 @@ class Shelf:
             snapshot = self.snapshot()
             rest = replace(snapshot, kept={i: m for i, m in snapshot.kept.items() if i not in states})
             leaving = [(i, m) for i, m in snapshot.kept.items() if i not in rest.retained()]
-            self._folder.history.append(sorted(leaving, key=lambda state: state[1].sequence))
+            self._folder.log.append(sorted(leaving, key=lambda state: state[1].sequence))
             for identity in states:
                 atomic.remove(self._folder.manifest_path(identity))
             self._folder.sweep(self.snapshot())
@@ -288,7 +289,7 @@ class Shelf:
     def _ready(self) -> None:
         """With the lock held: the folders are there, and the log can be appended to."""
         self._folder.make_folders()
-        self._folder.history.check()
+        self._folder.log.check()
 
     # inside -----------------------------------------------------------------------------------------------------
 

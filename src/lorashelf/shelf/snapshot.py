@@ -21,10 +21,11 @@ from ..lora.adapter import Adapter
 from ..lora.kernels import squared_norms_hold
 from ..merging.average import Average
 from .log import FILE as LOG
-from .log import History
-from .manifest import PENDING_TIME, Manifest, Plan
+from .log import Log
+from .manifest import PENDING_TIME, Manifest
 from .pages import FOLDER as PAGES
 from .pages import compressed, page_path, read_page
+from .plan import Plan
 from .settings import Settings
 from .slot import NOTHING, PENDING, Facts, Slot
 from .timeline import Timeline, timeline
@@ -296,7 +297,7 @@ class Snapshot:
         return (
             sum(others.values())
             + HEAD_BYTES
-            + History(self.path).size(leaving)
+            + Log(self.path).size(leaving)
             + sum(len(manifest.files.root) for manifest in states.values())
             + sum(self._page_size(identity, data) for identity, data in pages.items())
             + sum({**stored, **parts}.values())

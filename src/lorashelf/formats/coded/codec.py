@@ -15,7 +15,7 @@ from ...lora.adapter import Adapter
 from ..codec import Codec, Rate
 from ..objects import Stored, StoredFile, length
 from ..safetensors import DAMAGED, Lost
-from .record import reference
+from .frame import reference
 
 if TYPE_CHECKING:
     from .decoder import CodedModules, GlancedModules

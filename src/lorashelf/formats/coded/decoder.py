@@ -21,7 +21,7 @@ from ..codec import Rate
 from .body import MOST_GAIN, NONE, Additions, Coded, Direction, Head, Side, read_elements, read_lists
 from .description import Description, parameters
 from .elements import Chain, checked, values
-from .record import bodies, reference
+from .frame import bodies, reference
 from .stream import Scanner, StreamReader, malformed
 
 _STEP = 18248035989933441396  # 2^64 2^(-1/64), rounded down

@@ -20,7 +20,7 @@ from .body import MOST_GAIN, NONE, Additions, Direction, Side, grouped, head, wr
 from .decoder import factors
 from .description import packed
 from .elements import OUTLIER, Chain, indices, outlier_codes, outlier_values
-from .record import framed
+from .frame import framed
 from .stream import StreamWriter
 
 _TRIES = 8

@@ -9,7 +9,7 @@ from ... import atomic
 from ...errors import AdapterFormatError, UsageError
 from . import LEVELS
 from .encoder import Encoder, add_together
-from .record import divided
+from .frame import divided
 
 
 def _ladder(encoders: Sequence[Encoder], size: int, levels: int) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from ..lora.arrays import Array32, Float32
-from .methods import Draw, Tensor, Weights, merge_method
+from .merge_method import Draw, Tensor, Weights, merge_method
 from .parameters import Fraction
 
 PEFT = "PEFT 0.21.2 add_weighted_adapter"
