@@ -27,6 +27,7 @@ LATE = {  # import inside a function → why
     ("execution", "threadpoolctl"): "likewise",
     ("placement.partitioners", "sklearn.cluster"): "extra `cluster`",
     ("report.heatmap", "report.figure"): "extra `report`",
+    ("report.rate_curve", "report.rate_figure"): "likewise",
     ("bench.assignment", "formats.coded.decoder"): "a twentieth of the start, which only coded cells need",
     ("bench.assignment", "formats.coded.encoder"): "likewise",
     ("bench.assignment", "formats.coded.files"): "likewise",

@@ -503,3 +503,53 @@ def test_pack_refuses_what_does_not_fit_whole_and_its_cure_works(
     assert run(*words, needed)[0] == 0
     assert min(qualities(Shelf(tmp_path / "s")).values()) >= 0.95
     assert run(*words, needed)[0] == 4
+
+
+# plan -----------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_draws_the_curve_that_pack_then_follows(tmp_path: Path, run: Command, adapters: Sequence[Adapter]) -> None:
+    folders = [write_peft(tmp_path / f"task-{i}", x) for i, x in enumerate(adapters[:4])]
+    before = tree(tmp_path)
+    code, document = run("plan", *folders, "--coded", "--bytes", "20kB")
+    assert code == 0
+    assert tree(tmp_path) == before
+    curve = document["curve"]
+    for name in ("bytes", "percent", "mean"):
+        assert [row[name] for row in curve] == sorted(row[name] for row in curve)
+    assert curve[-1]["bytes"] / curve[-1]["percent"] * 100 == pytest.approx(2 * 4 * adapters[0].parameters)
+    assert document["within"] == max((row for row in curve if row["bytes"] <= 20_000), key=lambda row: row["bytes"])
+    shelf = packed(tmp_path / "s", {f"task-{i}": x for i, x in enumerate(adapters[:4])}, bytes=24_000, keep=0, floor=0)
+    held = sum(slot.object.bytes for slot in shelf.snapshot().manifest.slots)
+    row = max((row for row in curve if row["bytes"] <= held), key=lambda row: row["bytes"])
+    assert row["mean"] == pytest.approx(mean_quality(shelf), abs=2e-3)
+    code, text = run("plan", *folders, "--coded", as_json=False)
+    assert "predicted quality, mean" in text
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_plan_draws_a_file(tmp_path: Path, run: Command, adapters: Sequence[Adapter], ending: str) -> None:
+    folder, file = write_peft(tmp_path / "a", adapters[0]), tmp_path / f"curve.{ending}"
+    assert run("plan", folder, "--coded", "--plot", file, "--bytes", "5kB")[0] == 0
+    drawn = file.read_bytes()
+    assert drawn.startswith({"png": b"\x89PNG", "svg": b"<?xml"}[ending])
+    assert ending == "png" or (b"predicted quality" in drawn or b"</svg>" in drawn)
+    assert run("plan", folder, "--coded", "--plot", file, "--bytes", "5kB")[0] == 0
+    assert file.read_bytes() == drawn
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--bytes", "1MB"), "--bytes and --plot are for coded objects"),
+        (("--coded", "--bytes", 100), "100 bytes are too few"),
+        (("--coded", "--plot", "curve.xyz"), "cannot draw a .xyz file"),
+    ],
+)
+def test_plan_refuses_what_cannot_be(
+    tmp_path: Path, run: Command, adapters: Sequence[Adapter], words: Sequence[object], message: str
+) -> None:
+    code, document = run("plan", write_peft(tmp_path / "a", adapters[0]), *words)
+    assert code == 2
+    assert message in document["error"]["message"]
+    assert document["error"]["cure"]

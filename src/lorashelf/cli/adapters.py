@@ -20,7 +20,9 @@ from ..lora.similarity import similarity
 from ..merging import merge_measured
 from ..merging.average import one_base
 from ..placement.policies import median_similarity
+from ..report.heatmap import format_of
 from ..report.preview import describe, forecast
+from ..report.rate_curve import PERCENTS, draw_curve, rate_curve, within
 from ..shelf.settings import new_settings
 from . import arguments as arg
 from .output import counted, note, progress, score, show, size, table
@@ -46,7 +48,7 @@ def compare(
 ) -> None:
     """Compare adapters pair by pair: how similar they are."""
     if plot is not None:
-        from ..report.heatmap import draw_heatmap, format_of
+        from ..report.heatmap import draw_heatmap
 
         format_of(plot)
     named = arg.read_named(adapters)
@@ -66,10 +68,23 @@ def plan(
     parameter: arg.Parameters = None,
     rank: arg.Rank = None,
     dtype: arg.Dtype = None,
+    coded: Annotated[
+        bool, typer.Option("--coded", help="Instead of slots: what coded objects would keep in how many bytes.")
+    ] = False,
+    bytes: Annotated[
+        int | None,
+        typer.Option("--bytes", parser=arg.byte_count, metavar="SIZE", help="With --coded: a row at this size."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="With --coded: draw the curve (png, svg or pdf).")] = None,
     assume_base: arg.AssumeBase = False,
     json: arg.Json = False,
 ) -> None:
-    """Print what K slots would cost and keep, for several K; write nothing."""
+    """Print what K slots, or bytes of coded objects, would cost and keep; write nothing."""
+    if coded:
+        _plan_coded(adapters, bytes, plot, json)
+        return
+    if bytes is not None or plot is not None:
+        raise UsageError("--bytes and --plot are for coded objects", cure="give --coded as well")
     named = arg.read_named(adapters)
     settings = new_settings(1, merge=merge, parameters=arg.parameters(parameter), rank=rank, dtype=dtype)
     if assume_base:
@@ -80,6 +95,33 @@ def plan(
     arg.note_few_shared("all of them", shared(list(named.values())))
     columns = [">slots", ">size", ">storage", ">error", ">norm ratio", ">similarity inside", ">between"]
     show(rows, json, lambda d: table(columns, [_forecast_row(row) for row in d]))
+
+
+def _plan_coded(adapters: list[str], size_wanted: int | None, plot: Path | None, json: bool) -> None:
+    ending = format_of(plot, "curve", {"matplotlib": "matplotlib"}) if plot is not None else ""
+    named = arg.read_named(adapters)
+    arg.note_adapters(named)
+    fitting(list(named.values()), list(named))
+    rows = rate_curve(named, watch=lambda names: counted(list(names), lambda name: f"coding {name}"))
+    arg.note_untrained(named)
+    if plot is not None:
+        draw_curve(rows, plot, ending, size_wanted)
+    whole = 2 * sum(x.parameters for x in named.values())
+    wanted = {round(whole * percent / 100) for percent in PERCENTS} | ({size_wanted} if size_wanted else set())
+    found = {at: within(rows, at) for at in sorted(wanted)}
+    best = found.get(size_wanted) if size_wanted else None
+    if size_wanted and best is None:
+        what = f"{size_wanted} bytes are too few: {numbered(len(named), 'base level')} take {rows[0]['bytes']}"
+        raise UsageError(what, cure=f"give --bytes {rows[0]['bytes']}, or leave --bytes out")
+    document = {"adapters": len(named), "budget": size_wanted, "within": best, "curve": rows}
+    columns = [">at most", ">of 16 bits", ">taken", ">predicted quality, mean", ">least", "task"]
+    shown = [(at, row) for at, row in found.items() if row is not None]
+    show(document, json, lambda _: table(columns, [_rate_row(at, whole, row) for at, row in shown]))
+
+
+def _rate_row(at: int, whole: int, row: dict[str, Any]) -> tuple[Any, ...]:
+    kept = f"{row['mean']:.3f}", f"{row['least']:.3f}"
+    return size(at), f"{100 * at / whole:.3g} %", size(row["bytes"]), *kept, row["task"]
 
 
 def threshold(
@@ -204,7 +246,10 @@ def _forecast_row(row: dict[str, Any]) -> tuple[Any, ...]:
 _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "show": (show_adapter, "lorashelf show adapters/gec-de"),
     "compare": (compare, "lorashelf compare adapters/* --plot similarity.svg"),
-    "plan": (plan, "lorashelf plan adapters/* --slots 1..8"),
+    "plan": (
+        plan,
+        "lorashelf plan adapters/* --slots 1..8  ·  lorashelf plan adapters/* --coded --bytes 4MB --plot curve.png",
+    ),
     "threshold": (threshold, "lorashelf threshold held-out/"),
     "merge": (merge_adapters, "lorashelf merge a b c -o merged --method ties -p density=0.3"),
 }

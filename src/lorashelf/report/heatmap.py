@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,21 +19,21 @@ LONGEST = 32  # characters of a label
 JOINERS = "\u200c\u200d"  # not printable on their own, but part of Persian and Hindi spelling
 
 
-def format_of(path: Path) -> str:
-    """Return the format of a heat map's file by its extension.
+def format_of(path: Path, figure: str = "heat map", needed: Mapping[str, str] = NEEDED) -> str:
+    """Return the format of a figure's file by its extension.
 
-    Raises UsageError if no heat map can be written there, MissingExtra (`report`).
+    Raises UsageError if no figure can be written there, MissingExtra (`report`) for `needed` modules.
     """
     ending = path.suffix.lstrip(".").lower()
     if ending not in FORMATS:
         written = f"a {path.suffix} file" if path.suffix else "a file without an extension"
         raise UsageError(f"cannot draw {written}", where=str(path), cure=f"end its name in .{', .'.join(FORMATS)}")
     if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "the heat map's path is a folder" if path.is_dir() else "the heat map's folder does not exist"
+        what = f"the {figure}'s path is a folder" if path.is_dir() else f"the {figure}'s folder does not exist"
         raise UsageError(what, where=str(path), cure="choose another path, or create the folder first")
-    missing = [name for module, name in NEEDED.items() if find_spec(module) is None]
+    missing = [name for module, name in needed.items() if find_spec(module) is None]
     if missing:
-        raise MissingExtra("a heat map", " and ".join(missing), "report")
+        raise MissingExtra(f"a {figure}", " and ".join(missing), "report")
     return ending
 
 

@@ -1,0 +1,61 @@
+"""What adapters keep in how many bytes, coded together: the curve that `plan` prints and draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ..atomic import replace_file
+from ..formats.codecs import CODECS
+from ..lora.adapter import Adapter
+from ..lora.quality import MOST_QUALITY, quality
+from ..placement.rates import Rate, steps
+
+PERCENTS = (0.25, 0.5, 1.0, 2.5, 5.0, 12.5)
+
+
+def rate_curve(
+    adapters: Mapping[str, Adapter], *, watch: Callable[[Iterable[str]], Iterable[str]] = iter
+) -> list[dict[str, Any]]:
+    """Code the adapters, write nothing, and return what they take and keep at every slope, the smallest first.
+
+    A row has `bytes` of the coded objects, `percent` of the adapters in 16 bits, and of the predicted quality the
+    `mean`, the `least` and the `task` that has it. `watch` wraps the names as their adapters are coded.
+    """
+    codec, names = CODECS["coded"], sorted(adapters)
+    curves = [_curve(codec.rates(codec.round_trip(adapters[name], MOST_QUALITY)[0])) for name in watch(names)]
+    whole = 2 * sum(x.parameters for x in adapters.values())
+    counts = [len(curve) for curve in curves]
+    rows = [_row(names, curves, counts, whole)]
+    for step in steps(curves, [0.0] * len(curves)):
+        counts[step.object] = step.levels
+        rows.append(_row(names, curves, counts, whole))
+    return rows[::-1]
+
+
+def within(rows: Sequence[dict[str, Any]], size: int) -> dict[str, Any] | None:
+    """The best row of a curve that takes at most so many bytes, None if none does."""
+    return next((row for row in reversed(rows) if row["bytes"] <= size), None)
+
+
+def draw_curve(rows: Sequence[dict[str, Any]], path: Path, ending: str, budget: int | None = None) -> None:
+    """Draw a curve as a png, svg or pdf file, with a line at the budget. Raises DiskError."""
+    from .rate_figure import draw
+
+    replace_file(path, draw(rows, ending, budget), path.parent)
+
+
+def _curve(levels: Iterable[Any]) -> list[Rate]:
+    levels = list(levels)
+    sizes = accumulate(level.bytes for level in levels)
+    return [Rate(size, quality(level.kept)) for size, level in zip(sizes, levels, strict=True)]
+
+
+def _row(names: Sequence[str], curves: Sequence[Sequence[Rate]], counts: Sequence[int], whole: int) -> dict[str, Any]:
+    rates = [curve[count - 1] for curve, count in zip(curves, counts, strict=True)]
+    size, worst = sum(rate.bytes for rate in rates), min(range(len(rates)), key=lambda i: (rates[i].quality, i))
+    mean = sum(rate.quality for rate in rates) / len(rates)
+    kept = {"mean": mean, "least": rates[worst].quality, "task": names[worst]}
+    return {"bytes": size, "percent": 100 * size / whole, **kept}
