@@ -135,7 +135,7 @@ class PeftFiles:
         return self._stored(identity, sums)
 
     def _stored(self, identity: Hasher, sums: Sequence[int]) -> Stored:
-        """By the CRC-32 of every chunk, of which the header is the first."""
+        """Return the record, given the CRC-32 of every chunk, of which the header is the first."""
         return Stored(identity.digest(), (crc32(self.header, crc32(self.config)), *sums[1:]))
 
     files: ClassVar[Sequence[StoredFile]] = ()

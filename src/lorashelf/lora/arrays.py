@@ -1,12 +1,12 @@
 """Arrays in signatures, by dtype and shape: `Float32[Array32, "rank din"]`.
 
-A shape names its axes; within one call, one name is one size. `_` and `_name` stand for any size, `...` for any axes,
-`*shape` for any axes that are the same throughout, `#n` for n or 1, a number for itself. The notation is that of
-jaxtyping, with which the tests run (tests/conftest.py); everywhere else it is documentation, and costs nothing.
+A shape names its axes; within one call, one name is one size. `_` and `_name` mean any size, `...` any axes,
+`*shape` any axes that are the same throughout, `#n` n or 1, a number itself. The notation is that of jaxtyping, which
+checks it in the tests (tests/conftest.py); elsewhere it is documentation and costs nothing.
 
     din, dout   the sizes of an adapted module
     rank        the rank of one module's factors
-    n, m        as many as there are adapters, modules or directions
+    n, m        numbers of adapters, modules or directions
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-if not TYPE_CHECKING and sys.modules.get("jaxtyping"):  # whoever loaded it may check by it
+if not TYPE_CHECKING and sys.modules.get("jaxtyping"):  # loaded by a caller that may check with it
     from jaxtyping import Bool, Float32, Float64, Int, Int64
 else:
     from typing import Annotated as Bool

@@ -18,23 +18,23 @@ MOST_QUALITY = 0.997
 
 def quality(kept: float) -> float:
     """Return the predicted share of an adapter's gain in loss that is kept, in [0, 1]: MEASURED, interpolated."""
-    energies, qualities = zip(*MEASURED, strict=True)
-    return float(np.interp(kept, energies, qualities))
+    shares, qualities = zip(*MEASURED, strict=True)
+    return float(np.interp(kept, shares, qualities))
 
 
 def worth(kept: Vector) -> Vector:
-    """Return dq / dE (n,), the predicted quality that a further share of energy adds: the slope of each piece of
-    `quality` at its middle, and its logarithm linear between middles.
+    """Return dq / dkept (n,), the derivative of `quality`: the slope of each piece at its middle, with its logarithm
+    interpolated between middles.
     """
-    energies, qualities = np.array(MEASURED).T
-    rises = np.minimum.accumulate(np.diff(qualities) / np.diff(energies))
-    return np.exp(np.interp(kept, (energies[1:] + energies[:-1]) / 2, np.log(rises)))
+    shares, qualities = np.array(MEASURED).T
+    slopes = np.minimum.accumulate(np.diff(qualities) / np.diff(shares))
+    return np.exp(np.interp(kept, (shares[1:] + shares[:-1]) / 2, np.log(slopes)))
 
 
 def energy_for(wanted: float) -> float:
     """Return the least share of ‖ΔW‖² at which `quality` predicts `wanted`."""
-    energies, qualities = zip(*MEASURED, strict=True)
-    return float(np.interp(wanted, qualities, energies))
+    shares, qualities = zip(*MEASURED, strict=True)
+    return float(np.interp(wanted, qualities, shares))
 
 
 def restoration(kept: float) -> float:

@@ -1,8 +1,8 @@
-"""Online rules: where does an arriving adapter go? A policy picks one of the candidates, or refuses.
+"""Online rules: a policy picks one of the candidates for an arriving adapter, or refuses.
 
 kmerge     open while a slot is free, else fold into the most similar (arXiv 2510.13537)
 kmerge++   open while a slot is free and the best score is below the threshold, else fold into the most similar
-bytes      a coded object per task; stored ones get coarser as room gets short (needs no slots)
+bytes      one coded object per task; stored ones get coarser as space runs out (no slots)
 half, random, oracle, all    the paper's baselines, for experiments
 """
 
@@ -21,7 +21,7 @@ from .actions import Candidate, Fold, Refuse, best, folds, openings
 
 @dataclass(frozen=True)
 class View:
-    """What a policy may know beside the candidates."""
+    """What a policy may use besides the candidates."""
 
     threshold: float | None = None
     type: str = ""
@@ -33,21 +33,21 @@ class View:
 
     @cached_property
     def rng(self) -> np.random.Generator:
-        """The generator of the seed, made when a policy first draws; later draws go on from it."""
+        """The generator of the seed, created at the first draw; later draws continue it."""
         return np.random.default_rng(self.seed)
 
 
 Policy = Callable[[Sequence[Candidate], View], Candidate | Refuse]
 POLICIES: Registry[Policy] = Registry("policy")
 BYTES = "bytes"
-"""The policy of a shelf that counts bytes instead of slots."""
+"""The policy of a shelf of bytes instead of slots."""
 NO_OBJECT = "there is no room for one more object"
 NO_ROOM = "there is no room for a slot of its own, and none to fold into"
 
 
 def policy(name: str) -> Callable[[Policy], Policy]:
-    """Register a function of (candidates, view) as policy `name`. The candidates are a free slot, if there is one that
-    the bytes have room for, and a fold into each slot; what comes back is one of them, or Refuse.
+    """Register a function of (candidates, view) as policy `name`. The candidates are a free slot, if there is one and
+    the bytes suffice, and a fold into each slot; the function returns one of them, or Refuse.
     """
 
     def register(function: Policy) -> Policy:
@@ -72,7 +72,7 @@ def kmerge_plus(candidates: Sequence[Candidate], view: View) -> Candidate | Refu
 
 @policy("half")
 def half(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
-    """As kmerge, but every fold weighs ½, ½: early adapters fade."""
+    """Choose like kmerge, but fold with weights ½, ½: early adapters fade."""
     chosen = kmerge(candidates, view)
     return _with(chosen, weighting="half") if _is_fold(chosen) else chosen
 
@@ -89,15 +89,15 @@ def random(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
 
 @policy("oracle")
 def oracle(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
-    """Fold into the slot of the same problem type; open for a new type; the nearest when none is free."""
+    """Fold into the slot of the same problem type; open for a new type; fold into the nearest if no slot is free."""
     same = [c for c in folds(candidates) if view.type in view.types.get(c.action.slot, frozenset())]
     return kmerge(same or candidates, view)
 
 
 @policy("all")
 def everything(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
-    """Open while a slot is free; then the nearest slot becomes the uniform merge of all that ever arrived ("use all
-    models at step").
+    """Open while a slot is free; then make the nearest slot the uniform merge of all adapters so far ("use all models
+    at step").
     """
     chosen = kmerge(candidates, view)
     if not _is_fold(chosen):
@@ -117,7 +117,7 @@ def everything(candidates: Sequence[Candidate], view: View) -> Candidate | Refus
 
 @policy(BYTES)
 def own_object(candidates: Sequence[Candidate], view: View) -> Candidate | Refuse:
-    """Always an object of its own, as fine as the bytes have room for; never a fold."""
+    """Open an object per adapter, as fine as the bytes allow; never fold."""
     return next(iter(openings(candidates)), Refuse(NO_OBJECT))
 
 
@@ -126,12 +126,12 @@ def _is_fold(chosen: Candidate | Refuse) -> TypeGuard[Candidate]:
 
 
 def _with(chosen: Candidate, **changes: Any) -> Candidate:
-    """The candidate with another way to fold."""
+    """Return the candidate with its fold changed."""
     return replace(chosen, action=replace(chosen.action, **changes))
 
 
 def median_similarity(matrix: np.ndarray) -> float:
-    """The median of all pairwise similarities: the papers' threshold, from held-out adapters ((n, n), n ≥ 2)."""
+    """Return the median of all pairwise similarities, (n, n), n ≥ 2: the papers' threshold, from held-out adapters."""
     return float(np.median(matrix[np.triu_indices(len(matrix), 1)]))
 
 
@@ -139,10 +139,10 @@ AUTO_DEVIATIONS, AUTO_LEAST = 0.5, 2
 
 
 def auto_threshold(scores: Sequence[float]) -> float | None:
-    """The threshold without held-out adapters: mean + ½ standard deviation of all scores seen, the present arrival's
-    included; None below two scores, and where nothing seen was alike.
+    """Return the threshold without held-out adapters: mean + ½ standard deviation of all scores so far, the present
+    arrival's included; None for fewer than two scores, and if the result is not positive.
 
-    A rule of our own, chosen by measurement (docs/methods.md); without a unit, so it carries over to other bases.
+    Our own rule, chosen by measurement (docs/methods.md); it has no unit, so it applies to other bases as well.
     """
     if len(scores) < AUTO_LEAST:
         return None
@@ -152,26 +152,26 @@ def auto_threshold(scores: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class PlacementSpec:
-    """Where an arriving adapter goes: a policy, and the similarity from which on it folds."""
+    """Where an arriving adapter goes: a policy, and the least similarity for a fold."""
 
     policy: str = "kmerge++"
     threshold: float | str = "auto"
     """A similarity, or "auto": the rule of `auto_threshold` on the scores seen."""
     floor: float = 0.8
-    """With policy `bytes`, the least predicted quality of a task: none is made coarser than that."""
+    """With policy `bytes`, the least predicted quality of a task."""
 
     @property
     def by_bytes(self) -> bool:
-        """Whether bytes are what is counted, and slots are not."""
+        """Whether the shelf counts bytes instead of slots."""
         return self.policy == BYTES
 
     def threshold_for(self, seen: Sequence[float]) -> float | None:
-        """The threshold in force once these scores were seen; None for a policy without one."""
+        """Return the threshold after these scores; None for a policy without one."""
         if self.policy != "kmerge++":
             return None
         return auto_threshold(seen) if self.threshold == "auto" else float(self.threshold)
 
     def document(self) -> dict[str, Any]:
-        """As in a manifest and in shelf.toml."""
+        """Return the document for a manifest and shelf.toml."""
         floor = {"floor": self.floor} if self.by_bytes else {}
         return {"policy": self.policy, "threshold": self.threshold, **floor}

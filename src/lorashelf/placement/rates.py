@@ -1,4 +1,4 @@
-"""Which objects get coarser, and in what order, when bytes run short: one slope, quality lost per byte, for all."""
+"""The order in which objects get coarser when bytes run out: one slope, quality lost per byte, for all."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 
 class Rate(NamedTuple):
-    """What an object takes and keeps with some of its levels."""
+    """The bytes and the quality of an object with some of its levels."""
 
     bytes: int
     quality: float
-    """Predicted share of what the adapter does, times the number of tasks that the object serves."""
+    """Predicted share of the gain in loss that is kept, times the number of tasks that the object serves."""
 
 
 class Step(NamedTuple):
@@ -25,19 +25,19 @@ class Step(NamedTuple):
 
 
 def steps(curves: Sequence[Sequence[Rate]], floors: Sequence[float]) -> list[Step]:
-    """How to free bytes at the least loss of quality: the first k steps together are the best choice of levels at the
-    slope of the k-th, for every k.
+    """Return steps that free bytes at the least loss of quality: for every k, the first k steps together are the best
+    choice of levels at the slope of the k-th.
 
-    `curves[i]` has what object i takes and keeps with 1, 2 … of its levels; with fewer than it has, it keeps at least
-    `floors[i]`. Levels between which a line from a finer to a coarser one passes above are skipped: a sum of qualities
-    is best, for its bytes, where all objects stand on the upper hulls of their curves and lose the same per byte.
+    `curves[i]` holds the rates of object i with 1, 2 … of its levels; when levels are dropped, it keeps at least
+    `floors[i]`. Levels below the upper hull of a curve are skipped: a sum of qualities is largest for its bytes if all
+    objects are on the hulls of their curves and lose the same quality per byte.
     """
     found = [step for i, curve in enumerate(curves) for step in _hull(i, curve, floors[i])]
     return sorted(found, key=lambda step: (step.slope, step.object, -step.levels))
 
 
 def _hull(place: int, curve: Sequence[Rate], floor: float) -> Iterator[Step]:
-    """The steps of one object, from its finest rate down; their slopes never fall."""
+    """Yield the steps of one object from its finest rate down, with non-decreasing slopes."""
     here, slope = len(curve) - 1, 0.0
     while lower := [i for i in range(here) if curve[i].quality >= floor and curve[i].bytes < curve[here].bytes]:
 
