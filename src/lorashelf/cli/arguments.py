@@ -207,7 +207,7 @@ def read_named(texts: Sequence[str]) -> dict[str, Adapter]:
 
 
 def details(names: Sequence[str], task_file: Path | None) -> dict[str, Mapping[str, Any]]:
-    """What a task file, or a folder of task folders, has to be stored with each task; tasks without any are noted."""
+    """Return the fields of a task file, or of a folder of task folders, per task; a notice lists tasks without any."""
     if task_file is None:
         return {name: {} for name in names}
     from ..tasks.folders import fields_for

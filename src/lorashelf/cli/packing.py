@@ -1,4 +1,4 @@
-"""Commands that fill a shelf of coded objects at once: pack."""
+"""The command `pack`: a shelf of coded objects from many adapters at once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pack(
     assume_base: arg.AssumeBase = False,
     json: arg.Json = False,
 ) -> None:
-    """Code many adapters into a shelf of a number of bytes, each as finely as pays for all."""
+    """Code many adapters into a shelf of limited bytes, shared so that predicted quality is highest."""
     check_vacant(output)
     settings = new_settings(
         None,
@@ -85,7 +85,7 @@ def pack(
 
 
 def summary(coded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and least predicted quality of tasks, and which task has the least."""
+    """Return the mean and least predicted quality of tasks, and the task with the least."""
     kept = {task: float(each["predicted_quality"]) for task, each in coded.items()}
     worst = min(kept, key=lambda task: (kept[task], task))
     return {"mean": float(np.mean(list(kept.values()))), "least": kept[worst], "task": worst}

@@ -35,14 +35,14 @@ class Encoded(Protocol):
         ...
 
     def publish(self, objects: Path, staging: Path) -> Stored:
-        """Write what is not there yet into the folder `objects`, each file or folder whole, by way of `staging`.
+        """Write what is missing in the folder `objects`, each file or folder atomically via `staging`.
         Raises DiskError.
         """
         ...
 
 
 class Rate(NamedTuple):
-    """What a level takes, and what it keeps with those before it."""
+    """The bytes of a level, and what it keeps with those before it."""
 
     bytes: int
     """Bytes of this level alone."""
@@ -82,19 +82,17 @@ class Codec(ABC):
         """Return the files of the object that has these names in the folder `objects`, in the order of its id."""
 
     def damaged(self, paths: Sequence[Path]) -> list[str]:
-        """Return a fault for each of an object's files that is not what its name states; none where names state
-        nothing.
-        """
+        """Return a fault for each file that does not match its name; none if names do not state a digest."""
         return []
 
     def glance(self, paths: Sequence[Path], sums: Sequence[int], lost: Lost) -> Adapter:
-        """Open as `open` does, for shapes and `rates`; values need not be there. Raises AdapterFormatError."""
+        """Open like `open`, but only for shapes and `rates`, not values. Raises AdapterFormatError."""
         return self.open(paths, sums, lost)
 
     def rates(self, adapter: Adapter) -> Sequence[Rate]:
-        """Return what each level of an adapter of this codec takes and keeps; empty where there are no levels."""
+        """Return the rate of each level of an adapter of this codec; empty without levels."""
         return ()
 
     def coarser(self, adapter: Adapter, count: int) -> Adapter:
-        """Return the adapter of the first `count` of its levels. Raises TypeError where there are no levels."""
+        """Return the adapter of the first `count` levels. Raises TypeError if there are no levels."""
         raise TypeError(f"the encoding {self.name} has no levels")

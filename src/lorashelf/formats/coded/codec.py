@@ -1,4 +1,4 @@
-"""Objects of a shelf in the encoding `coded`: a file per level."""
+"""Objects of a shelf in the encoding `coded`: one file per level."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """An adapter as it would stand on disk: a file per level."""
+    """A coded adapter before it is written: one file per level."""
 
     levels: tuple[bytes, ...]
 
@@ -37,7 +37,7 @@ class Levels:
 
     @property
     def files(self) -> Sequence[StoredFile]:
-        """A file per level, named by the reference that the next level has to it: coarser versions share them."""
+        """One file per level, named by the next level's reference to it, so that coarser versions share files."""
         return [StoredFile(_name(level), len(level)) for level in self.levels]
 
     def stored(self) -> Stored:
@@ -45,7 +45,7 @@ class Levels:
         return Stored(digest(part for level in self.levels for part in (length(len(level)), level)), ())
 
     def publish(self, objects: Path, staging: Path) -> Stored:
-        """Write the levels that are not there yet. Raises DiskError, NotStorable for another level of the same name."""
+        """Write the missing levels. Raises DiskError, and NotStorable for another level of the same name."""
         for level in self.levels:
             path = objects / _name(level)
             there = _content(path)
@@ -65,7 +65,7 @@ def _name(level: bytes) -> str:
 
 
 def _content(path: Path) -> bytes | None:
-    """Return what a file holds, None where there is none that can be read."""
+    """Return the bytes of a file; None if it cannot be read."""
     try:
         return None if path.is_symlink() else atomic.read_file(path)
     except OSError:
@@ -73,28 +73,28 @@ def _content(path: Path) -> bytes | None:
 
 
 class Coded(Codec):
-    """Few bytes, by rate and distortion; docs/coded.md."""
+    """Few bytes, by rate-distortion optimisation; docs/coded.md."""
 
     name = "coded"
     loadable = False
     invertible = False
 
     def encode(self, adapter: Adapter) -> Levels:
-        """The levels that the adapter was decoded from. Raises TypeError for one that was not."""
+        """Return the levels that the adapter was decoded from. Raises TypeError for other adapters."""
         return Levels(_of_levels(adapter).levels)
 
     def rates(self, adapter: Adapter) -> Sequence[Rate]:
-        """Return what each of its levels takes and keeps. Raises TypeError for an adapter without levels."""
+        """Return the rate of each level. Raises TypeError for an adapter without levels."""
         return _of_levels(adapter).rates
 
     def coarser(self, adapter: Adapter, count: int) -> Adapter:
-        """Return the adapter of the first `count` of its levels, which needs no original. Raises TypeError likewise."""
+        """Decode the first `count` levels, without the original. Raises TypeError for an adapter without levels."""
         from .decoder import decode
 
         return decode(_of_levels(adapter).levels[:count])
 
     def round_trip(self, adapter: Adapter, quality: float) -> tuple[Adapter, float]:
-        """The adapter coded for a predicted quality, and decoded. Raises UsageError where no code is so fine."""
+        """Code the adapter for a predicted quality and decode it. Raises UsageError if no level is that fine."""
         from .decoder import decode
         from .encoder import Encoder
         from .ladder import ladder
@@ -104,13 +104,13 @@ class Coded(Codec):
         return decoded, math.sqrt(max(1.0 - encoder.kept, 0.0))
 
     def open(self, paths: Sequence[Path], sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
-        """Open the adapter of files of levels. Raises AdapterFormatError naming every file that is damaged."""
+        """Open the adapter from files of levels. Raises AdapterFormatError naming every damaged file."""
         from .decoder import decode
 
         return decode(self._read(paths), str(paths[-1]))
 
     def glance(self, paths: Sequence[Path], sums: Sequence[int], lost: Lost) -> Adapter:
-        """Read shapes and rates from the heads of the levels. Raises AdapterFormatError likewise."""
+        """Read shapes and rates from the heads of the levels. Raises AdapterFormatError naming every damaged file."""
         from .decoder import glance
 
         return glance(self._read(paths), str(paths[-1]))
@@ -122,7 +122,7 @@ class Coded(Codec):
         return [level for level in levels if level is not None]
 
     def damaged(self, paths: Sequence[Path]) -> list[str]:
-        """Return a fault for each level that is not what its name states."""
+        """Return a fault for each level that does not match its name."""
         found = {path.name: _content(path) for path in paths}
         gone = [f"objects/{name} is gone or cannot be read" for name, level in found.items() if level is None]
         changed = [name for name, level in found.items() if level is not None and _name(level) != name]

@@ -145,7 +145,7 @@ class CodedModules(Modules):
 
     @property
     def rates(self) -> Sequence[Rate]:
-        """What each of these levels takes and keeps."""
+        """The rate of each level."""
         return [Rate(level.bytes, level.kept) for level in self._outline.levels]
 
     @property
@@ -173,7 +173,7 @@ class CodedModules(Modules):
 
 
 class GlancedModules(Modules):
-    """Modules of levels of which the heads are read, and nothing else: shapes as they were coded, no values."""
+    """Modules of levels of which only the heads are read: the shapes that were coded, without values."""
 
     def __init__(self, levels: Sequence[bytes], where: str | None = None) -> None:
         """Raise AdapterFormatError with `where` for levels that are damaged or lack those before."""
@@ -248,7 +248,7 @@ def decode(levels: Sequence[bytes], where: str | None = None) -> Adapter:
 
 
 def glance(levels: Sequence[bytes], where: str | None = None) -> Adapter:
-    """What `decode` gives, without lists and values: base, shapes and levels. Raises AdapterFormatError."""
+    """Return the adapter of `decode` without lists and values: base, shapes and levels. Raises AdapterFormatError."""
     modules = GlancedModules(levels, where)
     of = modules.description
     return Adapter(modules, of.base, of.dtype, of.config)
