@@ -1,5 +1,5 @@
 """Writes what can be generated: cli.md from the commands' own help, the table of methods, the drawing of the layers,
-the tables of measured suites.
+the tables and the picture of measured suites.
 
 `--check` only compares.
 """
@@ -11,12 +11,18 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache, reduce
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lorashelf import METHODS
 from lorashelf.bench import page
-from lorashelf.bench.results import read_results
-from lorashelf.bench.suite import read_suite
+from lorashelf.bench.plot import drawn
+from lorashelf.bench.results import Sample, Vector, interval, read_results, shares_kept
+from lorashelf.bench.suite import Suite, read_suite
+from lorashelf.lora.quality import quality
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,6 +63,15 @@ COMMANDS = [
     "generate",
     *BENCH,
 ]
+AIMS = {
+    12.5: (0.998, 0.97),
+    5: (0.995, 0.96),
+    2.5: (0.985, 0.93),
+    1: (0.96, 0.86),
+    0.5: (0.87, 0.66),
+    0.25: (0.74, 0.48),
+}
+"""Percent of the bytes → the loss kept that coded adapters should reach: mean and worst task."""
 CLI_HEAD = """# Command line
 
 Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache, or
@@ -137,13 +152,90 @@ def results(text: str) -> str:
     return re.sub(r"<!-- generated: suite (\w+) -->.*?<!-- end suite -->", measured, text, flags=re.DOTALL)
 
 
-PARTS = {"methods.md": methods, "architecture.md": layers, "results.md": results}
+@cache
+def _frontier() -> tuple[Suite, dict[str, dict[str, Any]]]:
+    suite = read_suite(HERE.parent / "suites" / "frontier.toml")
+    return suite, read_results(suite, suite.folder)
+
+
+def _rates() -> dict[float, dict[str, Any]]:
+    """Percent → the result of the coded cell of that rate, the highest first."""
+    coded = [result for result in _frontier()[1].values() if result["cell"]["how"] == "code"]
+    return {result["cell"]["percent"]: result for result in sorted(coded, key=lambda each: -each["cell"]["percent"])}
+
+
+def _shares(result: dict[str, Any]) -> dict[str, Vector]:
+    """Task → loss kept, on all examples and on every resample."""
+    found = {each["cell"]["method"]: each for each in _frontier()[1].values() if each["cell"]["how"] == "serve"}
+    losses = [Sample((each,)).losses for each in (result, found["own"], found["base"])]
+    return shares_kept(*losses)
+
+
+def _with_interval(values: Vector, form: str = ".3f") -> str:
+    low, high = interval(values)
+    return f"{values[0]:{form}} ({low:{form}} … {high:{form}})"
+
+
+def _against(value: float, aim: float) -> str:
+    return f"≥ {aim:.3f}: " + ("reached" if value >= aim else f"missed by {aim - value:.3f}")
+
+
+def frontier(text: str) -> str:
+    """docs/results.md with its table of coded adapters beside the best merge and what was aimed at."""
+    merges = [each for each in _frontier()[1].values() if each["cell"]["how"] not in ("serve", "code")]
+    means = {each["cell"]["method"]: np.mean(list(_shares(each).values()), axis=0) for each in merges}
+    best = max(means, key=lambda method: float(means[method][0]))
+    rows = [
+        f"| bytes | kB per adapter | loss kept, mean | aim | worst task | aim | mean − {best} in five slots |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for percent, result in _rates().items():
+        shares = _shares(result)
+        mean, name = np.mean(list(shares.values()), axis=0), min(shares, key=lambda task: shares[task][0])
+        aims = AIMS[percent]
+        rows.append(
+            f"| {percent:g} % | {result['bytes'] / len(shares) / 1000:.1f} | {_with_interval(mean)} "
+            f"| {_against(mean[0], aims[0])} | {name} {_with_interval(shares[name])} "
+            f"| {_against(shares[name][0], aims[1])} | {_with_interval(mean - means[best], '+.3f')} |"
+        )
+    table = "<!-- generated: frontier -->\n" + "\n".join(rows) + "\n<!-- end frontier -->"
+    return re.sub(r"<!-- generated: frontier -->.*?<!-- end frontier -->", lambda _: table, text, flags=re.DOTALL)
+
+
+def predicted(text: str) -> str:
+    """docs/coded.md with its table of predicted and measured qualities."""
+    rows = [
+        "| bytes | energy kept | predicted | measured | off by, mean over tasks | 90 % of tasks within |",
+        "|---|---|---|---|---|---|",
+    ]
+    for percent, result in _rates().items():
+        shares = _shares(result)
+        energy = [result["tasks"][task]["energy_kept"] for task in shares]
+        expected, measured = np.array([quality(each) for each in energy]), np.array([v[0] for v in shares.values()])
+        off = np.abs(expected - measured)
+        rows.append(
+            f"| {percent:g} % | {np.mean(energy):.3f} | {expected.mean():.3f} | {measured.mean():.3f} "
+            f"| {off.mean():.3f} | {np.percentile(off, 90):.3f} |"
+        )
+    table = "<!-- generated: predicted -->\n" + "\n".join(rows) + "\n<!-- end predicted -->"
+    return re.sub(r"<!-- generated: predicted -->.*?<!-- end predicted -->", lambda _: table, text, flags=re.DOTALL)
+
+
+PARTS = {
+    "methods.md": [methods],
+    "architecture.md": [layers],
+    "results.md": [results, frontier],
+    "coded.md": [predicted],
+}
 
 
 def main() -> int:
     """Write, or with --check compare and print what is stale."""
     wanted = {HERE / "cli.md": cli()}
-    wanted |= {HERE / name: write((HERE / name).read_text()) for name, write in PARTS.items()}
+    for name, writers in PARTS.items():
+        wanted[HERE / name] = reduce(lambda text, write: write(text), writers, (HERE / name).read_text())
+    for name, dark in (("frontier.svg", False), ("frontier-dark.svg", True)):
+        wanted[HERE / name] = drawn(*_frontier(), "svg", dark=dark).decode()
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:

@@ -21,6 +21,8 @@ from factory import make_adapter
 from lorashelf import Adapter, Shelf, new_settings, plan_add, read_adapter
 from lorashelf.bench import page
 from lorashelf.bench.assignment import Inputs, arrival, assign, bytes_of
+from lorashelf.bench.plot import _lines as points_of
+from lorashelf.bench.plot import plot
 from lorashelf.bench.results import DRAWS, Sample, mean_over_tasks, path_of, read_results, shares_kept
 from lorashelf.bench.run import CLAIMS, MEASURED, run, status
 from lorashelf.bench.suite import Cell, Suite, read_suite
@@ -424,10 +426,27 @@ def test_table_and_status_need_no_model(measured: tuple[Suite, Path]) -> None:
 
 
 @pytest.mark.parametrize(("x", "y"), [("storage", "loss_kept"), ("slots", "loss"), ("storage", "score")])
-def test_a_plot_is_drawn(measured: tuple[Suite, Path], tmp_path: Path, x: str, y: str) -> None:
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_plot_is_drawn(measured: tuple[Suite, Path], tmp_path: Path, x: str, y: str, dark: bool) -> None:
     suite, folder = measured
-    page.plot(suite, read_results(suite, folder), tmp_path / "a.svg", x, y)
-    assert "kmerge" in (tmp_path / "a.svg").read_text()
+    for name in ("a.svg", "b.svg"):
+        plot(suite, read_results(suite, folder), tmp_path / name, x, y, dark)
+    text = (tmp_path / "a.svg").read_text()
+    assert "kmerge" in text
+    assert ("#0d1117" in text) is dark
+    assert text == (tmp_path / "b.svg").read_text()
+
+
+def test_the_rates_of_a_code_are_one_line_with_the_worst_task_below_the_mean(measured: tuple[Suite, Path]) -> None:
+    suite, folder = measured
+    results = read_results(suite, folder)
+    means, worst = (points_of(suite, results, "storage", y) for y in ("loss_kept", "worst"))
+    assert means.keys() == worst.keys()
+    assert len(means["coded"]) == 2
+    for (place, mean), (same, low) in zip(means["coded"], worst["coded"], strict=True):
+        assert place == same
+        assert 0 < place <= 100
+        assert low[0] <= mean[0]
 
 
 def test_what_cannot_be_drawn_is_refused(

@@ -4,5 +4,6 @@ suite.py        suite.toml → cells
 assignment.py   a cell → which adapter serves which task
 run.py          cells → measurements, resumable, shared by several processes
 results.py      the JSON document of a cell, and statistics over several
-page.py         tables in Markdown, plots in SVG
+page.py         tables in Markdown
+plot.py         pictures
 """

@@ -1,23 +1,17 @@
-"""Results for people: a Markdown table with paired intervals, and a plot."""
+"""Results for people: a Markdown table with paired intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from io import BytesIO
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from .. import atomic
-from ..errors import MissingExtra, UsageError
 from .results import Sample, Vector, interval, mean_over_tasks, normalised_score, sampled, shares_kept
 from .suite import Cell, Suite
 
-_APART = ("merge", "seed")
+APART = ("merge", "seed")
 """Options with a column of their own."""
-_SIZES = ("slots", "percent")
-"""Options that distinguish the points of a line."""
 Group = tuple[str, str, str]  # method, merge, other options
 
 
@@ -27,7 +21,7 @@ def groups(suite: Suite, results: Mapping[str, dict[str, Any]]) -> dict[Group, l
     for cell in suite.cells:
         if cell.id in results:
             merge = cell.options.get("merge", "")
-            found.setdefault((cell.method, merge, " ".join(cell.particulars(_APART))), []).append(cell)
+            found.setdefault((cell.method, merge, " ".join(cell.particulars(APART))), []).append(cell)
     return found
 
 
@@ -122,57 +116,3 @@ def _number(stated: tuple[float, float, float] | None, form: str, factor: float 
         return "–"
     value, low, high = (format(factor * x, form) for x in stated)
     return f"{value} ({low} … {high})"
-
-
-def plot(
-    suite: Suite, results: Mapping[str, dict[str, Any]], path: Path, x: str = "storage", y: str = "loss_kept"
-) -> None:
-    """Plot y against x, one line per method and merge; the file's extension sets the format.
-
-    `x` is storage or a numeric option; `y` is loss, loss_kept, score or S. Raises UsageError if there is nothing
-    to draw, MissingExtra (`report`), DiskError.
-    """
-    lines = _lines(suite, results, x, y)
-    if not lines:
-        raise UsageError(f"no result has both {x} and {y}", where=suite.name, cure="lorashelf bench status SUITE")
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("a plot", "matplotlib", "report") from error
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.lstrip(".") not in kinds:
-        cure = f"one of {', '.join(sorted(kinds))}"
-        raise UsageError(f"cannot draw {path.suffix or 'a file without an extension'}", where=str(path), cure=cure)
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    marks = "os^Dvp*Xh<>"
-    for number, (label, points) in enumerate(sorted(lines.items())):
-        xs, stated = zip(*sorted(points), strict=True)
-        values = [s[0] for s in stated]
-        errors = [[s[0] - s[1] for s in stated], [s[2] - s[0] for s in stated]]
-        style: dict[str, Any] = {"marker": marks[number % len(marks)], "linestyle": "-" if len(points) > 1 else "none"}
-        axes.errorbar(xs, values, yerr=errors, label=label, markersize=5, linewidth=1.2, capsize=2, **style)
-    axes.set_xlabel("storage, share of all adapters" if x == "storage" else x)
-    axes.set_ylabel({"loss": "loss, nats per token", "loss_kept": "loss kept", "score": "score"}.get(y, y))
-    axes.set_title(suite.title or suite.name)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    drawn = BytesIO()
-    figure.savefig(drawn, format=path.suffix.lstrip("."))
-    atomic.replace_file(path, drawn.getvalue(), path.absolute().parent)
-
-
-def _lines(
-    suite: Suite, results: Mapping[str, dict[str, Any]], x: str, y: str
-) -> dict[str, list[tuple[float, Sequence[float]]]]:
-    """Return label → points (x, (value, low, high))."""
-    cells = groups(suite, results)
-    found: dict[str, list[tuple[float, Sequence[float]]]] = {}
-    for row in rows(suite, results):
-        cell = cells[row["method"], row["merge"], row["options"]][0]
-        place = row["storage"] if x == "storage" else cell.options.get(x)
-        if isinstance(place, int | float) and not isinstance(place, bool) and row[y] is not None:
-            label = " ".join([row["method"], row["merge"], *cell.particulars((*_APART, x, *_SIZES))]).strip()
-            found.setdefault(label, []).append((place, row[y]))
-    return found

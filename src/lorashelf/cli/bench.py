@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..bench import page
+from ..bench.plot import plot as draw
 from ..bench.results import read_results
 from ..bench.run import run as measure
 from ..bench.run import status as standing
@@ -72,13 +73,14 @@ def plot(
     file: Annotated[Path, typer.Option("--file", help="The picture: svg, png or pdf.", show_default=False)],
     x: Annotated[str, typer.Option("--x", help="storage, or an option that is a number.")] = "storage",
     y: Annotated[str, typer.Option("--y", help="loss, loss_kept, score or S.")] = "loss_kept",
+    dark: Annotated[bool, typer.Option("--dark", help="Draw on a dark ground.")] = False,
     output: Output = None,
 ) -> None:
     """Draw results against storage or against an option."""
     opened = read_suite(suite)
     if y not in ("loss", "loss_kept", "score", "S"):
         raise UsageError(f"--y is {y!r}", cure="choose from loss, loss_kept, score, S")
-    page.plot(opened, read_results(opened, output or opened.folder), file, x, y)
+    draw(opened, read_results(opened, output or opened.folder), file, x, y, dark)
     note(f"written: {file}")
 
 

@@ -19,6 +19,7 @@ from sklearn.metrics import silhouette_score
 
 from ..lora.arrays import Square, Vector
 from .fonts import families
+from .formats import UNDATED
 
 UNSIGNED = {"l2"}  # metrics in (0, 1], whose middle is not 0
 NUMBERED = 12  # up to this many adapters, cells show their values
@@ -26,7 +27,6 @@ INK, PALE, GREY = "#222222", "#666666", "#c4c4c4"
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 ROUNDING = 1e-9
 DPI, MOST_PIXELS = 150.0, 6_000.0
-UNDATED: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 def draw(labels: Sequence[str], matrix: Square, metric: str, kind: str) -> tuple[bytes, list[str]]:

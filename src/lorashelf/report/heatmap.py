@@ -12,8 +12,9 @@ from pathlib import Path
 from ..atomic import replace_file
 from ..errors import MissingExtra, UsageError
 from ..lora.arrays import Square
+from .formats import UNDATED
 
-FORMATS = ("png", "svg", "pdf")
+FORMATS = tuple(UNDATED)
 NEEDED = {"matplotlib": "matplotlib", "scipy": "SciPy", "sklearn": "scikit-learn"}
 LONGEST = 32  # characters of a label
 JOINERS = "\u200c\u200d"  # not printable on their own, but part of Persian and Hindi spelling

@@ -1,0 +1,114 @@
+"""Results as a picture: y against x, a line per method and merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import atomic
+from ..errors import MissingExtra, UsageError
+from ..report.formats import UNDATED
+from .page import APART, groups, rows
+from .suite import Suite
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SIZES = ("slots", "percent")
+"""Options that distinguish the points of a line."""
+_DARK = "#0d1117"  # the ground of GitHub's dark pages
+_MARKS = "os^Dvp*Xh<>"
+_AXES = {
+    "storage": "bytes, % of all adapters",
+    "loss": "loss, nats per token",
+    "loss_kept": "loss kept (hollow: of the worst task)",
+}
+Points = list[tuple[float, Sequence[float]]]
+
+
+def plot(
+    suite: Suite,
+    results: Mapping[str, dict[str, Any]],
+    path: Path,
+    x: str = "storage",
+    y: str = "loss_kept",
+    dark: bool = False,
+) -> None:
+    """Plot y against x, one line per method and merge; the file's extension sets the format.
+
+    `x` is storage or a numeric option; `y` is loss, loss_kept, score or S. Raises UsageError if there is nothing
+    to draw, MissingExtra (`report`), DiskError.
+    """
+    kind = path.suffix.lstrip(".")
+    if kind not in UNDATED:
+        cure = f"end its name in .{', .'.join(UNDATED)}"
+        raise UsageError(f"cannot draw {path.suffix or 'a file without an extension'}", where=str(path), cure=cure)
+    atomic.replace_file(path, drawn(suite, results, kind, x, y, dark), path.absolute().parent)
+
+
+def drawn(
+    suite: Suite,
+    results: Mapping[str, dict[str, Any]],
+    kind: str,
+    x: str = "storage",
+    y: str = "loss_kept",
+    dark: bool = False,
+) -> bytes:
+    """Return what `plot` writes: a png, svg or pdf file, the same bytes every time. Raises UsageError, MissingExtra."""
+    lines = _lines(suite, results, x, y)
+    if not lines:
+        raise UsageError(f"no result has both {x} and {y}", where=suite.name, cure="lorashelf bench status SUITE")
+    try:
+        from matplotlib import rc_context, style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("a plot", "matplotlib", "report") from error
+    grounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    settings: Any = {"svg.hashsalt": "lorashelf", **(dict.fromkeys(grounds, _DARK) if dark else {})}
+    file = BytesIO()
+    with style.context("dark_background" if dark else "default"), rc_context(settings):
+        figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        worst = _lines(suite, results, x, "worst") if y == "loss_kept" else {}
+        for number, label in enumerate(sorted(lines)):
+            _draw(axes, label, lines[label], worst.get(label), number)
+        if x == "storage":
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(_AXES.get(x, x))
+        axes.set_ylabel(_AXES.get(y, y))
+        axes.set_title(suite.title or suite.name)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.savefig(file, format=kind, metadata=UNDATED[kind])
+    return file.getvalue()
+
+
+def _draw(axes: Axes, label: str, points: Points, worst: Points | None, number: int) -> None:
+    """Draw a line with its intervals, and hollow marks for the worst task: told apart without colours."""
+    xs, stated = zip(*sorted(points), strict=True)
+    values = [s[0] for s in stated]
+    errors = [[s[0] - s[1] for s in stated], [s[2] - s[0] for s in stated]]
+    style: dict[str, Any] = {"marker": _MARKS[number % len(_MARKS)], "color": f"C{number}", "markersize": 5}
+    joined = len(points) > 1
+    axes.errorbar(
+        xs, values, yerr=errors, label=label, linestyle="-" if joined else "none", linewidth=1.2, capsize=2, **style
+    )
+    if worst:
+        places, lows = zip(*sorted((place, s[0]) for place, s in worst), strict=True)
+        axes.plot(places, lows, linestyle=":" if joined else "none", fillstyle="none", **style)
+
+
+def _lines(suite: Suite, results: Mapping[str, dict[str, Any]], x: str, y: str) -> dict[str, Points]:
+    """Return label → points (x, (value, low, high)); the bare base, which stores nothing, is left out of storage."""
+    cells = groups(suite, results)
+    found: dict[str, Points] = {}
+    for row in rows(suite, results):
+        cell = cells[row["method"], row["merge"], row["options"]][0]
+        place = 100 * row["storage"] or None if x == "storage" else cell.options.get(x)
+        if isinstance(place, int | float) and not isinstance(place, bool) and row[y] is not None:
+            label = " ".join([row["method"], row["merge"], *cell.particulars((*APART, x, *_SIZES))]).strip()
+            found.setdefault(label, []).append((place, row[y]))
+    return found
