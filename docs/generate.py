@@ -38,6 +38,7 @@ SHELF = [
     "update",
     "cluster",
     "pack",
+    "convert",
     "remove",
     "route",
     "ls",

@@ -553,3 +553,82 @@ def test_plan_refuses_what_cannot_be(
     assert code == 2
     assert message in document["error"]["message"]
     assert document["error"]["cure"]
+
+
+# convert --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(tmp_path: Path, adapters: Sequence[Adapter]) -> Shelf:
+    """Three slots of whole adapters: task-0 and task-3 share one, task-1 and its copy another, task-2 is alone."""
+    shelf = Shelf.create(tmp_path / "old", new_settings(3, policy="kmerge"))
+    for i, x in enumerate(adapters[:3]):
+        shelf.commit(plan_add(shelf.snapshot(), x, f"task-{i}", details={"prompt": f"prompt {i}"}))
+    alike = adapters[0].with_factors({p: Factors(f.a, f.b, 2.0) for p, f in adapters[0].modules.items()})
+    shelf.commit(plan_add(shelf.snapshot(), alike, "task-3"))
+    shelf.commit(plan_add(shelf.snapshot(), adapters[1], "copy"))
+    write_peft(tmp_path / "first", adapters[0])
+    write_peft(tmp_path / "fourth", alike, lora_alpha=2.0 * alike.rank)
+    return shelf
+
+
+@pytest.mark.parametrize("words", [("--bytes", "60kB"), ("--slots", 4), ("--slots", 4, "--quality", 0.95)])
+def test_convert_gives_every_task_a_coded_object_of_its_own(
+    tmp_path: Path, run: Command, shared: Shelf, words: Sequence[object]
+) -> None:
+    before, output = tree(shared.path), tmp_path / "new"
+    originals = ("--adapter", f"task-0={tmp_path / 'first'}", "--adapter", f"task-3={tmp_path / 'fourth'}")
+    code, document = run("convert", shared.path, "-o", output, "--encoding", "coded", *words, *originals)
+    assert code == 0
+    assert tree(shared.path) == before
+    made, old = Shelf(output).snapshot(), shared.snapshot()
+    assert made.manifest.tasks == old.manifest.tasks
+    assert sorted(slot.members for slot in made.manifest.slots) == [
+        ("copy", "task-1"),
+        ("task-0",),
+        ("task-2",),
+        ("task-3",),
+    ]
+    assert made.settings.placement.policy == ("bytes" if "--bytes" in words else "kmerge")
+    least = 0.95 if 0.95 in words else 0.98
+    for task, kept in qualities(Shelf(output)).items():
+        assert document["tasks"][task]["predicted_quality"] == pytest.approx(kept)
+        assert kept >= least - 1e-9
+        if task in ("task-1", "task-2"):
+            x, y = made.adapter(task), old.adapter(task)
+            assert norm(combine([x, y], [1, -1])) / norm(y) < 0.8
+    assert document["bytes"] == on_disk(Shelf(output))
+    assert Shelf(output).verify() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "status"),
+    [
+        (("--encoding", "coded", "--bytes", "60kB"), "merged with others in their slots: task-0, task-3", 4),
+        (("--encoding", "peft"), "--encoding 'peft'", 2),
+        (("--encoding", "coded", "--bytes", "60kB", "--slots", 3), "exclude each other", 2),
+        (("--encoding", "coded", "--quality", 1.5), "quality is 1.5", 2),
+        (("--encoding", "coded", "--adapter", "task-2=FIRST"), "this is not the adapter of 'task-2'", 4),
+        (
+            ("--encoding", "coded", "--adapter", "task-0=FIRST", "--adapter", "task-3=FOURTH"),
+            "4 adapters need a slot",
+            2,
+        ),
+        (
+            ("--encoding", "coded", "--bytes", 3000, "--adapter", "task-0=FIRST", "--adapter", "task-3=FOURTH"),
+            "budget is 3000",
+            4,
+        ),
+    ],
+)
+def test_convert_refuses_what_cannot_be_and_changes_nothing(
+    tmp_path: Path, run: Command, shared: Shelf, words: Sequence[object], message: str, status: int
+) -> None:
+    before = tree(tmp_path)
+    given = {"FIRST": str(tmp_path / "first"), "FOURTH": str(tmp_path / "fourth")}
+    texts = [str(word).replace("FIRST", given["FIRST"]).replace("FOURTH", given["FOURTH"]) for word in words]
+    code, document = run("convert", shared.path, "-o", tmp_path / "new", *texts)
+    assert message in document["error"]["message"]
+    assert document["error"]["cure"]
+    assert code == status
+    assert tree(tmp_path) == before

@@ -21,7 +21,7 @@ MODULES: Mapping[str, Sequence[str]] = MappingProxyType(
         "settings": ("set",),
         "history": ("log", "verify", "undo", "redo", "repair", "gc"),
         "clustering": ("cluster",),
-        "packing": ("pack",),
+        "packing": ("pack", "convert"),
         "adapters": ("show", "compare", "plan", "threshold", "merge"),
         "coding": ("compress", "extract"),
         "training": ("train",),

@@ -189,10 +189,10 @@ def size(count: float) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
-def rate(coded: Mapping[str, Any]) -> tuple[str, str, str]:
+def rate_cells(coded: Mapping[str, Any]) -> tuple[str, str, str]:
     """Format the size of a coded object, its share of 16 bits and its predicted quality.
 
-    >>> rate({"bytes": 18432, "percent": 1.0, "predicted_quality": 0.954})
+    >>> rate_cells({"bytes": 18432, "percent": 1.0, "predicted_quality": 0.954})
     ('18.4 kB', '1.00 %', '0.954')
     """
     kept = coded["predicted_quality"]
@@ -201,7 +201,7 @@ def rate(coded: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def coded_lines(item: Mapping[str, Any]) -> list[str]:
     """Return how a task was coded on a shelf of bytes as one line, in wordings from the longest to the shortest."""
-    taken, share, kept = rate(item["coded"][item["task"]])
+    taken, share, kept = rate_cells(item["coded"][item["task"]])
     coded = f"{item['task']}: {taken} ({share} of 16 bits), predicted quality {kept}"
     if not item["coarser"]:
         return [coded]

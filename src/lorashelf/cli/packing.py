@@ -1,4 +1,4 @@
-"""The command `pack`: a shelf of coded objects from many adapters at once."""
+"""The commands `pack` and `convert`: a shelf of coded objects from many adapters, or from another shelf, at once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..errors import numbered
+from ..errors import UsageError, numbered
+from ..shelf.allocation import rate
 from ..shelf.creation import check_vacant
-from ..shelf.packing import plan_pack
+from ..shelf.packing import plan_convert, plan_pack
 from ..shelf.plans import together
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
+from ..shelf.snapshot import Snapshot
 from . import arguments as arg
-from .output import counted, rate, show, size, table
+from .output import counted, rate_cells, show, size, table
 
 
 def pack(
@@ -71,17 +73,80 @@ def pack(
         assume_base=assume_base,
         watch=lambda tasks: counted(list(tasks), lambda task: f"coding {task}"),
     )
-    made, plan = Shelf.create_with(output, settings, planner)
-    coded = plan.report["coded"]
-    document = {
+    made, _ = Shelf.create_with(output, settings, planner)
+    show(_document(output, made), json, _packed)
+
+
+def convert(
+    shelf: arg.ShelfPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to create.", show_default=False)],
+    encoding: Annotated[str, typer.Option("--encoding", help="How tasks are stored in it; coded is the only one.")],
+    bytes: arg.Bytes = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(
+            "--quality",
+            help="The predicted quality of every task, at most; default 0.997 with --bytes, else 0.99.",
+            show_default=False,
+        ),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option("--slots", help="Without --bytes: K; default: as many as SHELF has.", show_default=False),
+    ] = None,
+    floor: arg.Floor = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="An original adapter, of a task that shares a slot.", metavar="TASK=ADAPTER"),
+    ] = None,
+    json: arg.Json = False,
+) -> None:
+    """Make a shelf with a coded object per task from another shelf, which stays as it is.
+
+    With --bytes it counts bytes, not slots. Tasks that share a slot need their originals.
+    """
+    if encoding != "coded":
+        raise UsageError(f"--encoding {encoding!r}", cure="give --encoding coded: a shelf can be converted to no other")
+    if bytes is not None and slots is not None:
+        raise UsageError("--bytes and --slots exclude each other here", cure="give one of them")
+    check_vacant(output)
+    held = Shelf(shelf).snapshot()
+    before = held.settings
+    changes = {
+        "restore_norm": False,
+        "encoding": "coded",
+        "quality": 0.99 if quality is None and bytes is None else quality,
+    }
+    budget = {"bytes": bytes, "keep": before.budget.keep, "floor": floor}
+    recipe = {name: value for name, value in before.recipe.items() if name not in ("policy", "threshold", "floor")}
+    recipe |= {} if bytes is not None else before.placement.document()
+    names = {"base": before.base, "base_aliases": before.base_aliases}
+    count = None if bytes is not None else slots or before.budget.slots
+    settings = new_settings(count, **{**recipe, **names, **budget, **changes})
+    originals = arg.read_named(adapter) if adapter else {}
+    made, _ = Shelf.create_with(
+        output,
+        settings,
+        lambda snapshot: plan_convert(
+            snapshot,
+            held,
+            originals,
+            watch=lambda tasks: counted(list(tasks), lambda task: f"coding {task}"),
+        ),
+    )
+    show(_document(output, made), json, _packed)
+
+
+def _document(output: Path, made: Snapshot) -> dict[str, Any]:
+    coded = {task: rate(slot) for slot in made.manifest.slots for task in slot.members}
+    return {
         "shelf": str(output),
         "head": made.head,
         "bytes": made.bytes,
         "budget": made.settings.budget.document(),
-        "predicted_quality": summary(coded),
-        "tasks": coded,
+        "predicted_quality": summary(coded) if coded else None,
+        "tasks": dict(sorted(coded.items())),
     }
-    show(document, json, _packed)
 
 
 def summary(coded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -93,17 +158,18 @@ def summary(coded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _packed(document: dict[str, Any]) -> list[Any]:
     kept, tasks = document["predicted_quality"], document["tasks"]
-    rows = [(task, *rate(each)) for task, each in tasks.items()]
-    return [
-        table(["task", ">size", ">of 16 bits", ">predicted quality"], rows),
-        f"{document['shelf']}: {numbered(len(tasks), 'task')} in {size(document['bytes'])} of "
-        f"{size(document['budget']['bytes'])}; predicted quality {kept['mean']:.3f} on average, at least "
-        f"{kept['least']:.3f} ({kept['task']})",
-    ]
+    rows = [(task, *rate_cells(each)) for task, each in tasks.items()]
+    if not tasks:
+        return [f"{document['shelf']}: no tasks"]
+    room = f" of {size(document['budget']['bytes'])}" if document["budget"]["bytes"] else ""
+    told = f"{document['shelf']}: {numbered(len(tasks), 'task')} in {size(document['bytes'])}{room}"
+    least = f"predicted quality {kept['mean']:.3f} on average, at least {kept['least']:.3f} ({kept['task']})"
+    return [table(["task", ">size", ">of 16 bits", ">predicted quality"], rows), f"{told}; {least}"]
 
 
 _EXAMPLES: dict[Callable[..., None], str] = {
     pack: "lorashelf pack adapters/* -o my.shelf --bytes 4MB",
+    convert: "lorashelf convert old.shelf -o my.shelf --encoding coded --bytes 4MB",
 }
 
 

@@ -13,7 +13,7 @@ from ..shelf import routing
 from ..shelf.plans import plan_remove, plan_update
 from ..shelf.shelf import Shelf
 from . import arguments as arg
-from .output import coded_lines, rate, show, size, table
+from .output import coded_lines, rate_cells, show, size, table
 
 Task = Annotated[str, typer.Argument(help="A task on the shelf.", metavar="TASK", show_default=False)]
 
@@ -109,7 +109,7 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     rows = [
         (
             *(s["slot"], s["rank"], s["dtype"], size(s["bytes"]), len(s["merged"]), s["members"]),
-            *((rate(s)[1:] if "percent" in s else ("", "")) if coded else ()),
+            *((rate_cells(s)[1:] if "percent" in s else ("", "")) if coded else ()),
         )
         for s in document["slots"]
     ]

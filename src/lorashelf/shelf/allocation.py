@@ -54,7 +54,7 @@ def _check_encodings(snapshot: Snapshot, plan: Plan) -> None:
     if others:
         named = "; ".join(f"slot {slot.id} is {slot.object.encoding}: {', '.join(slot.members)}" for slot in others)
         what = f"policy 'bytes' needs all slots in encoding 'coded': {named}"
-        cure = f"lorashelf convert {snapshot.path} --encoding coded; or another policy: lorashelf set SHELF --policy"
+        cure = f"make another shelf of it: lorashelf convert {snapshot.path} -o NEW_SHELF --encoding coded --bytes SIZE"
         raise UsageError(what, where=str(snapshot.path), cure=cure)
 
 

@@ -1,29 +1,40 @@
-"""Many adapters packed into a budget in bytes at once: the plan of `pack`."""
+"""Many adapters coded at once: the plans of `pack` and `convert`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import UsageError
-from ..lora.adapter import Adapter
-from ..merging.average import Average, alone, one_base, source
+from ..errors import NotReversible, UsageError
+from ..lora.adapter import Adapter, BaseId
+from ..merging.average import Source, alone, one_base, source
 from .allocation import fitted
 from .plan import Plan
 from .plan_parts import kind_of, planned, storable
-from .plans import together
+from .plans import another, together
 from .slot import Slot
 from .snapshot import Snapshot
+
+Watch = Callable[[Iterable[str]], Iterable[str]]
+Details = Mapping[str, Mapping[str, Any]]
+
+
+class _Single(NamedTuple):
+    """An adapter that is to have an object of its own, and the tasks that it serves."""
+
+    members: Sequence[str]
+    adapter: Adapter
+    record: Source
 
 
 def plan_pack(
     snapshot: Snapshot,
     adapters: Mapping[str, Adapter],
     *,
-    details: Mapping[str, Mapping[str, Any]] | None = None,
+    details: Details | None = None,
     assume_base: bool = False,
-    watch: Callable[[Iterable[str]], Iterable[str]] = iter,
+    watch: Watch = iter,
 ) -> Plan:
     """Code adapters (task → adapter) into the bytes of an empty shelf, at one slope of predicted quality per byte.
 
@@ -38,21 +49,71 @@ def plan_pack(
     xs = dict(zip(sorted(named), one_base([named[task] for task in sorted(named)]), strict=True))
     given = {task: storable(task, (details or {}).get(task, {})) for task in xs}
     kinds = {task: kind_of(task, given[task].pop("type", None)) for task in xs}
-    coded: dict[str, Average] = {}
     members: dict[str, list[str]] = {}
-    for task in watch(xs):
-        members.setdefault(xs[task].digest, []).append(task)
-        if xs[task].digest not in coded:
-            record = source(task, kinds[task], xs[task])
-            coded[xs[task].digest] = alone(xs[task], record, snapshot.settings.merge)
-    encoding = snapshot.settings.merge.encoding
-    slots = [Slot.planned(i, x, members[digest], encoding) for i, (digest, x) in enumerate(coded.items())]
+    for task, x in xs.items():
+        members.setdefault(x.digest, []).append(task)
+    singles = [
+        _Single(tasks, xs[tasks[0]], source(tasks[0], kinds[tasks[0]], xs[tasks[0]])) for tasks in members.values()
+    ]
+    tasks = {task: {**given[task], "type": kinds[task], "digest": x.digest} for task, x in xs.items()}
+    return _coded(snapshot, singles, tasks, base, {"operation": "pack"}, watch)
+
+
+def plan_convert(
+    snapshot: Snapshot, held: Snapshot, originals: Mapping[str, Adapter] | None = None, *, watch: Watch = iter
+) -> Plan:
+    """Code every task of the shelf `held` into an object of its own on an empty shelf.
+
+    A task's adapter is its original, or what its slot holds if that is this adapter alone. Raises NotReversible naming
+    every task that shares a slot and whose original is not given, and for another adapter than a task's own; UsageError
+    where there are fewer slots than adapters; OverBudget.
+    """
+    given, tasks = dict(originals or {}), held.manifest.tasks
+    for task, adapter in given.items():
+        if adapter.digest != held.located(task)[1]["digest"]:
+            raise another(task, adapter, str(tasks[task]["digest"]))
+    singles: list[_Single] = []
+    lacking: list[str] = []
+    for slot in held.manifest.slots:
+        by_digest: dict[str, list[str]] = {}
+        for task in slot.members:
+            by_digest.setdefault(str(tasks[task]["digest"]), []).append(task)
+        records = {record.digest: record for record in slot.history.merged}
+        for digest, members in by_digest.items():
+            found = next((given[task] for task in members if task in given), None)
+            if found is None and records.keys() == {digest}:
+                found = held.average(slot).adapter
+            if found is None:
+                lacking += members
+                continue
+            record = replace(records.get(digest) or source(members[0], tasks[members[0]]["type"], found), weight=1.0)
+            singles.append(_Single(members, found, record))
+    if lacking:
+        what = f"merged with others in their slots: {', '.join(sorted(lacking))}"
+        cure = f"give their originals: {' '.join(f'--adapter {task}=ADAPTER' for task in sorted(lacking))}"
+        raise NotReversible(what, where=str(held.path), cure=cure)
+    slots = snapshot.settings.budget.slots
+    if slots is not None and len(singles) > slots:
+        what = f"{len(singles)} adapters need a slot each, and there are {slots}"
+        raise UsageError(what, where=str(held.path), cure=f"give --slots {len(singles)}, or --bytes SIZE")
+    return _coded(snapshot, singles, tasks, held.manifest.base, {"operation": "convert"}, watch)
+
+
+def _coded(
+    snapshot: Snapshot,
+    singles: Sequence[_Single],
+    tasks: Details,
+    base: BaseId | None,
+    cause: Mapping[str, Any],
+    watch: Watch,
+) -> Plan:
+    """The plan that fills an empty shelf with these adapters, coded, each in a slot of its own."""
+    spec = snapshot.settings.merge
+    by_name = {single.members[0]: single for single in singles}
+    coded = [(by_name[task], alone(by_name[task].adapter, by_name[task].record, spec)) for task in watch(by_name)]
+    slots = [Slot.planned(i, x, sorted(one.members), spec.encoding) for i, (one, x) in enumerate(coded)]
     known = replace(
-        snapshot.manifest,
-        base=base,
-        slots=tuple(slots),
-        tasks={task: {**given[task], "type": kinds[task], "digest": x.digest} for task, x in xs.items()},
-        arrived=len(xs),
+        snapshot.manifest, base=base, slots=tuple(slots), tasks=dict(sorted(tasks.items())), arrived=len(singles)
     )
-    writes = {i: x.adapter for i, x in enumerate(coded.values())}
-    return fitted(snapshot, planned(snapshot, known, writes, {"operation": "pack"}, {}))
+    writes = {i: x.adapter for i, (_, x) in enumerate(coded)}
+    return fitted(snapshot, planned(snapshot, known, writes, cause, {}))
