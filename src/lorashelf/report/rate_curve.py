@@ -36,7 +36,7 @@ def rate_curve(
 
 
 def within(rows: Sequence[dict[str, Any]], size: int) -> dict[str, Any] | None:
-    """The best row of a curve that takes at most so many bytes, None if none does."""
+    """Return the best row of a curve within a number of bytes; None if there is none."""
     return next((row for row in reversed(rows) if row["bytes"] <= size), None)
 
 
