@@ -464,11 +464,13 @@ class FailingFsync:
 
     def __init__(self, of_folder: bool) -> None:
         self._of_folder = of_folder
-        self._calls: list[str] = []
+        self._placed: list[str] = []
 
     def __call__(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
-        head_is_moved, manifest_is_there = "replace" in self._calls, self._calls.count("rename") == 2
-        self._calls.append(name)
+        head_is_moved, manifest_is_there = "HEAD" in self._placed, "manifests" in self._placed
+        if name == "replace":
+            target = Path(arguments[1])
+            self._placed += [target.name, target.parent.name]
         if name != "fsync" or stat.S_ISDIR(os.fstat(arguments[0]).st_mode) is not self._of_folder:
             return
         if head_is_moved if self._of_folder else manifest_is_there:

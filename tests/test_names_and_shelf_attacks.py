@@ -234,7 +234,7 @@ def test_a_name_that_is_taken_is_refused_until_it_is_free(shelf: Shelf, tmp_path
     with pytest.raises(TaskNameError) as caught:
         plan_add(shelf.snapshot(), make_adapter(2), "gec-de")
     assert caught.value.exit_code == 2
-    for fragment in ("'gec-de' is on the shelf already", f"where: {shelf.path}", "cure:  choose another name"):
+    for fragment in ("'gec-de' is already on the shelf", f"where: {shelf.path}", "cure:  choose another name"):
         assert fragment in str(caught.value)
         assert fragment in command("add", shelf.path, f"gec-de={tmp_path / 'third'}")[1]
     assert command("add", shelf.path, f"gec-de={tmp_path / 'third'}")[0] == 2

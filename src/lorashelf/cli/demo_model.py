@@ -19,6 +19,7 @@ from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import ExampleSet, Task, read_tasks
+from .demo import packed
 from .output import progress, table
 
 SLOTS, ITERATIONS = 4, 60
@@ -41,7 +42,9 @@ Serving = Mapping[str, Adapter | None]
 
 
 def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, folder: Path, seed: int) -> None:
-    """Search on six examples per task, report on the other six; all methods merge by `linear` into as many slots."""
+    """Search on six examples per task, report on the other six; all merge by `linear` into as many slots, but for the
+    coding, which takes the bytes of one.
+    """
     tasks = read_tasks(examples)
     names = [name for name in DOZEN if name in zoo and name in tasks]
     adapters = {name: zoo[name] for name in names}
@@ -67,6 +70,7 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
         "random": _serving(drawn, merger(adapters, spec)),
         "K-Merge++": _arrived(folder / "model.shelf", adapters, seed),
         "D2C": _serving(found.blocks, merger(adapters, spec)),
+        "coded, 1 slot": _packed(adapters, folder / "coded.shelf"),
     }
     blocks = "  ·  ".join(" ".join(block) for block in found.blocks)
     report = found.report
@@ -81,6 +85,12 @@ def show_model(console: Console, zoo: Mapping[str, Adapter], examples: Path, fol
 
 def _serving(blocks: Sequence[Sequence[str]], merged: Callable[[Sequence[str]], Adapter]) -> Serving:
     return {name: adapter for block in blocks for adapter in [merged(block)] for name in block}
+
+
+def _packed(adapters: Mapping[str, Adapter], path: Path) -> Serving:
+    """Return the adapter of each task after all were coded into the bytes of one slot."""
+    snapshot = packed(adapters, 1, path)
+    return {name: snapshot.adapter(name) for name in adapters}
 
 
 def _arrived(path: Path, adapters: Mapping[str, Adapter], seed: int) -> Serving:
@@ -111,5 +121,5 @@ def _answers(console: Console, model: LanguageModel, served: Mapping[str, Servin
     console.print(f"  {task.prompt} {example.input}", markup=False)
     for method, serving in served.items():
         [answer] = model.answers(serving[task.name], task.prompt, [example.input], max_new_tokens=task.max_new_tokens)
-        console.print(f"  {method:11} → {answer!r}", markup=False)
-    console.print(f"  {'reference':11} → {example.output!r}", markup=False)
+        console.print(f"  {method:13} → {answer!r}", markup=False)
+    console.print(f"  {'reference':13} → {example.output!r}", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from .slot import Slot
 from .snapshot import Snapshot
 
 Size = Callable[[Snapshot, Plan], int]
-EDIT = 64  # bytes that a changed line may add to shelf.toml or a config
+EDIT = 128  # bytes that a changed line may add to shelf.toml or a config
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def _stored(plan: Plan, rank: int | None = None, dtype: str | None = None) -> Pl
     def resized(slot: Slot) -> Slot:
         history = slot.history
         if rank:  # a cut is recorded, in as many letters as it can take
-            history = replace(history, error=1 / 3, fixed=f"cut to rank {rank}")
+            history = replace(history, error=math.pi / 10, fixed=f"cut to rank {rank}")
         return replace(slot, object=replace(slot.object, bytes=sizes[slot.id]), history=history)
 
     slots = tuple(resized(slot) if slot.id in sizes else slot for slot in plan.manifest.slots)

@@ -109,7 +109,8 @@ class ShelfFolder:
             if not self._has(identity):
                 atomic.place_file(page_path(self.path, identity), compressed(data), self.path / "tmp")
         atomic.settle(self.path / PAGES)
-        atomic.replace_file(path, files.root, self.path / "tmp")
+        atomic.place_file(path, files.root, self.path / "tmp")
+        atomic.settle(self.path / MANIFESTS)
         return files.id
 
     def _has(self, identity: str) -> bool:
