@@ -484,7 +484,7 @@ def test_after_a_failed_fsync_the_error_reports_which_head_stands(of_folder: boo
     with watched(room, before=FailingFsync(of_folder)), pytest.raises(DiskError) as caught:
         shelf.commit(plan)
     assert (shelf.snapshot().head != before) is of_folder
-    assert ("the commit stands" in str(caught.value)) is of_folder
+    assert ("the commit was made" in str(caught.value)) is of_folder
     assert "unchanged" not in str(caught.value)
     assert shelf.verify() == []
 
@@ -545,7 +545,7 @@ def test_of_two_that_make_the_same_shelf_one_wins_and_the_other_is_told(
         path.mkdir()
     with making(kinds[0], path) as one, making(kinds[1], path) as other:
         said = [process.communicate("\n", timeout=60)[0] for process in (one, other)]
-    assert said == ["made\n", "4 this path exists already\n"]
+    assert said == ["made\n", "4 this path already exists\n"]
     assert Shelf(path).verify() == []
     assert hidden(tmp_path) == []
 
@@ -586,6 +586,6 @@ def test_an_empty_folder_is_taken_and_a_filled_one_is_not(make: str, tmp_path: P
     assert sorted(path.name for path in empty.iterdir()) != []
     refused = lorashelf(*words[make](filled))
     assert refused.returncode == (2 if make == "merge" else 4)
-    assert ("already exists" if make == "merge" else "exists already") in refused.stderr
+    assert "already exists" in refused.stderr
     assert (filled / "note").read_text() == "mine"
     assert hidden(tmp_path) == []

@@ -120,7 +120,7 @@ def test_a_shelf_of_format_1_is_read_and_the_next_commit_is_of_format_2(
     assert caplog.messages == []
     predicted = before.at_rest(plan)
     shelf.commit(plan)
-    assert ["is of format 2 from now on" in message for message in caplog.messages] == [True]
+    assert ["now has format 2, before it had 1" in message for message in caplog.messages] == [True]
     after = shelf.snapshot()
     assert after.bytes == predicted
     assert (after.manifest.files.format, after.manifest.parent) == (2, before.head)

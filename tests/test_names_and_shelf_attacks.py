@@ -656,7 +656,7 @@ def test_a_shelf_is_not_made_over_something_else(shelf: Shelf, tmp_path: Path) -
         ["init", tmp_path / "third" / "adapter_config.json"],
     ):
         code, said = command(*words, "--slots", 2)
-        assert (code, "exists already" in said) == (4, True)
+        assert (code, "already exists" in said) == (4, True)
     words = ["cluster", *folders, "-o", shelf.path, "--slots", 2, "--method", "random"]
     assert command(*words)[0] == 4
     assert state(tmp_path) == before

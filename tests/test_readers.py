@@ -18,7 +18,7 @@ from lorashelf.formats import peft
 from lorashelf.serving.generate import service
 from lorashelf.shelf import routing
 from lorashelf.shelf.folder import ShelfFolder
-from lorashelf.shelf.log import History
+from lorashelf.shelf.log import Log
 from lorashelf.shelf.snapshot import Snapshot
 
 
@@ -63,7 +63,7 @@ def test_verify_finds_a_sound_shelf_sound_whatever_is_committed_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any, keep: int, commits: int
 ) -> None:
     shelf = standing(tmp_path, keep)
-    where = (History, "entries") if place == "log" else place
+    where = (Log, "records") if place == "log" else place
     at_first(monkeypatch, where, lambda: rewrite(shelf, tuple(range(10, 10 + commits))))
     assert shelf.verify() == []
 

@@ -136,7 +136,7 @@ class Editor(RuleBasedStateMachine):
             self.contents[to] = self.contents[state]
             state = to
         if state == self.now:
-            with pytest.raises(UsageError, match="is the state that the shelf has"):
+            with pytest.raises(UsageError, match="is the current state of the shelf"):
                 self.shelf.undo(to)
         elif state in self.past:
             self.along(self.past.index(state) - len(self.past), self.shelf.undo(to))

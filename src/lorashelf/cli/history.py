@@ -10,7 +10,7 @@ import typer
 
 from ..errors import numbered
 from ..shelf import repair as mended
-from ..shelf.log import entry
+from ..shelf.log import record as record_of
 from ..shelf.manifest import Manifest
 from ..shelf.shelf import Shelf
 from . import arguments as arg
@@ -69,7 +69,7 @@ def _restore(shelf: Path, json: bool, act: Callable[[Shelf], str]) -> None:
         "undo": len(line.undo),
         "redo": len(line.redo),
     }
-    state = entry(line.state, after.kept.get(line.state, after.manifest))
+    state = record_of(line.state, after.kept.get(line.state, after.manifest))
     show(document, json, lambda d: f"{shelf}: {_restored(d, state)}")
 
 

@@ -1,4 +1,4 @@
-"""A shelf that is not there yet: where it may lie, its first files, and how it appears whole or not at all."""
+"""Creation of a shelf: where it may be, its first files, and how the folder appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from .snapshot import HEAD_BYTES
 
 
 def check_vacant(path: Path) -> Path:
-    """Where a new shelf of this path lies; a link to an empty folder is followed. Raises ShelfError if it cannot lie
-    there.
-    """
+    """Return the folder of a new shelf, following a link to an empty folder. Raises ShelfError if it is taken."""
     folder = path.resolve()
     if not atomic.is_vacant(folder):
         raise _taken(path)
-    if folder == Path.cwd():  # it would be replaced under the caller's feet
+    if folder == Path.cwd():  # replacing it would leave the caller in a deleted folder
         cure = "give a new folder's name: lorashelf init NAME"
         raise ShelfError("this is the folder you are in", where=str(path), cure=cure)
     return folder
@@ -30,7 +28,7 @@ def check_vacant(path: Path) -> Path:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A staged folder that gets its final name at the end. Raises ShelfError if that is taken, also meanwhile."""
+    """Yield a staged folder that gets its final name at the end. Raises ShelfError if the name is or becomes taken."""
     folder = check_vacant(path)
     atomic.make_parents(folder)
     atomic.sweep_staging(folder.parent)
@@ -47,20 +45,20 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def first_files(path: Path, settings: Settings, clock: Clock) -> Mapping[str, bytes]:
-    """The files of an empty shelf, in the order of writing. Raises UsageError, OverBudget."""
+    """Return the files of an empty shelf, in the order of writing. Raises UsageError, OverBudget."""
     settings.checked()
     cause = {"operation": "init", "time": stamp(clock), "version": VERSION}
     first = Manifest(None, 0, settings.recipe, settings.budget.document(), cause).files
     written = write_toml(settings)
     empty, limit = HEAD_BYTES + len(first.root) + len(written), settings.budget.bytes
     if limit is not None and empty > limit:
-        what = f"an empty shelf takes {empty} bytes already, the budget is {limit}"
+        what = f"an empty shelf alone takes {empty} bytes, the budget is {limit}"
         raise OverBudget(what, where=str(path), cure="raise the budget (--bytes, budget.bytes)")
     return {FILE: written, f"{MANIFESTS}/{first.id}.json": first.root, "HEAD": f"{first.id}\n".encode()}
 
 
 def fill(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put the files of a shelf into an empty folder. Raises DiskError."""
+    """Write the files of a shelf into an empty folder. Raises DiskError."""
     for name in FOLDERS:
         atomic.make_folder(folder / name)
     for name, data in files.items():
@@ -69,5 +67,5 @@ def fill(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _taken(path: Path) -> ShelfError:
-    cure = "choose another path, or delete what is there; add works on a shelf"
-    return ShelfError("this path exists already", where=str(path), cure=cure)
+    cure = "choose another path, or delete this one; to change a shelf, use add"
+    return ShelfError("this path already exists", where=str(path), cure=cure)

@@ -1,4 +1,4 @@
-"""The files of a shelf: HEAD, manifests, pages, objects, staging; read, written and swept. The shelf holds the lock."""
+"""The files of a shelf: HEAD, manifests, pages, objects, staging; read, written, swept. `Shelf` holds the lock."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class ShelfFolder:
         self.log = log.Log(path)
 
     def make_folders(self) -> None:
-        """Archives drop empty ones."""
+        """Make the missing folders: archives drop empty ones."""
         for folder in FOLDERS:
             no_links(self.path / folder)
             if not (self.path / folder).exists():
                 atomic.make_folder(self.path / folder)
 
     def head(self) -> tuple[str, Manifest]:
-        """Read HEAD and its manifest; a writer may retire them in between, so look again."""
+        """Read HEAD and its manifest, again if a writer moved HEAD in between. Raises CorruptShelf, NewerFormat."""
         before = None
         while True:
             head = self.named_by_head()
@@ -47,11 +47,11 @@ class ShelfFolder:
                 return head, manifest
             if head == before:
                 where, cure = str(self.path / "HEAD"), f"lorashelf repair {self.path}"
-                raise CorruptShelf(f"HEAD says {head[:80]!r}, which is not a manifest here", where=where, cure=cure)
+                raise CorruptShelf(f"HEAD names {head[:80]!r}, which is not a manifest here", where=where, cure=cure)
             before = head
 
     def named_by_head(self) -> str:
-        """What HEAD says. Raises CorruptShelf where it cannot be read."""
+        """Read the id in HEAD. Raises CorruptShelf if HEAD cannot be read."""
         no_links(self.path / "HEAD", *(self.path / folder for folder in FOLDERS))
         try:
             return atomic.read_file(self.path / "HEAD").decode().strip()
@@ -62,15 +62,15 @@ class ShelfFolder:
             raise CorruptShelf(f"HEAD cannot be read: {error}", where=where, cure=cure) from error
 
     def manifest_path(self, identity: str) -> Path:
-        """Where the manifest of this id lies."""
+        """Return the path of the manifest of this id."""
         return self.path / MANIFESTS / f"{identity}.json"
 
     def reader(self) -> Reader:
-        """A reader of pages, which reads each once."""
+        """Return a reader of pages that reads each page once."""
         return cache(lambda identity: read_page(self.path, identity))
 
     def manifest(self, identity: str, reader: Reader | None = None) -> Manifest | None:
-        """The manifest of this id with its pages, None if it is not kept. Raises CorruptShelf, NewerFormat."""
+        """Read the manifest of this id with its pages; None if it is not kept. Raises CorruptShelf, NewerFormat."""
         path, reader = self.manifest_path(identity), reader or self.reader()
         no_links(path)
         try:
@@ -86,21 +86,21 @@ class ShelfFolder:
         try:
             manifest = Manifest.decode(data, str(path), reader)
             for page, content in manifest.files.pages.items():
-                if content is not None:  # remembered, perhaps, from before the page was damaged
+                if content is not None:  # perhaps cached from before the page was damaged
                     reader(page)
         except CorruptShelf:
-            if not path.exists():  # a writer retires a manifest before its pages
+            if not path.exists():  # a writer deletes a manifest before its pages
                 return None
             raise
         return manifest
 
     def store(self, adapter: Adapter, codec: Codec) -> Stored:
-        """Write what of an object is not there yet. Raises DiskError."""
+        """Write the files of an object that are not there yet. Raises DiskError."""
         return codec.encode(adapter).publish(self.path / OBJECTS, self.path / "tmp")
 
     def publish(self, manifest: Manifest) -> str:
-        """Write a manifest, its new pages first; its id. Raises CorruptShelf for one that could not be read again,
-        DiskError.
+        """Write a manifest, its new pages first; return its id. Raises CorruptShelf for a manifest that could not be
+        read back, DiskError.
         """
         files, path = manifest.files, self.manifest_path(manifest.files.id)
         pages = {identity: data for identity, data in files.pages.items() if data is not None}
@@ -114,46 +114,46 @@ class ShelfFolder:
         return files.id
 
     def _has(self, identity: str) -> bool:
-        """Whether the page of this id is there and whole."""
+        """Return whether the page of this id exists and is sound."""
         with contextlib.suppress(CorruptShelf, OSError):
             return bool(read_page(self.path, identity))
         return False
 
     def move_head(self, identity: str) -> None:
-        """Let HEAD name a manifest. Raises DiskError, which states whether the commit stands."""
+        """Make HEAD name a manifest. Raises DiskError, which states whether the commit was made."""
         try:
             atomic.replace_file(self.path / "HEAD", f"{identity}\n".encode(), self.path / "tmp")
         except DiskError as error:
             if self.named_by_head() != identity:
                 raise
-            raise error.amended(  # the rename was done, what failed is to make it durable
-                what=f"{error.what}; the commit stands, but a power cut may take it back",
+            raise error.amended(  # the rename succeeded; making it durable failed
+                what=f"{error.what}; the commit was made, but a power failure may undo it",
                 cure=f"check the disk, then lorashelf verify {self.path}",
             ) from error.__cause__
 
     def sweep_staging(self) -> list[str]:
-        """Delete what a killed writer left in tmp/; the lock is held, so nobody else is writing there."""
+        """Delete what a killed writer left in tmp/; return the paths. The lock is held, so nobody else writes there."""
         left = sorted((self.path / "tmp").iterdir())
         for path in left:
             atomic.remove(path)
         return [f"tmp/{path.name}" for path in left]
 
     def sweep(self, snapshot: Snapshot) -> list[str]:
-        """Log the manifests beyond `keep`, then delete what nothing reaches: manifests, then objects."""
+        """Log the manifests beyond `keep`, then delete unreferenced manifests, pages and objects; return the paths."""
         retained = snapshot.retained()
         leaving = list(snapshot.ancestors.items())[snapshot.keep :]
         if leaving:
             self.log.append(reversed(leaving))
         stay = {snapshot.head: snapshot.manifest, **retained}
         gone = self._deleted(MANIFESTS, {f"{identity}.json" for identity in stay})
-        if gone:  # before what they refer to goes: a manifest that came back after a power cut would miss it
+        if gone:  # before their pages and objects: a power failure may bring a manifest back
             atomic.settle(self.path / MANIFESTS)
         pages = {f"{identity}{SUFFIX}" for manifest in stay.values() for identity in manifest.files.pages}
         objects = {name for manifest in stay.values() for slot in manifest.slots for name in slot.object.names}
         return [*gone, *self._deleted(PAGES, pages), *self._deleted(OBJECTS, objects)]
 
     def _deleted(self, folder: str, stay: Collection[str]) -> list[str]:
-        """Delete what lies in a folder under other names; the relative paths."""
+        """Delete the files of a folder with other names; return their relative paths."""
         gone = [path for path in sorted((self.path / folder).iterdir()) if path.name not in stay]
         for path in gone:
             atomic.remove(path)

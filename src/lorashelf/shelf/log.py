@@ -1,4 +1,4 @@
-"""log.jsonl: a line for every state that is not kept any more. History only, under no hash; docs/format.md."""
+"""log.jsonl: one line per state that is no longer kept. History only, without a hash; docs/format.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import CorruptShelf
 from .manifest import Manifest
 
 FILE = "log.jsonl"
-_TOLD = ("operation", "task", "decision", "slot", "to", "time", "version")
+_RECORDED = ("operation", "task", "decision", "slot", "to", "time", "version")
 _OF_A_CLUSTERING = ("method", "seed", "merge", "parameters", "search")
 
 
@@ -33,8 +33,8 @@ class Log:
             )
 
     def append(self, states: Iterable[tuple[str, Manifest]]) -> None:
-        """A line for each (id, manifest) that has none yet. A line that a crash tore off is cut off: its manifest is
-        still there. Raises CorruptShelf, DiskError.
+        """Append a line for each (id, manifest) that has none yet. A line left incomplete by a crash is removed first:
+        its manifest still exists. Raises CorruptShelf, DiskError.
         """
         atomic.no_links(self.path)
         whole, added = self._with(states)
@@ -42,66 +42,66 @@ class Log:
             atomic.append(self.path, added, keep=len(whole))
 
     def size(self, states: Iterable[tuple[str, Manifest]]) -> int:
-        """Bytes, once these states were appended."""
+        """Return the bytes of the log after these states are appended."""
         whole, added = self._with(states)
         if not added:
             return self.path.lstat().st_size if self.path.exists() else 0
         return len(whole) + len(added)
 
-    def entries(self) -> list[dict[str, Any]]:
-        """The lines as documents, oldest first. Raises CorruptShelf for a line that is not an entry, OSError."""
+    def records(self) -> list[dict[str, Any]]:
+        """Read the records, oldest first. Raises CorruptShelf for a line that is not a record, OSError."""
         if not self.path.exists():
             return []
         atomic.no_links(self.path)
         data = atomic.read_file(self.path)
         found = []
         for number, text in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-            told = read_line(text)
-            if told is None:
+            record = read_line(text)
+            if record is None:
                 cure = f"lorashelf repair {self.path.parent}"
-                raise CorruptShelf(f"line {number} of {FILE} is not a log entry", where=str(self.path), cure=cure)
-            found.append(told)
+                raise CorruptShelf(f"line {number} of {FILE} is not a log record", where=str(self.path), cure=cure)
+            found.append(record)
         return found
 
     def problems(self, kept: Mapping[str, Manifest]) -> Iterator[str]:
-        """What shows that lines were taken out or altered: states 0 to the newest kept must be there, each once.
+        """Yield signs of deleted or altered lines: states 0 to the newest kept must be there, each once.
 
-        Raises as `entries`.
+        Raises as `records`.
         """
-        found = {told["id"]: told["sequence"] for told in self.entries()}
+        found = {record["id"]: record["sequence"] for record in self.records()}
         found |= {identity: manifest.sequence for identity, manifest in kept.items()}
         counts, head = Counter(found.values()), max(manifest.sequence for manifest in kept.values())
         lacking = next((number for number in range(head + 1) if number not in counts), None)
         if lacking is not None:
             yield f"{FILE}: the line of sequence {lacking} is missing"
         for number in sorted(number for number, count in counts.items() if count > 1 or not 0 <= number <= head):
-            yield f"{FILE}: sequence {number} cannot be, or stands in lines of several states"
+            yield f"{FILE}: sequence {number} is out of range, or in the lines of several states"
 
     def _with(self, states: Iterable[tuple[str, Manifest]]) -> tuple[bytes, bytes]:
-        """The whole lines, and the lines of those states that have none; the file is read only if there are states."""
+        """Return the complete lines, and lines for states without one; the file is read only if there are states."""
         states = list(states)
         data = atomic.read_file(self.path) if states and self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         return whole, b"".join(line(i, manifest) for i, manifest in states if b'"id":"%s"' % i.encode() not in whole)
 
 
-def entry(identity: str, manifest: Manifest) -> dict[str, Any]:
-    """What the log keeps of a manifest: its id and its cause, without scores; of a clustering also how it was found."""
-    told = _TOLD + (_OF_A_CLUSTERING if manifest.cause.get("operation") == "cluster" else ())
-    cause = {name: value for name, value in manifest.cause.items() if name in told}
+def record(identity: str, manifest: Manifest) -> dict[str, Any]:
+    """Return the log record of a manifest: id and cause without scores; for a clustering also how it was found."""
+    names = _RECORDED + (_OF_A_CLUSTERING if manifest.cause.get("operation") == "cluster" else ())
+    cause = {name: value for name, value in manifest.cause.items() if name in names}
     return {"id": identity, "sequence": manifest.sequence, **cause}
 
 
 def read_line(text: bytes) -> dict[str, Any] | None:
-    """The entry that a line holds, None if it holds none."""
+    """Parse a line as a record; None if it is not one."""
     try:
-        told = json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    sound = isinstance(told, dict) and is_digest(told.get("id")) and type(told.get("sequence")) is int
-    return told if sound else None
+    sound = isinstance(found, dict) and is_digest(found.get("id")) and type(found.get("sequence")) is int
+    return found if sound else None
 
 
 def line(identity: str, manifest: Manifest) -> bytes:
-    """One line of the log."""
-    return canonical_json(entry(identity, manifest)) + b"\n"
+    """Return the log line of a manifest."""
+    return canonical_json(record(identity, manifest)) + b"\n"

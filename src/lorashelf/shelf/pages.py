@@ -1,6 +1,6 @@
 """Pages: the immutable parts of a manifest, each a compressed JSON document named by its digest.
 
-A commit writes the pages that changed; the manifests that are kept share all others. docs/format.md is normative.
+A commit writes the pages that changed; the kept manifests share all others. docs/format.md is normative.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Pages(dict[str, bytes | None]):
     """The pages that a manifest refers to: id → the JSON of a page, None for one that was not read."""
 
     def add(self, document: Any) -> str:
-        """Put a document on a page of its own; return the id."""
+        """Put a document on a new page; return its id."""
         data = canonical_json(document)
         identity = digest([data])
         self[identity] = data
         return identity
 
     def read(self, identity: str, reader: Reader) -> Any:
-        """Return the document of a page, which is then known here. Raises CorruptShelf, ValueError, TypeError."""
+        """Read the document of a page and keep the JSON here. Raises CorruptShelf, ValueError, TypeError."""
         data = self[identity] = reader(identity)
         return json.loads(data)
 
@@ -45,8 +45,8 @@ class Pages(dict[str, bytes | None]):
 def divided(items: Iterable[T], key: Callable[[T], str]) -> Iterator[tuple[T, ...]]:
     """Divide items into runs, one per page: an item ends a run where the digest of its key ends in 5 zero bits.
 
-    The boundaries depend on the keys alone, so a change to one item, also one put in or taken out, changes one run or
-    splits or joins two.
+    The boundaries depend on the keys alone: changing, inserting or removing one item changes one run, splits one or
+    joins two.
     """
     run: list[T] = []
     for item in items:
@@ -59,12 +59,12 @@ def divided(items: Iterable[T], key: Callable[[T], str]) -> Iterator[tuple[T, ..
 
 
 def page_path(shelf: Path, identity: str) -> Path:
-    """Return where the page of this id lies."""
+    """Return the path of the page of this id."""
     return shelf / FOLDER / f"{identity}{SUFFIX}"
 
 
 def read_page(shelf: Path, identity: str) -> bytes:
-    """Return the JSON of a shelf's page. Raises CorruptShelf where it is not there or not what its id states."""
+    """Read the JSON of a page of a shelf. Raises CorruptShelf if the page is missing or does not match its id."""
     path = page_path(shelf, identity)
     no_links(path)
     try:
@@ -79,12 +79,12 @@ def read_page(shelf: Path, identity: str) -> bytes:
 
 @lru_cache(maxsize=1024)
 def compressed(data: bytes) -> bytes:
-    """Return the file of a page: gzip, without a time."""
+    """Return the bytes of a page's file: gzip, without a time."""
     return gzip.compress(data, mtime=0)
 
 
 def content(file: bytes, identity: str) -> bytes:
-    """Return the JSON of a page's file. Raises ValueError unless it is the page of this id."""
+    """Return the JSON of a page's file. Raises ValueError unless the JSON matches the id."""
     inflate = zlib.decompressobj(wbits=31)
     try:
         data = inflate.decompress(file, MOST_BYTES)

@@ -1,8 +1,8 @@
-"""Repair: every damaged slot from the originals that are given and from kept states; docs/format.md, "Repair".
+"""Repair of damaged slots from the given originals and from kept states; docs/format.md, "Repair".
 
-A slot's content is made again by what made it: its adapters folded in their order, from the first one or from what a
-kept state holds of them, or merged at once. If the bytes come out as they were, nothing has changed. Else the content
-that serves most of the slot's tasks is taken, and the other tasks are no longer routed.
+A slot's content is rebuilt as it was made: its adapters are folded in order, from the first one or from a kept state
+that holds some of them, or merged at once. If this gives the same bytes, nothing has changed. Otherwise the slot gets
+the content that serves most of its tasks, and its other tasks are no longer routed.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ Given = Mapping[str, Adapter]  # by digest
 
 @dataclass(frozen=True)
 class Mended:
-    """What a damaged slot may hold after a repair: its own bytes again ("rewritten"), a merge of originals, the slot of
-    a kept state ("earlier"), or nothing.
+    """What a damaged slot may hold after a repair: its own bytes again ("rewritten"), a merge of originals ("merged"),
+    the slot of a kept state ("earlier"), or nothing ("none").
     """
 
     how: How
     tasks: tuple[str, ...] = ()
-    """Those of its tasks that it serves."""
+    """The slot's tasks that this content serves."""
     new: Average | None = None
     kept: Slot | None = None
     state: str | None = None
-    """The kept state that it is of, or that its originals were folded into."""
+    """The kept state that it comes from, or into which the originals were folded."""
     given: tuple[str, ...] = ()
-    """The tasks of the originals that went into it."""
+    """The tasks of the originals merged into it."""
 
     def document(self, slot: Slot) -> dict[str, Any]:
-        """As in the JSON answer of `repair`."""
+        """Return the entry of the JSON answer of `repair`."""
         return {
             "slot": slot.id,
             "object": slot.object.id,
@@ -60,11 +60,11 @@ class Mended:
 
 
 def repair(shelf: Shelf, originals: Mapping[str, Adapter] | None = None) -> dict[str, Any]:
-    """Put a damaged shelf right, with the originals that are given by task.
+    """Repair a damaged shelf, with originals given by task.
 
-    The answer is `{head, files, slots, states, unused}`: what was done to its files in sentences, what each damaged
-    slot holds now, the states that are no longer kept, and the originals of which the shelf has no record. Raises
-    NotReversible for another adapter than a task's own, CorruptShelf where no manifest is left, NewerFormat, DiskError.
+    Return `{head, files, slots, states, unused}`: the repairs of files in sentences, what each damaged slot holds now,
+    the states that are no longer kept, and the tasks of originals that are in no slot. Raises NotReversible for an
+    adapter other than the task's own, CorruptShelf if no manifest is left, NewerFormat, DiskError.
     """
     files = shelf.mend()
     with shelf.writing():
@@ -94,8 +94,8 @@ def repair(shelf: Shelf, originals: Mapping[str, Adapter] | None = None) -> dict
 
 
 def _by_digest(manifests: Collection[Manifest], originals: Mapping[str, Adapter]) -> tuple[Given, list[str]]:
-    """The originals by their digests, and the tasks of those that no slot was merged from. Raises NotReversible for
-    another adapter than that of a task on the shelf.
+    """Return the originals by digest, and the tasks of those that are in no slot. Raises NotReversible for an adapter
+    other than the one recorded for its task.
     """
     merged = {m.digest for manifest in manifests for slot in manifest.slots for m in slot.history.merged}
     recorded_for = {(task, str(x["digest"])) for manifest in manifests for task, x in manifest.tasks.items()}
@@ -107,7 +107,7 @@ def _by_digest(manifests: Collection[Manifest], originals: Mapping[str, Adapter]
 
 
 def _damaged(snapshot: Snapshot, manifests: Collection[Manifest]) -> dict[str, Slot]:
-    """Every damaged object with a slot that it is of, the head's first."""
+    """Return the damaged objects, each with a slot that holds it, the head's first."""
     seen: set[str] = set()
     found: dict[str, Slot] = {}
     for manifest in manifests:
@@ -120,19 +120,19 @@ def _damaged(snapshot: Snapshot, manifests: Collection[Manifest]) -> dict[str, S
 
 
 def _mended(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given: Given) -> Mended:
-    """The best that can be made of a slot: its own bytes, else what serves most of its tasks."""
+    """Return the best repair of a slot: its own bytes, else the content that serves most of its tasks."""
     options = [Mended("none")]
     for made in _options(snapshot, slot, damaged, given):
         own, option = _own(slot, made)
         if own:
             return replace(option, how="rewritten", tasks=slot.members)
         options.append(_serving(snapshot.manifest, slot, option))
-    return max(options, key=lambda option: len(option.tasks))  # of equal ones the first
+    return max(options, key=lambda option: len(option.tasks))  # of equals, the first
 
 
 def _own(slot: Slot, option: Mended) -> tuple[bool, Mended]:
-    """Whether what is merged, or a coarser part of it, has the slot's own bytes; and the option with that part, else
-    with the finest that takes no more bytes than the slot did.
+    """Cut the option's merge to the most levels that take no more bytes than the slot did, at least to one. Return
+    whether the cut has the slot's own bytes, and the option with the cut.
     """
     average, codec = option.new, slot.codec
     if average is None:
@@ -144,7 +144,7 @@ def _own(slot: Slot, option: Mended) -> tuple[bool, Mended]:
 
 
 def _serving(manifest: Manifest, slot: Slot, option: Mended) -> Mended:
-    """The option with those tasks of the slot whose adapters it stands for."""
+    """Return the option with the slot's tasks whose adapters are in its content."""
     held = option.new.history.merged if option.new else option.kept.history.merged if option.kept else ()
     digests = {m.digest for m in held}
     tasks = tuple(t for t in slot.members if t in manifest.tasks and manifest.tasks[t]["digest"] in digests)
@@ -152,7 +152,7 @@ def _serving(manifest: Manifest, slot: Slot, option: Mended) -> Mended:
 
 
 def _options(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given: Given) -> Iterator[Mended]:
-    """What can be made of the originals and of kept states; the most faithful first."""
+    """Yield the possible repairs from originals and kept states, the most faithful first."""
     kept = [
         (state, other)
         for state, manifest in snapshot.kept.items()
@@ -176,7 +176,7 @@ def _options(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given:
 
 
 def _specs(snapshot: Snapshot, slot: Slot) -> list[MergeSpec]:
-    """How a slot may have been merged: as later adds are, by the slot's own method; and as a clustering was."""
+    """Return how a slot may have been merged: as in an add, by the slot's own method, or as in a clustering."""
     found: list[MergeSpec] = []
     for manifest in (snapshot.manifest, *snapshot.kept.values()):
         with contextlib.suppress(LorashelfError, TypeError):
@@ -196,7 +196,7 @@ def _specs(snapshot: Snapshot, slot: Slot) -> list[MergeSpec]:
 def _from_originals(
     merged: Sequence[Source], starts: Sequence[tuple[str | None, Average | None]], given: Given, spec: MergeSpec
 ) -> Iterator[Mended]:
-    """The originals that are there, folded in their order into each start by either weighting, and merged at once."""
+    """Yield the available originals folded in order into each start, by each weighting; then merged at once."""
     for state, start in starts:
         rest = [m for m in merged[len(start.history.merged) if start else 0 :] if m.digest in given]
         for weighting in WEIGHTINGS if rest else ():
@@ -218,7 +218,7 @@ def _from_originals(
 
 
 def _plan(snapshot: Snapshot, mended: Mapping[str, Mended], unsound: Sequence[str]) -> Plan:
-    """The plan with what is left of the damaged slots; undo leads to sound states only."""
+    """Return the plan with what is left of the damaged slots; undo leads to sound states only."""
     slots: list[Slot] = []
     writes: dict[int, Adapter] = {}
     for slot in snapshot.manifest.slots:
@@ -239,7 +239,7 @@ def _plan(snapshot: Snapshot, mended: Mapping[str, Mended], unsound: Sequence[st
         slots=tuple(slots),
         tasks={task: details for task, details in snapshot.manifest.tasks.items() if task in served},
         cause={"operation": "repair", "time": PENDING_TIME, "version": VERSION},
-        state=snapshot.head,  # which goes, so that a reader takes the new manifest for the state
+        state=snapshot.head,  # deleted next, so a reader takes the new manifest as the state
         undo=tuple(state for state in (line.state, *line.undo) if state not in unsound),
         redo=(),
         ended=tuple(state for state in line.redo if state not in unsound),

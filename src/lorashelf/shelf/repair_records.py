@@ -1,6 +1,6 @@
-"""Repair of what a shelf has beside its objects: manifests, HEAD, shelf.toml, the log; docs/format.md, "Repair".
+"""Repair of the files of a shelf other than objects: manifests, HEAD, shelf.toml, the log; docs/format.md, "Repair".
 
-What cannot be read is not deleted but set aside as NAME.damaged, except for manifests, which are named by their bytes.
+An unreadable file is not deleted but renamed to NAME.damaged, except for manifests and pages.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .pages import SUFFIX, page_path, read_page
 from .settings import FILE, read_toml, recorded, write_toml
 
 LOST = "lost"
-"""The operation of a state of which only the sequence is known."""
+"""The operation recorded for a state of which only the sequence is known."""
 NOT_WRITTEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a document of another shape raises."""
+"""Errors raised by reading a document of another shape."""
 
 
 def mend(folder: Path) -> list[str]:
-    """Put all of it right; what was done, in sentences. The writer's lock is held. Raises CorruptShelf where no
+    """Repair them all, with the writer's lock held; return what was done, in sentences. Raises CorruptShelf if no
     manifest is left, NewerFormat, DiskError.
     """
     kept, torn, done = _manifests(folder)
@@ -39,8 +39,8 @@ def mend(folder: Path) -> list[str]:
 
 
 def _manifests(folder: Path) -> tuple[dict[str, Manifest], dict[str, Manifest], list[str]]:
-    """The manifests whose bytes are those they are named by and whose pages are there; what is left of those that lack
-    pages; what was done: the others, and damaged pages, are deleted.
+    """Return the sound manifests, by id; what is left of those that lack pages; and what was done. A manifest is sound
+    if its bytes match its id and its pages can be read. Other manifests, and damaged pages, are deleted.
     """
     if not (folder / MANIFESTS).is_dir() or (folder / MANIFESTS).is_symlink():
         raise _nothing_left(folder)
@@ -70,17 +70,17 @@ def _manifests(folder: Path) -> tuple[dict[str, Manifest], dict[str, Manifest], 
 
 
 def _manifest(folder: Path, path: Path) -> tuple[Manifest, list[str]] | None:
-    """What is left of the manifest in a file, and the pages that are lost; None for a file that is not a manifest."""
+    """Read what is left of a manifest, and the ids of its lost pages; None for a file that is not a manifest."""
     data = _bytes(path)
     if data is None or f"{manifest_id(data)}.json" != path.name:
         return None
-    with contextlib.suppress(CorruptShelf, *NOT_WRITTEN):  # its name is right, but no writer made it
+    with contextlib.suppress(CorruptShelf, *NOT_WRITTEN):  # the name matches the bytes, but no writer made it
         return salvaged(data, str(path), lambda identity: read_page(folder, identity))
     return None
 
 
 def _bytes(path: Path) -> bytes | None:
-    """The content of a file; None for a link, for anything but a file, and if it cannot be read but by permission."""
+    """Read a file; None for a link or what cannot be read. Raises DiskError if permission is denied."""
     if path.is_symlink():
         return None
     try:
@@ -98,8 +98,8 @@ def _nothing_left(folder: Path) -> CorruptShelf:
 
 
 def _mended_head(folder: Path, kept: dict[str, Manifest], torn: Mapping[str, Manifest]) -> tuple[str, list[str]]:
-    """The head, and what was done: one that lacks pages gets a successor of what is left, which is then kept as well;
-    one that names no manifest is set to the newest that there is.
+    """Repair HEAD; return the head and what was done. A head that lacks pages gets a successor with what is left, which
+    is added to `kept`; a HEAD that does not name a manifest is set to the newest one.
     """
     path = folder / "HEAD"
     named = (_bytes(path) or b"").decode(errors="replace").strip()
@@ -112,11 +112,11 @@ def _mended_head(folder: Path, kept: dict[str, Manifest], torn: Mapping[str, Man
         manifest = _successor(before, torn[before], kept)
         kept[ShelfFolder(folder).publish(manifest)] = manifest
         left = f"{len(manifest.tasks)} tasks are left"
-        said = f"HEAD: what is left of the manifest {before[:15]}… is written as a new one; {left}"
+        said = f"HEAD: set to a new manifest with what is left of {before[:15]}…; {left}"
     else:
         cause = kept[_newest(kept)].cause
         what = f"#{kept[_newest(kept)].sequence}, {cause.get('operation')} {cause.get('task', '')}".rstrip()
-        said = f"HEAD: named no sound manifest; the newest is {_newest(kept)[:15]}… ({what})"
+        said = f"HEAD: did not name a sound manifest; set to the newest, {_newest(kept)[:15]}… ({what})"
     head = _newest(kept)
     atomic.replace_file(path, f"{head}\n".encode(), folder / "tmp")
     return head, [said]
@@ -127,14 +127,14 @@ def _newest(manifests: Mapping[str, Manifest]) -> str:
 
 
 def _successor(before: str, left: Manifest, kept: Mapping[str, Manifest]) -> Manifest:
-    """The manifest after one that lacks pages, with what is left of it; undo leads to the kept manifests before."""
+    """Return the manifest after one that lacks pages, with what is left of it; undo leads to earlier kept manifests."""
     earlier = sorted((i for i in kept if kept[i].sequence < left.sequence), key=lambda i: -kept[i].sequence)
     return replace(
         left,
         parent=before,
         sequence=max(manifest.sequence for manifest in (left, *kept.values())) + 1,
         cause={"operation": "repair", "time": stamp(now), "version": VERSION},
-        state=before,  # which goes, so that a reader takes the new manifest for the state
+        state=before,  # deleted next, so a reader takes the new manifest as the state
         undo=tuple(i for i in earlier if kept[i].state is None),
         redo=(),
         ended=(),
@@ -142,7 +142,7 @@ def _successor(before: str, left: Manifest, kept: Mapping[str, Manifest]) -> Man
 
 
 def _mended_settings(folder: Path, manifest: Manifest) -> list[str]:
-    """What was done: settings that cannot be read are those that the manifest recorded."""
+    """Replace unreadable settings with those that the manifest recorded; return what was done."""
     path = folder / FILE
     try:
         if not path.is_symlink():
@@ -153,12 +153,12 @@ def _mended_settings(folder: Path, manifest: Manifest) -> list[str]:
     aside = _set_aside(path)
     settings = recorded(manifest.recipe, manifest.budget)
     atomic.replace_file(path, write_toml(settings), folder / "tmp")
-    return [f"{FILE}: written anew as the manifest recorded it, without base and base_aliases{aside}"]
+    return [f"{FILE}: rewritten from the manifest, without base and base_aliases{aside}"]
 
 
 def _mended_log(folder: Path, head: str, kept: Mapping[str, Manifest], torn: Mapping[str, Manifest]) -> list[str]:
-    """What was done: lines that are none are taken out, a state without a line or manifest gets one, and so does a
-    state that the head does not reach any more, whose manifest will go.
+    """Repair the log; return what was done. Invalid lines are removed. A state with neither line nor manifest gets a
+    line, as does a state that the head no longer reaches, whose manifest will be deleted.
     """
     path = folder / log.FILE
     data = _bytes(path) if path.exists() or path.is_symlink() else b""
@@ -170,16 +170,16 @@ def _mended_log(folder: Path, head: str, kept: Mapping[str, Manifest], torn: Map
     taken = {manifest.sequence: identity for identity, manifest in {**past, head: kept[head]}.items()}
     mended = {past[i].sequence: log.line(i, past[i]) for i in past if i not in reached}
     for line in lines:
-        told = log.read_line(line)
-        if told is None or not 0 <= told["sequence"] <= newest:
+        record = log.read_line(line)
+        if record is None or not 0 <= record["sequence"] <= newest:
             continue
-        if taken.setdefault(told["sequence"], told["id"]) == told["id"]:
-            mended.setdefault(told["sequence"], line)
+        if taken.setdefault(record["sequence"], record["id"]) == record["id"]:
+            mended.setdefault(record["sequence"], line)
     lost = [number for number in range(newest + 1) if number not in taken]
     parents = {manifest.sequence - 1: manifest.parent for manifest in kept.values()}
     for number in lost:
-        entry = {"id": parents.get(number) or f"b2-{number:064d}", "operation": LOST, "sequence": number}
-        mended[number] = canonical_json(entry) + b"\n"
+        record = {"id": parents.get(number) or f"b2-{number:064d}", "operation": LOST, "sequence": number}
+        mended[number] = canonical_json(record) + b"\n"
     after = [line for _, line in sorted(mended.items())]
     if not aside and {*lines} == {*after}:
         return []
@@ -190,7 +190,7 @@ def _mended_log(folder: Path, head: str, kept: Mapping[str, Manifest], torn: Map
 
 
 def _chain(head: str, kept: Mapping[str, Manifest]) -> set[str]:
-    """The head and its kept predecessors."""
+    """Return the ids of the head and its kept predecessors."""
     found = {head}
     while (parent := kept[head].parent) is not None and parent in kept:
         found.add(head := parent)
@@ -198,10 +198,10 @@ def _chain(head: str, kept: Mapping[str, Manifest]) -> set[str]:
 
 
 def _set_aside(path: Path) -> str:
-    """Give what lies there another name; how it is called, for a sentence."""
+    """Rename a path to NAME.damaged; return the end of a sentence that states the new name."""
     if not path.exists() and not path.is_symlink():
         return ""
     aside = path.with_name(f"{path.name}.damaged")
     atomic.remove(aside)
     atomic.publish(path, aside)
-    return f"; what was there is {aside.name}"
+    return f"; the old one is now {aside.name}"

@@ -46,7 +46,7 @@ class Shelf:
     """A folder of at most K slots with its history; every change is one `commit`."""
 
     def __init__(self, path: str | Path, clock: Clock = now) -> None:
-        """Open an existing shelf. Raises ShelfNotFound, and on `snapshot` whatever is wrong with its content."""
+        """Open an existing shelf. Raises ShelfNotFound; faults of its content are raised by `snapshot`."""
         self.path = atomic.expanded(path)
         self._clock = clock
         self._folder = ShelfFolder(self.path)
@@ -54,12 +54,12 @@ class Shelf:
         with atomic.refusals(self.path, "read"):
             found = (self.path / "HEAD").exists() or (self.path / MANIFESTS).is_dir()
         if not found:
-            cure = "lorashelf init SHELF --slots K makes one"
+            cure = "create one: lorashelf init SHELF --slots K"
             raise ShelfNotFound("there is no shelf here", where=str(self.path), cure=cure)
 
     @classmethod
     def create(cls, path: str | Path, settings: Settings, clock: Clock = now) -> Shelf:
-        """Make an empty shelf; the folder appears whole or not at all. Raises UsageError, ShelfError if it exists,
+        """Create an empty shelf; the folder appears whole or not at all. Raises UsageError, ShelfError if it exists,
         OverBudget if even an empty shelf exceeds `bytes`, DiskError.
         """
         path = atomic.expanded(path)
@@ -72,8 +72,8 @@ class Shelf:
     def create_with(
         cls, path: str | Path, settings: Settings, planner: Callable[[Snapshot], Plan], clock: Clock = now
     ) -> tuple[Snapshot, Plan]:
-        """Make a shelf with the content that `planner` plans for it; it appears whole or not at all. Raises as `create`
-        and `commit`.
+        """Create a shelf with the content that `planner` plans; the folder appears whole or not at all. Raises as
+        `create` and `commit`.
         """
         path = atomic.expanded(path)
         files = first_files(path, settings, clock)
@@ -87,9 +87,9 @@ class Shelf:
     # reading ----------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """The head, its manifest, the settings in force and the other kept manifests.
+        """Read the head, its manifest, the settings in force and the other kept manifests.
 
-        Raises ShelfConfigError where shelf.toml contradicts the content, CorruptShelf, NewerFormat.
+        Raises ShelfConfigError if shelf.toml contradicts the content, CorruptShelf, NewerFormat.
         """
         with atomic.refusals(self.path, "read"):
             while True:
@@ -98,7 +98,7 @@ class Shelf:
                     return self._snapshot(head, manifest)
                 except LorashelfError:
                     if self._folder.named_by_head() == head:
-                        raise  # else a writer was at work meanwhile
+                        raise  # else a writer committed meanwhile
 
     def _snapshot(self, head: str, manifest: Manifest) -> Snapshot:
         no_links(self.path / FILE)
@@ -118,8 +118,8 @@ class Shelf:
         return Snapshot(self.path, head, manifest, settings, kept, read_at=head)
 
     def read(self, answer: Callable[[Snapshot], T]) -> T:
-        """What `answer`, which only reads, makes of the present snapshot; of a new one where a commit deleted files of
-        the first meanwhile. Raises as `snapshot` and `answer`.
+        """Return what `answer`, which only reads, returns for the present snapshot, or for a new one if a commit
+        deleted files of the first meanwhile. Raises as `snapshot` and `answer`.
         """
         while True:
             snapshot = self.snapshot()
@@ -130,21 +130,21 @@ class Shelf:
                     raise
 
     def log(self) -> list[dict[str, Any]]:
-        """Every operation since the shelf was made, oldest first: {id, sequence, operation, time, version} and, where
-        it has them, {task, decision, slot, to}. Lines of log.jsonl are under no hash.
+        """Return every operation since the shelf was created, oldest first: {id, sequence, operation, time, version}
+        and, if any, {task, decision, slot, to}. The lines of log.jsonl are not hashed.
         """
         snapshot = self.snapshot()
         with atomic.refusals(self.path, "read"):
-            entries = {told["id"]: told for told in self._folder.log.entries()}
+            records = {record["id"]: record for record in self._folder.log.records()}
         for identity, manifest in [*snapshot.kept.items(), (snapshot.head, snapshot.manifest)]:
-            entries[identity] = log.entry(identity, manifest)
-        return sorted(entries.values(), key=lambda entry: int(entry["sequence"]))
+            records[identity] = log.record(identity, manifest)
+        return sorted(records.values(), key=lambda record: int(record["sequence"]))
 
     def verify(self) -> list[str]:
-        """Re-derive every hash from what is on disk; the problems found, in sentences. Changes nothing.
+        """Recompute every hash from the files; return the problems found, in sentences. Changes nothing.
 
-        Objects and manifests are hashed. log.jsonl and shelf.toml are not: the log is checked for states that are
-        missing, the settings for what cannot be. Where a commit was made meanwhile, the new head is checked.
+        Objects and manifests are hashed. log.jsonl and shelf.toml are not: the log is checked for missing states, the
+        settings for invalid values. After a commit in the meantime, the new head is checked.
         """
         sound: set[Slot] = set()
         while True:
@@ -157,7 +157,7 @@ class Shelf:
                 return problems
 
     def _problems(self, snapshot: Snapshot, sound: set[Slot]) -> list[str]:
-        """The problems of what must be there for a head; slots that are sound, or turn out to be, are read once."""
+        """Return the problems of a snapshot; slots in `sound` are not read again, and sound slots are added to it."""
         problems: list[str] = []
         seen: set[str] = set()
         for manifest in (snapshot.manifest, *snapshot.retained().values()):
@@ -186,9 +186,9 @@ class Shelf:
             yield
 
     def commit(self, plan: Plan) -> str:
-        """Carry a plan out; returns the new head. A refused plan changes nothing and returns the old one.
+        """Carry out a plan and return the new head. A refused plan changes nothing and returns the old head.
 
-        Raises StaleShelf if the head moved since the plan was made, OverBudget, DiskError; then the head stands.
+        Raises StaleShelf if the head moved since the plan was made, OverBudget, DiskError.
         """
         with self.writing():
             snapshot = self.snapshot()
@@ -198,27 +198,27 @@ class Shelf:
             if plan.refused is not None:
                 return snapshot.head
             if any(slot.object.id == PENDING and slot.id not in plan.writes for slot in plan.manifest.slots):
-                raise StaleShelf("the plan goes on from one that was not committed", where=str(self.path))
+                raise StaleShelf("the plan builds on one that was not committed", where=str(self.path))
             if not plan.shrinks:
                 check_budget(snapshot, plan)
             self._folder.sweep_staging()
-            self._folder.sweep(snapshot)  # what a killed writer half deleted must not pass for an object
+            self._folder.sweep(snapshot)  # an object half deleted by a killed writer must not pass for whole
             with self._nothing_left():
                 writes = [(plan.manifest.slot(number), adapter) for number, adapter in sorted(plan.writes.items())]
                 objects = {slot.id: self._folder.store(adapter, slot.codec) for slot, adapter in writes}
                 return self._advance(snapshot, plan.sealed(objects, stamp(self._clock)))
 
     def undo(self, to: str | None = None) -> str:
-        """Commit the content of the state before (or of any kept manifest, by a prefix of its id) anew; returns the new
-        head.
+        """Commit the content of the previous state (or of any kept manifest, by a prefix of its id) again; return the
+        new head.
 
-        As in an editor: n undos go n states back, `redo` goes forward, and a change ends what can be redone. Raises
-        NotReversible where no earlier state is kept or its objects are gone, UnknownName, UsageError.
+        As in an editor: n undos go n states back, `redo` goes forward, and after a change nothing can be redone. Raises
+        NotReversible if no earlier state is kept or its objects are gone, UnknownName, UsageError.
         """
         return self._restore("undo", to)
 
     def redo(self) -> str:
-        """Commit the content that the latest undo left anew; returns the new head. Raises NotReversible."""
+        """Commit again the content that the latest undo left; return the new head. Raises NotReversible."""
         return self._restore("redo")
 
     def _restore(self, operation: str, to: str | None = None) -> str:
@@ -232,8 +232,8 @@ class Shelf:
                 return self._advance(snapshot, manifest)
 
     def configure(self, changes: Mapping[str, Any]) -> Settings:
-        """Change settings in shelf.toml, by the flat names that `new_settings` takes; None takes one out. What a person
-        wrote around them stays. Raises UsageError naming every value that cannot be, and what contradicts the content.
+        """Change settings in shelf.toml, by the flat names of `new_settings`; None removes one. The rest of the file
+        stays as it is. Raises UsageError naming every invalid value and every contradiction with the content.
         """
         path = self.path / FILE
         with self.writing():
@@ -247,7 +247,7 @@ class Shelf:
             if wrong.isdisjoint(("bytes", "keep")) and limit is not None and "bytes" in changes:
                 least = replace(snapshot, settings=settings).resting
                 if least > limit:
-                    faults.append(("bytes", f"bytes is {limit}, but the shelf takes {least}: at least that"))
+                    faults.append(("bytes", f"bytes is {limit}, but the shelf takes {least}: give at least that"))
             if faults:
                 raise UsageError("; ".join(fault for _, fault in faults), where=str(path), cure="give other values")
             with atomic.refusals(path, "read"):
@@ -259,19 +259,19 @@ class Shelf:
             return settings
 
     def mend(self) -> list[str]:
-        """Put right what a shelf has beside its objects (see `repair_records.mend`); what was done, in sentences."""
+        """Repair all files but objects (see `repair_records.mend`); return what was done, in sentences."""
         with self._lock.held(LOCK_SECONDS):
             self._folder.make_folders()
             return repair_records.mend(self.path)
 
     def rewrite(self, adapters: Iterable[tuple[Adapter, Codec]]) -> None:
-        """Write the objects of these adapters by their codecs where they are damaged or gone. Raises DiskError."""
+        """Write the objects of these adapters, by their codecs, if damaged or missing. Raises DiskError."""
         with self.writing():
             for adapter, codec in adapters:
                 self._folder.store(adapter, codec)
 
     def forget(self, states: Collection[str]) -> None:
-        """Delete kept states, and what only they reach; the log keeps their lines. Raises DiskError."""
+        """Log and delete kept states, with the files that only they refer to. Raises DiskError."""
         with self.writing():
             snapshot = self.snapshot()
             rest = replace(snapshot, kept={i: m for i, m in snapshot.kept.items() if i not in states})
@@ -282,51 +282,51 @@ class Shelf:
             self._folder.sweep(self.snapshot())
 
     def gc(self) -> list[str]:
-        """Delete what nothing reaches (docs/format.md); the relative paths deleted."""
+        """Delete unreferenced files (docs/format.md); return their relative paths."""
         with self.writing():
             return [*self._folder.sweep_staging(), *self._folder.sweep(self.snapshot())]
 
     def _ready(self) -> None:
-        """With the lock held: the folders are there, and the log can be appended to."""
+        """Make missing folders and check that the log can be appended to, with the lock held."""
         self._folder.make_folders()
         self._folder.log.check()
 
     # inside -----------------------------------------------------------------------------------------------------
 
     def _check_settings(self, settings: Settings, manifest: Manifest) -> None:
-        """Raise ShelfConfigError where shelf.toml contradicts the content."""
+        """Raise ShelfConfigError if shelf.toml contradicts the content."""
         if faults := _contradictions(settings, manifest):
             path = self.path / FILE
             raise config_error(path, atomic.read_file(path).decode(), faults)
 
     def _advance(self, before: Snapshot, manifest: Manifest) -> str:
-        """Write the manifest, move HEAD (this is the commit), then delete what is out of reach."""
+        """Write the manifest, move HEAD (this is the commit), then delete unreferenced files."""
         identity = self._folder.publish(manifest)
         self._lock.check()
         self._folder.move_head(identity)
-        with contextlib.suppress(LorashelfError, OSError):  # committed all the same: the next writer sweeps again
+        with contextlib.suppress(LorashelfError, OSError):  # committed nevertheless: the next writer sweeps again
             self._lock.check()
             self._folder.sweep(self.snapshot())
         if before.manifest.files.format < FORMAT:
-            what = f"{self.path} is of format {FORMAT} from now on, of {before.manifest.files.format} before"
-            _logger.warning("note: %s; an older lorashelf cannot read it any more", what)
+            what = f"{self.path} now has format {FORMAT}, before it had {before.manifest.files.format}"
+            _logger.warning("note: %s; an older lorashelf can no longer read it", what)
         return identity
 
     @contextlib.contextmanager
     def _nothing_left(self) -> Iterator[None]:
-        """Take away what a commit that fails has written so far."""
+        """Delete what a failing commit has written."""
         try:
             yield
         except BaseException:
             with contextlib.suppress(LorashelfError, OSError):
-                self._lock.check()  # else what lies there may be another writer's
+                self._lock.check()  # else the files may be another writer's
                 self._folder.sweep_staging()
                 self._folder.sweep(self.snapshot())
             raise
 
 
 def _contradictions(settings: Settings, manifest: Manifest) -> list[tuple[str, str]]:
-    """The settings that the content contradicts, as (key, sentence)."""
+    """Return the settings that the content contradicts, as (key, sentence)."""
     faults = []
     need = max((slot.id + 1 for slot in manifest.slots), default=0)
     if settings.budget.slots is not None and settings.budget.slots < need:
