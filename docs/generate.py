@@ -203,6 +203,31 @@ def frontier(text: str) -> str:
     return re.sub(r"<!-- generated: frontier -->.*?<!-- end frontier -->", lambda _: table, text, flags=re.DOTALL)
 
 
+def proof(text: str) -> str:
+    """README.md with its table of what serves the forty tasks."""
+    shown = {
+        "own": "each task's own adapter",
+        12.5: "the same, coded",
+        1: "the same, coded",
+        "kmerge++": "five slots by K-Merge++",
+        "random": "five slots of random tasks",
+        "base": "the bare base model",
+    }
+    found = {each["cell"].get("percent", each["cell"]["method"]): each for each in _frontier()[1].values()}
+    whole = found["own"]["bytes"]
+    rows = [
+        "| what serves the forty tasks | share of the bytes | mean loss, nats per token | gain in loss kept |",
+        "|---|---|---|---|",
+    ]
+    for key, name in shown.items():
+        loss = Sample((found[key],)).losses
+        mean = np.mean([values[0] for values in loss.values()])
+        kept = np.mean([values[0] for values in _shares(found[key]).values()])
+        rows.append(f"| {name} | {100 * found[key]['bytes'] / whole:.3g} % | {mean:.3f} | {100 * kept:.1f} % |")
+    table = "<!-- generated: proof -->\n" + "\n".join(rows) + "\n<!-- end proof -->"
+    return re.sub(r"<!-- generated: proof -->.*?<!-- end proof -->", lambda _: table, text, flags=re.DOTALL)
+
+
 def predicted(text: str) -> str:
     """docs/coded.md with its table of predicted and measured qualities."""
     rows = [
@@ -227,6 +252,7 @@ PARTS = {
     "architecture.md": [layers],
     "results.md": [results, frontier],
     "coded.md": [predicted],
+    "../README.md": [proof],
 }
 
 
