@@ -150,7 +150,7 @@ def test_a_shelf_that_is_full_already_goes_on_after_a_task_is_removed(tmp_path: 
     assert carried_out(shelf, lambda: plan_update(shelf.snapshot(), "task-0", adapter(4))) is None
     plan = plan_add(shelf.snapshot(), adapter(3), "late")
     assert plan.report["decision"] == "fold"
-    assert "a slot more would leave no room to change any" in plan.report["reason"]
+    assert "one more slot would leave no room to change any" in plan.report["reason"]
 
 
 def test_clusters_leave_room_to_go_on(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_noise_stands_in_a_manifest_only_where_an_adapter_was_taken_out(tmp_path
     assert [float(energy) for pair in [*held.modules.values(), held.elsewhere] for energy in pair] == list(
         slot.history.noise
     )
-    with pytest.raises(CorruptShelf, match="noise is of another number of modules"):
+    with pytest.raises(CorruptShelf, match="noise has another number of modules"):
         snapshot.average(replace(slot, history=replace(slot.history, noise=slot.history.noise[:-2])))
 
 

@@ -342,7 +342,7 @@ def test_no_slot_of_its_own_is_offered_where_the_bytes_lack(new_shelf: Callable[
 
 def test_an_action_that_a_policy_makes_up_is_refused(new_shelf: Callable[..., Shelf]) -> None:
     shelf = new_shelf(2)
-    with pytest.raises(UsageError, match=r"answered Open\(slot=7\)"):
+    with pytest.raises(UsageError, match=r"returned Open\(slot=7\)"):
         _planned_by(shelf, lambda offered, _: Candidate.opening(7))
 
 

@@ -1,4 +1,4 @@
-"""An adapter that arrives at a shelf: what can be done with it, and the plan of what a policy picks."""
+"""An adapter that arrives at a shelf: the candidate actions, and the plan of the one that the policy picks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .plan_parts import agreed_base, all_damage, kind_of, planned, storable
 from .slot import Slot
 from .snapshot import Snapshot
 
-MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold
+MAX_SCORES = 256  # arrival scores that a manifest holds for the automatic threshold
 
 
 def plan_add(
@@ -39,10 +39,10 @@ def plan_add(
     details: Mapping[str, Any] | None = None,
     assume_base: bool = False,
 ) -> Plan:
-    """Where an arriving adapter goes, and what its slot becomes (K-Merge, K-Merge++ …, by the shelf's settings).
+    """Plan where an arriving adapter goes and what its slot becomes (K-Merge, K-Merge++ …, by the shelf's settings).
 
     `type` is the problem type (default: the name before the first "-"); `details` are stored with the task. Raises
-    TaskNameError, BaseMismatch, ShapeMismatch. A refusal of the policy or the budget is a plan with `refused` set.
+    TaskNameError, BaseMismatch, ShapeMismatch. If the policy or the budget refuses, the plan has `refused` set.
     """
     return _arrival(snapshot, adapter, task, type, details, assume_base).decided()
 
@@ -55,9 +55,9 @@ def candidates(
     type: str | None = None,
     assume_base: bool = False,
 ) -> list[Candidate]:
-    """What can be done with an arriving adapter: a slot of its own, if there is one that the bytes have room for, and a
-    fold into each slot that holds a trained adapter. What an action would write, and the bytes of the shelf after it,
-    are worked out when they are asked for. Raises as `plan_add`.
+    """Return what can be done with an arriving adapter: a new slot, if one is free and fits into the bytes, and a fold
+    into each slot that holds a trained adapter. What an action would write, and the bytes of the shelf after it, are
+    computed on demand. Raises as `plan_add`.
     """
     return _arrival(snapshot, adapter, task, type, None, assume_base).candidates
 
@@ -70,17 +70,17 @@ def _arrival(
     details: Mapping[str, Any] | None,
     assume_base: bool,
 ) -> Arrival:
-    """The adapter compared with what the shelf holds. Raises as `plan_add`."""
+    """Compare the adapter with the content of the shelf. Raises as `plan_add`."""
     task = task_name(task)
     manifest, settings = snapshot.manifest, snapshot.settings
     if task in manifest.tasks:
         cure = "choose another name, or lorashelf update / remove the task first"
-        raise TaskNameError(f"task {task!r} is on the shelf already", where=str(snapshot.path), cure=cure)
+        raise TaskNameError(f"task {task!r} is already on the shelf", where=str(snapshot.path), cure=cure)
     adapter = as_adapter(adapter)
     details = storable(task, details or {})
     kind = kind_of(task, type, details.pop("type", None))
-    with all_damage(snapshot), beside(lambda: adapter.digest):  # asked for below
-        by_bytes = settings.placement.by_bytes  # then nothing depends on what is similar
+    with all_damage(snapshot), beside(lambda: adapter.digest):  # needed below
+        by_bytes = settings.placement.by_bytes  # then nothing depends on similarity
         held = {s.id: snapshot.glanced(s) if by_bytes else snapshot.stored(s) for s in manifest.slots if s.readable}
         base = agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
         squared_norms(adapter)  # likewise
@@ -88,7 +88,7 @@ def _arrival(
     scores = {slot: float(score) for slot, score in zip(held, values, strict=not by_bytes)}
     same = next((s.id for s in manifest.slots if s.readable and adapter.digest in s.history.digests), None)
     record = source(task, kind, adapter)
-    if same is None and not record.norm and scores:  # untrained: a slot of its own would be taken from others
+    if same is None and not record.norm and scores:  # untrained: a new slot would be wasted on it
         same = nearest([Candidate.folding(slot, score) for slot, score in scores.items()]).action.slot
     seen = manifest.scores if same is not None else (*manifest.scores, *scores.values())
     known = replace(
@@ -96,7 +96,7 @@ def _arrival(
         base=base,
         tasks=dict(sorted({**manifest.tasks, task: {**details, "type": kind, "digest": adapter.digest}}.items())),
         arrived=manifest.arrived + 1,
-        # once all slots are filled nothing depends on a threshold any more
+        # once all slots are filled, nothing depends on a threshold
         scores=(seen if len(manifest.slots) < (settings.budget.slots or 0) else manifest.scores)[-MAX_SCORES:],
     )
     return Arrival(snapshot, adapter, record, known, held, scores, settings.placement.threshold_for(seen), same)
@@ -104,23 +104,23 @@ def _arrival(
 
 @dataclass(frozen=True)
 class Arrival:
-    """An adapter beside what a shelf holds."""
+    """An adapter compared with the content of a shelf."""
 
     snapshot: Snapshot
     adapter: Adapter
     record: Source
     known: Manifest
-    """The manifest with the task, its route left open."""
+    """The manifest with the task, not yet routed."""
     held: Mapping[int, Adapter]
     scores: Mapping[int, float]
     threshold: float | None
     same: int | None
-    """The slot whose average has this very adapter, or any for an adapter that changes nothing: only a route is new."""
+    """The slot that averages this adapter already, or the nearest for an untrained one: only a route is new."""
     plans: dict[Action, Plan] = field(default_factory=dict, repr=False)
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the command prints of it, whatever is decided."""
+        """The part of the command's report that does not depend on the decision."""
         scores = {str(slot): score for slot, score in self.scores.items()}
         untrained = {} if self.record.norm else {"untrained": True}
         return {"task": self.record.task, "scores": scores, "threshold": self.threshold, **untrained}
@@ -139,7 +139,7 @@ class Arrival:
 
     @cached_property
     def shortage(self) -> Shortage | OverBudget | None:
-        """What a slot of its own lacks in bytes; None if it fits, or if no slot is free."""
+        """The bytes missing for a new slot, as a Shortage; None if a new slot fits, or if no slot is free."""
         if self.free is None or self.snapshot.settings.budget.bytes is None:
             return None
         if self.snapshot.settings.placement.by_bytes:
@@ -152,7 +152,7 @@ class Arrival:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """As `candidates`."""
+        """The result of `candidates`."""
         opening = [] if self.free is None or self.shortage else [Candidate.opening(self.free, self.effect)]
         return [*opening, *self._folds]
 
@@ -162,12 +162,12 @@ class Arrival:
         return [Candidate.folding(slot, self.scores[slot], self.effect) for slot in compared]
 
     def effect(self, action: Action) -> Effect:
-        """What an action would write, and the bytes of the shelf after it."""
+        """Return what an action would write, and the bytes of the shelf after it."""
         plan = self.plan(action)
         return Effect(plan.writes, self.snapshot.at_rest(plan))
 
     def decided(self) -> Plan:
-        """The plan of the candidate that the shelf's policy picks, or of a refusal."""
+        """Plan the candidate that the policy picks, or a refusal. Raises UsageError for an action not offered."""
         if self.same is not None:
             return self._within_budget(self._arrived(Fold(self.same), None))
         manifest, settings = self.snapshot.manifest, self.snapshot.settings
@@ -194,7 +194,7 @@ class Arrival:
         return self._within_budget(plan)
 
     def plan(self, action: Action) -> Plan:
-        """The plan of an action, worked out once."""
+        """Plan an action, once."""
         if action not in self.plans:
             self.plans[action] = self._opened(action) if isinstance(action, Open) else self._folded(action)
         return self.plans[action]
@@ -207,22 +207,22 @@ class Arrival:
         into = action.sources or (action.slot,)
         sources = [self.snapshot.average(self.snapshot.manifest.slot(i)) for i in into]
         new = fold(sources, self.adapter, self.record, self.snapshot.settings.merge, action.weighting)
-        squared_norms(new.adapter)  # asked for below
+        squared_norms(new.adapter)  # needed below
         plan = self._arrived(action, new)
         common = shared([*(self.held[i] for i in into), self.adapter])
         return replace(plan, report={**plan.report, "shared": common})
 
     def _check_offered(self, action: Action) -> None:
-        """Raise UsageError for an action that a policy made up."""
+        """Raise UsageError for an action that is not among the candidates."""
         offered = {candidate.action for candidate in self.candidates}
         slots = {candidate.action.slot for candidate in folds(self.candidates)}
         if action in offered or (isinstance(action, Fold) and {action.slot, *action.sources} <= slots):
             return
         name = self.snapshot.settings.placement.policy
-        raise UsageError(f"policy {name!r} answered {action}", cure="return one of the candidates")
+        raise UsageError(f"policy {name!r} returned {action}", cure="return one of the candidates")
 
     def _arrived(self, action: Action, new: Average | None) -> Plan:
-        """The plan of an add whose decision is made; without `new` content the task is only routed."""
+        """Return the plan of an add with this action; without `new` content the task is only routed."""
         settings, known, report = self.snapshot.settings, self.known, self.report
         kind = "open" if isinstance(action, Open) else "fold"
         before = next((slot for slot in known.slots if slot.id == action.slot), None)
@@ -238,7 +238,7 @@ class Arrival:
         return planned(self.snapshot, replace(known, slots=known.with_slot(slot)), writes, cause, report)
 
     def _within_budget(self, plan: Plan) -> Plan:
-        """The plan, or a refusal where the budget does not meet it."""
+        """Return the plan, or a refusal if the plan exceeds the budget."""
         try:
             check_budget(self.snapshot, plan)
         except OverBudget as error:
@@ -251,7 +251,7 @@ class Arrival:
         return Plan(self.snapshot.head, self.snapshot.manifest, {}, report, refused=reason)
 
     def _no_room(self) -> str:
-        """Why no slot can be opened, and what would help."""
+        """Return why no slot can be opened, and the cure."""
         if self.shortage:
             error = self.shortage if isinstance(self.shortage, OverBudget) else self.shortage.error
             return f"{error.what}; {error.cure}"

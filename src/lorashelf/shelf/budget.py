@@ -1,4 +1,4 @@
-"""Whether a plan fits into the slots and the bytes, whether that leaves room to go on, and what would make it fit."""
+"""Whether a plan fits into the slots and bytes, whether room for changes is left, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ EDIT = 128  # bytes that a changed line may add to shelf.toml or a config
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """A plan that the bytes have no room for; what would help is looked for only where it is told."""
+    """A plan that does not fit into the bytes; the cures are searched only when the error is requested."""
 
     snapshot: Snapshot
     plan: Plan
     size: Size
-    """Bytes that are needed."""
+    """The bytes needed."""
     what: str
 
     @property
     def error(self) -> OverBudget:
-        """With every option of `lorashelf set` that would help."""
+        """The error, with every option of `lorashelf set` that would help."""
         options = " or ".join(_cures(self.snapshot, self.plan, self.size))
         cure = f"give {options}, by lorashelf set SHELF or where the shelf is made"
         return OverBudget(self.what, where=str(self.snapshot.path), cure=cure)
 
 
 def check_budget(snapshot: Snapshot, plan: Plan) -> None:
-    """Raise OverBudget unless the plan's result fits into the slots and the bytes; the error names what would help."""
+    """Raise OverBudget unless the plan's result fits into the slots and bytes; the cure names what would help."""
     budget = snapshot.settings.budget
     if budget.slots is not None and len(plan.manifest.slots) > budget.slots:
         raise OverBudget(
@@ -51,7 +51,7 @@ def check_budget(snapshot: Snapshot, plan: Plan) -> None:
 
 
 def shortage(snapshot: Snapshot, plan: Plan) -> Shortage | None:
-    """What the plan lacks in bytes, None if it fits."""
+    """Return the shortage of bytes of a plan, None if it fits."""
     limit = snapshot.settings.budget.bytes
     if limit is None or snapshot.at_rest(plan, hashed=False) <= limit:
         return None
@@ -63,10 +63,10 @@ def shortage(snapshot: Snapshot, plan: Plan) -> Shortage | None:
 
 
 def shortage_of_room(snapshot: Snapshot, plan: Plan) -> Shortage | None:
-    """What a plan that opens slots lacks in bytes so that every slot can be changed after it, again and again.
+    """Return the shortage of bytes of a plan that opens slots, counting the room to change every slot afterwards.
 
-    A change writes a slot anew, and `keep` old states of it stay beside. A slot opened into that room could never be
-    folded into or updated again, nor could any other: better fold now.
+    A change rewrites a slot, and `keep` old states of it are kept. If a new slot took that room, no slot could be
+    folded into or updated again: better to fold now.
     """
     limit, keep = snapshot.settings.budget.bytes, snapshot.settings.budget.keep
     if limit is None or _with_room(snapshot, plan, hashed=False) <= limit or _with_room(snapshot, plan) <= limit:
@@ -77,21 +77,21 @@ def shortage_of_room(snapshot: Snapshot, plan: Plan) -> Shortage | None:
     takes = (
         f"with {states} kept (keep) the shelf could take {after_changes(snapshot, plan)} bytes, the budget is {limit}"
     )
-    return Shortage(snapshot, plan, _with_room, f"a slot more would leave no room to change any: {takes}")
+    return Shortage(snapshot, plan, _with_room, f"one more slot would leave no room to change any: {takes}")
 
 
 def _with_room(snapshot: Snapshot, plan: Plan, *, hashed: bool = True) -> int:
-    """Bytes for the plan, and for changes after it."""
+    """Return the bytes for the plan and for changes after it."""
     return max(snapshot.at_rest(plan, hashed=hashed), after_changes(snapshot, plan))
 
 
 def after_changes(snapshot: Snapshot, plan: Plan) -> int:
-    """Every byte under the shelf at rest once the plan was carried out and the largest slot then changed `keep` times,
-    so that nothing of what was before is kept; and a manifest more, as manifests and the log grow with every operation.
+    """Return the bytes under the shelf after the plan and then `keep` changes of the largest slot, so that no earlier
+    state is kept; plus one manifest, as manifests and the log grow with every operation.
     """
     limit, largest = snapshot.settings.budget.bytes, max(plan.manifest.slots, key=lambda slot: slot.object.bytes)
     times = snapshot.settings.budget.keep
-    if not times:  # then a change takes the place of what it changes
+    if not times:  # then a change replaces what it changes
         return 0
     if limit is not None:  # more would not fit in any case
         times = min(times, limit // largest.object.bytes + 1)
@@ -111,7 +111,7 @@ def after_changes(snapshot: Snapshot, plan: Plan) -> int:
 
 
 def _cures(snapshot: Snapshot, plan: Plan, size: Size) -> Iterator[str]:
-    """The options each of which alone would make the plan fit."""
+    """Yield the options each of which alone would make the plan fit."""
     budget = snapshot.settings.budget
     limit = budget.bytes or 0
     yield f"--bytes {size(snapshot, plan) + EDIT}"
@@ -133,7 +133,7 @@ def _cures(snapshot: Snapshot, plan: Plan, size: Size) -> Iterator[str]:
 
 
 def _most(values: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The last of rising values that fits, where no value fits after one that does not; None if the first does not."""
+    """Return the last of rising values that fits, None if the first does not; no value fits after one that does not."""
     low, high = 0, len(values)
     while low < high:
         middle = (low + high) // 2
@@ -142,7 +142,7 @@ def _most(values: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 
 def _stored(plan: Plan, rank: int | None = None, dtype: str | None = None) -> Plan:
-    """The plan with the sizes that its new objects would have if they were cut to a rank or stored in a dtype."""
+    """Return the plan with the sizes of its new objects if cut to a rank or stored in a dtype."""
 
     def size(slot: int, x: Adapter) -> int:
         planned = plan.manifest.slot(slot)
@@ -163,7 +163,7 @@ def _stored(plan: Plan, rank: int | None = None, dtype: str | None = None) -> Pl
 
 
 def _hollow(x: Adapter, rank: int, dtype: str) -> Adapter:
-    """An adapter of these shapes and scales, cut to a rank, without its values."""
+    """Return an adapter of the same shapes and scales, cut to a rank, with zeros as values."""
     modules = {}
     for path, (dout, r, din) in x.shapes.items():
         cut = min(r, rank)

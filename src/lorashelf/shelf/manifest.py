@@ -1,4 +1,4 @@
-"""What a shelf holds at one moment: slots, tasks, the recipe in force, the cause; an immutable, linked document."""
+"""The content of a shelf at one moment: slots, tasks, recipe, cause; an immutable document, linked to its parent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .slot import Facts, Slot, is_number, record_faults
 PENDING_TIME = "0000-00-00T00:00:00Z"
 Clock = Callable[[], datetime]
 Details = Mapping[str, Any]
-"""What is stored with a task: type, digest of its adapter, and what --task-file gave."""
+"""What is stored with a task: type, digest of its adapter, and the content of --task-file."""
 K = TypeVar("K")
 T = TypeVar("T")
 _STATES = ("undo", "redo", "ended")
@@ -28,7 +28,7 @@ MOST_REMEMBERED = 4096  # manifests and pages, read or encoded in this process
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A manifest as files: its own, and the pages that it refers to, of which it knows the JSON or only the id."""
+    """A manifest as files: the root, and the pages that it refers to, each with its JSON or only its id."""
 
     format: int
     root: bytes
@@ -41,13 +41,13 @@ class Files:
 
 
 def no_page(identity: str) -> bytes:
-    """The reader of a manifest that has no pages. Raises ValueError."""
-    raise ValueError(f"page {identity!r} is not here")
+    """Raise ValueError: the reader of a manifest without pages."""
+    raise ValueError(f"page {identity!r} is missing")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole content of a shelf. Its id is the digest of its canonical JSON; `parent` links it to the one before."""
+    """The whole content of a shelf. Its id is the digest of its canonical JSON; `parent` links to the previous one."""
 
     parent: str | None
     sequence: int
@@ -57,23 +57,23 @@ class Manifest:
     base: BaseId | None = None
     slots: tuple[Slot, ...] = ()
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Task name → {type, digest of its adapter, and what --task-file gave}."""
+    """Task name → {type, digest of its adapter, and the content of --task-file}."""
     arrived: int = 0
-    """How many adapters ever arrived."""
+    """The number of adapters that ever arrived."""
     scores: tuple[float, ...] = ()
     """Scores of arrivals while a slot was free, for threshold = auto."""
     state: str | None = None
-    """Of an undo or a redo: the manifest whose content this one has again. None: the content is this one's own."""
+    """After an undo or a redo: the manifest whose content this one restores. None: the content is new."""
     undo: tuple[str, ...] = ()
-    """With `state`: the states before it that can be reached, nearest first."""
+    """With `state`: the reachable states before it, nearest first."""
     redo: tuple[str, ...] = ()
-    """With `state`: the states after it that can be reached, nearest first."""
+    """With `state`: the reachable states after it, nearest first."""
     ended: tuple[str, ...] = ()
-    """The states that could be redone until this change."""
+    """The states that could be redone before this change."""
 
     @cached_property
     def files(self) -> Files:
-        """Its files: those that it was read from, else those of the present format."""
+        """The files that the manifest was read from, else its files in the current format."""
         pages = Pages()
         slots = [_slots_page(run, pages) for run in divided(self.slots, lambda slot: str(slot.id))]
         names = divided(sorted(self.tasks), lambda name: name)
@@ -81,7 +81,7 @@ class Manifest:
         return Files(FORMAT, canonical_json(self._document(slots, tasks)), pages)
 
     def document(self) -> dict[str, Any]:
-        """The JSON document of all that it holds, as in answers."""
+        """Return the whole content as a JSON document, as in answers."""
         slots = [slot.document() for slot in self.slots]
         return self._document(slots, {name: dict(value) for name, value in self.tasks.items()})
 
@@ -106,7 +106,7 @@ class Manifest:
 
     @staticmethod
     def decode(data: bytes, where: str, reader: Reader = no_page) -> Manifest:
-        """The manifest of these bytes and of the pages that they refer to; the latest ones are remembered.
+        """Read a manifest from its bytes and the pages that they refer to; the latest manifests are cached.
 
         Raises CorruptShelf, NewerFormat, and what `reader` raises.
         """
@@ -149,30 +149,30 @@ class Manifest:
         return manifest
 
     def slot(self, slot_id: int) -> Slot:
-        """The slot of this id. Raises KeyError."""
+        """Return the slot of this id. Raises KeyError."""
         for slot in self.slots:
             if slot.id == slot_id:
                 return slot
         raise KeyError(slot_id)
 
     def slot_of(self, task: str) -> Slot | None:
-        """Θ(t): the slot whose members hold the task."""
+        """Return Θ(t), the slot whose members include the task; None for an unknown task."""
         return next((slot for slot in self.slots if task in slot.members), None)
 
     def with_slot(self, slot: Slot) -> tuple[Slot, ...]:
-        """The slots with this one put in or replaced, by id."""
+        """Return the slots with this one added or replaced, in order of id."""
         rest = [other for other in self.slots if other.id != slot.id]
         return tuple(sorted([*rest, slot], key=lambda each: each.id))
 
     def without_slot(self, slot_id: int) -> tuple[Slot, ...]:
-        """The slots but this one."""
+        """Return the slots except the one of this id."""
         return tuple(slot for slot in self.slots if slot.id != slot_id)
 
 
 def salvaged(data: bytes, where: str, reader: Reader) -> tuple[Manifest, list[str]]:
-    """What is left of a manifest of which pages are lost, and the ids of these pages.
+    """Read what is left of a manifest with lost pages, and the ids of these pages.
 
-    A task is left where its slot is, and either its own page or its adapter among the sources. Raises as `decode`.
+    A task is left if its slot is, and either its own page or its adapter among the sources. Raises as `decode`.
     """
     lost: list[str] = []
 
@@ -214,18 +214,18 @@ def _sound_facts(document: Any) -> bool:
 
 
 def _slots_page(run: Sequence[Slot], pages: Pages) -> str:
-    """The id of the page of these slots, added to `pages` with what it refers to; encoded once."""
+    """Add the page of these slots, and the pages that it refers to, to `pages`; return its id. Encodes once."""
     key = tuple(map(id, run))
     if key not in _encoded:
         own = Pages()
         _remember(_encoded, key, (run, own.add([slot.record(own) for slot in run]), own))
-    _, identity, own = _encoded[key]  # `run` is held so that its ids stay those of its slots
+    _, identity, own = _encoded[key]  # the cache keeps `run`, so that `id` stays unique
     pages.update(own)
     return identity
 
 
 def _tasks_page(run: Mapping[str, Details], pages: Pages) -> str:
-    """The id of the page of these tasks, added to `pages`; encoded once."""
+    """Add the page of these tasks to `pages`; return its id. Encodes once."""
     key = (*run, *map(id, run.values()))
     if key not in _encoded:
         own = Pages()
@@ -236,7 +236,7 @@ def _tasks_page(run: Mapping[str, Details], pages: Pages) -> str:
 
 
 class _Found(NamedTuple):
-    """A page that was read: its id, what is on it, and the pages that it is and refers to."""
+    """A page that was read: its id, its content, and the pages: itself and those it refers to."""
 
     id: str
     content: Any
@@ -244,7 +244,7 @@ class _Found(NamedTuple):
 
 
 def _resolve(document: dict[str, Any], reader: Reader) -> tuple[list[_Found], list[_Found]]:
-    """Put the records of its pages into a manifest's document of format 2; the pages of slots and of tasks."""
+    """Insert the records on pages into a manifest's document of format 2; return the pages of slots and of tasks."""
 
     def read(name: str) -> Iterator[_Found]:
         if not _are_digests(document[name]):
@@ -263,7 +263,7 @@ def _resolve(document: dict[str, Any], reader: Reader) -> tuple[list[_Found], li
 
 
 def _encoded_already(manifest: Manifest, slots: Sequence[_Found], tasks: Sequence[_Found]) -> None:
-    """Remember which pages the slots and tasks of a manifest are on, so that they are not encoded again."""
+    """Cache the pages of the slots and tasks of a manifest, so that they are not encoded again."""
     place = 0
     for page in slots:
         run = manifest.slots[place : place + len(page.content)]
@@ -275,7 +275,7 @@ def _encoded_already(manifest: Manifest, slots: Sequence[_Found], tasks: Sequenc
 
 
 def _remember(known: dict[K, T], key: K, value: T) -> None:
-    """Keep a value; the oldest goes where there are too many."""
+    """Cache a value; drop the oldest if there are too many."""
     if len(known) >= MOST_REMEMBERED:
         del known[next(iter(known))]
     known[key] = value
@@ -287,7 +287,7 @@ def _check(document: dict[str, Any]) -> None:
 
 
 def _faults(document: dict[str, Any]) -> Iterator[str]:
-    """The fields that a manifest, whatever its digest, could not have had from `Manifest.document`."""
+    """Yield the fields with values that no writer makes, whatever the digest."""
     kinds = {"sequence": int, "arrived": int, "slots": list, "scores": list}
     kinds |= dict.fromkeys(("recipe", "budget", "cause", "tasks"), dict)
     wrong = [name for name, kind in kinds.items() if type(document[name]) is not kind]
@@ -330,16 +330,16 @@ _encoded: dict[tuple[object, ...], tuple[object, str, Pages]] = {}
 
 
 def now() -> datetime:
-    """The present time, UTC."""
+    """Return the current time, UTC."""
     return datetime.now(timezone.utc)
 
 
 def stamp(clock: Clock) -> str:
-    """The time of a clock as a manifest has it: UTC, in seconds, always of one length."""
+    """Return the time of a clock as in a manifest: UTC, in seconds, always of the same length."""
     time = clock().astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return time if len(time) == len(PENDING_TIME) else PENDING_TIME
 
 
 def manifest_id(data: bytes) -> str:
-    """The id of a manifest's bytes."""
+    """Return the id of a manifest's bytes."""
     return digest([data])

@@ -1,4 +1,4 @@
-"""A commit that has not happened."""
+"""A commit that has not been made."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .slot import Facts, StoredObject
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A commit that has not happened: the manifest to be (its new objects PENDING), and the adapters to write per slot.
+    """A commit that has not been made: the next manifest (its new objects PENDING), and the adapter to write per slot.
 
-    `report` is the document of the command that made it. A refused plan has the parent's content and commits
+    `report` is the document of the command that made the plan. A refused plan has the parent's content and commits
     nothing.
     """
 
@@ -26,10 +26,10 @@ class Plan:
     report: Mapping[str, Any]
     refused: str | None = None
     shrinks: bool = False
-    """Whether it may pass a budget that is exceeded already (remove)."""
+    """Whether the plan may be committed over the budget (remove)."""
 
     def sealed(self, written: Mapping[int, Stored], time: str) -> Manifest:
-        """The manifest with the ids and sums of what was written, by slot, and the time filled in."""
+        """Return the manifest with the time and, by slot, the ids and sums of the written objects."""
         slots = tuple(
             replace(slot, object=_sealed(slot.object, written[slot.id])) if slot.id in written else slot
             for slot in self.manifest.slots

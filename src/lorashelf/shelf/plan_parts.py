@@ -1,4 +1,4 @@
-"""What every plan begins and ends with: the base that all agree on, what is stored with a task, the manifest to be."""
+"""Parts of every plan: the base that all agree on, what is stored with a task, the next manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .snapshot import Snapshot
 
 @contextlib.contextmanager
 def all_damage(snapshot: Snapshot) -> Iterator[None]:
-    """Where the block meets a damaged slot, name all that are."""
+    """If the block meets a damaged slot, raise CorruptShelf that names all damaged slots."""
     try:
         yield
     except CorruptShelf:
@@ -30,12 +30,12 @@ def all_damage(snapshot: Snapshot) -> Iterator[None]:
 
 
 def kind_of(task: str, *stated: str | None) -> str:
-    """The problem type: the first that is stated, else the name before the first "-". Raises TaskNameError."""
+    """Return the problem type: the first one stated, else the name before the first "-". Raises TaskNameError."""
     return next((problem_type(kind) for kind in stated if kind is not None), task.partition("-")[0])
 
 
 def storable(task: str, details: Mapping[str, Any]) -> dict[str, Any]:
-    """What is stored with a task, as a copy. Raises UsageError where JSON cannot hold it."""
+    """Return a copy of what is stored with a task. Raises NotStorable if JSON cannot hold it."""
     try:
         canonical_json(dict(details))
     except NotStorable as error:
@@ -52,7 +52,7 @@ def planned(
     report: Mapping[str, Any],
     shrinks: bool = False,
 ) -> Plan:
-    """The plan that makes this the manifest after the snapshot's, under the settings in force."""
+    """Return the plan that makes this the manifest after the snapshot's, under the settings in force."""
     settings = snapshot.settings
     following = replace(
         manifest,
@@ -72,7 +72,7 @@ def planned(
 def agreed_base(
     snapshot: Snapshot, adapters: Mapping[str, Adapter], held: Sequence[Adapter], assume: bool
 ) -> BaseId | None:
-    """The shelf's base once these adapters are on it, beside those `held`. Raises as `common_base`."""
+    """Return the base of the shelf with these adapters added to those `held`. Raises as `common_base`."""
     stored = snapshot.manifest.base if snapshot.manifest.slots else None
     return common_base(snapshot.settings, stored, adapters, held, assume, str(snapshot.path))
 
@@ -85,8 +85,8 @@ def common_base(
     assume: bool,
     where: str | None = None,
 ) -> BaseId | None:
-    """The shelf's base once these adapters are on it: the first known name. Raises BaseMismatch naming all others, and
-    every shape that disagrees with the rest or with those `held`; ShapeMismatch if it is shapes only.
+    """Return the base of the shelf with these adapters: the first known name. Raises BaseMismatch naming all others
+    and every shape that disagrees with the rest or with those `held`; ShapeMismatch if only shapes disagree.
     """
     base, faults = settings.agreed(stored, {task: x.base for task, x in adapters.items()}, assume)
     cure = "if these are one model under two names: --assume-base, or --base-alias NAME (base_aliases in shelf.toml)"

@@ -1,4 +1,4 @@
-"""The flows: from adapters and a snapshot to a Plan, without any effect. `Shelf.commit` carries a plan out."""
+"""Plans of update, remove, set and cluster, without side effects. `Shelf.commit` carries out a plan."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from ..placement.clustering import Clustering
 
 _ANEW = "for a slot without it, remove the slot's other tasks as well and add their originals anew"
-MAX_SCORES = 256  # how many arrival scores a manifest carries for the automatic threshold
+MAX_SCORES = 256  # arrival scores that a manifest holds for the automatic threshold
 
 
 def plan_update(
     snapshot: Snapshot, task: str, adapter: Adapter, was: Adapter | None = None, *, assume_base: bool = False
 ) -> Plan:
-    """Replace a task's adapter in its slot. In a shared slot the old one, `was`, is taken out of the average first.
+    """Plan to replace a task's adapter. In a shared slot the old one, `was`, is first taken out of the average.
 
-    Raises UnknownName, NotReversible where that needs an adapter or a history that is not there, BaseMismatch,
+    Raises UnknownName, NotReversible if that needs an adapter or a history that is missing, BaseMismatch,
     ShapeMismatch.
     """
     slot, details = snapshot.located(task)
@@ -44,7 +44,7 @@ def plan_update(
     if was is not None and was.digest != details["digest"]:
         raise another(task, was, details["digest"])
     if adapter.digest == details["digest"]:
-        raise UsageError(f"{task!r} has this very adapter already", cure="nothing is to be done")
+        raise UsageError(f"{task!r} already has this adapter", cure="nothing to do")
     with all_damage(snapshot):
         others = [snapshot.glanced(s) for s in snapshot.manifest.slots if s.readable and s.id != slot.id]
         base = agreed_base(snapshot, {task: adapter}, others, assume_base)
@@ -65,7 +65,7 @@ def plan_update(
 
 
 def _remaining(snapshot: Snapshot, slot: Slot, task: str, was: Adapter | None) -> tuple[Average, float | None]:
-    """What a shared slot holds without the adapter that a task has so far, and to what precision."""
+    """Return a shared slot's average without the current adapter of a task, and the precision."""
     if snapshot.manifest.tasks[task]["digest"] not in slot.history.digests:
         return snapshot.average(slot), None
     try:
@@ -78,11 +78,11 @@ def _remaining(snapshot: Snapshot, slot: Slot, task: str, was: Adapter | None) -
 
 
 def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -> Plan:
-    """Take a task off the shelf: its slot if it is alone there, with `adapter` its share of the average, else its route
-    only.
+    """Plan to remove a task: its slot if the task is alone there, its share of the average if `adapter` is given, else
+    only its route.
 
-    The report's `removed` says which of "slot", "average", "route" it was, `reason` why not more, `precision` the
-    relative rounding left. Raises UnknownName, and NotReversible if `adapter` is not the one recorded.
+    The report's `removed` is "slot", "average" or "route", `reason` is why not more, `precision` the relative
+    rounding error left. Raises UnknownName, and NotReversible if `adapter` is not the one recorded.
     """
     task = unicodedata.normalize("NFC", task)
     slot, details = snapshot.located(task)
@@ -103,7 +103,7 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
     if not members:
         report["removed"] = "slot"
         slots = known.without_slot(slot.id)
-        if not slots:  # what is known of adapters that are gone holds for none that come
+        if not slots:  # base and scores of removed adapters do not hold for later ones
             known = replace(known, base=None, scores=())
     else:
         try:
@@ -120,16 +120,16 @@ def plan_remove(snapshot: Snapshot, task: str, adapter: Adapter | None = None) -
 
 
 def plan_set(snapshot: Snapshot, task: str, fields: Mapping[str, Any]) -> Plan:
-    """Change what is stored with a task: prompt, type, language, metric, max_new_tokens (`tasks.checked_fields`).
+    """Plan to change the details of a task: prompt, type, language, metric, max_new_tokens (`tasks.checked_fields`).
 
-    Raises UnknownName, UsageError where nothing would change, TaskNameError for a type that cannot be.
+    Raises UnknownName, UsageError if nothing would change, TaskNameError for an invalid type.
     """
     task = unicodedata.normalize("NFC", task)
     slot, details = snapshot.located(task)
     given = storable(task, fields)
     changed = {name: value for name, value in given.items() if details.get(name) != value}
     if not changed:
-        raise UsageError(f"{task!r} has this stored with it already", cure="nothing is to be done")
+        raise UsageError(f"{task!r} already has these values", cure="nothing to do")
     kind = problem_type(changed.get("type", details["type"]))
     own = (task, details["digest"])
     merged = tuple(
@@ -145,7 +145,7 @@ def plan_set(snapshot: Snapshot, task: str, fields: Mapping[str, Any]) -> Plan:
 
 
 def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None, option: str) -> tuple[Average, float]:
-    """The slot's content with a task's adapter taken out. Raises NotReversible, saying what is missing."""
+    """Return the slot's average without a task's adapter, and the precision. Raises NotReversible with the reason."""
     digest = snapshot.manifest.tasks[task]["digest"]
     if _copies(snapshot, slot, task):
         raise NotReversible("another task here is served by the same adapter", cure="it stays in the average")
@@ -161,15 +161,15 @@ def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None,
 
 
 def _copies(snapshot: Snapshot, slot: Slot, task: str) -> list[str]:
-    """The other tasks of a slot that have the same adapter."""
+    """Return the other tasks of a slot that have the same adapter."""
     tasks = snapshot.manifest.tasks
     return [other for other in slot.members if other != task and tasks[other]["digest"] == tasks[task]["digest"]]
 
 
 def another(task: str, adapter: Adapter, digest: str) -> NotReversible:
-    """The error for an adapter that is not the one recorded for a task."""
+    """Return the error for an adapter that is not the one recorded for a task."""
     what = f"this is not the adapter of {task!r}: its digest is {adapter.digest[:15]}…, recorded is {digest[:15]}…"
-    return NotReversible(what, cure="give the very folder that was added")
+    return NotReversible(what, cure="give the folder that was added")
 
 
 def plan_cluster(
@@ -182,7 +182,7 @@ def plan_cluster(
     details: Mapping[str, Mapping[str, Any]] | None = None,
     assume_base: bool = False,
 ) -> Plan:
-    """Merge each block of a clustering of the adapters (task → adapter) into a slot; the shelf must be empty.
+    """Plan to merge each block of a clustering of the adapters (task → adapter) into a slot; the shelf must be empty.
 
     `merge` states how blocks are merged, by default as later adds are; `details` are stored with the tasks. Blocks are
     numbered by their smallest task name. Raises TaskNameError, BaseMismatch, ShapeMismatch, OverBudget, and UsageError
@@ -238,7 +238,7 @@ def plan_cluster(
 def together(
     adapters: Mapping[str, Adapter], settings: Settings, *, assume_base: bool = False
 ) -> tuple[dict[str, Adapter], BaseId | None]:
-    """The adapters by their names as stored, and the base that all agree on: what can be refused before a search.
+    """Return the adapters by their stored names, and the base that all agree on; refuses what it can before a search.
 
     Raises TaskNameError, BaseMismatch, ShapeMismatch.
     """
@@ -247,7 +247,7 @@ def together(
 
 
 def check_arrivals(snapshot: Snapshot, adapters: Mapping[str, Adapter], *, assume_base: bool = False) -> None:
-    """Raise what `plan_add` would raise of any of several adapters' bases and shapes, before the first is added.
+    """Raise what `plan_add` would raise for the bases and shapes of several adapters, before the first is added.
 
     Raises TaskNameError, BaseMismatch, ShapeMismatch, CorruptShelf.
     """

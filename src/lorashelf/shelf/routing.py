@@ -1,4 +1,4 @@
-"""Task → slot, and what the slots hold: the answers that other programs read."""
+"""Task → slot, and the content of slots: the answers that other programs read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MOST_KEPT = 16  # PEFT folders of coded slots in the cache
 
 
 def route(snapshot: Snapshot, task: str, *, verify: bool = True) -> dict[str, Any]:
-    """`{task, slot, path, members}`: the PEFT folder that serves the task, None if the slot is coded; its bytes checked
-    unless `verify` is False.
+    """Return `{task, slot, path, members}`; `path` is the PEFT folder that serves the task, None if the slot is coded.
+    Its bytes are checked unless `verify` is False.
 
     Raises UnknownName with the nearest names, CorruptShelf, NewerFormat.
     """
@@ -34,8 +34,8 @@ def route(snapshot: Snapshot, task: str, *, verify: bool = True) -> dict[str, An
 
 
 def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, verify: bool = True) -> dict[str, Any]:
-    """`route`, with a PEFT folder also where PEFT cannot load the slot's own: written to `output`, else kept in the
-    user's cache folder under the object's id, the latest MOST_KEPT of them, each checked before it is given out.
+    """Return `route` with a PEFT folder even if PEFT cannot load the slot's object: written to `output`, else to the
+    user's cache folder under the object's id. The latest MOST_KEPT are kept, and checked before they are returned.
 
     Raises as `route`, UsageError if `output` exists, DiskError.
     """
@@ -61,14 +61,14 @@ def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, v
 
 
 def routes(snapshot: Snapshot, *, verify: bool = True) -> dict[str, dict[str, Any]]:
-    """The whole map, task → `{task, slot, path, members}`; likewise. Raises CorruptShelf."""
+    """Return task → `{task, slot, path, members}` for every task, checked as in `route`. Raises CorruptShelf."""
     if verify:
         snapshot.check_bytes(*(slot for slot in snapshot.manifest.slots if slot.readable))
     return {task: _answer(snapshot, task, slot) for slot in snapshot.manifest.slots for task in slot.members}
 
 
 def slot_documents(snapshot: Snapshot) -> list[Mapping[str, Any]]:
-    """Every slot as in the manifest, with its absolute `path`, None where PEFT cannot load what lies there; a coded one
+    """Return every slot as in the manifest, with its absolute `path`, None if PEFT cannot load the object; a coded slot
     also with `percent` and `predicted_quality` of `rate`.
     """
     return [
@@ -78,7 +78,7 @@ def slot_documents(snapshot: Snapshot) -> list[Mapping[str, Any]]:
 
 
 def listing(snapshot: Snapshot) -> dict[str, Any]:
-    """The document of `ls`: slots, tasks, bytes, budget, head; what the averaged adapters would take apart."""
+    """Return the document of `ls`: slots, tasks, bytes, budget, head; bytes of the averaged adapters if separate."""
     apart = _apart(snapshot)
     return {
         "slots": slot_documents(snapshot),
@@ -92,20 +92,20 @@ def listing(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def storage(snapshot: Snapshot) -> float | None:
-    """Bytes of the head's slot objects over what the adapters averaged in would take apart; None if it is empty."""
+    """Return the bytes of the head's slot objects over those of the averaged adapters if separate; None if empty."""
     document = listing(snapshot)
     held = sum(slot["bytes"] for slot in document["slots"])
     return held / document["adapter_bytes"] if document["adapter_bytes"] else None
 
 
 def _apart(snapshot: Snapshot) -> dict[str, int]:
-    """Digest → bytes of every adapter averaged in, were it stored alone in the dtype of its slot: its values, and
-    beside them as much as its slot's files hold.
+    """Return digest → bytes of every averaged adapter, if stored alone in the dtype of its slot: its values, plus
+    as much overhead as its slot's files have.
     """
     apart: dict[str, int] = {}
     for slot in snapshot.manifest.slots:
         like = None
-        with contextlib.suppress(CorruptShelf, NewerFormat):  # listed all the same
+        with contextlib.suppress(CorruptShelf, NewerFormat):  # listed nevertheless
             like = snapshot.stored(slot)
         for source in slot.history.merged:
             apart.setdefault(source.digest, size_alone(source.parameters, slot.object.dtype, like))

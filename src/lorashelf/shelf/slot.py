@@ -1,4 +1,4 @@
-"""A numbered place on a shelf and the object that it holds, in memory and as a record of a manifest."""
+"""A slot of a shelf and its object, in memory and as a record of a manifest."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ PENDING = "b2-" + "0" * 64  # an object that is planned but not written yet; of 
 FILE_NAME = re.compile(r"[0-9a-f]{16}\.[a-z]{3}")
 _KEYS = {"slot", "object", "rank", "dtype", "bytes", "merged", "members", "error", "average"}
 _KEYS |= {"restored", "encoding", "worn", "fixed", "noise", "facts", "files"}
-_KEYS |= {"energies", "sums"}  # where format 1 has what is on the page `facts` in format 2
+_KEYS |= {"energies", "sums"}  # in format 1; in format 2 they are on the page `facts`
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of an object's values without reading them."""
+    """Facts about an object's values that are known without reading them."""
 
     squared_norms: tuple[float, ...] = ()
-    """‖ΔW‖² of every module, in the order of their paths; empty where the writer recorded none."""
+    """‖ΔW‖² of every module, in the order of their paths; empty if the writer recorded none."""
     sums: tuple[int, ...] = ()
-    """CRC-32 of config and header together, then of every tensor in the order of the file; empty where the writer
+    """CRC-32 of config and header together, then of every tensor in the order of the file; empty if the writer
     recorded none.
     """
 
     def document(self) -> dict[str, str]:
-        """As on a page."""
+        """Return the document on a page."""
         arrays = {"squared_norms": _packed(self.squared_norms, "d"), "sums": _packed(self.sums, "I")}
         return {name: text for name, text in arrays.items() if text}
 
     @staticmethod
     def read(document: Mapping[str, Any]) -> Facts:
-        """The facts of a page's document. Raises TypeError, ValueError."""
+        """Read the facts from a page's document. Raises TypeError, ValueError."""
         if unknown := document.keys() - {"squared_norms", "sums"}:
             raise ValueError(f"not what lorashelf writes: {', '.join(sorted(unknown))}")
         return Facts(_unpacked(document.get("squared_norms", ""), "d"), _unpacked(document.get("sums", ""), "I"))
@@ -57,7 +57,7 @@ NOTHING = Facts()
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """An adapter as bytes: where it lies (`id`), how it is written, and what is known of it without reading it."""
+    """An adapter as bytes: its name (`id`), its encoding, and what is known without reading the object."""
 
     id: str
     rank: int
@@ -65,24 +65,24 @@ class StoredObject:
     bytes: int
     encoding: str = "peft"
     facts: Facts | str = NOTHING
-    """The facts, or the id of the page that they are on."""
+    """The facts, or the id of their page."""
     files: tuple[StoredFile, ...] = ()
-    """Its files where other objects may share them; empty for a folder named by its id."""
+    """The files that other objects may share; empty for a folder named by the id."""
 
     @property
     def names(self) -> Sequence[str]:
-        """What it has in the folder `objects`."""
+        """The names in the folder `objects`."""
         return [file.name for file in self.files] or [self.id]
 
     def anew(self, number: int) -> StoredObject:
-        """One of the same size that shares nothing with it, for working out sizes: made up from a number."""
+        """Return a made-up object of the same size that shares no files, one per number, to compute sizes."""
         names = [digest([f"{number} {file.name}".encode()]) for file in self.files]
         files = [StoredFile(name[3:19] + ".lsc", file.bytes) for name, file in zip(names, self.files, strict=True)]
         return replace(self, id=digest([bytes(number)]), files=tuple(files))
 
     @staticmethod
     def pending(adapter: Adapter, encoding: str) -> StoredObject:
-        """What an adapter will be once it is written."""
+        """Return the object that an adapter will be once written."""
         encoded = CODECS[encoding].encode(adapter)
         known = Facts(tuple(squared_norms(adapter).values()), (0,) * encoded.parts) if encoded.parts else NOTHING
         return StoredObject(
@@ -98,7 +98,7 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A numbered place: the object that it holds, what that averages, and the tasks that are routed to it."""
+    """A numbered slot: its object, the history of the average, and the tasks routed to the slot."""
 
     id: int
     object: StoredObject
@@ -107,24 +107,24 @@ class Slot:
 
     @staticmethod
     def planned(slot_id: int, average: Average, members: Sequence[str], encoding: str = "peft") -> Slot:
-        """A slot whose object is not written yet."""
+        """Return a slot whose object is not written yet."""
         return Slot(slot_id, StoredObject.pending(average.adapter, encoding), average.history, tuple(members))
 
     @property
     def readable(self) -> bool:
-        """Whether this lorashelf knows the encoding of its object."""
+        """Whether this version knows the encoding of the object."""
         return self.object.encoding in CODECS
 
     @property
     def codec(self) -> Codec:
-        """What reads and writes its object. Raises NewerFormat for an encoding that this lorashelf does not know."""
+        """The codec of the object. Raises NewerFormat for an encoding that this version does not know."""
         if not self.readable:
             what = f"slot {self.id} has the encoding {self.object.encoding!r}, which this lorashelf does not know"
             raise NewerFormat(f"{what}; tasks: {', '.join(self.members)}", cure="upgrade lorashelf")
         return CODECS[self.object.encoding]
 
     def document(self) -> dict[str, Any]:
-        """As in every JSON answer: without facts and noise; `worn`, `fixed` only where there is any."""
+        """Return the document of JSON answers: without facts and noise; `worn` and `fixed` only if set."""
         stored, history = self.object, self.history
         document = {
             "slot": self.id,
@@ -143,7 +143,7 @@ class Slot:
         return document | {key: value for key, value in rare.items() if value}
 
     def record(self, pages: Pages) -> dict[str, Any]:
-        """As on a page of slots; long lists of sources, and facts, are added to `pages`."""
+        """Return the record on a page of slots; long lists of sources, and facts, are added to `pages`."""
         record, equal = self.document(), 1 / max(len(self.history.merged), 1)
         for source in record["merged"]:
             if source["weight"] == equal:
@@ -164,7 +164,7 @@ class Slot:
 
     @staticmethod
     def whole(record: Mapping[str, Any], pages: Pages, reader: Reader) -> dict[str, Any]:
-        """The record with all its sources, where they are on pages, and their weights. Raises as `pages.read`."""
+        """Return the record with all sources, read from pages if needed, and their weights. Raises as `pages.read`."""
         merged = record["merged"]
         if merged and isinstance(merged[0], str):
             merged = [source for identity in merged for source in pages.read(identity, reader)]
@@ -175,7 +175,7 @@ class Slot:
 
     @staticmethod
     def read(record: Mapping[str, Any]) -> Slot:
-        """The slot of a whole record without faults. Raises KeyError, TypeError, ValueError."""
+        """Read a slot from a whole record without faults. Raises KeyError, TypeError, ValueError."""
         if unknown := record.keys() - _KEYS:
             raise ValueError(f"not what lorashelf writes: {', '.join(sorted(unknown))}")
         history = History(
@@ -195,7 +195,7 @@ class Slot:
 
 
 def record_faults(record: Mapping[str, Any]) -> Iterator[str]:
-    """The fields that a record, whatever its digest, could not have had from a writer."""
+    """Yield the fields with values that no writer makes, whatever the digest."""
     sound = {
         "slot": type(record["slot"]) is int and record["slot"] >= 0,
         "object": is_digest(record["object"]),
@@ -227,12 +227,12 @@ def _are_files(files: Any, size: int) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a number."""
+    """Return whether a JSON value is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _packed(values: Sequence[float], code: str) -> str:
-    """Numbers of a kind that `struct` names, little-endian, in base64."""
+    """Return numbers of a `struct` format code, little-endian, in base64."""
     return b2a_base64(struct.pack(f"<{len(values)}{code}", *values), newline=False).decode()
 
 

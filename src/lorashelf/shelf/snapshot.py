@@ -36,25 +36,25 @@ _SWEPT = ("HEAD", LOG, "manifests", PAGES, "objects", "tmp")  # what a commit re
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A shelf as it was when read: nothing in it changes, though its files go once `keep` further commits were made."""
+    """A shelf as it was when read. It never changes, but its files may be deleted after `keep` further commits."""
 
     path: Path
     head: str
     manifest: Manifest
     settings: Settings
     kept: Mapping[str, Manifest]
-    """The manifests beside the head's that are there still: its predecessors, and where undo and redo lead."""
+    """The other manifests that are still kept: predecessors of the head, and where undo and redo lead."""
     pending: Mapping[int, Adapter] = field(default_factory=dict)
-    """Contents of slots that are planned, not written: what a dry run of several adds goes on from."""
+    """Contents of slots that are planned, not written: a dry run of several adds builds on them."""
     _served: dict[object, Adapter] = field(default_factory=dict, repr=False, compare=False)
     _known: dict[Adapter, Stored] = field(default_factory=dict, repr=False, compare=False)
     _walked: dict[Path, int] = field(default_factory=dict, repr=False, compare=False)
     read_at: str = ""
-    """What HEAD named when the shelf was read; the head itself unless that is planned."""
+    """The id in HEAD when the shelf was read: the head, unless the head is planned."""
 
     @property
     def keep(self) -> int:
-        """How many other states undo and redo reach at most, and how many commits a path stays readable for."""
+        """The most other states that undo and redo reach, and the number of commits for which a path stays readable."""
         return self.settings.budget.keep
 
     @property
@@ -74,7 +74,7 @@ class Snapshot:
 
     @property
     def stale(self) -> bool:
-        """Whether HEAD names another head by now, so that files of this snapshot may be gone."""
+        """Whether HEAD names another manifest now, so that files of this snapshot may be gone."""
         with contextlib.suppress(OSError, ValueError):
             return read_file(self.path / "HEAD").decode().strip() != self.read_at
         return False
@@ -91,19 +91,19 @@ class Snapshot:
             raise StaleShelf("the shelf changed while it was read", where=str(self.path), cure=cure) from error
 
     def slot_path(self, slot: Slot) -> Path:
-        """The folder of a slot's object, absolute, or the last of its files. Raises CorruptShelf if a link is there."""
+        """Return the absolute path of a slot's object: the folder or last file. Raises CorruptShelf for a link."""
         *_, last = found = [self.path.absolute() / "objects" / name for name in slot.object.names]
         no_links(*found)
         return last
 
     def slot_files(self, slot: Slot) -> Sequence[Path]:
-        """The files of a slot's object, absolute. Raises CorruptShelf if a link stands there."""
+        """Return the absolute paths of the files of a slot's object. Raises CorruptShelf for a link."""
         paths = slot.codec.paths(self.slot_path(slot).parent, slot.object.names)
         no_links(*paths)
         return paths
 
     def adapter(self, task: str) -> Adapter:
-        """The adapter that serves a task: one per object, as long as this snapshot lives. Raises UnknownName with the
+        """Return the adapter that serves a task, the same one per object and snapshot. Raises UnknownName with the
         nearest names, and as `stored`.
         """
         slot, _ = self.located(task)
@@ -113,8 +113,8 @@ class Snapshot:
         return self._served[key]
 
     def stored(self, slot: Slot) -> Adapter:
-        """A slot's content as it is stored, read lazily. Whatever is read of it is held against the sums that the
-        manifest has, or all its bytes against its id where it has none. Raises CorruptShelf, also when it is read.
+        """Return a slot's content as stored, read lazily. What is read is checked against the sums in the manifest; if
+        there are none, all bytes are first checked against the id. Raises CorruptShelf, also on a later read.
         """
         if slot.id in self.pending:
             return self.pending[slot.id]
@@ -124,7 +124,7 @@ class Snapshot:
         return adapter
 
     def glanced(self, slot: Slot) -> Adapter:
-        """As `stored`, for shapes and the rates of levels: values need not be there. Raises likewise."""
+        """Return as `stored`, for shapes and rates of levels: values may be missing. Raises as `stored`."""
         return self.pending[slot.id] if slot.id in self.pending else self._opened(slot, slot.codec.glance)
 
     def _opened(self, slot: Slot, read: Callable[[Sequence[Path], Sequence[int], Lost], Adapter]) -> Adapter:
@@ -144,7 +144,7 @@ class Snapshot:
                 raise self._corrupt([_damaged(slot, "; ".join(error.faults))], path) from error
 
     def facts(self, slot: Slot) -> Facts:
-        """What is recorded of a slot's object; nothing where the page is damaged, so that the object is hashed."""
+        """Return the recorded facts of a slot's object; none if the page is damaged, so that the object is hashed."""
         if isinstance(slot.object.facts, Facts):
             return slot.object.facts
         with contextlib.suppress(CorruptShelf):
@@ -152,7 +152,7 @@ class Snapshot:
         return NOTHING
 
     def _recorded(self, identity: str) -> Facts:
-        """The facts of a page. Raises CorruptShelf."""
+        """Read the facts on a page. Raises CorruptShelf."""
         try:
             return Facts.read(json.loads(read_page(self.path, identity)))
         except (ValueError, TypeError, AttributeError) as error:
@@ -161,14 +161,14 @@ class Snapshot:
             raise CorruptShelf(what, where=where, cure=f"lorashelf repair {self.path}") from error
 
     def average(self, slot: Slot) -> Average:
-        """A slot as what the next fold starts from: norm restoration divided out. Raises as `stored`."""
+        """Return the average from which the next fold starts: norm restoration divided out. Raises as `stored`."""
         average = Average(self.stored(slot), slot.history).plain
         if not average.noise_fits:
-            raise self._corrupt([f"slot {slot.id}: the manifest's noise is of another number of modules"], self.path)
+            raise self._corrupt([f"slot {slot.id}: the manifest's noise has another number of modules"], self.path)
         return average
 
     def located(self, task: str) -> tuple[Slot, Mapping[str, Any]]:
-        """Θ(t): the slot of a task, and what is stored with the task. Raises UnknownName with the nearest names."""
+        """Return Θ(t), the slot of a task, and the task's details. Raises UnknownName with the nearest names."""
         task = unicodedata.normalize("NFC", task)  # as names are stored
         slot = self.manifest.slot_of(task)
         if slot is None:
@@ -176,9 +176,9 @@ class Snapshot:
         return slot, self.manifest.tasks[task]
 
     def check_bytes(self, *slots: Slot) -> None:
-        """Raise CorruptShelf unless the stored bytes of these slots are those that their objects are named by.
+        """Raise CorruptShelf unless the stored bytes of these slots match the ids of their objects.
 
-        An object is hashed once a process, and again where the times of its files have changed.
+        An object is hashed once per process, and again if the times of its files have changed.
         """
         stored = [slot for slot in slots if slot.id not in self.pending]
         with self._standing():
@@ -188,7 +188,7 @@ class Snapshot:
                 raise self._corrupt([*faults.values()], where)
 
     def _fault(self, slot: Slot, *, anew: bool = False) -> str | None:
-        """What is wrong with the stored bytes of a slot, hashed `anew` or as this process knows them."""
+        """Return the fault of the stored bytes of a slot, None if sound; hashed `anew`, or by a known digest."""
         with refusals(self.path, "read"):
             path, files = self.slot_path(slot), self.slot_files(slot)
             try:
@@ -205,7 +205,7 @@ class Snapshot:
         return CorruptShelf("; ".join(faults), where=str(where), cure=f"lorashelf repair {self.path}")
 
     def problems(self, slot: Slot) -> list[str]:
-        """What is wrong with the object of a slot, in sentences: its bytes, their number, their energies."""
+        """Return the faults of a slot's object, in sentences: its bytes, their number, the squared norms."""
         if not slot.readable:
             return [f"slot {slot.id} is not checked: the encoding {slot.object.encoding!r} needs a newer lorashelf"]
         try:
@@ -217,7 +217,7 @@ class Snapshot:
             with refusals(files[0], "read"):
                 size = sum(file.stat().st_size for file in files)
             if size != slot.object.bytes:
-                return [_damaged(slot, f"it has {size} bytes, the manifest says {slot.object.bytes}")]
+                return [_damaged(slot, f"it has {size} bytes, the manifest records {slot.object.bytes}")]
             if self.facts(slot).squared_norms and not squared_norms_hold(adapter):
                 return [_damaged(slot, "the squared norms recorded are not those of its values")]
         except (CorruptShelf, StaleShelf) as error:
@@ -227,8 +227,8 @@ class Snapshot:
         return []
 
     def after(self, plan: Plan, *, hashed: bool = True) -> Snapshot:
-        """The shelf as it would be after this plan, with nothing written. Plans made on it cannot be committed. Unless
-        what the plan writes is `hashed`, the size is not exact.
+        """Return the shelf as it would be after this plan; nothing is written. Plans made on it cannot be committed.
+        Unless the new objects are `hashed`, the size is not exact.
         """
         if plan.refused is not None:
             return self
@@ -244,17 +244,17 @@ class Snapshot:
 
     @property
     def resting(self) -> int:
-        """Every byte under the shelf once it is swept."""
+        """The bytes under the shelf after a sweep."""
         parts = _parts(self.manifest)
         return self._size(self._retained(parts), parts)
 
     def at_rest(self, plan: Plan, *, hashed: bool = True) -> int:
-        """Every byte under the shelf once this plan is committed and what it makes unreachable is deleted.
+        """Return the bytes under the shelf after this plan is committed and unreferenced files are deleted.
 
-        For that, what the plan writes has to be `hashed`; without, at least as many bytes.
+        Exact if the new objects are `hashed`; otherwise an upper bound.
         """
         after, slack = self.after(plan, hashed=hashed), 0
-        if not hashed:  # digests and sums that are not known yet compress better than those that take their places
+        if not hashed:  # placeholders of digests and sums compress better than the real ones
             slack = sum(
                 2 * len(PENDING) + 8 * len(_sums(slot)) for slot in plan.manifest.slots if slot.id in plan.writes
             )
@@ -262,15 +262,15 @@ class Snapshot:
         return after._size(after._retained(parts), parts) + slack
 
     def _hashed(self, plan: Plan) -> Mapping[int, Stored]:
-        """What each object that a plan writes will be: hashed once."""
+        """Return each object that a plan writes as it will be stored; hashed once."""
         for number, adapter in plan.writes.items():
             if adapter not in self._known:
                 self._known[adapter] = plan.manifest.slot(number).codec.encode(adapter).stored()
         return {number: self._known[adapter] for number, adapter in plan.writes.items()}
 
     def retained(self) -> dict[str, Manifest]:
-        """The manifests that stay beside the head, with their objects: where undo and redo lead, `keep` predecessors,
-        and for `keep` commits what could be redone until a change, as far as the bytes have room.
+        """Return the manifests kept with the head, by id: where undo and redo lead, `keep` predecessors and, for `keep`
+        commits, what could be redone before a change, if it fits into the bytes.
         """
         return self._retained(_parts(self.manifest))
 
@@ -288,7 +288,7 @@ class Snapshot:
         return stay
 
     def _size(self, stay: Mapping[str, Manifest], parts: Mapping[object, int]) -> int:
-        """Every byte under the shelf once it holds the head, with these parts of objects, and what stays."""
+        """Return the bytes under a shelf with the head, these parts of its objects, and the states in `stay`."""
         leaving = list(self.ancestors.items())[self.keep :]
         states = {self.head: self.manifest, **stay}
         stored = {part: size for manifest in stay.values() for part, size in _parts(manifest).items()}
@@ -304,18 +304,18 @@ class Snapshot:
         )
 
     def _page_size(self, identity: str, data: bytes | None) -> int:
-        """Bytes of a page's file, of one that is not written yet as well."""
+        """Return the bytes of a page's file, written or not."""
         return self.files.get(page_path(Path(), identity)) or len(compressed(data or b""))
 
     @property
     def bytes(self) -> int:
-        """Every byte under the shelf."""
+        """The bytes under the shelf."""
         return sum(self.files.values())
 
     @property
     def files(self) -> Mapping[Path, int]:
-        """Every file under the shelf when it was first asked for, relative, with its size; what a writer deletes
-        meanwhile is left out.
+        """Relative path → size of every file under the shelf when first requested, except files that a writer deletes
+        meanwhile.
         """
         if not self._walked:
             for folder, _, names in os.walk(self.path):
@@ -327,7 +327,7 @@ class Snapshot:
 
 
 def _parts(manifest: Manifest) -> dict[object, int]:
-    """Bytes of all that the objects of a manifest consist of, by what distinguishes it; shared files count once."""
+    """Return key → bytes of the parts of a manifest's objects; shared files count once."""
     parts: dict[object, int] = {}
     for slot in manifest.slots:
         parts.update(slot.object.files or [(_key(slot), slot.object.bytes)])
@@ -335,16 +335,16 @@ def _parts(manifest: Manifest) -> dict[object, int]:
 
 
 def _key(slot: Slot) -> object:
-    """What distinguishes objects, including those not written yet."""
+    """Return a key that distinguishes objects, including those not written yet."""
     return slot.object.id if slot.object.id != PENDING else (slot.id, slot.history.merged)
 
 
 def _damaged(slot: Slot, what: str) -> str:
-    """A fault of a slot's object, with the tasks that it serves."""
+    """Return a fault of a slot's object as a sentence with the tasks of the slot."""
     where = "its levels" if slot.object.files else f"objects/{slot.object.id}"
     return f"slot {slot.id}, {where}: {what}; tasks: {', '.join(slot.members)}"
 
 
 def _sums(slot: Slot) -> Sequence[int]:
-    """The sums in the record of a slot that is planned."""
+    """Return the sums in the record of a planned slot."""
     return slot.object.facts.sums if isinstance(slot.object.facts, Facts) else ()
