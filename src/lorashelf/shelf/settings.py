@@ -1,5 +1,5 @@
-"""shelf.toml: what a shelf may hold and how it decides. Written once by `init`, edited by people, checked on every
-open.
+"""shelf.toml: what a shelf may hold and how it decides. Written by `init`, edited by people and by `set`, checked on
+every open.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ else:
 
 FORMAT = 2
 FILE = "shelf.toml"
-LARGEST = 2**53 - 1  # what canonical JSON can hold
+LARGEST = 2**53 - 1  # the largest integer in canonical JSON
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The room there is: `slots` adapters, and optionally `bytes` for everything under the shelf, at rest."""
+    """The budget: `slots` adapters, and optionally `bytes` for everything under the shelf, at rest."""
 
     slots: int | None
     """None with policy `bytes`, which counts bytes only."""
     bytes: int | None = None
     keep: int = 1
-    """How many other states undo and redo reach, and how many commits the path of a slot stays readable for."""
+    """The most other states that undo and redo reach, and the commits for which a slot's path stays readable."""
 
     def document(self) -> dict[str, Any]:
-        """As in a manifest."""
+        """Return the document in a manifest."""
         return {"slots": self.slots, "bytes": self.bytes, "keep": self.keep}
 
 
@@ -59,14 +59,14 @@ class Settings:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """How adapters are placed and merged, as in a manifest and in shelf.toml's table of this name."""
+        """How adapters are placed and merged, as in a manifest and in the table `recipe` of shelf.toml."""
         return {**self.placement.document(), **self.merge.document()}
 
     def agreed(
         self, stored: BaseId | None, offered: Mapping[str, BaseId], assume: bool = False
     ) -> tuple[BaseId | None, list[str]]:
-        """The base of a shelf with these settings once adapters of the offered bases (task → base) are on it: the first
-        known name; and a sentence for every one that contradicts it, undeclared, unless that is to be assumed.
+        """Return the base of a shelf with these settings and adapters of the offered bases (task → base): the first
+        known name; and a sentence per base that contradicts it, unless declared as an alias or assumed equal.
         """
         base = stored if stored is not None and stored.name else BaseId(self.base or "")
         equal, faults = {self.base, *self.base_aliases}, []
@@ -79,12 +79,12 @@ class Settings:
             declared = other.name != base.name and other.name in equal
             if other.contradicts(base) and not declared and not assume:
                 faults.append(f"{task}: trained on {other}, expected is {base}")
-        if faults and not self.base and not (stored and stored.name):  # then none of them is the right one
+        if faults and not self.base and not (stored and stored.name):  # then no base is known to be right
             faults = base_faults(offered.items())
         return base if base.name else None, faults
 
     def checked(self) -> Settings:
-        """Itself, or UsageError naming every value that cannot be."""
+        """Return the settings themselves. Raises UsageError naming every invalid value."""
         faults = self.faults()
         if faults:
             keys = ", ".join(dict.fromkeys(key for key, _ in faults))
@@ -93,11 +93,11 @@ class Settings:
         return self
 
     def faults(self) -> list[tuple[str, str]]:
-        """Every value that cannot be, as (key, sentence)."""
+        """Return every invalid value, as (key, sentence)."""
         return _faults(self)
 
     def changed(self, changes: Mapping[str, Any]) -> Settings:
-        """The settings with other values, by the flat names that `new_settings` takes. Raises UsageError."""
+        """Return the settings with other values, by the flat names of `new_settings`. Raises UsageError."""
         parts: dict[str, dict[str, Any]] = {"budget": {}, "recipe": {}, "": {}}
         for name, value in changes.items():
             if name not in SECTIONS:
@@ -109,7 +109,7 @@ class Settings:
 
 
 def specs(recipe: Mapping[str, Any]) -> tuple[PlacementSpec, MergeSpec]:
-    """How adapters are placed and merged, from the keys of a recipe; what it lacks has its default."""
+    """Return how adapters are placed and merged, from the keys of a recipe; missing keys have their defaults."""
     chosen = {name: recipe[name] for name in RECIPE if name in recipe}
     placement = {name: chosen.pop(name) for name in ("policy", "threshold", "floor") if name in chosen}
     if "merge" in chosen:
@@ -127,7 +127,7 @@ SECTIONS = {
 
 
 def new_settings(slots: int | None, **options: Any) -> Settings:
-    """Settings from flat options, as `init` and `cluster` take them; None means the default: without slots, but with
+    """Return settings from flat options, as of `init` and `cluster`; None means the default: without slots, but with
     bytes, policy `bytes` and encoding `coded` at the highest quality. Raises UsageError.
     """
     chosen = {name: value for name, value in options.items() if value is not None}
@@ -145,12 +145,12 @@ def new_settings(slots: int | None, **options: Any) -> Settings:
 
 
 def recorded(recipe: Mapping[str, Any], budget: Mapping[str, Any]) -> Settings:
-    """The settings that a manifest recorded; it records neither base nor base_aliases. Raises UsageError."""
+    """Return the settings recorded in a manifest, without base and base_aliases. Raises UsageError."""
     return Settings(Budget(**budget), *specs(recipe)).checked()
 
 
 def write_toml(settings: Settings) -> bytes:
-    """The text of a new shelf.toml; what is left at its default stands there as a comment."""
+    """Return the text of a new shelf.toml; optional keys without a value become comments."""
     budget, placement, merge = settings.budget, settings.placement, settings.merge
     lines = [
         "# What this shelf may hold, and how it decides. Edit it freely: changes hold for later adds.",
@@ -181,7 +181,7 @@ def write_toml(settings: Settings) -> bytes:
 
 
 def edited_toml(text: str, changes: Mapping[str, Any]) -> bytes:
-    """The text of a shelf.toml with other values; all else stays as it is, comments too. None takes a key out."""
+    """Return the text of a shelf.toml with other values; the rest, with comments, is unchanged. None removes a key."""
     import tomlkit  # here: only `set` edits
 
     document = tomlkit.parse(text)
@@ -226,7 +226,7 @@ def read_toml(path: Path) -> Settings:
 
 
 def config_error(path: Path, text: str, faults: list[tuple[str, str]]) -> ShelfConfigError:
-    """The error for faults given as (key, sentence), each with the line of its key."""
+    """Return the error for faults given as (key, sentence), each with the line of its key."""
     described = []
     for key, fault in faults:
         line = next(
@@ -248,19 +248,19 @@ def _section(
 
 
 def _storing_faults(merge: MergeSpec) -> Iterator[tuple[str, str]]:
-    """What cannot be of how merges are stored, as (key, sentence)."""
+    """Yield the invalid values of how merges are stored, as (key, sentence)."""
     if isinstance(merge.dtype, str) and merge.dtype not in WIDTHS:
         yield "dtype", f"dtype is {merge.dtype!r}; choose from {', '.join(WIDTHS)}"
     if not isinstance(merge.restore_norm, bool):
         yield "restore_norm", f"restore_norm is {merge.restore_norm!r}; true or false"
     elif merge.restore_norm and merge.encoding != "peft":
-        yield "restore_norm", f"restore_norm is for encoding 'peft'; {merge.encoding!r} scales by a rule of its own"
+        yield "restore_norm", f"restore_norm is for encoding 'peft'; {merge.encoding!r} has its own scaling rule"
     if type(merge.quality) not in (int, float) or not 0 < merge.quality <= MOST_QUALITY:
         yield "quality", f"quality is {merge.quality!r}; a number above 0, at most {MOST_QUALITY}"
 
 
 def _counting_faults(settings: Settings) -> Iterator[tuple[str, str]]:
-    """What cannot be of slots and bytes together with the policy, as (key, sentence)."""
+    """Yield the invalid values of slots and bytes together with the policy, as (key, sentence)."""
     budget, placement, merge = settings.budget, settings.placement, settings.merge
     if type(placement.floor) not in (int, float) or not 0 <= placement.floor <= MOST_QUALITY:
         yield "floor", f"floor is {placement.floor!r}; a number from 0 to {MOST_QUALITY}"
