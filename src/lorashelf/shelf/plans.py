@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..placement.clustering import Clustering
 
 _ANEW = "for a slot without it, remove the slot's other tasks as well and add their originals anew"
-MAX_SCORES = 256  # arrival scores that a manifest holds for the automatic threshold
 
 
 def plan_update(
