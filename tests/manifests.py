@@ -42,6 +42,10 @@ def unfolded(shelf: Path, identity: str | None = None) -> dict[str, Any]:
         record["merged"] = [{"weight": 1 / len(record["merged"]), **source} for source in record["merged"]]
         if "facts" in record:
             record.update(page(shelf, record.pop("facts")))
+        for source in reversed(record["merged"]):
+            if source["task"] in record["members"]:
+                own = {"type": source["type"], "digest": source["digest"]}
+                document["tasks"][source["task"]] = {**own, **document["tasks"][source["task"]]}
     return document
 
 

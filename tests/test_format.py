@@ -33,6 +33,7 @@ from lorashelf import (
 )
 from lorashelf.digest import digest
 from lorashelf.errors import CorruptShelf, TaskNameError, UsageError
+from lorashelf.formats.objects import StoredFile
 from lorashelf.merging.average import Average, History, Source, without
 from lorashelf.shelf.pages import compressed, read_page
 from lorashelf.shelf.repair import repair
@@ -152,7 +153,9 @@ def test_a_shelf_of_format_1_can_be_undone_to_before_the_conversion(tmp_path: Pa
 
 
 def test_a_task_costs_few_bytes_and_a_commit_writes_few_pages() -> None:
-    """Of 1,000 tasks, in a slot each or all in one: outside its object at most 300 bytes at rest; 64 kB per commit."""
+    """Of 1,000 tasks, each in a slot of ten levels or all in one slot: at most 300 bytes beside the object, 64 kB per
+    commit.
+    """
     for each in (1, 1000):
         manifest = imagined(1000, each)
         pages = manifest.files.pages
@@ -187,7 +190,10 @@ def imagined(count: int, each: int, changed: int | None = None) -> Manifest:
             )
             for name in members
         )
-        stored = StoredObject(digest([str(members).encode()]), 8, "f16", 18_000 + number, "coded")
+        levels = [digest([f"{number} {level}".encode()])[3:19] for level in range(10)] if each == 1 else []
+        files = tuple(StoredFile(f"{name}.lsc", 100 * 2**level + number) for level, name in enumerate(levels))
+        size = sum(file.bytes for file in files) or 1_840_000
+        stored = StoredObject(digest([str(members).encode()]), 8, "f16", size, "coded", files=files)
         slots.append(Slot(number, stored, History(sources, error=random.Random(number).random()), tuple(members)))
     given = {"prompt": "Summarise the text in one sentence. " * 4, "language": "de", "metric": "rouge_l"}
     tasks = {name: {**given, "type": "summary", "digest": digest([name.encode()])} for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -77,7 +77,11 @@ class Manifest:
         pages = Pages()
         slots = [_slots_page(run, pages) for run in divided(self.slots, lambda slot: str(slot.id))]
         names = divided(sorted(self.tasks), lambda name: name)
-        tasks = [_tasks_page({name: self.tasks[name] for name in run}, pages) for run in names]
+        implied = _implied(
+            (slot.members, [(source.task, source.type, source.digest) for source in slot.history.merged])
+            for slot in self.slots
+        )
+        tasks = [_tasks_page({name: self.tasks[name] for name in run}, implied, pages) for run in names]
         return Files(FORMAT, canonical_json(self._document(slots, tasks)), pages)
 
     def document(self) -> dict[str, Any]:
@@ -197,9 +201,9 @@ def salvaged(data: bytes, where: str, reader: Reader) -> tuple[Manifest, list[st
             whole |= {"average": None, "fixed": "a part of the record of what was merged is lost"}
         if "facts" in whole and not _sound_facts(page(whole["facts"], None)):
             lost.append(whole.pop("facts"))
-        known = {source["task"]: {"type": source["type"], "digest": source["digest"]} for source in whole["merged"]}
-        known |= tasks
-        whole["members"] = [task for task in whole["members"] if task in known]
+        implied = _implied([_served(whole)])
+        known = {task: {**implied.get(task, {}), **tasks.get(task, {})} for task in whole["members"]}
+        whole["members"] = [task for task in whole["members"] if "digest" in known[task]]
         if whole["members"]:
             document["slots"].append(whole)
             document["tasks"] |= {task: known[task] for task in whole["members"]}
@@ -224,12 +228,34 @@ def _slots_page(run: Sequence[Slot], pages: Pages) -> str:
     return identity
 
 
-def _tasks_page(run: Mapping[str, Details], pages: Pages) -> str:
+Served = tuple[Sequence[str], Sequence[tuple[str, str, str]]]
+"""The members of a slot, and its sources: task, type, digest."""
+
+
+def _served(record: Mapping[str, Any]) -> Served:
+    return record["members"], [(source["task"], source["type"], source["digest"]) for source in record["merged"]]
+
+
+def _implied(slots: Iterable[Served]) -> dict[str, dict[str, str]]:
+    """Return task → {type, digest} of the first source of this name in the slot that serves the task."""
+    found: dict[str, dict[str, str]] = {}
+    for members, sources in slots:
+        served = set(members)
+        for task, kind, identity in sources:
+            if task in served:
+                found.setdefault(task, {"type": kind, "digest": identity})
+    return found
+
+
+def _tasks_page(run: Mapping[str, Details], implied: Mapping[str, Details], pages: Pages) -> str:
     """Add the page of these tasks to `pages`; return its id. Encodes once."""
-    key = (*run, *map(id, run.values()))
+    without = [name for name, details in run.items() if name in implied and implied[name].items() <= details.items()]
+    key = (*run, *map(id, run.values()), *without)
     if key not in _encoded:
         own = Pages()
-        _remember(_encoded, key, (run, own.add({name: dict(details) for name, details in run.items()}), own))
+        left = {name: implied[name] if name in without else {} for name in run}
+        shown = {name: {k: v for k, v in run[name].items() if k not in left[name]} for name in run}
+        _remember(_encoded, key, (run, own.add(shown), own))
     _, identity, own = _encoded[key]
     pages.update(own)
     return identity
@@ -258,7 +284,9 @@ def _resolve(document: dict[str, Any], reader: Reader) -> tuple[list[_Found], li
 
     slots, tasks = list(read("slots")), list(read("tasks"))
     document["slots"] = [record for page in slots for record in page.content]
-    document["tasks"] = {name: details for page in tasks for name, details in page.content.items()}
+    implied = _implied(map(_served, document["slots"]))
+    given = {name: details for page in tasks for name, details in page.content.items()}
+    document["tasks"] = {name: {**implied.get(name, {}), **details} for name, details in given.items()}
     return slots, tasks
 
 
@@ -271,7 +299,8 @@ def _encoded_already(manifest: Manifest, slots: Sequence[_Found], tasks: Sequenc
         _remember(_encoded, tuple(map(id, run)), (run, page.id, page.pages))
     for page in tasks:
         named = {name: manifest.tasks[name] for name in sorted(page.content)}
-        _remember(_encoded, (*named, *map(id, named.values())), (named, page.id, page.pages))
+        without = [name for name in named if "digest" not in page.content[name]]
+        _remember(_encoded, (*named, *map(id, named.values()), *without), (named, page.id, page.pages))
 
 
 def _remember(known: dict[K, T], key: K, value: T) -> None:
