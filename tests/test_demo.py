@@ -21,7 +21,7 @@ def test_all_slots_are_used_and_types_gather_for_nine_of_ten_seeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = []
-    monkeypatch.setattr(demo, "_coded", lambda console, named: None)  # what comes first does not depend on the seed
+    monkeypatch.setattr(demo, "show_coded", lambda console, named: None)  # what comes first does not depend on the seed
     for seed in range(10):
         with pytest.raises(SystemExit) as end:
             main(

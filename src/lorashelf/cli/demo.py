@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,21 +18,18 @@ import numpy as np
 import typer
 
 from ..errors import MissingExtra, UsageError
-from ..formats.peft import encode
 from ..lora.adapter import Adapter
-from ..lora.algebra import inner, norm
 from ..lora.similarity import similarity
 from ..placement.clustering import cluster
 from ..shelf import routing
-from ..shelf.allocation import rate
 from ..shelf.arrival import plan_add
-from ..shelf.packing import plan_pack
 from ..shelf.plans import plan_cluster
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from . import arguments as arg
-from .output import progress, size, table
+from .demo_coded import cosines, show_coded
+from .output import size, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +63,7 @@ def demo(
     named = arg.adapters_in(zoo)
     shelf = Shelf.create(output or Path(tempfile.mkdtemp(prefix="lorashelf-")) / "demo.shelf", new_settings(SLOTS))
     matrix = similarity(list(named.values()))
-    _coded(console, named)
+    show_coded(console, named)
     console.rule(f"{len(named)} adapters arrive, {SLOTS} slots (K-Merge++, seed {seed})", align="left")
     order = random.Random(seed).sample(sorted(named), len(named))
     for task in order:
@@ -74,7 +71,7 @@ def demo(
     online = [slot.members for slot in shelf.snapshot().manifest.slots]
     _shelf_table(console, shelf.snapshot(), named, matrix)
     served = {task: shelf.snapshot().adapter(task) for task in named}
-    console.print(f"  cosine of what serves a task to its own ΔW: {_cosines(served, named)}")
+    console.print(f"  cosine of what serves a task to its own ΔW: {cosines(served, named)}")
     offline = _offline(console, named)
     console.rule("Do slots follow problem types?", align="left")
     _purities(console, {"online, K-Merge++": online, **offline}, list(named), seed)
@@ -85,41 +82,6 @@ def demo(
     program = "lorashelf" if shutil.which("lorashelf") else sys.argv[0]
     for command in ("ls", "log", "route", "verify", "undo"):
         console.print(f"  {program} {command} {shelf.path}", markup=False)
-
-
-def packed(adapters: Mapping[str, Adapter], count: int, path: Path) -> Snapshot:
-    """Pack adapters into as many bytes as `count` of them take as PEFT folders; return the new shelf's snapshot."""
-    limit = count * max(encode(x).size for x in adapters.values())
-    settings = new_settings(None, bytes=limit, floor=0)
-    made, _ = Shelf.create_with(path, settings, lambda snapshot: plan_pack(snapshot, adapters, watch=_watched))
-    return made
-
-
-def _watched(tasks: Iterable[str]) -> Iterable[str]:
-    return progress(list(tasks), "  coding")
-
-
-def _coded(console: Console, named: Mapping[str, Adapter]) -> None:
-    """Show what is left of all adapters in the bytes of a few; a task's name is known, so none shares its weights."""
-    console.rule(f"{len(named)} adapters, coded into the bytes of {SLOTS} and of 1", align="left")
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="lorashelf-") as folder:
-        for count in (SLOTS, 1):
-            snapshot = packed(named, count, Path(folder) / f"{count}.shelf")
-            rates = [rate(slot)["predicted_quality"] for slot in snapshot.manifest.slots]
-            served = {task: snapshot.adapter(task) for task in named}
-            share = snapshot.bytes / sum(encode(x).size for x in named.values())
-            predicted = f"{float(np.mean(rates)):.3f} ({min(rates):.3f})"
-            rows.append((size(snapshot.bytes), f"{100 * share:.1f} %", predicted, _cosines(served, named)))
-    columns = [">all files", ">of all bytes", ">predicted gain kept", ">cosine to own ΔW"]
-    console.print(table(columns, rows))
-    console.print("  means, and the least of all tasks in brackets")
-
-
-def _cosines(served: Mapping[str, Adapter], own: Mapping[str, Adapter]) -> str:
-    """Return the mean and the least cosine of ΔW as served to ΔW as given."""
-    found = [inner(served[task], x) / (norm(served[task]) * norm(x)) for task, x in own.items()]
-    return f"{float(np.mean(found)):.3f} ({min(found):.3f})"
 
 
 def _on_a_model(console: Console, named: Mapping[str, Adapter], examples: Path, seed: int) -> None:

@@ -19,7 +19,7 @@ from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import ExampleSet, Task, read_tasks
-from .demo import packed
+from .demo_coded import packed
 from .output import progress, table
 
 SLOTS, ITERATIONS = 4, 60
