@@ -309,7 +309,7 @@ def test_settings_that_contradict_one_another_are_refused(
         (("--bytes", "20MB", "--slots", 3, "--policy", "bytes"), "leave slots out"),
         (("--bytes", "20MB", "--encoding", "peft"), "needs encoding 'coded'"),
         (("--bytes", "20MB", "--threshold", 0.1), "policy 'bytes' has no threshold"),
-        (("--bytes", 300), "an empty shelf takes"),
+        (("--bytes", 300), "an empty shelf alone takes"),
     ],
 )
 def test_init_refuses_what_cannot_be(tmp_path: Path, run: Command, words: Sequence[object], message: str) -> None:
@@ -496,7 +496,7 @@ def test_pack_refuses_what_does_not_fit_whole_and_its_cure_works(
     folders = [write_peft(tmp_path / f"task-{i}", x) for i, x in enumerate(adapters[:6])]
     before = tree(tmp_path)
     words = ("pack", *folders, "-o", tmp_path / "s", "--floor", 0.95, "--bytes")
-    code, document = run(*words, "20kB")
+    code, document = run(*words, "8kB")
     assert code == 4
     assert tree(tmp_path) == before
     needed = int(re.search(r"--bytes (\d+)", document["error"]["cure"])[1])  # type: ignore[index]

@@ -139,7 +139,7 @@ def test_all_settings_that_cannot_be_are_named_at_once_and_nothing_changes(shelf
     for fragment in (
         "slots is 1, but slot 1 is filled: at least 2",
         "base is 'acme/x'",
-        f"takes {least}: at least",
+        f"takes {least}: give at least that",
     ):
         assert fragment in document["error"]["message"]
     assert tree(shelf.path) == {**before, "lock": b""}

@@ -13,7 +13,8 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.parametrize("side_by_side", [(), ("-n", "2")], ids=["one process", "two workers"])
 def test_an_unnamed_skip_fails_the_run(side_by_side: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
+    for name in ("conftest.py", "shapes.py"):
+        (tmp_path / name).write_text((TESTS / name).read_text())
     (tmp_path / "skips.toml").write_text('[skips]\n"test_it.py::test_named" = "only for this test"\n')
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"

@@ -16,7 +16,7 @@ from .slot import Slot
 from .snapshot import Snapshot
 
 Size = Callable[[Snapshot, Plan], int]
-EDIT = 128  # bytes that a changed line may add to shelf.toml or a config
+EDIT = 64  # bytes that a changed line may add to shelf.toml or a config
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def _cures(snapshot: Snapshot, plan: Plan, size: Size) -> Iterator[str]:
         return size(replace(snapshot, settings=settings), plan) <= limit
 
     def cut(rank: int) -> bool:
-        return size(snapshot, _stored(plan, rank)) + EDIT <= limit
+        return size(snapshot, _stored(plan, rank)) + 2 * EDIT <= limit
 
     if (keep := _most(range(budget.keep), kept)) is not None:
         yield f"--keep {keep}"
