@@ -121,7 +121,7 @@ def _cures(snapshot: Snapshot, plan: Plan, size: Size) -> Iterator[str]:
         return size(replace(snapshot, settings=settings), plan) <= limit
 
     def cut(rank: int) -> bool:
-        return size(snapshot, _stored(plan, rank)) + 2 * EDIT <= limit
+        return size(snapshot, _stored(plan, rank)) + EDIT // 2 <= limit
 
     if (keep := _most(range(budget.keep), kept)) is not None:
         yield f"--keep {keep}"
