@@ -79,7 +79,7 @@ def checks_in(source: str, file: str) -> Iterator[Check]:
         start = starts[node.lineno - 1] + node.col_offset
         stop = starts[(node.end_lineno or node.lineno) - 1] + (node.end_col_offset or 0)
         text = " ".join(data[start:stop].decode().split())
-        lines = range(refusal.lineno, (refusal.end_lineno or refusal.lineno) + 1)  # type: ignore[attr-defined]
+        lines = range(refusal.lineno, (refusal.end_lineno or refusal.lineno) + 1)
         return Check(file, node.lineno, text, start, stop, without, lines)
 
     for node in ast.walk(ast.parse(source)):

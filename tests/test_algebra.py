@@ -275,7 +275,7 @@ def test_factors_that_are_no_update_cannot_be_made(a: Any, b: Any, scale: float)
 
 def test_an_adapter_names_all_that_is_wrong_with_it() -> None:
     with pytest.raises(AdapterError) as caught:
-        Adapter({"m": Factors(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32))}, dtype="f8")  # type: ignore[arg-type]
+        Adapter({"m": Factors(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32))}, dtype="f8")
     assert [fault.split(":")[0].split(" is ")[0] for fault in caught.value.faults] == ["modules", "dtype"]
     with pytest.raises(AdapterError, match="there are no modules"):
         Adapter(Modules({}))

@@ -740,7 +740,7 @@ def test_a_base_may_be_declared_equal_and_others_are_still_refused(
     shelf = new_shelf(base_aliases=["acme/tiny-llama-4bit"])
     shelf.commit(plan_add(shelf.snapshot(), make_adapter(0), "first"))
     shelf.commit(plan_add(shelf.snapshot(), make_adapter(1, base="acme/tiny-llama-4bit"), "quantised"))
-    assert shelf.snapshot().manifest.base.name == BASE  # type: ignore[union-attr]
+    assert shelf.snapshot().manifest.base.name == BASE
     refused(shelf, write_peft(tmp_path / "x", make_adapter(2, base="acme/tiny")), BaseMismatch, "acme/tiny")
 
 
@@ -759,7 +759,7 @@ def test_an_empty_base_is_accepted_with_a_warning(shelf: Shelf, tmp_path: Path, 
     code, said = command("add", shelf.path, folder)
     assert code == 0
     assert "does not name a base model" in said
-    assert shelf.snapshot().manifest.base.name == BASE  # type: ignore[union-attr]
+    assert shelf.snapshot().manifest.base.name == BASE
 
 
 def test_merge_and_cluster_refuse_bases_that_differ(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_below_the_floor_an_add_is_refused_with_a_budget_that_would_do(
     shelf.commit(plan)
     assert tree(shelf.path) == before
     assert "at least 0.98 (floor)" in plan.refused
-    needed = int(re.search(r"--bytes (\d+)", plan.refused)[1])  # type: ignore[index]
+    needed = int(re.search(r"--bytes (\d+)", plan.refused)[1])
     assert min(qualities(shelf).values()) >= 0.98
     shelf.configure({"bytes": needed - 400})
     assert again().refused
@@ -499,7 +499,7 @@ def test_pack_refuses_what_does_not_fit_whole_and_its_cure_works(
     code, document = run(*words, "8kB")
     assert code == 4
     assert tree(tmp_path) == before
-    needed = int(re.search(r"--bytes (\d+)", document["error"]["cure"])[1])  # type: ignore[index]
+    needed = int(re.search(r"--bytes (\d+)", document["error"]["cure"])[1])
     assert run(*words, needed)[0] == 0
     assert min(qualities(Shelf(tmp_path / "s")).values()) >= 0.95
     assert run(*words, needed)[0] == 4

@@ -85,7 +85,7 @@ def test_what_is_not_a_size_is_refused(tmp_path: Path, run: Command, text: str) 
 def test_a_budget_too_small_for_an_empty_shelf_is_refused(tmp_path: Path, run: Command) -> None:
     code, document = run("init", tmp_path / "s", "--slots", 2, "--bytes", 10)
     assert (code, document["error"]["kind"]) == (4, "over_budget")
-    need = int(re.search(r"takes (\d+) bytes", document["error"]["message"])[1])  # type: ignore[index]
+    need = int(re.search(r"takes (\d+) bytes", document["error"]["message"])[1])
     assert not (tmp_path / "s").exists()
     assert run("init", tmp_path / "s", "--slots", 2, "--bytes", need + 8)[0] == 0
     assert sum(map(len, tree(tmp_path / "s").values())) <= need + 8  # the budget itself is written down twice
@@ -274,7 +274,7 @@ def test_a_refusal_is_exit_4_with_no_slot_and_the_head_unchanged(
     assert (item["decision"], item["slot"]) == ("refuse", None)
     assert item["reason"] in document["error"]["message"]
     assert re.fullmatch(
-        r"there is no room for a slot of its own, and none to fold into; the shelf would take \d+ bytes, "
+        r"no slot can be opened, and none can be folded into; the shelf would take \d+ bytes, "
         r"the budget is 3000; give --bytes \d+, by lorashelf set SHELF .*",
         item["reason"],
     )
@@ -598,8 +598,8 @@ def test_a_command_is_found_in_the_module_that_is_imported_for_it() -> None:
 
     def names(*words: str) -> set[str]:
         app = application(words)
-        commands = {info.name or info.callback.__name__ for info in app.registered_commands}  # type: ignore[union-attr]
-        return commands | {str(group.typer_instance.info.name) for group in app.registered_groups}  # type: ignore[union-attr]
+        commands = {info.name or info.callback.__name__ for info in app.registered_commands}
+        return commands | {str(group.typer_instance.info.name) for group in app.registered_groups}
 
     assert names() == {command for commands in MODULES.values() for command in commands}
     for commands in MODULES.values():

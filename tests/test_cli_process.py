@@ -124,13 +124,13 @@ HEEDING = [  # a job in the background has Ctrl-C ignored
 def started(command: list[str], ready: Callable[[], bool], **options: object) -> subprocess.Popen[str]:
     """A process in which Ctrl-C is not ignored, once it is ready."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    begun = subprocess.Popen([*HEEDING, *command], **pipes, **options)  # type: ignore[call-overload]
+    begun = subprocess.Popen([*HEEDING, *command], **pipes, **options)
     deadline = time.monotonic() + 30
     while not ready():
         assert begun.poll() is None, begun.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    return begun  # type: ignore[no-any-return]
+    return begun
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["for people", "--json"])

@@ -700,7 +700,7 @@ def test_the_table_fits_eighty_columns_and_groups_what_is_left_out(capsys: pytes
     with capsys.disabled():
         console = Console(width=80, file=io.StringIO())
         console.print(shown)
-    printed = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    printed = console.file.getvalue().splitlines()
     assert max(map(len, printed)) <= 80
     for whole in ("100.0 [100.0, 100.0]", "12.3456", "11.2345", "13.4567", "-12.345", "1.234"):
         assert sum(whole in line for line in printed) == len(names)  # no number is folded or cut

@@ -55,7 +55,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "as an earlier version left it": lambda folder: (folder / CONTENTS).unlink(),
     "a list that is cut off": lambda folder: cut(folder / CONTENTS),
     "a list of nothing": lambda folder: (folder / CONTENTS).write_text('{"files": {}}'),
-    "a file in its place": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),  # type: ignore[dict-item]
+    "a file in its place": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
 }
 
 

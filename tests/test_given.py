@@ -101,14 +101,14 @@ def test_cluster_takes_a_mapping(shelf: Shelf, wrong: Any, said: str) -> None:
 
 def test_one_adapter_is_an_adapter_and_a_name_is_text(shelf: Shelf) -> None:
     with pytest.raises(UsageError, match="the string 'adapters/a', not an Adapter"):
-        plan_add(shelf.snapshot(), "adapters/a", "a")  # type: ignore[arg-type]
+        plan_add(shelf.snapshot(), "adapters/a", "a")
     with pytest.raises(TaskNameError, match="7 is not text"):
-        plan_add(shelf.snapshot(), X, 7)  # type: ignore[arg-type]
+        plan_add(shelf.snapshot(), X, 7)
     with pytest.raises(TaskNameError, match="7 is not text"):
-        plan_cluster(shelf.snapshot(), {7: X, "a": Y}, Clustering((("a",),), "by hand"))  # type: ignore[dict-item]
+        plan_cluster(shelf.snapshot(), {7: X, "a": Y}, Clustering((("a",),), "by hand"))
     shelf.commit(plan_add(shelf.snapshot(), X, "a"))
     with pytest.raises(UsageError, match="not an Adapter"):
-        plan_update(shelf.snapshot(), "a", "adapters/a")  # type: ignore[arg-type]
+        plan_update(shelf.snapshot(), "a", "adapters/a")
 
 
 def test_several_aliases_are_a_list() -> None:

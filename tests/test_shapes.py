@@ -74,7 +74,7 @@ def test_only_arrays_are_checked() -> None:
     """Bad input of another kind reaches the code that refuses it in words."""
 
     def repeated(x: Float32[Array32, " n"], times: int) -> int:
-        return len(x) * len(times)  # type: ignore[arg-type]
+        return len(x) * len(times)
 
     assert shapes.checked(repeated)(singles(2), "three") == 10
     with pytest.raises(UsageError, match="not a list of adapters"):

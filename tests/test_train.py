@@ -708,8 +708,8 @@ def test_progress_has_the_time_left_on_a_terminal_and_in_lines(
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Meter(10) as meter:
         meter.at(7, "a  step 7", False)
-    assert "a  step 7" in sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert "7/10" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "a  step 7" in sys.stderr.getvalue()
+    assert "7/10" in sys.stderr.getvalue()
 
 
 # the real small model -------------------------------------------------------------------------------------------------

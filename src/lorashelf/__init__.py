@@ -8,7 +8,7 @@
 import importlib
 import typing
 
-from . import early  # noqa: F401  first: it covers the time in which the rest is imported
+from . import early as early  # first: it handles Ctrl-C while the rest is imported
 from .version import VERSION
 
 if typing.TYPE_CHECKING:

@@ -87,7 +87,7 @@ def drawn(
 
 
 def _draw(axes: Axes, label: str, points: Points, worst: Points | None, number: int) -> None:
-    """Draw a line with its intervals, and hollow marks for the worst task: told apart without colours."""
+    """Draw a line with its intervals, and hollow marks for the worst task; marks differ without colours, too."""
     xs, stated = zip(*sorted(points), strict=True)
     values = [s[0] for s in stated]
     errors = [[s[0] - s[1] for s in stated], [s[2] - s[0] for s in stated]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..report.preview import describe, forecast
 from ..report.rate_curve import PERCENTS, draw_curve, rate_curve, within
 from ..shelf.settings import new_settings
 from . import arguments as arg
-from .output import counted, note, progress, score, show, size, table
+from .output import coding, counted, note, progress, score, show, size, table
 
 
 def show_adapter(
@@ -89,7 +89,7 @@ def plan(
     settings = new_settings(1, merge=merge, parameters=arg.parameters(parameter), rank=rank, dtype=dtype)
     if assume_base:
         named = dict(zip(named, one_base(list(named.values())), strict=True))
-    watch = partial(counted, said=lambda count: f"planning {numbered(count, 'slot')}")
+    watch = partial(counted, describe=lambda count: f"planning {numbered(count, 'slot')}")
     rows = forecast(named, arg.slot_range(slots, len(named)), settings.merge, watch=watch)
     arg.note_untrained(named)
     arg.note_few_shared("all of them", shared(list(named.values())))
@@ -102,7 +102,7 @@ def _plan_coded(adapters: list[str], size_wanted: int | None, plot: Path | None,
     named = arg.read_named(adapters)
     arg.note_adapters(named)
     fitting(list(named.values()), list(named))
-    rows = rate_curve(named, watch=lambda names: counted(list(names), lambda name: f"coding {name}"))
+    rows = rate_curve(named, watch=coding)
     arg.note_untrained(named)
     if plot is not None:
         draw_curve(rows, plot, ending, size_wanted)
@@ -243,7 +243,8 @@ def _forecast_row(row: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+PANEL = "Adapters"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "show": (show_adapter, "lorashelf show adapters/gec-de"),
     "compare": (compare, "lorashelf compare adapters/* --plot similarity.svg"),
     "plan": (
@@ -253,9 +254,3 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "threshold": (threshold, "lorashelf threshold held-out/"),
     "merge": (merge_adapters, "lorashelf merge a b c -o merged --method ties -p density=0.3"),
 }
-
-
-def enter(app: typer.Typer) -> None:
-    """Register the commands of this module."""
-    for name, (command, example) in _COMMANDS.items():
-        app.command(name, epilog=f"Example:  {example}", rich_help_panel="Adapters")(command)

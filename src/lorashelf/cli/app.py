@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -47,8 +47,20 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
     app.callback()(_options)
     asked = [name for name, commands in MODULES.items() if words and words[0] in commands]
     for name in asked or MODULES:
-        import_module(f".{name}", __package__).enter(app)
+        _register(app, import_module(f".{name}", __package__))
     return app
+
+
+def _register(app: typer.Typer, module: ModuleType) -> None:
+    """Register the COMMANDS of a module (name → function, example) in its PANEL, in a group if it has a GROUP."""
+    if not hasattr(module, "GROUP"):
+        for name, (command, example) in module.COMMANDS.items():
+            app.command(name, epilog=f"Example:  {example}", rich_help_panel=module.PANEL)(command)
+        return
+    group = typer.Typer(name=module.__name__.rpartition(".")[2], help=module.GROUP, no_args_is_help=True)
+    for name, (command, example) in module.COMMANDS.items():
+        group.command(name, epilog=f"Example:  {example}")(command)
+    app.add_typer(group, rich_help_panel=module.PANEL)
 
 
 def command_line(words: Sequence[str] = ()) -> Any:

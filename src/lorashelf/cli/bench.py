@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,16 +119,11 @@ def _standing(document: dict[str, Any]) -> list[Any]:
     return [table(["state", "cell"], rows), f"{document['done']} of {document['of']} cells measured{rest}"]
 
 
-def enter(app: typer.Typer) -> None:
-    """Register the group of this module."""
-    group = typer.Typer(
-        name="bench", help="Experiments as data: suites in TOML, results in JSON.", no_args_is_help=True
-    )
-    for name, command, example in (
-        ("run", run, "lorashelf bench run suites/small.toml"),
-        ("status", status, "lorashelf bench status suites/small.toml"),
-        ("table", results_table, "lorashelf bench table suites/small.toml"),
-        ("plot", plot, "lorashelf bench plot suites/small.toml --file kept.svg"),
-    ):
-        group.command(name, epilog=f"Example:  {example}")(command)
-    app.add_typer(group, rich_help_panel="Language model")
+PANEL = "Language model"
+GROUP = "Experiments as data: suites in TOML, results in JSON."
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "run": (run, "lorashelf bench run suites/small.toml"),
+    "status": (status, "lorashelf bench status suites/small.toml"),
+    "table": (results_table, "lorashelf bench table suites/small.toml"),
+    "plot": (plot, "lorashelf bench plot suites/small.toml --file kept.svg"),
+}

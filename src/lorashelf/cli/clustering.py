@@ -273,7 +273,7 @@ def _clustered(document: dict[str, Any]) -> list[Any]:
     return shown
 
 
-def enter(app: typer.Typer) -> None:
-    """Register the command of this module."""
-    example = "Example:  lorashelf cluster adapters/* -o my.shelf --slots 5 --method d2c --examples tasks/"
-    app.command(epilog=example, rich_help_panel="The shelf")(cluster)
+PANEL = "The shelf"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "cluster": (cluster, "lorashelf cluster adapters/* -o my.shelf --slots 5 --method d2c --examples tasks/"),
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,13 +113,8 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     return [f"{document['output']}: {size(document['bytes'])}", table(columns, rows)]
 
 
-_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+PANEL = "Adapters"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "compress": (compress, "lorashelf compress adapters/gec-de -o gec-de.lsc --percent 2.5"),
     "extract": (extract, "lorashelf extract gec-de.lsc -o gec-de"),
 }
-
-
-def enter(app: typer.Typer) -> None:
-    """Register the commands of this module."""
-    for name, (command, example) in _COMMANDS.items():
-        app.command(name, epilog=f"Example:  {example}", rich_help_panel="Adapters")(command)

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -194,6 +194,7 @@ def _mean(values: Sequence[float]) -> str:
     return f"{float(np.mean(values)):.4f}" if len(values) else "-"
 
 
-def enter(app: typer.Typer) -> None:
-    """Register the command of this module."""
-    app.command(epilog="Example:  lorashelf demo --seed 3", rich_help_panel="Start here")(demo)
+PANEL = "Start here"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "demo": (demo, "lorashelf demo --seed 3"),
+}

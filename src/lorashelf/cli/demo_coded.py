@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from ..shelf.packing import plan_pack
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
-from .output import progress, size, table
+from .output import coding, size, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,12 +29,8 @@ def packed(adapters: Mapping[str, Adapter], count: int, path: Path) -> Snapshot:
     """Pack adapters into as many bytes as `count` of them take as PEFT folders; return the new shelf's snapshot."""
     limit = count * max(encode(x).size for x in adapters.values())
     settings = new_settings(None, bytes=limit, floor=0)
-    made, _ = Shelf.create_with(path, settings, lambda snapshot: plan_pack(snapshot, adapters, watch=_watched))
+    made, _ = Shelf.create_with(path, settings, lambda snapshot: plan_pack(snapshot, adapters, watch=coding))
     return made
-
-
-def _watched(tasks: Iterable[str]) -> Iterable[str]:
-    return progress(list(tasks), "  coding")
 
 
 def show_coded(console: Console, named: Mapping[str, Adapter]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from json import loads as json_of
@@ -193,15 +193,15 @@ def _measured(
     if isinstance(own, Served):
         shared = {task: tasks[task] for task in tasks if task in served.adapters}
         mine = prepare(model, own.under(name), shared, **options)
-        separate = mine.measured(model, journal, partial(counted, said=partial(_said, "own adapters")))
+        separate = mine.measured(model, journal, partial(counted, describe=partial(_described, "own adapters")))
         if output is not None:
             write_result(separate, output / OWN)
         own = separate.document()
-    result = prepared.measured(model, journal, partial(counted, said=partial(_said, "measuring")))
+    result = prepared.measured(model, journal, partial(counted, describe=partial(_described, "measuring")))
     return replace(result, storage=served.storage).compared(own, zero_shot)
 
 
-def _said(title: str, unit: Unit) -> str:
+def _described(title: str, unit: Unit) -> str:
     return f"{title}: {unit.what} of {unit.task.name}"
 
 
@@ -293,7 +293,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def enter(app: typer.Typer) -> None:
-    """Register the command of this module."""
-    example = "Example:  lorashelf eval my.shelf --data tasks --own adapters --zero-shot zero.json -o out"
-    app.command("eval", epilog=example, rich_help_panel="Language model")(evaluation)
+PANEL = "Language model"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "eval": (evaluation, "lorashelf eval my.shelf --data tasks --own adapters --zero-shot zero.json -o out"),
+}

@@ -261,13 +261,11 @@ def _lines(item: Mapping[str, Any]) -> list[str]:
     return [f"{place} with {', '.join(others)}{scores}", f"{place}{count}{scores}", f"{place}{count}", place]
 
 
-_EXAMPLES: dict[Callable[..., None], str] = {
-    init: "lorashelf init my.shelf --slots 5 --dtype f16",
-    add: "lorashelf add my.shelf adapters/gec-de adapters/qa-en  ·  lorashelf add my.shelf mail=out/run7 --dry-run",
+PANEL = "The shelf"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "init": (init, "lorashelf init my.shelf --slots 5 --dtype f16"),
+    "add": (
+        add,
+        "lorashelf add my.shelf adapters/gec-de adapters/qa-en  ·  lorashelf add my.shelf mail=out/run7 --dry-run",
+    ),
 }
-
-
-def enter(app: typer.Typer) -> None:
-    """Register the commands of this module."""
-    for command, example in _EXAMPLES.items():
-        app.command(epilog=f"Example:  {example}", rich_help_panel="The shelf")(command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,7 @@ def _shown(snapshot: Snapshot, examples: Path | None, auto: bool) -> Mapping[str
 
 
 def _chosen(model: Embeds, snapshot: Snapshot, shown: Mapping[str, ExampleSet], text: str) -> Choice:
-    watch = partial(counted, said=lambda task: f"reading the examples of {task}")
+    watch = partial(counted, describe=lambda task: f"reading the examples of {task}")
     known = prototypes(model, shown, cache_folder() / "prototypes", watch=watch)
     choice = choose(model, known, snapshot, text)
     others = ", ".join(f"{name} {confidence:.2f}" for name, confidence in choice.others.items()) or "none"
@@ -127,7 +127,10 @@ def _print(pieces: Iterable[str]) -> None:
     print(flush=True)
 
 
-def enter(app: typer.Typer) -> None:
-    """Register the command of this module."""
-    example = 'lorashelf generate my.shelf qa-de "…"  ·  lorashelf generate my.shelf my-email < notes.txt'
-    app.command(epilog=f"Example:  {example}", rich_help_panel="Language model")(generate)
+PANEL = "Language model"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "generate": (
+        generate,
+        'lorashelf generate my.shelf qa-de "…"  ·  lorashelf generate my.shelf my-email < notes.txt',
+    ),
+}

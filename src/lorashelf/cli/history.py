@@ -166,17 +166,12 @@ def _changed_slots(before: Manifest, after: Manifest) -> list[int]:
     return sorted({slot.id for slot in set(before.slots) ^ set(after.slots)})
 
 
-_EXAMPLES: dict[Callable[..., None], str] = {
-    log: "lorashelf log my.shelf",
-    verify: "lorashelf verify my.shelf",
-    undo: "lorashelf undo my.shelf",
-    redo: "lorashelf redo my.shelf",
-    repair: "lorashelf repair my.shelf --adapter gec-de=adapters/gec-de",
-    gc: "lorashelf gc my.shelf",
+PANEL = "The shelf"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "log": (log, "lorashelf log my.shelf"),
+    "verify": (verify, "lorashelf verify my.shelf"),
+    "undo": (undo, "lorashelf undo my.shelf"),
+    "redo": (redo, "lorashelf redo my.shelf"),
+    "repair": (repair, "lorashelf repair my.shelf --adapter gec-de=adapters/gec-de"),
+    "gc": (gc, "lorashelf gc my.shelf"),
 }
-
-
-def enter(app: typer.Typer) -> None:
-    """Register the commands of this module."""
-    for command, example in _EXAMPLES.items():
-        app.command(epilog=f"Example:  {example}", rich_help_panel="The shelf")(command)

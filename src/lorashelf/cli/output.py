@@ -151,11 +151,16 @@ class Meter:
             note(f"{text}  ({done} of {self._total}{left})")
 
 
-def counted(items: Sequence[T], said: Callable[[T], str]) -> Iterator[T]:
+def coding(names: Iterable[str]) -> Iterator[str]:
+    """Yield the names of adapters, showing each as progress: it is being coded."""
+    return counted(list(names), lambda name: f"coding {name}")
+
+
+def counted(items: Sequence[T], describe: Callable[[T], str]) -> Iterator[T]:
     """Yield the items, showing each as progress with the remaining time: a bar on a terminal, else a line at times."""
     with Meter(len(items)) as meter:
         for done, item in enumerate(items):
-            meter.at(done, said(item))
+            meter.at(done, describe(item))
             yield item
 
 

@@ -19,7 +19,7 @@ from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from . import arguments as arg
-from .output import counted, rate_cells, show, size, table
+from .output import coding, rate_cells, show, size, table
 
 
 def pack(
@@ -71,7 +71,7 @@ def pack(
         adapters=named,
         details=arg.details(list(named), task_file),
         assume_base=assume_base,
-        watch=lambda tasks: counted(list(tasks), lambda task: f"coding {task}"),
+        watch=coding,
     )
     made, _ = Shelf.create_with(output, settings, planner)
     show(_document(output, made), json, _packed)
@@ -131,7 +131,7 @@ def convert(
             snapshot,
             held,
             originals,
-            watch=lambda tasks: counted(list(tasks), lambda task: f"coding {task}"),
+            watch=coding,
         ),
     )
     show(_document(output, made), json, _packed)
@@ -167,13 +167,8 @@ def _packed(document: dict[str, Any]) -> list[Any]:
     return [table(["task", ">size", ">of 16 bits", ">predicted quality"], rows), f"{told}; {least}"]
 
 
-_EXAMPLES: dict[Callable[..., None], str] = {
-    pack: "lorashelf pack adapters/* -o my.shelf --bytes 4MB",
-    convert: "lorashelf convert old.shelf -o my.shelf --encoding coded --bytes 4MB",
+PANEL = "The shelf"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "pack": (pack, "lorashelf pack adapters/* -o my.shelf --bytes 4MB"),
+    "convert": (convert, "lorashelf convert old.shelf -o my.shelf --encoding coded --bytes 4MB"),
 }
-
-
-def enter(app: typer.Typer) -> None:
-    """Register the commands of this module."""
-    for command, example in _EXAMPLES.items():
-        app.command(epilog=f"Example:  {example}", rich_help_panel="The shelf")(command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,7 +163,7 @@ def _word(value: object) -> str:
     return NONE if value is None or value in ([], {}) else str(value)
 
 
-def enter(app: typer.Typer) -> None:
-    """Register the command of this module."""
-    example = 'lorashelf set my.shelf qa-de --prompt "Answer."  ·  lorashelf set my.shelf --keep 3 --bytes 80MB'
-    app.command("set", epilog=f"Example:  {example}", rich_help_panel="The shelf")(set_)
+PANEL = "The shelf"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "set": (set_, 'lorashelf set my.shelf qa-de --prompt "Answer."  ·  lorashelf set my.shelf --keep 3 --bytes 80MB'),
+}

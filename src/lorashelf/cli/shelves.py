@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,15 +134,10 @@ def _precision(document: dict[str, Any]) -> str:
     return "" if document["precision"] is None else f", to a relative precision of about {document['precision']:.1e}"
 
 
-_EXAMPLES: dict[Callable[..., None], str] = {
-    update: "lorashelf update my.shelf gec-de out/gec-de-v2 --was out/gec-de",
-    remove: "lorashelf remove my.shelf gec-de --adapter adapters/gec-de",
-    route: "lorashelf route my.shelf gec-de",
-    ls: "lorashelf ls my.shelf",
+PANEL = "The shelf"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "update": (update, "lorashelf update my.shelf gec-de out/gec-de-v2 --was out/gec-de"),
+    "remove": (remove, "lorashelf remove my.shelf gec-de --adapter adapters/gec-de"),
+    "route": (route, "lorashelf route my.shelf gec-de"),
+    "ls": (ls, "lorashelf ls my.shelf"),
 }
-
-
-def enter(app: typer.Typer) -> None:
-    """Register the commands of this module."""
-    for command, example in _EXAMPLES.items():
-        app.command(epilog=f"Example:  {example}", rich_help_panel="The shelf")(command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +77,7 @@ def train(
 ) -> None:
     """Train a LoRA adapter for every task, on the answers only. After an interrupt, run it again to resume."""
     if not validation_limit and arg.stated(context, {"patience": "--patience"}):
-        raise UsageError("without validation there is no early stop", cure="omit --patience")
+        raise UsageError("--patience needs a validation loss, and --validation-limit is 0", cure="omit one of them")
     settings = TrainSettings(
         rank=rank,
         alpha=alpha,
@@ -158,7 +158,7 @@ def _trained(records: dict[str, dict[str, Any]]) -> Any:
     return table(columns, rows)
 
 
-def enter(app: typer.Typer) -> None:
-    """Register the command of this module."""
-    example = "lorashelf train tasks/ --base HuggingFaceTB/SmolLM2-135M-Instruct -o adapters/"
-    app.command("train", epilog=f"Example:  {example}", rich_help_panel="Language model")(train)
+PANEL = "Language model"
+COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
+    "train": (train, "lorashelf train tasks/ --base HuggingFaceTB/SmolLM2-135M-Instruct -o adapters/"),
+}

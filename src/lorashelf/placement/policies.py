@@ -41,8 +41,8 @@ Policy = Callable[[Sequence[Candidate], View], Candidate | Refuse]
 POLICIES: Registry[Policy] = Registry("policy")
 BYTES = "bytes"
 """The policy of a shelf of bytes instead of slots."""
-NO_OBJECT = "there is no room for one more object"
-NO_ROOM = "there is no room for a slot of its own, and none to fold into"
+NO_OBJECT = "one more object does not fit"
+NO_ROOM = "no slot can be opened, and none can be folded into"
 
 
 def policy(name: str) -> Callable[[Policy], Policy]:

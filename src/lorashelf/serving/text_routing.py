@@ -111,7 +111,7 @@ def _mean(model: Embeds, examples: ExampleSet, cache: Path | None) -> Float32[Ar
 
 
 def _kept(file: Path | None, task: str) -> Float32[Array32, " width"] | None:
-    """Return the mean in a cache file; None if there is no such file, or, with a warning, if it is damaged."""
+    """Return the mean in a cache file; None if the file does not exist or, with a warning, if it is damaged."""
     if file is None or not file.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""log.jsonl: one line per state that is no longer kept. History only, without a hash; docs/format.md."""
+"""log.jsonl: the history, one line per state that is not kept any more. No hash covers it. See docs/format.md."""
 
 from __future__ import annotations
 

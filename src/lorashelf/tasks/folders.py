@@ -173,7 +173,7 @@ def read_task(folder: str | Path) -> Task:
 def read_tasks(folder: str | Path) -> dict[str, Task]:
     """Read every task folder in a folder, or the folder itself if it is one; returns tasks by name.
 
-    Raises TaskDataError with the faults of all folders, UsageError if there is no task folder.
+    Raises TaskDataError with the faults of all folders, UsageError if none is found.
     """
     folder = expanded(folder)
     if (folder / FILE).exists():
