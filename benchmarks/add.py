@@ -91,7 +91,7 @@ def dense(new: Path, *slots: Path) -> dict[str, Any]:
 
     started = time.perf_counter(), time.process_time()
     first, *others = [safe_open(path / TENSORS, framework="numpy") for path in (new, *slots)]
-    names = [name for name in first.keys() if ".lora_A." in name]  # noqa: SIM118 (no mapping)
+    names = [name for name in list(first.keys()) if ".lora_A." in name]  # not a mapping
     buffers: dict[tuple[int, int], Any] = {}
     scores = np.zeros(len(slots))
 

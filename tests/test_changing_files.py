@@ -98,7 +98,10 @@ with target.open("r+b", buffering=0) as file:
 
 def large(seed: int) -> Adapter:
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
     return Adapter(Modules({f"m.{i}": Factors(draw(16, 1024), draw(1024, 16)) for i in range(16)}))
 
 

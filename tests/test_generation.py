@@ -25,19 +25,12 @@ ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 FEWSHOT = Path(__file__).parent.parent / "examples" / "fewshot"
 CONTEXT = 160
 NAME = "acme/tiny"
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 PROMPT = "Mend this:"
 TEXT = "the cats sleeps"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

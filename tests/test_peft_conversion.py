@@ -42,9 +42,9 @@ from lorashelf import (
 )
 from lorashelf.lora.targets import joined, targets_of
 from renamed_bases import CLASSES, earlier_name, tiny_model
-from test_peft_differential import one_thread  # noqa: F401  (a fixture)
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore"),  # PEFT warns of the modules that have no tensors, here on purpose
 ]
 Base = Callable[[], torch.nn.Module]

@@ -31,21 +31,15 @@ from lorashelf.lora.targets import TARGET_FIELDS
 from lorashelf.merging import unmerge
 from lorashelf.merging.driver import _masks
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 TOLERANCE = 1e-5
 PAIR = ("first", "second")
 DENSITY = 0.5
 Deltas = dict[str, np.ndarray]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring on matrices of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def llama() -> torch.nn.Module:
