@@ -120,6 +120,9 @@ HEEDING = [  # a job in the background has Ctrl-C ignored
     "os.execv(sys.argv[1], sys.argv[1:])",
 ]
 
+# a minute in short sleeps: a signal that arrives just before a sleep begins is seen after it
+ASLEEP = "[__import__('time').sleep(0.05) for _ in range(1200)]"
+
 
 def started(command: list[str], ready: Callable[[], bool], **options: object) -> subprocess.Popen[str]:
     """A process in which Ctrl-C is not ignored, once it is ready."""
@@ -137,7 +140,7 @@ def started(command: list[str], ready: Callable[[], bool], **options: object) ->
 @pytest.mark.parametrize("module", ["numpy", "typer"])
 def test_ctrl_c_while_importing_is_one_line_and_130(tmp_path: Path, module: str, options: list[str]) -> None:
     (tmp_path / module).mkdir()
-    (tmp_path / module / "__init__.py").write_text("open('importing', 'w'); import time; time.sleep(60)")
+    (tmp_path / module / "__init__.py").write_text(f"begun = open('importing', 'w'); {ASLEEP}")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "lorashelf", "ls", "s", *options]
     begun = started(command, (tmp_path / "importing").exists, cwd=tmp_path, env=environment)
@@ -154,8 +157,8 @@ def test_who_imports_the_library_keeps_their_own_ctrl_c() -> None:
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_any_command_with_its_number(shelf: Shelf, tmp_path: Path, name: str) -> None:
-    slow = "import time, lorashelf.shelf.shelf as m\n"
-    slow += "m.Shelf.undo = lambda *a, **k: (open('there', 'w'), time.sleep(60))\n"
+    slow = "import lorashelf.shelf.shelf as m\n"
+    slow += f"m.Shelf.undo = lambda *a, **k: (open('there', 'w'), {ASLEEP})\n"
     command = [sys.executable, "-c", f"{slow}from lorashelf.cli import main\nmain()", "undo", "s", "--json"]
     begun = started(command, (tmp_path / "there").exists, cwd=tmp_path)
     begun.send_signal(getattr(signal, name))
