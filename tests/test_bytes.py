@@ -606,7 +606,9 @@ def test_convert_gives_every_task_a_coded_object_of_its_own(
     [
         (("--encoding", "coded", "--bytes", "60kB"), "merged with others in their slots: task-0, task-3", 4),
         (("--encoding", "peft"), "--encoding 'peft'", 2),
-        (("--encoding", "coded", "--bytes", "60kB", "--slots", 3), "exclude each other", 2),
+        (("--encoding", "coded", "--slots", 0), "slots is 0", 2),
+        (("--encoding", "coded", "--floor", 0.9), "--floor is for a shelf that counts bytes", 2),
+        (("--encoding", "coded", "--bytes", "60kB", "--slots", 4, "--floor", 0.9), "--floor is for", 2),
         (("--encoding", "coded", "--quality", 1.5), "quality is 1.5", 2),
         (("--encoding", "coded", "--adapter", "task-2=FIRST"), "this is not the adapter of 'task-2'", 4),
         (
@@ -632,3 +634,79 @@ def test_convert_refuses_what_cannot_be_and_changes_nothing(
     assert document["error"]["cure"]
     assert code == status
     assert tree(tmp_path) == before
+
+
+def test_an_empty_shelf_is_converted_into_an_empty_one(tmp_path: Path, run: Command) -> None:
+    old = Shelf.create(tmp_path / "old", new_settings(3)).path
+    code, document = run("convert", old, "-o", tmp_path / "new", "--encoding", "coded", "--bytes", "60kB")
+    assert (code, document["tasks"], document["predicted_quality"]) == (0, {}, None)
+    assert run("add", tmp_path / "new", write_peft(tmp_path / "a", adapter(0)))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "words", "budget", "recipe"),
+    [
+        ({"slots": 3, "bytes": 10**7, "policy": "kmerge"}, (), (3, 10**7), {"policy": "kmerge", "quality": 0.99}),
+        ({"slots": 3, "bytes": 10**7}, ("--slots", 4), (4, 10**7), {"policy": "kmerge++", "threshold": "auto"}),
+        ({"slots": 3, "threshold": 0.2}, ("--slots", 4, "--bytes", 70_000), (4, 70_000), {"threshold": 0.2}),
+        ({"slots": 3, "encoding": "coded", "quality": 0.95}, (), (3, None), {"quality": 0.95}),
+        ({"bytes": 70_000, "floor": 0.9}, (), (None, 70_000), {"policy": "bytes", "floor": 0.9, "quality": 0.997}),
+        ({"bytes": 70_000, "floor": 0.9}, ("--floor", 0.7), (None, 70_000), {"floor": 0.7}),
+        ({"bytes": 70_000, "quality": 0.95}, ("--bytes", 60_000), (None, 60_000), {"floor": 0.8, "quality": 0.95}),
+        ({"bytes": 70_000}, ("--slots", 4), (4, 70_000), {"policy": "kmerge++", "encoding": "coded", "quality": 0.99}),
+    ],
+)
+def test_a_converted_shelf_has_the_settings_given_and_else_the_old_ones(
+    tmp_path: Path,
+    run: Command,
+    old: dict[str, Any],
+    words: Sequence[object],
+    budget: tuple[int | None, int | None],
+    recipe: dict[str, Any],
+) -> None:
+    shelf = Shelf.create(tmp_path / "old", new_settings(old.pop("slots", None), keep=2, dtype="f16", **old))
+    shelf.commit(plan_add(shelf.snapshot(), adapter(0), "task-0"))
+    code, document = run("convert", shelf.path, "-o", tmp_path / "new", "--encoding", "coded", *words)
+    assert code == 0, document
+    settings = Shelf(tmp_path / "new").snapshot().settings
+    assert settings.budget.document() == {"slots": budget[0], "bytes": budget[1], "keep": 2}
+    assert {name: settings.recipe[name] for name in recipe} == recipe
+    assert settings.merge.dtype == "f16"
+
+
+def test_a_limit_that_the_old_shelf_has_holds_for_the_new_one_and_its_cure_works(tmp_path: Path, run: Command) -> None:
+    shelf = Shelf.create(tmp_path / "old", new_settings(3, bytes=10**6, policy="kmerge"))
+    for i in range(2):
+        shelf.commit(plan_add(shelf.snapshot(), adapter(i), f"task-{i}"))
+    shelf.commit(plan_remove(shelf.snapshot(), "task-1"))
+    words = ("convert", shelf.path, "-o", tmp_path / "new", "--encoding", "coded", "--slots", 1, "--bytes")
+    code, document = run(*words, 6_000)
+    assert code == 4
+    needed = int(re.search(r"--bytes (\d+)", document["error"]["cure"])[1])
+    assert run(*words, needed)[0] == 0
+    assert on_disk(Shelf(tmp_path / "new")) <= needed
+
+
+def test_what_is_coded_already_keeps_its_levels_and_what_was_lost_before_counts(tmp_path: Path, run: Command) -> None:
+    shelf = filled(tmp_path / "old", [adapter(0)], bytes=10**6)
+    words = ("convert", shelf.path, "--encoding", "coded", "-o")
+    assert run(*words, tmp_path / "same")[0] == 0
+    assert levels(Shelf(tmp_path / "same"), 0) == (held := levels(shelf, 0))
+    assert qualities(Shelf(tmp_path / "same")) == qualities(shelf)
+    assert run(*words, tmp_path / "less", "--quality", 0.9)[0] == 0
+    assert levels(Shelf(tmp_path / "less"), 0) == held[: len(levels(Shelf(tmp_path / "less"), 0))] != held
+    assert 0.9 <= qualities(Shelf(tmp_path / "less"))["task-0"] < qualities(shelf)["task-0"]
+    shelf = filled_with_slots(tmp_path / "cut", rank=2)
+    (slot,) = shelf.snapshot().manifest.slots
+    assert run("convert", shelf.path, "--encoding", "coded", "-o", tmp_path / "coded")[0] == 0
+    lost = norm(combine([adapter(0), Shelf(tmp_path / "coded").snapshot().adapter("task-0")], [1, -1]))
+    kept = qualities(Shelf(tmp_path / "coded"))["task-0"]
+    assert kept < quality(1 - slot.history.error**2)
+    assert kept == pytest.approx(quality(1 - (lost / norm(adapter(0))) ** 2), abs=0.01)
+
+
+def filled_with_slots(path: Path, **options: Any) -> Shelf:
+    """A shelf of one slot with one adapter."""
+    shelf = Shelf.create(path, new_settings(1, **options))
+    shelf.commit(plan_add(shelf.snapshot(), adapter(0), "task-0"))
+    return shelf

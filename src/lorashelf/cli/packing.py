@@ -11,11 +11,12 @@ import numpy as np
 import typer
 
 from ..errors import UsageError, numbered
+from ..placement.policies import BYTES
 from ..shelf.allocation import rate
 from ..shelf.creation import check_vacant
 from ..shelf.packing import plan_convert, plan_pack
 from ..shelf.plans import together
-from ..shelf.settings import new_settings
+from ..shelf.settings import Settings, new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from . import arguments as arg
@@ -81,20 +82,34 @@ def convert(
     shelf: arg.ShelfPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to create.", show_default=False)],
     encoding: Annotated[str, typer.Option("--encoding", help="How tasks are stored in it; coded is the only one.")],
-    bytes: arg.Bytes = None,
+    slots: Annotated[
+        int | None,
+        typer.Option("--slots", help="K, the number of slots; default without --bytes: SHELF's.", show_default=False),
+    ] = None,
+    bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--bytes",
+            parser=arg.byte_count,
+            metavar="SIZE",
+            help="Limit for all files of the new shelf at rest; default: SHELF's.",
+        ),
+    ] = None,
+    floor: Annotated[
+        float | None,
+        typer.Option(
+            "--floor", help="Without slots: the least predicted quality; default: SHELF's, or 0.8.", show_default=False
+        ),
+    ] = None,
     quality: Annotated[
         float | None,
         typer.Option(
             "--quality",
-            help="The predicted quality of every task, at most; default 0.997 with --bytes, else 0.99.",
+            help="The predicted quality of every task, at most; default: SHELF's, or where its slots become bytes "
+            "0.997, and its bytes slots 0.99.",
             show_default=False,
         ),
     ] = None,
-    slots: Annotated[
-        int | None,
-        typer.Option("--slots", help="Without --bytes: K; default: as many as SHELF has.", show_default=False),
-    ] = None,
-    floor: arg.Floor = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", help="An original adapter, of a task that shares a slot.", metavar="TASK=ADAPTER"),
@@ -103,38 +118,43 @@ def convert(
 ) -> None:
     """Make a shelf with a coded object per task from another shelf, which stays as it is.
 
-    With --bytes it counts bytes, not slots. Tasks that share a slot need their originals.
+    With --bytes and without --slots it counts bytes, not slots. Tasks that share a slot need their originals.
     """
     if encoding != "coded":
         raise UsageError(f"--encoding {encoding!r}", cure="give --encoding coded: a shelf can be converted to no other")
-    if bytes is not None and slots is not None:
-        raise UsageError("--bytes and --slots exclude each other here", cure="give one of them")
     check_vacant(output)
     held = Shelf(shelf).snapshot()
-    before = held.settings
-    changes = {
-        "restore_norm": False,
-        "encoding": "coded",
-        "quality": 0.99 if quality is None and bytes is None else quality,
-    }
-    budget = {"bytes": bytes, "keep": before.budget.keep, "floor": floor}
-    recipe = {name: value for name, value in before.recipe.items() if name not in ("policy", "threshold", "floor")}
-    recipe |= {} if bytes is not None else before.placement.document()
-    names = {"base": before.base, "base_aliases": before.base_aliases}
-    count = None if bytes is not None else slots or before.budget.slots
-    settings = new_settings(count, **{**recipe, **names, **budget, **changes})
+    settings = _converted(held.settings, slots, bytes, floor, quality)
     originals = arg.read_named(adapter) if adapter else {}
-    made, _ = Shelf.create_with(
-        output,
-        settings,
-        lambda snapshot: plan_convert(
-            snapshot,
-            held,
-            originals,
-            watch=coding,
-        ),
-    )
+    planner = partial(plan_convert, held=held, originals=originals, watch=coding)
+    made, _ = Shelf.create_with(output, settings, planner)
     show(_document(output, made), json, _packed)
+
+
+def _converted(
+    before: Settings, slots: int | None, limit: int | None, floor: float | None, quality: float | None
+) -> Settings:
+    """Return the settings of the new shelf: what is not given is as in the old one. Raises UsageError."""
+    budget, placement = before.budget, before.placement
+    by_bytes = slots is None and (limit is not None or placement.by_bytes)
+    if floor is not None and not by_bytes:
+        cure = "omit --floor, or give --bytes SIZE without --slots"
+        raise UsageError("--floor is for a shelf that counts bytes, not slots", cure=cure)
+    options = {**before.merge.document(), "encoding": "coded", "quality": quality, "restore_norm": False}
+    if by_bytes:
+        options |= {"policy": BYTES, "floor": placement.floor if floor is None else floor}
+    elif not placement.by_bytes:
+        options |= {"policy": placement.policy, "threshold": placement.threshold}
+    if quality is None and by_bytes == placement.by_bytes:
+        options["quality"] = before.merge.quality
+    return new_settings(
+        None if by_bytes else budget.slots if slots is None else slots,
+        bytes=budget.bytes if limit is None else limit,
+        keep=budget.keep,
+        base=before.base,
+        base_aliases=before.base_aliases,
+        **options,
+    )
 
 
 def _document(output: Path, made: Snapshot) -> dict[str, Any]:

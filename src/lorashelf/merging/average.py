@@ -305,7 +305,12 @@ def _stored(adapter: Adapter, spec: MergeSpec, cut: float = 0.0) -> tuple[Adapte
     codec = CODECS[spec.encoding]
     stored, error = codec.round_trip(adapter, spec.quality)
     lossy = f"cut to rank {spec.rank}" if cut else None if codec.invertible else f"stored in the encoding {codec.name}"
-    return stored, math.sqrt(1 - (1 - cut**2) * (1 - error**2)) if error else cut, lossy
+    return stored, total_error(cut, error), lossy
+
+
+def total_error(first: float, second: float) -> float:
+    """Return the relative error of two steps that each leave something out: √(1 − (1 − e₁²) (1 − e₂²))."""
+    return math.sqrt(1 - (1 - first**2) * (1 - second**2)) if second else first
 
 
 def _restored(average: Average, spec: MergeSpec) -> Average:

@@ -132,7 +132,7 @@ class _Allocation:
                 writes[slot.id] = held.adapter
                 files = slot.object.files[:count]
                 stored = replace(slot.object, id=PENDING, bytes=curve[count - 1].bytes, files=files)
-                history = replace(slot.history, error=_error(held, slot.codec.rates(held.adapter), count))
+                history = replace(slot.history, error=error_with(held, slot.codec.rates(held.adapter), count))
                 slots.append(replace(slot, object=stored, history=history))
         changed = self._changes(counts)
         cause = {**self.finest.manifest.cause, **({"coarser": changed} if changed else {})}
@@ -194,7 +194,7 @@ class _Allocation:
 
     def _later(self, taken: int, own: int) -> int:
         """Every byte under the shelf once it was changed `keep` times more: what more steps make less."""
-        if not self.snapshot.settings.budget.keep:
+        if not (self.slots and self.snapshot.settings.budget.keep):
             return self._now(taken, own)
         return after_changes(self.snapshot, self._at(taken, own))
 
@@ -220,17 +220,17 @@ class _Allocation:
 def _curve(slot: Slot, average: Average) -> Sequence[Rate]:
     levels = slot.codec.rates(average.adapter)
     sizes = accumulate(level.bytes for level in levels)
-    errors = [_error(average, levels, count) for count in range(1, len(levels) + 1)]
+    errors = [error_with(average, levels, count) for count in range(1, len(levels) + 1)]
     return [Rate(n, quality(1.0 - error**2) * len(slot.members)) for n, error in zip(sizes, errors, strict=True)]
 
 
 def coarser(average: Average, codec: Codec, count: int) -> Average:
     """The average with the first `count` levels of its content."""
-    error = _error(average, codec.rates(average.adapter), count)
+    error = error_with(average, codec.rates(average.adapter), count)
     return Average(codec.coarser(average.adapter, count), replace(average.history, error=error))
 
 
-def _error(average: Average, levels: Sequence[LevelRate], count: int) -> float:
+def error_with(average: Average, levels: Sequence[LevelRate], count: int) -> float:
     """Its relative error with so many levels: what was cut off before coding stays cut off."""
     if count == len(levels):
         return average.history.error

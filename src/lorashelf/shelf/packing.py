@@ -7,9 +7,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..errors import NotReversible, UsageError
+from ..formats.codec import Codec
 from ..lora.adapter import Adapter, BaseId
-from ..merging.average import Source, alone, one_base, source
-from .allocation import fitted
+from ..lora.quality import quality
+from ..merging.average import Average, History, alone, one_base, source, total_error
+from ..merging.spec import MergeSpec
+from .allocation import coarser, error_with, fitted
 from .plan import Plan
 from .plan_parts import kind_of, planned, storable
 from .plans import another, together
@@ -24,8 +27,21 @@ class _Single(NamedTuple):
     """An adapter that is to have an object of its own, and the tasks that it serves."""
 
     members: Sequence[str]
-    adapter: Adapter
-    record: Source
+    held: Average
+    """The adapter with the record of where it is from, as given or as stored elsewhere."""
+    codec: Codec | None = None
+    """The codec of an adapter that is stored elsewhere."""
+
+    def coded(self, spec: MergeSpec) -> Average:
+        """Return the adapter as the spec codes it; of one that is coded already, the first levels that keep enough."""
+        held = self.held
+        if self.codec and (levels := self.codec.rates(held.adapter)):
+            kept = (quality(1.0 - error_with(held, levels, count) ** 2) for count in range(1, len(levels)))
+            enough = next((count for count, each in enumerate(kept, 1) if each >= spec.quality), len(levels))
+            return coarser(held, self.codec, enough)
+        new = alone(held.adapter, held.history.merged[0], spec)
+        error = total_error(held.history.error, new.history.error)
+        return replace(new, history=replace(new.history, error=error))
 
 
 def plan_pack(
@@ -53,7 +69,8 @@ def plan_pack(
     for task, x in xs.items():
         members.setdefault(x.digest, []).append(task)
     singles = [
-        _Single(tasks, xs[tasks[0]], source(tasks[0], kinds[tasks[0]], xs[tasks[0]])) for tasks in members.values()
+        _Single(tasks, Average(xs[tasks[0]], History((source(tasks[0], kinds[tasks[0]], xs[tasks[0]]),))))
+        for tasks in members.values()
     ]
     tasks = {task: {**given[task], "type": kinds[task], "digest": x.digest} for task, x in xs.items()}
     return _coded(snapshot, singles, tasks, base, {"operation": "pack"}, watch)
@@ -80,14 +97,14 @@ def plan_convert(
             by_digest.setdefault(str(tasks[task]["digest"]), []).append(task)
         records = {record.digest: record for record in slot.history.merged}
         for digest, members in by_digest.items():
-            found = next((given[task] for task in members if task in given), None)
-            if found is None and records.keys() == {digest}:
-                found = held.average(slot).adapter
-            if found is None:
+            original = next((given[task] for task in members if task in given), None)
+            if original is not None:
+                record = records.get(digest) or source(members[0], tasks[members[0]]["type"], original)
+                singles.append(_Single(members, Average(original, History((replace(record, weight=1.0),)))))
+            elif records.keys() == {digest}:
+                singles.append(_Single(members, held.average(slot), slot.codec))
+            else:
                 lacking += members
-                continue
-            record = replace(records.get(digest) or source(members[0], tasks[members[0]]["type"], found), weight=1.0)
-            singles.append(_Single(members, found, record))
     if lacking:
         what = f"merged with others in their slots: {', '.join(sorted(lacking))}"
         cure = f"give their originals: {' '.join(f'--adapter {task}=ADAPTER' for task in sorted(lacking))}"
@@ -110,7 +127,7 @@ def _coded(
     """The plan that fills an empty shelf with these adapters, coded, each in a slot of its own."""
     spec = snapshot.settings.merge
     by_name = {single.members[0]: single for single in singles}
-    coded = [(by_name[task], alone(by_name[task].adapter, by_name[task].record, spec)) for task in watch(by_name)]
+    coded = [(by_name[task], by_name[task].coded(spec)) for task in watch(by_name)]
     slots = [Slot.planned(i, x, sorted(one.members), spec.encoding) for i, (one, x) in enumerate(coded)]
     known = replace(
         snapshot.manifest, base=base, slots=tuple(slots), tasks=dict(sorted(tasks.items())), arrived=len(singles)
