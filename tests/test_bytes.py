@@ -277,6 +277,62 @@ def test_an_object_that_lost_levels_is_mended_to_the_bit_from_its_original(
     assert shelf.verify() == []
 
 
+# tasks with one adapter ---------------------------------------------------------------------------------------------
+
+
+def members(shelf: Shelf) -> dict[int, tuple[str, ...]]:
+    return {slot.id: slot.members for slot in shelf.snapshot().manifest.slots}
+
+
+def test_tasks_that_share_an_adapter_keep_it_when_one_is_updated(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
+    shelf = filled(tmp_path / "s", [adapters[0], adapters[0], adapters[1]], bytes=10**6)
+    old, other = (shelf.snapshot().adapter(task).digest for task in ("task-0", "task-2"))
+    plan = plan_update(shelf.snapshot(), "task-0", adapters[2])
+    shelf.commit(plan)
+    assert (plan.report["slot"], plan.report["members"], [*plan.report["coded"]]) == (2, ["task-0"], ["task-0"])
+    assert members(shelf) == {0: ("task-1",), 1: ("task-2",), 2: ("task-0",)}
+    assert [shelf.snapshot().adapter(f"task-{i}").digest for i in (1, 2)] == [old, other]
+    assert shelf.snapshot().manifest.tasks["task-0"]["digest"] == adapters[2].digest
+    assert norm(combine([shelf.snapshot().adapter("task-0"), adapters[2]], [1, -1])) / norm(adapters[2]) < 0.25
+    plan = plan_update(shelf.snapshot(), "task-1", adapters[1])  # which the shelf holds
+    assert (plan.writes, plan.report["members"]) == ({}, ["task-1", "task-2"])
+    assert plan.report["coded"]["task-1"]["bytes"] == shelf.snapshot().located("task-2")[0].object.bytes
+    shelf.commit(plan)
+    assert members(shelf) == {1: ("task-1", "task-2"), 2: ("task-0",)}
+    assert shelf.verify() == []
+    shelf.undo()
+    shelf.snapshot().slot_files(shelf.snapshot().manifest.slot(0))[0].write_bytes(b"")
+    assert [slot["how"] for slot in repair(shelf, {"task-1": adapters[0]})["slots"]] == ["rewritten"]
+    assert shelf.snapshot().adapter("task-1").digest == old
+
+
+def test_an_untrained_adapter_is_not_replaced_by_the_next(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
+    idle = adapters[0].with_factors({p: Factors(f.a, 0 * f.b, f.scale) for p, f in adapters[0].modules.items()})
+    shelf = filled(tmp_path / "s", [idle, adapters[1]], bytes=10**6)
+    assert members(shelf) == {0: ("task-0",), 1: ("task-1",)}
+    assert norm(shelf.snapshot().adapter("task-0")) == 0
+
+
+def test_room_for_a_task_with_an_adapter_that_is_held_is_made(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
+    shelf = filled(tmp_path / "s", adapters[:2], bytes=10**6, keep=0, floor=0.5)
+    shelf.configure({"bytes": shelf.snapshot().bytes + 60})
+    plan = plan_add(shelf.snapshot(), adapters[0], "copy")
+    assert (plan.refused, [*plan.report["coarser"]]) == (None, ["task-1"])
+    shelf.commit(plan)
+    assert on_disk(shelf) <= shelf.snapshot().settings.budget.bytes
+
+
+def test_people_read_who_shares_an_object(tmp_path: Path, run: Command, adapters: Sequence[Adapter]) -> None:
+    folders = [write_peft(tmp_path / f"{i}", x) for i, x in enumerate(adapters[:2])]
+    run("init", tmp_path / "s", "--bytes", "1MB")
+    code, text = run("add", tmp_path / "s", f"a: b={folders[0]}", f"copy={folders[0]}", as_json=False)
+    assert code == 0
+    rate = r"[\d.]+ kB \([\d.]+ % of 16 bits\)"
+    assert re.fullmatch(rf"a: b: {rate}, predicted quality 0.997\ncopy: {rate}, shared with a: b, .* 0.997\n", text)
+    code, text = run("update", tmp_path / "s", "a: b", folders[1], as_json=False)
+    assert re.fullmatch(rf"a: b: replaced, {rate}, predicted quality 0.997\n", text)
+
+
 # what cannot be -----------------------------------------------------------------------------------------------------
 
 

@@ -106,6 +106,17 @@ def test_an_add_reports_whether_it_can_be_taken_out_again(
     assert (refused.report["decision"], refused.report["reversible"]) == ("refuse", None)
 
 
+def test_an_adapter_of_two_tasks_in_a_shared_slot_stays_and_the_cure_works(tmp_path: Path) -> None:
+    x = make_adapter(0)
+    shelf = one_slot(tmp_path / "s", {"a": x, "copy": x, "b": make_adapter(1)})
+    with pytest.raises(NotReversible, match="same adapter, which stays in the slot: copy") as caught:
+        plan_update(shelf.snapshot(), "a", make_adapter(2), x)
+    assert str(caught.value.cure) == "lorashelf remove a, then add the new adapter"
+    shelf.commit(plan := plan_remove(shelf.snapshot(), "a", x))
+    assert plan.report["reason"] == "another task here is served by the same adapter; it stays in the slot"
+    shelf.commit(plan_add(shelf.snapshot(), make_adapter(2), "a"))
+
+
 def test_an_emptied_shelf_takes_adapters_of_any_base(tmp_path: Path) -> None:
     first, other = make_adapter(0, base="acme/one"), make_adapter(1, base="acme/two")
     shelf = one_slot(tmp_path / "s", {"a": first}, keep=3)

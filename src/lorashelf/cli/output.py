@@ -204,10 +204,14 @@ def rate_cells(coded: Mapping[str, Any]) -> tuple[str, str, str]:
     return size(coded["bytes"]), f"{coded['percent']:.2f} %", "-" if kept is None else f"{kept:.3f}"
 
 
-def coded_lines(item: Mapping[str, Any]) -> list[str]:
-    """Return how a task was coded on a shelf of bytes as one line, in wordings from the longest to the shortest."""
+def coded_lines(item: Mapping[str, Any], done: str = "") -> list[str]:
+    """Return how a task was coded on a shelf of bytes, after what was done, as one line, in wordings from the longest
+    to the shortest.
+    """
     taken, share, kept = rate_cells(item["coded"][item["task"]])
-    coded = f"{item['task']}: {taken} ({share} of 16 bits), predicted quality {kept}"
+    others = [member for member in item["members"] if member != item["task"]]
+    shared = f", shared with {', '.join(others)}" if others else ""
+    coded = f"{item['task']}: {done}{taken} ({share} of 16 bits){shared}, predicted quality {kept}"
     if not item["coarser"]:
         return [coded]
     return [

@@ -37,11 +37,7 @@ def update(
         plan = plan_update(opened.snapshot(), task, new, old, assume_base=assume_base)
         arg.note_untrained({task: new})
         document = {**plan.report, "head": opened.commit(plan)}
-    show(
-        document,
-        json,
-        lambda d: _updated(d) if "coded" in d else f"{task}: replaced in slot {d['slot']}{_precision(d)}",
-    )
+    show(document, json, _updated)
 
 
 def remove(
@@ -100,8 +96,9 @@ def ls(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
 
 
 def _updated(document: dict[str, Any]) -> str:
-    """Describe an update on a shelf of bytes."""
-    return coded_lines(document)[0].replace(": ", ": replaced, ", 1)
+    if "coded" in document:
+        return coded_lines(document, "replaced, ")[0]
+    return f"{document['task']}: replaced in slot {document['slot']}{_precision(document)}"
 
 
 def _listed(document: dict[str, Any]) -> list[Any]:

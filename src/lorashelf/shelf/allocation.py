@@ -155,10 +155,17 @@ class _Allocation:
         return dict(sorted(found.items()))
 
     def _settled(self, counts: Sequence[int]) -> Plan:
-        """The plan as it can be committed, with what happens to stored tasks in its report."""
+        """Return the plan as it can be committed. Its report gets `coarser`, and `coded`: task → rate of its object,
+        where that is new or new to the task.
+        """
         plan = self._with(counts, settled=True)
-        slots = [slot for slot in plan.manifest.slots if slot.id in self.finest.writes]
-        own = {task: rate(slot) for slot in slots for task in slot.members}
+        served = {task: slot.id for slot in self.snapshot.manifest.slots for task in slot.members}
+        own = {
+            task: rate(slot)
+            for slot in plan.manifest.slots
+            for task in slot.members
+            if slot.id in self.finest.writes or served.get(task) != slot.id
+        }
         return replace(plan, report={**plan.report, "coded": own, "coarser": self._changes(counts)})
 
     def _fewest(self, own: int, limit: int) -> int | None:

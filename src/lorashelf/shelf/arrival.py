@@ -132,8 +132,9 @@ class Arrival:
 
     @cached_property
     def free(self) -> int | None:
-        """The lowest slot that is empty or holds untrained adapters only, None if there is none."""
-        filled = {slot.id for slot in self.snapshot.manifest.slots if slot.history.trained or not slot.readable}
+        """The lowest slot that is empty, or holds untrained adapters only and may be shared; None without any."""
+        alone = self.snapshot.settings.placement.by_bytes
+        filled = {s.id for s in self.snapshot.manifest.slots if alone or s.history.trained or not s.readable}
         slots = self.snapshot.settings.budget.slots
         return next((i for i in (count() if slots is None else range(slots)) if i not in filled), None)
 
@@ -238,8 +239,9 @@ class Arrival:
         return planned(self.snapshot, replace(known, slots=known.with_slot(slot)), writes, cause, report)
 
     def _within_budget(self, plan: Plan) -> Plan:
-        """Return the plan, or a refusal if the plan exceeds the budget."""
+        """Return the plan fitted into the budget, or a refusal."""
         try:
+            plan = fitted(self.snapshot, plan)
             check_budget(self.snapshot, plan)
         except OverBudget as error:
             return self._refused(f"{error.what}; {error.cure}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotReversible, UsageError
 from ..lora.adapter import Adapter, BaseId
 from ..lora.alignment import shared
 from ..lora.given import as_adapter
-from ..merging.average import Average, alone, fold, one_base, source, without
+from ..merging.average import Average, Source, alone, fold, one_base, source, without
 from ..merging.blocks import merge_block, named
 from ..merging.spec import MergeSpec
 from ..names import problem_type
@@ -34,33 +35,73 @@ def plan_update(
 ) -> Plan:
     """Plan to replace a task's adapter. In a shared slot the old one, `was`, is first taken out of the average.
 
-    Raises UnknownName, NotReversible if that needs an adapter or a history that is missing, BaseMismatch,
-    ShapeMismatch.
+    On a shelf of bytes the tasks that share the old adapter keep it, and a slot that holds the new one is shared.
+    Raises UnknownName, NotReversible if taking out needs an adapter or a history that is missing, BaseMismatch,
+    ShapeMismatch, OverBudget.
     """
     slot, details = snapshot.located(task)
     task, adapter = unicodedata.normalize("NFC", task), as_adapter(adapter)
-    spec = snapshot.settings.merge
+    spec, by_bytes = snapshot.settings.merge, snapshot.settings.placement.by_bytes
     if was is not None and was.digest != details["digest"]:
         raise another(task, was, details["digest"])
     if adapter.digest == details["digest"]:
         raise UsageError(f"{task!r} already has this adapter", cure="nothing to do")
+    stays = by_bytes and slot.members != (task,)
     with all_damage(snapshot):
-        others = [snapshot.glanced(s) for s in snapshot.manifest.slots if s.readable and s.id != slot.id]
+        others = [snapshot.glanced(s) for s in snapshot.manifest.slots if s.readable and (stays or s.id != slot.id)]
         base = agreed_base(snapshot, {task: adapter}, others, assume_base)
     record = source(task, details["type"], adapter)
     precision = None
-    if slot.members == (task,) or (slot.history.digests == {details["digest"]} and not _copies(snapshot, slot, task)):
-        new = alone(adapter, record, spec)
+    if by_bytes:
+        slots, slot, writes = _apart(snapshot, slot, task, adapter, record)
     else:
-        new, precision = _remaining(snapshot, slot, task, was)
-        if record.norm and adapter.digest not in {m.digest for m in new.history.merged}:
-            new = fold([new.plain], adapter, record, spec)
+        new, precision = _replaced(snapshot, slot, task, adapter, was, record)
+        slot, writes = Slot.planned(slot.id, new, slot.members, spec.encoding), {slot.id: new.adapter}
+        slots = snapshot.manifest.with_slot(slot)
     tasks = {**snapshot.manifest.tasks, task: {**details, "digest": adapter.digest}}
-    slots = snapshot.manifest.with_slot(Slot.planned(slot.id, new, slot.members, spec.encoding))
     cause = {"operation": "update", "task": task, "slot": slot.id}
     report = {"task": task, "slot": slot.id, "members": list(slot.members), "precision": precision}
     known = replace(snapshot.manifest, base=base, tasks=tasks, slots=slots)
-    return fitted(snapshot, planned(snapshot, known, {slot.id: new.adapter}, cause, report))
+    return fitted(snapshot, planned(snapshot, known, writes, cause, report))
+
+
+def _apart(
+    snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter, record: Source
+) -> tuple[tuple[Slot, ...], Slot, dict[int, Adapter]]:
+    """Return the slots of a shelf of bytes with another adapter for a task, the one that serves the task, and what is
+    to be written.
+    """
+    others, spec = tuple(member for member in slot.members if member != task), snapshot.settings.merge
+    rest = replace(snapshot.manifest, slots=snapshot.manifest.without_slot(slot.id))
+    if others:
+        rest = replace(rest, slots=rest.with_slot(replace(slot, members=others)))
+    same = next((each for each in rest.slots if each.history.digests == {adapter.digest}), None)
+    if same is not None:
+        joined = replace(same, members=tuple(sorted([*same.members, task])))
+        return rest.with_slot(joined), joined, {}
+    taken = {each.id for each in rest.slots}
+    number = slot.id if not others else next(i for i in count() if i not in taken)
+    new = alone(adapter, record, spec)
+    own = Slot.planned(number, new, (task,), spec.encoding)
+    return rest.with_slot(own), own, {number: new.adapter}
+
+
+def _replaced(
+    snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter, was: Adapter | None, record: Source
+) -> tuple[Average, float | None]:
+    """Return a slot's average with another adapter for a task, and the precision. Raises NotReversible."""
+    spec, digest = snapshot.settings.merge, snapshot.manifest.tasks[task]["digest"]
+    copies = _copies(snapshot, slot, task)
+    if slot.members == (task,) or (slot.history.digests == {digest} and not copies):
+        return alone(adapter, record, spec), None
+    if copies and digest in slot.history.digests:
+        what = f"served by the same adapter, which stays in the slot: {', '.join(copies)}"
+        cure = f"lorashelf remove {task}, then add the new adapter"
+        raise NotReversible(what, where=str(snapshot.path), cure=cure)
+    new, precision = _remaining(snapshot, slot, task, was)
+    if record.norm and adapter.digest not in {m.digest for m in new.history.merged}:
+        new = fold([new.plain], adapter, record, spec)
+    return new, precision
 
 
 def _remaining(snapshot: Snapshot, slot: Slot, task: str, was: Adapter | None) -> tuple[Average, float | None]:
@@ -147,7 +188,7 @@ def _without(snapshot: Snapshot, slot: Slot, task: str, adapter: Adapter | None,
     """Return the slot's average without a task's adapter, and the precision. Raises NotReversible with the reason."""
     digest = snapshot.manifest.tasks[task]["digest"]
     if _copies(snapshot, slot, task):
-        raise NotReversible("another task here is served by the same adapter", cure="it stays in the average")
+        raise NotReversible("another task here is served by the same adapter", cure="it stays in the slot")
     if digest not in slot.history.digests:
         raise NotReversible("the adapter is untrained and was left out of the average", cure="nothing of it is left")
     if why := slot.history.irreversible:
