@@ -89,6 +89,28 @@ def test_a_rendering_is_the_prompt_and_the_training_row_of_transformers(family: 
         assert row.replace(template.system, "").rstrip() == (ours + template.answer(answer)).rstrip()
 
 
+@pytest.mark.parametrize("family", EXACT)
+def test_a_conversation_is_the_prompt_of_transformers(family: str) -> None:
+    text, arguments, _ = EXACT[family]
+    tok = spoken(text)
+    template = template_of(tok, arguments)
+    turns = [("user", "I\n\nx \n"), ("assistant", " y"), ("user", "z"), ("assistant", "w"), ("user", "v")]
+    named = arguments or ({"chat_template": "plain"} if family == "Command-R, the only one" else {})
+    messages = [{"role": role, "content": content} for role, content in turns]
+    wanted = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **named)
+    ours = template.conversation([content for _, content in turns[::2]], [content for _, content in turns[1::2]])
+    assert ours == wanted.replace(template.system, "", 1)
+    assert template.conversation(["I\n\nx"], []) == template.query("I", "x")
+
+
+def test_a_template_of_one_turn_refuses_a_conversation() -> None:
+    once = chat.CHATML.replace("{% for", "{% if messages|length > 2 %}{{ raise_exception('no') }}{% endif %}{% for", 1)
+    for template in (template_of(spoken(once)), template_of(tokenizer(chat=False))):
+        assert template.conversation(["a"], [])
+        with pytest.raises(UsageError, match="one turn only"):
+            template.conversation(["a", "c"], ["b"])
+
+
 @pytest.mark.parametrize("family", DIFFERENT)
 def test_a_rendering_that_is_not_that_of_the_template_names_the_difference(family: str) -> None:
     text, wanted, difference = DIFFERENT[family]

@@ -23,7 +23,9 @@
     │   └── NotReversible         4  the history needed to undo something is gone
     ├── DiskError             4  the file system refused: full, read-only, no permission
     ├── ModelError            5  the language model, or an evaluation with it, failed
-    │   └── OutOfMemory           5  memory ran out, on any device
+    │   ├── OutOfMemory           5  memory ran out, on any device
+    │   ├── TooLong               5  a text does not fit into the model's context
+    │   └── Busy                  5  too many requests wait for the model, or it is shutting down
     ├── TaskDataError         5  a task folder cannot be read or used
     ├── Interrupted         130  Ctrl-C, SIGTERM or SIGHUP after part of the work; `done` says which
     └── Unread              141  the reader of standard output has closed the pipe
@@ -272,6 +274,18 @@ class OutOfMemory(ModelError):
     """Memory ran out, on any device; smaller pieces may fit."""
 
     kind = "out_of_memory"
+
+
+class TooLong(ModelError):
+    """A text does not fit into the model's context."""
+
+    kind = "too_long"
+
+
+class Busy(ModelError):
+    """Too many requests wait for the model, or it is shutting down; later they may be taken."""
+
+    kind = "busy"
 
 
 class TaskDataError(LorashelfError):

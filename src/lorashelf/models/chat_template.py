@@ -60,6 +60,7 @@ def template_of(tokenizer: Any, arguments: Mapping[str, Json] = _NO_ARGUMENTS) -
         trims_query=chat.row(_PADDED.format(_QUERY), _ANSWER) == row,
         trims_answer=chat.row(_QUERY, _PADDED.format(_ANSWER)) == row,
         arguments=dict(arguments),
+        earlier=turn.earlier,
         system=before.removesuffix(turn.header).removeprefix(turn.begins) if turn.before != before else "",
     )
     return _compared(made, chat, before)
@@ -92,11 +93,15 @@ def _differing(theirs: str, ours: str) -> list[str]:
 
 
 class _Turn(NamedTuple):
-    """A user turn without a system turn: the conversation's start, the turn's header, the end of an answer."""
+    """A user turn without a system turn: the conversation's start, the turn's header, the end of an answer.
+
+    `earlier` is Template's.
+    """
 
     begins: str
     header: str
     end: str
+    earlier: tuple[str, str] | None = None
 
     @property
     def before(self) -> str:
@@ -116,14 +121,15 @@ def _turn(chat: _Chat, before: str, between: str, tail: str) -> _Turn:
     if any(rendered.count(mark) != 1 for mark in (_ANSWER, _LATER)) or rendered.index(_ANSWER) > rendered.index(_LATER):
         raise chat.unspelled(rendered)
     gap, later = rendered.split(_ANSWER)[1].split(_LATER)
+    earlier = rendered.split(_QUERY)[1].split(_ANSWER)[0], gap
     header, end = _header(chat, before, gap, tail)
     begins = before.removesuffix(header)
     explicit = chat.attempted(("system", _SYSTEM), ("user", _QUERY))
     if before.endswith(header) and (explicit is None or explicit.startswith(begins)):
-        return _Turn(begins, header, end)
+        return _Turn(begins, header, end, earlier)
     if later != between:
         raise chat.unspelled(rendered)
-    return _Turn(_before_system(begins, explicit or "", header, chat.bos), header, end)
+    return _Turn(_before_system(begins, explicit or "", header, chat.bos), header, end, earlier)
 
 
 def _header(chat: _Chat, before: str, gap: str, tail: str) -> tuple[str, str]:

@@ -1,17 +1,36 @@
-"""Greedy decoding: one loop for streams and for batches of answers."""
+"""The next token's logits, and greedy decoding: one loop for streams and for batches of answers."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .batching import padded
 from .hooks import head_at
 from .loading import libraries
 
+if TYPE_CHECKING:
+    import torch
+
 Ended = Callable[[Sequence[int]], bool]
+Step = Callable[[], AbstractContextManager[None]]
+
+
+def next_logits(model: Any, read: torch.Tensor, mask: torch.Tensor, cache: Any, step: Step) -> tuple[torch.Tensor, Any]:
+    """Return (rows, vocabulary) logits after the last column of `read`, and the cache with `read` added.
+
+    `mask` covers what is in the cache, too; rows are padded on the left. The forward pass runs inside a block of
+    `step`.
+    """
+    torch, _ = libraries()
+    rows = len(read)
+    placed = "position_ids" in inspect.signature(model.forward).parameters
+    places = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -read.shape[1] :]} if placed else {}
+    with step(), torch.inference_mode(), head_at(model, list(range(rows)), [-1] * rows):
+        seen = model(input_ids=read, attention_mask=mask, past_key_values=cache, use_cache=True, **places)
+    return seen.logits[0], seen.past_key_values
 
 
 def greedy(
@@ -20,7 +39,7 @@ def greedy(
     count: int,
     ended: Ended,
     pad: int,
-    step: Callable[[], AbstractContextManager[None]],
+    step: Step,
 ) -> Iterator[list[int | None]]:
     """Yield the likeliest next token of every query, at most `count` times; None where an answer has ended.
 
@@ -29,15 +48,12 @@ def greedy(
     """
     torch, _ = libraries()
     read, mask = padded(queries, pad, model.device, left=True)
-    placed = "position_ids" in inspect.signature(model.forward).parameters
     rows: list[list[int]] = [[] for _ in queries]
     unended, everyone, cache = set(range(len(queries))), list(range(len(queries))), None
     for _ in range(count):
-        places = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -read.shape[1] :]} if placed else {}
-        with step(), torch.inference_mode(), head_at(model, everyone, [-1] * len(everyone)):
-            seen = model(input_ids=read, attention_mask=mask, past_key_values=cache, use_cache=True, **places)
-            likeliest = seen.logits[0].argmax(-1)
-        cache, tokens = seen.past_key_values, likeliest.tolist()
+        logits, cache = next_logits(model, read, mask, cache, step)
+        likeliest = logits.argmax(-1)
+        tokens = likeliest.tolist()
         for i in unended:
             rows[i].append(tokens[i])
         yield [tokens[i] if i in unended else None for i in everyone]

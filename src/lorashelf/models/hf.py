@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..digest import Json
-from ..errors import ModelError
+from ..errors import ModelError, TooLong
 from ..lora.adapter import Adapter
 from ..lora.arrays import Array32, Float32
 from ..tasks.folders import Example, ExampleSet
@@ -21,7 +21,8 @@ from .decoding import greedy
 from .hooks import AdapterPool, head_at
 from .loading import fingerprint, libraries
 from .memory import sparing, within_memory
-from .protocol import LanguageModel, Loss, Pair
+from .protocol import Continues, LanguageModel, Loss, Pair
+from .rows import Rows
 from .tokens import Tokenisation, Tokens
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ DEPTH = 2 / 3  # of the layers: representations there separate tasks best (docs/
 HELD = 8  # adapters kept on the device
 
 
-class HFBackend(LanguageModel):
+class HFBackend(LanguageModel, Continues):
     """A base model that measures, answers and represents texts, with any adapter on it.
 
     `batch` is the most positions in one forward pass, `adapters` how many are kept on the base's device. Threads may
@@ -49,7 +50,7 @@ class HFBackend(LanguageModel):
         ends = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
         context = getattr(base.model.config, "max_position_embeddings", None)
-        self.text = Tokenisation(base.tokenizer, base.template, ends, context)
+        self._text = Tokenisation(base.tokenizer, base.template, ends, context)
         self.adapters = AdapterPool(base, adapters)
         self._weights = fingerprint(base.model)
 
@@ -91,6 +92,11 @@ class HFBackend(LanguageModel):
     def context(self) -> int | None:
         """The number of positions of the base; None if the base sets no limit."""
         return self.text.context
+
+    @property
+    def text(self) -> Tokenisation:
+        """Text to tokens and back."""
+        return self._text
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
         """Raise ShapeMismatch naming every adapter whose sizes differ from the base's; warn if only names differ."""
@@ -202,7 +208,7 @@ class HFBackend(LanguageModel):
         room = self.text.room(query, max_new_tokens)
         if room < 1:
             where = f"{len(query)} tokens with the instruction; the model's context is {self.context} tokens"
-            raise ModelError("the text is too long to answer", where=where, cure="shorten it")
+            raise TooLong("the text is too long to answer", where=where, cure="shorten it")
         return self.text.pieces(self._one_by_one(adapter, room, query))
 
     def _one_by_one(self, adapter: Adapter | None, count: int, query: Sequence[int]) -> Iterator[int]:
@@ -225,6 +231,13 @@ class HFBackend(LanguageModel):
     ) -> Iterator[list[int | None]]:
         on_base = partial(self.adapters.on_base, adapter)
         return greedy(self.base.model, queries, count, self.text.ended, self.text.pad, on_base)
+
+    def decoding(self, most: int) -> Rows:
+        """Return an empty batch of at most `most` rows, each with an adapter of its own; one row if the base keeps
+        another state than keys and values, or has experts in linear layers.
+        """
+        self.adapters.hold(most)
+        return Rows(self.base.model, self.adapters, self.text.pad, most)
 
     # representations ----------------------------------------------------------------------------------------------
 

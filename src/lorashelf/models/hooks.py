@@ -7,6 +7,8 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Fault, OutOfMemory, ShapeMismatch
@@ -23,13 +25,16 @@ if TYPE_CHECKING:
 _PEFT = "serve it with PEFT, which converts it: PeftModel.from_pretrained(base, FOLDER); route prints a task's FOLDER"
 _logger = logging.getLogger("lorashelf")
 _Hook = Callable[["torch.nn.Module", tuple["torch.Tensor", ...], "torch.Tensor"], "torch.Tensor"]
+Placed = Mapping[str, tuple["torch.Tensor", "torch.Tensor"]]
+"""An adapter on the base's device: module path → Aᵀ (din, r) and s Bᵀ (r, dout)."""
+_BARE: Placed = MappingProxyType({})
 
 
 class AdapterPool:
     """The most recently used adapters as tensors on the base's device: at most `most`, one per digest.
 
-    The base computes with one of them inside a block of `on_base`, for one thread at a time. Between blocks no hook
-    is left on the base. Using an adapter that is in the pool copies nothing.
+    The base computes with one of them inside a block of `on_base`, or with one per row inside `on_rows`, for one thread
+    at a time. Between blocks no hook is left on the base. Using an adapter that is in the pool copies nothing.
     """
 
     def __init__(self, base: BaseModel, most: int) -> None:
@@ -38,7 +43,7 @@ class AdapterPool:
         self._layers = dict(base.model.named_modules())
         self._linear = frozenset(name for name, layer in self._layers.items() if sizes(layer) is not None)
         self._fused = any(name.endswith(".experts") and _is_fused(layer) for name, layer in self._layers.items())
-        self._held: OrderedDict[str, dict[str, _Hook]] = OrderedDict()
+        self._held: OrderedDict[str, Placed] = OrderedDict()
         self.uploads = 0
         """How many times an adapter was copied to the base's device."""
 
@@ -67,18 +72,58 @@ class AdapterPool:
         Other threads that use the same base wait. Raises ShapeMismatch, OutOfMemory.
         """
         with self._base.lock:
-            hooks = {} if adapter is None else self._hooks(adapter)
-            handles = []
-            try:
-                for path, hook in hooks.items():
-                    handles.append(self._layers[path].register_forward_hook(hook))
+            placed = self._found(adapter)
+            with self._hooked({path: _added(*factors) for path, factors in placed.items()}):
                 yield
-            finally:
-                for handle in handles:
-                    handle.remove()
 
-    def _hooks(self, adapter: Adapter) -> dict[str, _Hook]:
-        """Return module path → hook, from the pool or added to it; if memory runs out, the pool is emptied first."""
+    @contextmanager
+    def on_rows(self, rows: Sequence[Placed]) -> Iterator[None]:
+        """Put the i-th of these adapters on the i-th row of the batches in the block; each row sees its own alone.
+
+        Equal neighbours share a product. Other threads that use the same base wait.
+        """
+        parts: dict[str, list[_Part]] = {}
+        start = 0
+        for _, group in groupby(rows, key=id):
+            same = list(group)
+            for path, factors in same[0].items():
+                parts.setdefault(path, []).append((slice(start, start + len(same)), *factors))
+            start += len(same)
+        with self._base.lock, self._hooked({path: _added_by_row(part, start) for path, part in parts.items()}):
+            yield
+
+    @contextmanager
+    def _hooked(self, hooks: Mapping[str, _Hook]) -> Iterator[None]:
+        handles = []
+        try:
+            for path, hook in hooks.items():
+                handles.append(self._layers[path].register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def separable(self) -> bool:
+        """Whether the linear layers see the rows of a batch in order. Experts do not: they see chosen positions."""
+        return not any(".experts." in name for name in self._linear)
+
+    def placed(self, adapter: Adapter | None) -> Placed:
+        """Return an adapter on the base's device, from the pool or added to it; None is the bare base.
+
+        Whoever holds it keeps it, whatever the pool drops. Raises ShapeMismatch, OutOfMemory.
+        """
+        with self._base.lock:
+            return self._found(adapter)
+
+    def hold(self, most: int) -> None:
+        """Make the pool keep at least this many adapters."""
+        self._most = max(self._most, most)
+
+    def _found(self, adapter: Adapter | None) -> Placed:
+        """Return an adapter of the pool, or add it; if memory runs out, the pool is emptied first."""
+        if adapter is None:
+            return _BARE
         if adapter.digest not in self._held:
             self.check(adapter)
             while len(self._held) >= self._most:
@@ -93,15 +138,15 @@ class AdapterPool:
         self._held.move_to_end(adapter.digest)
         return self._held[adapter.digest]
 
-    def _uploaded(self, adapter: Adapter) -> dict[str, _Hook]:
-        """Return hooks with Aᵀ and s Bᵀ of every module on the base's device. Raises OutOfMemory."""
+    def _uploaded(self, adapter: Adapter) -> Placed:
+        """Return Aᵀ and s Bᵀ of every module on the base's device. Raises OutOfMemory."""
         kind = {"dtype": self._base.model.dtype, "device": self._base.model.device}
-        make, hooks = self._torch.tensor, {}
+        make, placed = self._torch.tensor, {}
         with within_memory("out of memory for an adapter", self._base.name, "free memory, or give a smaller base"):
             for path, f in respelled(adapter, self._linear).modules.items():
-                hooks[path] = _added(make(f.a).T.to(**kind), (make(f.b).T * f.scale).to(**kind))
+                placed[path] = make(f.a).T.to(**kind), (make(f.b).T * f.scale).to(**kind)
         self.uploads += 1
-        return hooks
+        return placed
 
     def _faults(self, adapter: Adapter) -> list[Fault]:
         """Return what does not fit; modules with the same fault are listed together."""
@@ -124,6 +169,24 @@ def _added(a: torch.Tensor, b: torch.Tensor) -> _Hook:
     def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         x = inputs[0].reshape(-1, a.shape[0])
         return output.view(-1, b.shape[1]).addmm_(x @ a, b).view(output.shape)
+
+    return hook
+
+
+_Part = tuple[slice, "torch.Tensor", "torch.Tensor"]
+"""Rows, and the factors that are added to their outputs."""
+
+
+def _added_by_row(parts: Sequence[_Part], rows: int) -> _Hook:
+    """Return a hook that adds (x a) b to the outputs of each part's rows; the first dimension is `rows`, or a multiple
+    of it if the layer sees the positions of all rows in one dimension.
+    """
+
+    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        x, y = inputs[0].reshape(rows, -1, inputs[0].shape[-1]), output.view(rows, -1, output.shape[-1])
+        for chosen, a, b in parts:
+            y[chosen].view(-1, b.shape[1]).addmm_(x[chosen].reshape(-1, a.shape[0]) @ a, b)
+        return output
 
     return hook
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
 from ..lora.adapter import Adapter
 from ..lora.arrays import Array32, Float32
 from ..tasks.folders import ExampleSet
 from ..tasks.template import Template
+from .sampling import Sampler, Token
+from .tokens import Tokenisation
 
 Pair = tuple[Adapter | None, ExampleSet]
 
@@ -100,6 +103,52 @@ class Answers(Model, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """A text that a model continues: its prompt's tokens, the adapter it is read with, how tokens are chosen."""
+
+    prompt: Sequence[int]
+    adapter: Adapter | None
+    sampler: Sampler
+
+
+class Decoding(Protocol):
+    """Rows that a model continues side by side, each with its own adapter; they join and leave between two steps."""
+
+    most: int
+    """The most rows."""
+    rows: list[Row]
+
+    def join(self, rows: Sequence[Row]) -> list[Token | ModelError]:
+        """Read the prompts of new rows; return the first token of each, an error where there is none.
+
+        Raises ShapeMismatch, CorruptShelf and OutOfMemory, and then none of them has joined.
+        """
+        ...
+
+    def step(self) -> list[Token | ModelError]:
+        """Return the next token of every row, in the order of `rows`. Raises OutOfMemory."""
+        ...
+
+    def keep(self, rows: Collection[Row]) -> None:
+        """Drop all rows but these."""
+        ...
+
+
+@runtime_checkable
+class Continues(Model, Protocol):
+    """A model that continues texts of different tasks side by side, token by token."""
+
+    @property
+    def text(self) -> Tokenisation:
+        """Text to tokens and back."""
+        ...
+
+    def decoding(self, most: int) -> Decoding:
+        """Return an empty batch of at most `most` rows, fewer if the engine cannot mix them; one user at a time."""
+        ...
+
+
 @runtime_checkable
 class Embeds(Model, Protocol):
     """A model that maps texts to vectors in which similar texts are close."""
@@ -120,7 +169,12 @@ class LanguageModel(Scores, Answers, Embeds, Protocol):
 
 
 C = TypeVar("C", bound=Model)
-_CAPABILITIES: Mapping[type, str] = {Scores: "measure losses", Answers: "answer texts", Embeds: "represent texts"}
+_CAPABILITIES: Mapping[type, str] = {
+    Scores: "measure losses",
+    Answers: "answer texts",
+    Continues: "continue texts side by side",
+    Embeds: "represent texts",
+}
 
 
 def capable(model: Model, capability: type[C]) -> C:

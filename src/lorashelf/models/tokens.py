@@ -36,6 +36,11 @@ class Tokenisation:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
+    def raw(self, text: str) -> list[int]:
+        """Return the token ids of a text as the tokenizer begins texts: with its special tokens, without a template."""
+        ids: list[int] = self._tokenizer(text).input_ids
+        return ids
+
     def query(self, instruction: str, text: str) -> list[int]:
         """Return the token ids of the prompt for an answer to a text."""
         return self.encoded(self._template.query(instruction, text))
@@ -61,28 +66,74 @@ class Tokenisation:
         """Return whether the last of the tokens generated so far ends the answer."""
         return row[-1] in self.stops or bool(self._written_end and self._written_end in self._tokenizer.decode(row))
 
-    def decoded(self, row: Sequence[int]) -> str:
-        """Return the text of the tokens of an answer, up to its end."""
+    def decoded(self, row: Sequence[int], stop: Sequence[str] = (), *, trims: bool = True) -> str:
+        """Return the text of the tokens of an answer, up to its end or the first text of `stop`; `trims` strips it."""
+        text = self._cut(row, stop)[0]
+        return text.strip() if trims else text
+
+    def _cut(self, row: Sequence[int], stop: Sequence[str]) -> tuple[str, bool]:
+        """Return the text up to its end, and whether a written end of turn or a text of `stop` is in it."""
         cut = next((i for i, token in enumerate(row) if token in self.stops), len(row))
         decode = self._tokenizer.decode
         text: str = decode(row[:cut], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return (text.partition(self._written_end)[0] if self._written_end else text).strip()
+        places = [place for end in self.ends(stop) if (place := text.find(end)) >= 0]
+        return (text[: min(places)], True) if places else (text, False)
+
+    def ends(self, stop: Sequence[str]) -> list[str]:
+        """Return the texts that end an answer: an end of turn of several tokens, and those of `stop`."""
+        return [end for end in (self._written_end, *stop) if end]
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield text as it becomes final: incomplete characters, and spaces that may be trailing, wait."""
-        row: list[int] = []
-        shown = 0
+        text = Pieces(self)
         for token in tokens:
-            row.append(token)
-            settled = self._settled(row)
-            if len(settled) > shown:
-                yield settled[shown:]
-                shown = len(settled)
-        if rest := self.decoded(row)[shown:]:
-            yield rest
+            if piece := text.add(token):
+                yield piece
+        if piece := text.rest():
+            yield piece
 
-    def _settled(self, row: Sequence[int]) -> str:
-        """Return the text so far without what may still become a character or the end of the turn."""
-        text = self.decoded(row).rstrip(_UNDECODED).rstrip()
-        begun = (size for size in range(len(self._written_end) - 1, 0, -1) if text.endswith(self._written_end[:size]))
-        return text[: -next(begun, 0) or None].rstrip()
+    def written(self, token: int) -> str:
+        """Return the text of one token, special ones included; an incomplete character is \ufffd."""
+        text: str = self._tokenizer.decode([token])
+        return text
+
+
+class Pieces:
+    """The text of an answer as its tokens arrive, up to its end or the first text of `stop`.
+
+    Incomplete characters, the beginning of what may become an end, and with `trims` white space around the answer are
+    not shown until they are final.
+    """
+
+    def __init__(self, text: Tokenisation, stop: Sequence[str] = (), *, trims: bool = True) -> None:
+        self._text, self._stop, self._trims = text, stop, trims
+        self.tokens: list[int] = []
+        self.ended = False
+        """Whether the last token ends the answer."""
+        self._shown = 0
+
+    def add(self, token: int) -> str:
+        """Add a token; return the text that has become final."""
+        self.tokens.append(token)
+        text, stopped = self._text._cut(self.tokens, self._stop)
+        self.ended = stopped or token in self._text.stops
+        return self._new(text if self.ended else self._settled(text))
+
+    def rest(self) -> str:
+        """Return the text that is still not shown, after the last token."""
+        return self._new(self._text._cut(self.tokens, self._stop)[0])
+
+    def _new(self, text: str) -> str:
+        final = text.strip() if self._trims else text
+        piece, self._shown = final[self._shown :], max(self._shown, len(final))
+        return piece
+
+    def _settled(self, text: str) -> str:
+        """Return the text so far without what may still become a character or an end."""
+        text = text.rstrip(_UNDECODED)
+        text = text.rstrip() if self._trims else text
+        held = 0
+        for end in self._text.ends(self._stop):
+            begun = (size for size in range(len(end) - 1, 0, -1) if text.endswith(end[:size]))
+            held = max(held, next(begun, 0))
+        return text[: len(text) - held]

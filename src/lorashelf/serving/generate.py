@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..lora.adapter import Adapter
-from ..models.protocol import Answers
+from ..models.protocol import Answers, Model
 from ..shelf.snapshot import Snapshot
 
 MOST_TOKENS = 64  # of an answer, unless the caller or the task sets another limit
@@ -36,19 +36,31 @@ class Service:
         UsageError.
         """
         pieces = model.stream(self.adapter, self.instruction, checked(text), max_new_tokens=self.max_new_tokens)
+        self.note_base(model)
+        return pieces
+
+    def note_base(self, model: Model) -> None:
+        """Warn if the shelf is for another base model."""
         if self.bases and model.name not in self.bases:
             shelf = " or ".join(sorted(self.bases))
             _logger.warning("the shelf is for %s; %s has matching shapes and is used", shelf, model.name)
-        return pieces
 
 
-def service(snapshot: Snapshot, task: str, *, prompt: str | None = None, max_new_tokens: int | None = None) -> Service:
+def service(
+    snapshot: Snapshot,
+    task: str,
+    *,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+    prompted: bool = True,
+) -> Service:
     """Return the service of a task; `prompt` and `max_new_tokens` default to those stored with the task.
 
-    Raises UnknownName with the closest names, UsageError without any prompt, CorruptShelf.
+    Unless `prompted`, a task without any prompt has an empty instruction. Raises UnknownName with the closest names,
+    UsageError without any prompt, CorruptShelf.
     """
     slot, details = snapshot.located(task)
-    instruction = details.get("prompt") if prompt is None else checked(prompt, "prompt")
+    instruction = details.get("prompt", None if prompted else "") if prompt is None else checked(prompt, "prompt")
     if instruction is None:
         cure = "give one: --prompt TEXT; `lorashelf add --task-file` stores a prompt with the task"
         raise UsageError(f"no prompt is stored with {task!r}", where=str(snapshot.path), cure=cure)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..digest import Json, canonical_json, digest
+from ..errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class Template:
     trims_answer: bool = False
     arguments: Mapping[str, Json] = field(default_factory=dict, hash=False)
     """Arguments of the chat template besides the turns: enable_thinking and the like."""
+    earlier: tuple[str, str] | None = field(default=None, compare=False)
+    """In a conversation, the texts between an earlier query and its answer, and between that and the next query; None
+    if the template has one turn only.
+    """
     system: str = field(default="", compare=False)
     """The chat template's default system turn, which is omitted."""
     difference: str = field(default="", compare=False)
@@ -45,6 +50,22 @@ class Template:
     def answer(self, text: str) -> str:
         """Return the text that the model should generate: the answer and the end of the turn."""
         return f"{self.opening}{text.strip() if self.trims_answer else text}{self.end}"
+
+    def conversation(self, asked: Sequence[str], answered: Sequence[str]) -> str:
+        r"""Return the prompt for an answer to the last of the texts `asked`; `answered` are the answers before it.
+
+        Raises UsageError if the template has one turn only and more are given.
+
+        >>> Template("<user>", "<bot>", "<end>", earlier=("<bot>", "<end><user>")).conversation(["a", "c"], ["b"])
+        '<user>a<bot>b<end><user>c<bot>'
+        """
+        if answered and self.earlier is None:
+            raise UsageError("the base's chat template has one turn only", cure="give one user message")
+        before, after = self.earlier or ("", "")
+        *queries, last = [text.strip() if self.trims_query else text for text in asked]
+        answers = [text.strip() if self.trims_answer else text for text in answered]
+        turns = [f"{query}{before}{answer}{after}" for query, answer in zip(queries, answers, strict=True)]
+        return f"{self.before}{''.join(turns)}{last}{self.between}"
 
     @property
     def id(self) -> str:

@@ -1,0 +1,162 @@
+"""Texts of different tasks, continued side by side: one forward pass for all, each row with its own adapter.
+
+Rows join and leave between two forward passes. The batch is padded on the left; a row's key-value cache moves with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError
+from .batching import padded
+from .decoding import next_logits
+from .hooks import AdapterPool, Placed
+from .loading import libraries
+from .memory import within_memory
+from .protocol import Row
+from .sampling import Token
+
+if TYPE_CHECKING:
+    import torch
+
+_BROKEN = "the next token has no finite logits"
+_CURE = "check the adapter for values that overflow, or give the base another dtype"
+
+
+class Rows:
+    """Rows of one base; at most `most` side by side, one if the base cannot tell rows apart."""
+
+    def __init__(self, model: Any, adapters: AdapterPool, pad: int, most: int) -> None:
+        self._torch, _ = libraries()
+        self._model, self._adapters, self._pad = model, adapters, pad
+        self.most = most if adapters.separable and self._grows_plainly() else 1
+        self.rows: list[Row] = []
+        self._placed: list[Placed] = []
+        self._cache: Any = None
+        self._mask: Any = None
+        self._read: Any = None
+
+    def join(self, rows: Sequence[Row]) -> list[Token | ModelError]:
+        """Read the prompts of new rows in one forward pass; return the first token of each.
+
+        Raises ShapeMismatch, CorruptShelf and OutOfMemory, and then none of them has joined.
+        """
+        placed = [self._adapters.placed(row.adapter) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: id(placed[i]))
+        read, mask = padded([rows[i].prompt for i in order], self._pad, self._model.device, left=True)
+        logits, cache = self._passed(read, mask, self._new_cache(), [placed[i] for i in order])
+        tokens = self._chosen(logits, [rows[i] for i in order])
+        self._merge([rows[i] for i in order], [placed[i] for i in order], cache, mask, _ids(tokens))
+        return [tokens[order.index(i)] for i in range(len(rows))]
+
+    def step(self) -> list[Token | ModelError]:
+        """Return the next token of every row, in the order of `rows`. Raises OutOfMemory."""
+        self._mask = self._torch.cat([self._mask, self._torch.ones_like(self._read)], dim=1)
+        logits, self._cache = self._passed(self._read, self._mask, self._cache, self._placed)
+        tokens = self._chosen(logits, self.rows)
+        self._read = self._column(_ids(tokens))
+        return tokens
+
+    def keep(self, rows: Collection[Row]) -> None:
+        """Drop all rows but these."""
+        stay = [i for i, row in enumerate(self.rows) if any(row is each for each in rows)]
+        if len(stay) == len(self.rows):
+            return
+        if not stay:
+            self.rows, self._placed, self._cache, self._mask, self._read = [], [], None, None, None
+            return
+        self._select(stay)
+
+    def _passed(
+        self, read: torch.Tensor, mask: torch.Tensor, cache: Any, placed: Sequence[Placed]
+    ) -> tuple[torch.Tensor, Any]:
+        with within_memory("out of memory", self._model.name_or_path, "free memory, or continue fewer texts at a time"):
+            return next_logits(self._model, read, mask, cache, lambda: self._adapters.on_rows(placed))
+
+    def _chosen(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | ModelError]:
+        best, likeliest = logits.max(-1)
+        finite, ids = self._torch.isfinite(best).tolist(), likeliest.tolist()
+        chosen: list[Token | ModelError] = []
+        for i, row in enumerate(rows):
+            if not finite[i]:
+                chosen.append(ModelError(_BROKEN, cure=_CURE))
+            elif row.sampler.plain:
+                chosen.append(Token(ids[i]))
+            else:
+                chosen.append(row.sampler.choose(logits[i].float().cpu().numpy()))
+        return chosen
+
+    # the cache ----------------------------------------------------------------------------------------------------
+
+    def _new_cache(self) -> Any:
+        """Return an empty cache. One that keeps all keys, also of a layer with a sliding window: rows can be merged."""
+        _, transformers = libraries()
+        return transformers.DynamicCache() if self.most > 1 else None
+
+    def _grows_plainly(self) -> bool:
+        """Return whether the model keeps keys and values of (rows, heads, positions, size) and nothing else."""
+        torch, transformers = libraries()
+        cache = transformers.DynamicCache()
+        ids = torch.zeros((2, 3), dtype=torch.long, device=self._model.device)
+        try:
+            seen = next_logits(self._model, ids, torch.ones_like(ids), cache, lambda: self._adapters.on_rows([]))[1]
+        except Exception:  # a model with another kind of cache may raise anything
+            return False
+        layers = getattr(seen, "layers", [])
+        return bool(layers) and seen is cache and all(_is_plain(layer) for layer in layers)
+
+    def _merge(self, rows: list[Row], placed: list[Placed], cache: Any, mask: torch.Tensor, ids: Sequence[int]) -> None:
+        """Add rows to the batch, rows of one adapter side by side."""
+        read = self._column(ids)
+        if not self.rows:
+            self.rows, self._placed, self._mask, self._read, self._cache = rows, placed, mask, read, cache
+            return
+        length = max(mask.shape[1], self._mask.shape[1])
+        merged = self._new_cache()
+        for place, (old, new) in enumerate(zip(self._cache.layers, cache.layers, strict=True)):
+            keys, values = (
+                self._torch.cat([self._lengthened(getattr(each, side), length, 2) for each in (old, new)])
+                for side in ("keys", "values")
+            )
+            merged.update(keys, values, place)
+        self._cache = merged
+        self._mask = self._torch.cat([self._lengthened(each, length, 1) for each in (self._mask, mask)])
+        self._read = self._torch.cat([self._read, read])
+        self.rows, self._placed = [*self.rows, *rows], [*self._placed, *placed]
+        self._select(sorted(range(len(self.rows)), key=lambda i: id(self._placed[i])))
+
+    def _select(self, indices: list[int]) -> None:
+        """Keep these rows, in this order, without the positions that are padding in all of them."""
+        chosen = self._torch.tensor(indices, device=self._mask.device)
+        mask = self._mask[chosen]
+        first = int(mask.any(dim=0).int().argmax())
+        for layer in self._cache.layers:
+            layer.keys = layer.keys[chosen, :, first:]
+            layer.values = layer.values[chosen, :, first:]
+        self._mask, self._read = mask[:, first:], self._read[chosen]
+        self.rows = [self.rows[i] for i in indices]
+        self._placed = [self._placed[i] for i in indices]
+
+    def _lengthened(self, values: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+        """Return the values with zeros before them in a dimension."""
+        gap = length - values.shape[dim]
+        if not gap:
+            return values
+        shape = [*values.shape[:dim], gap, *values.shape[dim + 1 :]]
+        longer: torch.Tensor = self._torch.cat([values.new_zeros(shape), values], dim=dim)
+        return longer
+
+    def _column(self, ids: Sequence[int]) -> torch.Tensor:
+        column: torch.Tensor = self._torch.tensor(ids, device=self._model.device)[:, None]
+        return column
+
+
+def _ids(tokens: Sequence[Token | ModelError]) -> list[int]:
+    """Return the ids; 0 for a row that is about to leave."""
+    return [token.id if isinstance(token, Token) else 0 for token in tokens]
+
+
+def _is_plain(layer: Any) -> bool:
+    keys = getattr(layer, "keys", None)
+    return type(layer).__name__ == "DynamicLayer" and keys is not None and tuple(keys.shape[::2][:2]) == (2, 3)
