@@ -20,7 +20,7 @@ import numpy as np
 from lorashelf import METHODS
 from lorashelf.bench import page
 from lorashelf.bench.plot import drawn
-from lorashelf.bench.results import Sample, Vector, interval, read_results, shares_kept
+from lorashelf.bench.results import Vector, interval, mean_over_tasks, read_results, sampled, shares_kept
 from lorashelf.bench.suite import Suite, read_suite
 from lorashelf.lora.quality import quality
 
@@ -108,6 +108,16 @@ def cli() -> str:
     return CLI_HEAD + "".join(parts)
 
 
+def replaced(text: str, name: str, end: str, content: str) -> str:
+    """The text with this content between the marker of a generated part and its end."""
+    begin, close = f"<!-- generated: {name} -->", f"<!-- {end} -->"
+    before, found, rest = text.partition(begin)
+    inside, closed, after = rest.partition(close)
+    if not (found and closed) or "<!-- generated" in inside:
+        sys.exit(f"a document that has the generated part {name} lacks {begin} … {close}")
+    return f"{before}{begin}\n{content}\n{close}{after}"
+
+
 def layers(text: str) -> str:
     """docs/architecture.md with its drawing of the layers that pyproject.toml declares, the highest first."""
     (contract, *_) = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
@@ -122,8 +132,7 @@ def layers(text: str) -> str:
             inside = [path.name + "/" * path.is_dir() for path in sorted((PACKAGE / name).iterdir())]
             files = " ".join(each for each in inside if not each.startswith("__"))
             rows += ["", f"{name + '/':<12} {sentence.splitlines()[0]}", f"{'':<12} {files}"]
-    drawn = "\n".join(["<!-- generated: layers -->", "```", *rows[1:], "```", "<!-- end layers -->"])
-    return re.sub(r"<!-- generated: layers -->.*?<!-- end layers -->", lambda _: drawn, text, flags=re.DOTALL)
+    return replaced(text, "layers", "end layers", "\n".join(["```", *rows[1:], "```"]))
 
 
 def methods(text: str) -> str:
@@ -137,20 +146,18 @@ def methods(text: str) -> str:
         weights = "1/n" if method.weights == "mean" else "1"
         laws = ["yes" if law else "–" for law in (method.gauge, method.duplicate, method.mean_power is not None)]
         rows.append(f"| `{name}` | {method.space} | {weights} | {' | '.join(laws)} | {parameters} | {method.cites} |")
-    table = "<!-- generated: methods -->\n" + "\n".join(rows) + "\n<!-- end -->"
-    return re.sub(r"<!-- generated: methods -->.*?<!-- end -->", lambda _: table, text, flags=re.DOTALL)
+    return replaced(text, "methods", "end", "\n".join(rows))
 
 
 def results(text: str) -> str:
     """docs/results.md with the tables of the suites whose results are committed."""
-
-    def measured(match: re.Match[str]) -> str:
-        suite = read_suite(HERE.parent / "suites" / f"{match[1]}.toml")
+    for name in ("small", "first_table", "frontier"):
+        suite = read_suite(HERE.parent / "suites" / f"{name}.toml")
         found = read_results(suite, suite.folder)
         count = f"{len(found)} of {len(suite.cells)} cells are measured. " if len(found) < len(suite.cells) else ""
-        return f"<!-- generated: suite {match[1]} -->\n{count}{page.table(suite, found)}\n<!-- end suite -->"
-
-    return re.sub(r"<!-- generated: suite (\w+) -->.*?<!-- end suite -->", measured, text, flags=re.DOTALL)
+        table = page.table(suite, found, page.rows(suite, found))
+        text = replaced(text, f"suite {name}", "end suite", count + table)
+    return text
 
 
 @cache
@@ -159,22 +166,24 @@ def _frontier() -> tuple[Suite, dict[str, dict[str, Any]]]:
     return suite, read_results(suite, suite.folder)
 
 
-def _rates() -> dict[float, dict[str, Any]]:
-    """Percent → the result of the coded cell of that rate, the highest first."""
-    coded = [result for result in _frontier()[1].values() if result["cell"]["how"] == "code"]
-    return {result["cell"]["percent"]: result for result in sorted(coded, key=lambda each: -each["cell"]["percent"])}
+@cache
+def _frontier_rows() -> dict[str | float, dict[str, Any]]:
+    """Method, for coded adapters the percentage → the row of the page, coded ones from the most bytes to the fewest."""
+    rows = sorted(page.rows(*_frontier()), key=lambda row: -(row["percent"] or 0))
+    return {row["percent"] or row["method"]: row for row in rows}
 
 
-def _shares(result: dict[str, Any]) -> dict[str, Vector]:
-    """Task → loss kept, on all examples and on every resample."""
-    found = {each["cell"]["method"]: each for each in _frontier()[1].values() if each["cell"]["how"] == "serve"}
-    losses = [Sample((each,)).losses for each in (result, found["own"], found["base"])]
-    return shares_kept(*losses)
+@cache
+def _shares() -> dict[str | float, dict[str, Vector]]:
+    """As `_frontier_rows` → task → loss kept, on all examples and on every resample."""
+    found = {each["cell"].get("percent", each["cell"]["method"]): each for each in _frontier()[1].values()}
+    losses = {key: sampled([result]).losses for key, result in found.items()}
+    return {key: shares_kept(each, losses["own"], losses["base"]) for key, each in losses.items()}
 
 
-def _with_interval(values: Vector, form: str = ".3f") -> str:
-    low, high = interval(values)
-    return f"{values[0]:{form}} ({low:{form}} … {high:{form}})"
+def _with_interval(stated: tuple[float, float, float], form: str = ".3f") -> str:
+    value, low, high = stated
+    return f"{value:{form}} ({low:{form}} … {high:{form}})"
 
 
 def _against(value: float, aim: float) -> str:
@@ -183,29 +192,32 @@ def _against(value: float, aim: float) -> str:
 
 def frontier(text: str) -> str:
     """docs/results.md with its table of coded adapters beside the best merge and what was aimed at."""
-    merges = [each for each in _frontier()[1].values() if each["cell"]["how"] not in ("serve", "code")]
-    means = {each["cell"]["method"]: np.mean(list(_shares(each).values()), axis=0) for each in merges}
-    best = max(means, key=lambda method: float(means[method][0]))
-    rows = [
+    rows, tasks = _frontier_rows(), len(_shares()["own"])
+    merges = rows.keys() - {*AIMS, "own", "base"}
+    best = max(merges, key=lambda method: rows[method]["loss_kept"][0])
+    lines = [
         f"| bytes | kB per adapter | loss kept, mean | aim | worst task | aim | mean − {best} in five slots |",
         "|---|---|---|---|---|---|---|",
     ]
-    for percent, result in _rates().items():
-        shares = _shares(result)
-        mean, name = np.mean(list(shares.values()), axis=0), min(shares, key=lambda task: shares[task][0])
-        aims = AIMS[percent]
-        rows.append(
-            f"| {percent:g} % | {result['bytes'] / len(shares) / 1000:.1f} | {_with_interval(mean)} "
-            f"| {_against(mean[0], aims[0])} | {name} {_with_interval(shares[name])} "
-            f"| {_against(shares[name][0], aims[1])} | {_with_interval(mean - means[best], '+.3f')} |"
+    for percent, (mean, worst) in AIMS.items():
+        row, size = rows[percent], rows[percent]["storage"] * _own_bytes() / tasks
+        apart = mean_over_tasks({task: kept - _shares()[best][task] for task, kept in _shares()[percent].items()})
+        assert apart is not None
+        lines.append(
+            f"| {percent:g} % | {size / 1000:.1f} | {_with_interval(row['loss_kept'])} "
+            f"| {_against(row['loss_kept'][0], mean)} | {row['worst_task']} {_with_interval(row['worst'])} "
+            f"| {_against(row['worst'][0], worst)} | {_with_interval((apart[0], *interval(apart)), '+.3f')} |"
         )
-    table = "<!-- generated: frontier -->\n" + "\n".join(rows) + "\n<!-- end frontier -->"
-    return re.sub(r"<!-- generated: frontier -->.*?<!-- end frontier -->", lambda _: table, text, flags=re.DOTALL)
+    return replaced(text, "frontier", "end frontier", "\n".join(lines))
+
+
+def _own_bytes() -> int:
+    return int(next(iter(_frontier()[1].values()))["own_bytes"])
 
 
 def proof(text: str) -> str:
     """README.md with its table of what serves the forty tasks."""
-    shown = {
+    shown: dict[str | float, str] = {
         "own": "each task's own adapter",
         12.5: "the same, coded",
         1: "the same, coded",
@@ -213,19 +225,15 @@ def proof(text: str) -> str:
         "random": "five slots of random tasks",
         "base": "the bare base model",
     }
-    found = {each["cell"].get("percent", each["cell"]["method"]): each for each in _frontier()[1].values()}
-    whole = found["own"]["bytes"]
-    rows = [
+    lines = [
         "| what serves the forty tasks | share of the bytes | mean loss, nats per token | gain in loss kept |",
         "|---|---|---|---|",
     ]
     for key, name in shown.items():
-        loss = Sample((found[key],)).losses
-        mean = np.mean([values[0] for values in loss.values()])
-        kept = np.mean([values[0] for values in _shares(found[key]).values()])
-        rows.append(f"| {name} | {100 * found[key]['bytes'] / whole:.3g} % | {mean:.3f} | {100 * kept:.1f} % |")
-    table = "<!-- generated: proof -->\n" + "\n".join(rows) + "\n<!-- end proof -->"
-    return re.sub(r"<!-- generated: proof -->.*?<!-- end proof -->", lambda _: table, text, flags=re.DOTALL)
+        row = _frontier_rows()[key]
+        kept = f"{100 * row['loss_kept'][0]:.1f} %"
+        lines.append(f"| {name} | {100 * row['storage']:.3g} % | {row['loss'][0]:.3f} | {kept} |")
+    return replaced(text, "proof", "end proof", "\n".join(lines))
 
 
 def predicted(text: str) -> str:
@@ -234,8 +242,9 @@ def predicted(text: str) -> str:
         "| bytes | energy kept | predicted | measured | off by, mean over tasks | 90 % of tasks within |",
         "|---|---|---|---|---|---|",
     ]
-    for percent, result in _rates().items():
-        shares = _shares(result)
+    coded = {each["cell"].get("percent"): each for each in _frontier()[1].values()}
+    for percent in AIMS:
+        result, shares = coded[percent], _shares()[percent]
         energy = [result["tasks"][task]["energy_kept"] for task in shares]
         expected, measured = np.array([quality(each) for each in energy]), np.array([v[0] for v in shares.values()])
         off = np.abs(expected - measured)
@@ -243,8 +252,7 @@ def predicted(text: str) -> str:
             f"| {percent:g} % | {np.mean(energy):.3f} | {expected.mean():.3f} | {measured.mean():.3f} "
             f"| {off.mean():.3f} | {np.percentile(off, 90):.3f} |"
         )
-    table = "<!-- generated: predicted -->\n" + "\n".join(rows) + "\n<!-- end predicted -->"
-    return re.sub(r"<!-- generated: predicted -->.*?<!-- end predicted -->", lambda _: table, text, flags=re.DOTALL)
+    return replaced(text, "predicted", "end predicted", "\n".join(rows))
 
 
 PARTS = {

@@ -45,7 +45,6 @@ LATE = {  # import inside a function → why
     ("evaluation.metrics.tokens", "jieba"): "extra `metrics`; only for Chinese",
     ("training.run", "importlib.metadata"): "a mail parser's worth of imports",
     ("shelf.settings", "tomlkit"): "only to edit shelf.toml",
-    ("cli.adapters", "report.heatmap"): "only with --plot",
     ("models.loading", "torch"): "extra `llm`",
     ("models.loading", "transformers"): "extra `llm`",
     ("cache_folder", "platformdirs"): "a fiftieth of the start, and only where something is cached",

@@ -22,7 +22,7 @@ from lorashelf import Adapter, Shelf, new_settings, plan_add, read_adapter
 from lorashelf.bench import page
 from lorashelf.bench.assignment import Inputs, arrival, assign, bytes_of
 from lorashelf.bench.plot import _lines as points_of
-from lorashelf.bench.plot import plot
+from lorashelf.bench.plot import drawn
 from lorashelf.bench.results import DRAWS, Sample, mean_over_tasks, path_of, read_results, shares_kept
 from lorashelf.bench.run import CLAIMS, MEASURED, run, status
 from lorashelf.bench.suite import Cell, Suite, read_suite
@@ -408,7 +408,7 @@ def test_the_table_has_a_row_per_method_with_the_figures_of_the_results(measured
     (base,) = [results[c.id] for c in suite.cells if c.method == "base"]
     by_task = [sum(task["nll"]) / sum(task["tokens"]) for task in base["tasks"].values()]
     assert rows["base"]["loss"][0] == pytest.approx(np.mean(by_task), rel=1e-4)
-    text = page.table(suite, results)
+    text = page.table(suite, results, page.rows(suite, results))
     assert "5 tasks, 4 examples of the validation split per task" in text
     assert text.count("\n| ") == 9
     assert "− random" in text
@@ -429,18 +429,21 @@ def test_table_and_status_need_no_model(measured: tuple[Suite, Path]) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_plot_is_drawn(measured: tuple[Suite, Path], tmp_path: Path, x: str, y: str, dark: bool) -> None:
     suite, folder = measured
-    for name in ("a.svg", "b.svg"):
-        plot(suite, read_results(suite, folder), tmp_path / name, x, y, dark)
-    text = (tmp_path / "a.svg").read_text()
+    text = drawn(suite, read_results(suite, folder), "svg", x, y, dark).decode()
     assert "kmerge" in text
     assert ("#0d1117" in text) is dark
-    assert text == (tmp_path / "b.svg").read_text()
+    words = ["bench", "plot", str(suite.path), "--file", str(tmp_path / "a.SVG"), "--x", x, "--y", y]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--output", str(folder), *(["--dark"] if dark else [])])
+    assert ended.value.code == 0
+    assert (tmp_path / "a.SVG").read_text() == text
 
 
 def test_the_rates_of_a_code_are_one_line_with_the_worst_task_below_the_mean(measured: tuple[Suite, Path]) -> None:
     suite, folder = measured
     results = read_results(suite, folder)
-    means, worst = (points_of(suite, results, "storage", y) for y in ("loss_kept", "worst"))
+    rows = page.rows(suite, results)
+    means, worst = (points_of(suite, results, rows, "storage", y) for y in ("loss_kept", "worst"))
     assert means.keys() == worst.keys()
     assert len(means["coded"]) == 2
     for (place, mean), (same, low) in zip(means["coded"], worst["coded"], strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,17 @@ def test_links_lead_to_files(document: Path) -> None:
         led = document.parent / target if target else document
         assert led.exists(), target
         assert not anchor or anchor in anchors(led), f"{target}#{anchor}"
+
+
+def test_a_lost_marker_of_a_generated_part_is_named() -> None:
+    replaced = runpy.run_path(str(ROOT / "docs" / "generate.py"))["replaced"]
+    text = "a\n<!-- generated: layers -->\nold\n<!-- end layers -->\nb"
+    assert replaced(text, "layers", "end layers", "new") == text.replace("old", "new")
+    for lost in ("<!-- generated: layers -->", "<!-- end layers -->"):
+        with pytest.raises(SystemExit, match="<!-- generated: layers --> … <!-- end layers -->"):
+            replaced(
+                text.replace(lost, "") + text[1:].replace("layers -->", "other -->", 1), "layers", "end layers", ""
+            )
 
 
 def anchors(document: Path) -> set[str]:

@@ -22,7 +22,8 @@ from factory import make_adapter, write_peft
 from lorashelf.errors import MissingExtra
 from lorashelf.report.figure import NUMBERED, arranged, heatmap
 from lorashelf.report.fonts import families
-from lorashelf.report.heatmap import FORMATS, LONGEST, draw_heatmap, format_of, label
+from lorashelf.report.formats import FORMATS
+from lorashelf.report.heatmap import LONGEST, draw_heatmap, heatmap_format, label
 
 SCRIPTS = [
     "gec-de",
@@ -323,5 +324,5 @@ def test_a_place_that_cannot_hold_a_file_is_refused_before_an_adapter_is_read(
 def test_a_missing_package_is_named_with_its_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtra, match="a heat map needs") as caught:
-        format_of(Path("map.svg"))
+        heatmap_format(Path("map.svg"))
     assert caught.value.cure == "pip install 'lorashelf[report]'"

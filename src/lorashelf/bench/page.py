@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
                 "S": _stated(normalised_score(sample.scores, own.scores)) if own else None,
                 "storage": _storage(sample),
                 "slots": cells[0].options.get("slots"),
+                "percent": cells[0].options.get("percent"),
             }
         )
     return sorted(found, key=lambda row: (row["merge"], row["loss"][0]))
@@ -72,9 +73,8 @@ def _storage(sample: Sample) -> float:
     return float(np.mean([result["bytes"] / result["own_bytes"] for result in sample.results]))
 
 
-def table(suite: Suite, results: Mapping[str, dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table, below the number of tasks and examples."""
-    found = rows(suite, results)
+def table(suite: Suite, results: Mapping[str, dict[str, Any]], found: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows that were `found` as a Markdown table, below the number of tasks and examples."""
     if not found:
         return "nothing has been measured yet"
     against = f"− {suite.reference}" if suite.reference else None

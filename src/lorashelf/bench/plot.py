@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import atomic
 from ..errors import MissingExtra, UsageError
 from ..report.formats import UNDATED
 from .page import APART, groups, rows
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 _SIZES = ("slots", "percent")
 """Options that distinguish the points of a line."""
-_DARK = "#0d1117"  # the ground of GitHub's dark pages
+_DARK = "#0d1117"  # the background of GitHub's dark pages
 _MARKS = "os^Dvp*Xh<>"
 _AXES = {
     "storage": "bytes, % of all adapters",
@@ -26,26 +24,6 @@ _AXES = {
     "loss_kept": "loss kept (hollow: of the worst task)",
 }
 Points = list[tuple[float, Sequence[float]]]
-
-
-def plot(
-    suite: Suite,
-    results: Mapping[str, dict[str, Any]],
-    path: Path,
-    x: str = "storage",
-    y: str = "loss_kept",
-    dark: bool = False,
-) -> None:
-    """Plot y against x, one line per method and merge; the file's extension sets the format.
-
-    `x` is storage or a numeric option; `y` is loss, loss_kept, score or S. Raises UsageError if there is nothing
-    to draw, MissingExtra (`report`), DiskError.
-    """
-    kind = path.suffix.lstrip(".")
-    if kind not in UNDATED:
-        cure = f"end its name in .{', .'.join(UNDATED)}"
-        raise UsageError(f"cannot draw {path.suffix or 'a file without an extension'}", where=str(path), cure=cure)
-    atomic.replace_file(path, drawn(suite, results, kind, x, y, dark), path.absolute().parent)
 
 
 def drawn(
@@ -56,8 +34,13 @@ def drawn(
     y: str = "loss_kept",
     dark: bool = False,
 ) -> bytes:
-    """Return what `plot` writes: a png, svg or pdf file, the same bytes every time. Raises UsageError, MissingExtra."""
-    lines = _lines(suite, results, x, y)
+    """Draw y against x, one line per method and merge, as a png, svg or pdf file, the same bytes every time.
+
+    `x` is storage or a numeric option; `y` is loss, loss_kept, score or S. Raises UsageError if there is nothing
+    to draw, MissingExtra (`report`).
+    """
+    found = rows(suite, results)
+    lines = _lines(suite, results, found, x, y)
     if not lines:
         raise UsageError(f"no result has both {x} and {y}", where=suite.name, cure="lorashelf bench status SUITE")
     try:
@@ -65,13 +48,13 @@ def drawn(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtra("a plot", "matplotlib", "report") from error
-    grounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-    settings: Any = {"svg.hashsalt": "lorashelf", **(dict.fromkeys(grounds, _DARK) if dark else {})}
+    backgrounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    settings: Any = {"svg.hashsalt": "lorashelf", **(dict.fromkeys(backgrounds, _DARK) if dark else {})}
     file = BytesIO()
     with style.context("dark_background" if dark else "default"), rc_context(settings):
         figure = Figure(figsize=(7.5, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        worst = _lines(suite, results, x, "worst") if y == "loss_kept" else {}
+        worst = _lines(suite, results, found, x, "worst") if y == "loss_kept" else {}
         for number, label in enumerate(sorted(lines)):
             _draw(axes, label, lines[label], worst.get(label), number)
         if x == "storage":
@@ -101,11 +84,13 @@ def _draw(axes: Axes, label: str, points: Points, worst: Points | None, number: 
         axes.plot(places, lows, linestyle=":" if joined else "none", fillstyle="none", **style)
 
 
-def _lines(suite: Suite, results: Mapping[str, dict[str, Any]], x: str, y: str) -> dict[str, Points]:
+def _lines(
+    suite: Suite, results: Mapping[str, dict[str, Any]], stated: Sequence[Mapping[str, Any]], x: str, y: str
+) -> dict[str, Points]:
     """Return label → points (x, (value, low, high)); the bare base, which stores nothing, is left out of storage."""
     cells = groups(suite, results)
     found: dict[str, Points] = {}
-    for row in rows(suite, results):
+    for row in stated:
         cell = cells[row["method"], row["merge"], row["options"]][0]
         place = 100 * row["storage"] or None if x == "storage" else cell.options.get(x)
         if isinstance(place, int | float) and not isinstance(place, bool) and row[y] is not None:

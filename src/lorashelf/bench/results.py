@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,7 @@ class Sample:
         )
 
 
+@lru_cache(maxsize=256)
 def _counts(task: str, n: int) -> Vector:
     """Return (1 + DRAWS, n): how often each example counts; in the first row once each."""
     rng = np.random.default_rng(list(task.encode()))

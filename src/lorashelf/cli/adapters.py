@@ -20,12 +20,16 @@ from ..lora.similarity import similarity
 from ..merging import merge_measured
 from ..merging.average import one_base
 from ..placement.policies import median_similarity
-from ..report.heatmap import format_of
+from ..report.formats import format_of
+from ..report.heatmap import draw_heatmap, heatmap_format
 from ..report.preview import describe, forecast
 from ..report.rate_curve import PERCENTS, draw_curve, rate_curve, within
 from ..shelf.settings import new_settings
 from . import arguments as arg
 from .output import coding, counted, note, progress, score, show, size, table
+
+FOR_SLOTS = {"slots": "--slots", "merge": "--merge", "parameter": "-p", "rank": "--rank", "dtype": "--dtype"}
+"""Options of `plan` that are not for coded objects."""
 
 
 def show_adapter(
@@ -48,9 +52,7 @@ def compare(
 ) -> None:
     """Compare adapters pair by pair: how similar they are."""
     if plot is not None:
-        from ..report.heatmap import draw_heatmap
-
-        format_of(plot)
+        heatmap_format(plot)
     named = arg.read_named(adapters)
     matrix = similarity(list(named.values()), metric=metric)
     arg.note_few_shared("all of them", shared(list(named.values())), "has ΔW = 0 in the others")

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..atomic import replace_file
 from ..bench import page
-from ..bench.plot import plot as draw
+from ..bench.plot import drawn
 from ..bench.results import read_results
 from ..bench.run import run as measure
 from ..bench.run import status as standing
@@ -17,6 +18,7 @@ from ..bench.suite import Cell, Suite, read_suite
 from ..errors import UsageError
 from ..formats.objects import CONFIG_FILE
 from ..lora.adapter import Adapter
+from ..report.formats import format_of
 from ..tasks.folders import Task, read_tasks
 from . import arguments as arg
 from .output import counted, duration, note, show, table
@@ -65,7 +67,7 @@ def results_table(suite: SuitePath, output: Output = None, json: arg.Json = Fals
     """Print the results as a Markdown table with 95 % intervals."""
     opened = read_suite(suite)
     results = read_results(opened, output or opened.folder)
-    show(page.rows(opened, results), json, lambda _: page.table(opened, results))
+    show(page.rows(opened, results), json, lambda rows: page.table(opened, results, rows))
 
 
 def plot(
@@ -73,14 +75,15 @@ def plot(
     file: Annotated[Path, typer.Option("--file", help="The picture: svg, png or pdf.", show_default=False)],
     x: Annotated[str, typer.Option("--x", help="storage, or an option that is a number.")] = "storage",
     y: Annotated[str, typer.Option("--y", help="loss, loss_kept, score or S.")] = "loss_kept",
-    dark: Annotated[bool, typer.Option("--dark", help="Draw on a dark ground.")] = False,
+    dark: Annotated[bool, typer.Option("--dark", help="Draw on a dark background.")] = False,
     output: Output = None,
 ) -> None:
     """Draw results against storage or against an option."""
     opened = read_suite(suite)
     if y not in ("loss", "loss_kept", "score", "S"):
         raise UsageError(f"--y is {y!r}", cure="choose from loss, loss_kept, score, S")
-    draw(opened, read_results(opened, output or opened.folder), file, x, y, dark)
+    picture = drawn(opened, read_results(opened, output or opened.folder), format_of(file, "plot"), x, y, dark)
+    replace_file(file, picture, file.parent)
     note(f"written: {file}")
 
 

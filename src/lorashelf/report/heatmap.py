@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..atomic import replace_file
-from ..errors import MissingExtra, UsageError
 from ..lora.arrays import Square
-from .formats import UNDATED
+from .formats import MATPLOTLIB, format_of
 
-FORMATS = tuple(UNDATED)
-NEEDED = {"matplotlib": "matplotlib", "scipy": "SciPy", "sklearn": "scikit-learn"}
+NEEDED = {**MATPLOTLIB, "scipy": "SciPy", "sklearn": "scikit-learn"}
 LONGEST = 32  # characters of a label
 JOINERS = "\u200c\u200d"  # not printable on their own, but part of Persian and Hindi spelling
 
 
-def format_of(path: Path, figure: str = "heat map", needed: Mapping[str, str] = NEEDED) -> str:
-    """Return the format of a figure's file by its extension.
-
-    Raises UsageError if no figure can be written there, MissingExtra (`report`) for `needed` modules.
-    """
-    ending = path.suffix.lstrip(".").lower()
-    if ending not in FORMATS:
-        written = f"a {path.suffix} file" if path.suffix else "a file without an extension"
-        raise UsageError(f"cannot draw {written}", where=str(path), cure=f"end its name in .{', .'.join(FORMATS)}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = f"the {figure}'s path is a folder" if path.is_dir() else f"the {figure}'s folder does not exist"
-        raise UsageError(what, where=str(path), cure="choose another path, or create the folder first")
-    missing = [name for module, name in needed.items() if find_spec(module) is None]
-    if missing:
-        raise MissingExtra(f"a {figure}", " and ".join(missing), "report")
-    return ending
+def heatmap_format(path: Path) -> str:
+    """Return the format of a heat map's file. Raises as `format_of`."""
+    return format_of(path, "heat map", NEEDED)
 
 
 def draw_heatmap(names: Sequence[str], matrix: Square, metric: str, path: Path) -> list[str]:
@@ -44,7 +28,7 @@ def draw_heatmap(names: Sequence[str], matrix: Square, metric: str, path: Path) 
     Returns the characters of the names that no installed font has: the file shows boxes instead. Raises
     UsageError for another extension, MissingExtra (`report`), DiskError.
     """
-    ending = format_of(path)
+    ending = heatmap_format(path)
     with _quiet():
         from .figure import draw
 

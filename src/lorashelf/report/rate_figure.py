@@ -10,9 +10,10 @@ from matplotlib import rc_context, style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from .formats import UNDATED
+
 INK, PALE, BLUE = "#222222", "#666666", "#1f77b4"
 TICKS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50)
-UNDATED: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 def draw(rows: Sequence[dict[str, Any]], kind: str, budget: int | None) -> bytes:
