@@ -583,13 +583,25 @@ def test_plan_draws_the_curve_that_pack_then_follows(tmp_path: Path, run: Comman
     assert "predicted quality, mean" in text
 
 
+def test_plan_follows_the_cures_of_its_errors(tmp_path: Path, run: Command, adapters: Sequence[Adapter]) -> None:
+    other = write_peft(tmp_path / "other", adapters[1], base_model_name_or_path="acme/tiny-4bit")
+    words = ("plan", write_peft(tmp_path / "a", adapters[0]), other, "--coded")
+    code, document = run(*words)
+    assert (code, "--assume-base" in document["error"]["cure"]) == (3, True)
+    code, document = run(*words, "--assume-base", "--bytes", 100)
+    assert code == 2
+    needed = re.search(r"--bytes (\d+)", document["error"]["cure"])[1]
+    assert f"100 bytes are too few: the least for 2 adapters is {needed}" in document["error"]["message"]
+    assert run(*words, "--assume-base", "--bytes", needed)[1]["within"]["bytes"] == int(needed)
+
+
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_plan_draws_a_file(tmp_path: Path, run: Command, adapters: Sequence[Adapter], ending: str) -> None:
     folder, file = write_peft(tmp_path / "a", adapters[0]), tmp_path / f"curve.{ending}"
     assert run("plan", folder, "--coded", "--plot", file, "--bytes", "5kB")[0] == 0
     drawn = file.read_bytes()
     assert drawn.startswith({"png": b"\x89PNG", "svg": b"<?xml"}[ending])
-    assert ending == "png" or (b"predicted quality" in drawn or b"</svg>" in drawn)
+    assert drawn.rstrip().endswith({"png": b"IEND\xaeB`\x82", "svg": b"</svg>"}[ending])
     assert run("plan", folder, "--coded", "--plot", file, "--bytes", "5kB")[0] == 0
     assert file.read_bytes() == drawn
 
@@ -598,17 +610,29 @@ def test_plan_draws_a_file(tmp_path: Path, run: Command, adapters: Sequence[Adap
     ("words", "message"),
     [
         (("--bytes", "1MB"), "--bytes and --plot are for coded objects"),
-        (("--coded", "--bytes", 100), "100 bytes are too few"),
+        (("--coded", "--bytes", 100, "--plot", "curve.png"), "100 bytes are too few: the least for 1 adapter is"),
         (("--coded", "--plot", "curve.xyz"), "cannot draw a .xyz file"),
+        (("--coded", "--slots", "1..8"), "--coded does not use --slots"),
+        (("--coded", "--merge", "svd", "-p", "a=1"), "--coded does not use --merge, -p"),
+        (("--coded", "--rank", 4, "--dtype", "f16"), "--coded does not use --rank, --dtype"),
     ],
 )
 def test_plan_refuses_what_cannot_be(
-    tmp_path: Path, run: Command, adapters: Sequence[Adapter], words: Sequence[object], message: str
+    tmp_path: Path,
+    run: Command,
+    adapters: Sequence[Adapter],
+    monkeypatch: pytest.MonkeyPatch,
+    words: Sequence[object],
+    message: str,
 ) -> None:
-    code, document = run("plan", write_peft(tmp_path / "a", adapters[0]), *words)
+    monkeypatch.chdir(tmp_path)
+    folder = write_peft(tmp_path / "a", adapters[0])
+    before = tree(tmp_path)
+    code, document = run("plan", folder, *words)
     assert code == 2
     assert message in document["error"]["message"]
     assert document["error"]["cure"]
+    assert tree(tmp_path) == before
 
 
 # convert --------------------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ def compare(
 
 
 def plan(
+    context: typer.Context,
     adapters: arg.Adapters,
     slots: Annotated[str, typer.Option("--slots", help="A range, list or number of slots.")] = "1..8",
     merge: arg.Merge = "linear",
@@ -83,7 +84,10 @@ def plan(
 ) -> None:
     """Print what K slots, or bytes of coded objects, would cost and keep; write nothing."""
     if coded:
-        _plan_coded(adapters, bytes, plot, json)
+        if unread := arg.stated(context, FOR_SLOTS):
+            listed = ", ".join(unread)
+            raise UsageError(f"--coded does not use {listed}", cure=f"omit {listed}, or omit --coded")
+        _plan_coded(adapters, bytes, plot, assume_base, json)
         return
     if bytes is not None or plot is not None:
         raise UsageError("--bytes and --plot are for coded objects", cure="give --coded as well")
@@ -99,22 +103,24 @@ def plan(
     show(rows, json, lambda d: table(columns, [_forecast_row(row) for row in d]))
 
 
-def _plan_coded(adapters: list[str], size_wanted: int | None, plot: Path | None, json: bool) -> None:
-    ending = format_of(plot, "curve", {"matplotlib": "matplotlib"}) if plot is not None else ""
+def _plan_coded(adapters: list[str], size_wanted: int | None, plot: Path | None, assume_base: bool, json: bool) -> None:
+    ending = format_of(plot, "curve") if plot is not None else ""
     named = arg.read_named(adapters)
     arg.note_adapters(named)
-    fitting(list(named.values()), list(named))
+    xs = list(named.values())
+    fitting(one_base(xs) if assume_base else xs, list(named))
     rows = rate_curve(named, watch=coding)
     arg.note_untrained(named)
-    if plot is not None:
-        draw_curve(rows, plot, ending, size_wanted)
     whole = 2 * sum(x.parameters for x in named.values())
     wanted = {round(whole * percent / 100) for percent in PERCENTS} | ({size_wanted} if size_wanted else set())
     found = {at: within(rows, at) for at in sorted(wanted)}
     best = found.get(size_wanted) if size_wanted else None
     if size_wanted and best is None:
-        what = f"{size_wanted} bytes are too few: {numbered(len(named), 'base level')} take {rows[0]['bytes']}"
-        raise UsageError(what, cure=f"give --bytes {rows[0]['bytes']}, or leave --bytes out")
+        least = f"the least for {numbered(len(named), 'adapter')} is {rows[0]['bytes']}"
+        cure = f"give --bytes {rows[0]['bytes']}, or omit --bytes"
+        raise UsageError(f"{size_wanted} bytes are too few: {least}", cure=cure)
+    if plot is not None:
+        draw_curve(rows, plot, ending, size_wanted)
     document = {"adapters": len(named), "budget": size_wanted, "within": best, "curve": rows}
     columns = [">at most", ">of 16 bits", ">taken", ">predicted quality, mean", ">least", "task"]
     shown = [(at, row) for at, row in found.items() if row is not None]
