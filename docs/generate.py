@@ -11,7 +11,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache, reduce
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lorashelf.bench import page
 from lorashelf.bench.plot import drawn
 from lorashelf.bench.results import Vector, interval, mean_over_tasks, read_results, sampled, shares_kept
 from lorashelf.bench.suite import Suite, read_suite
+from lorashelf.cli.app import MODULES
 from lorashelf.lora.quality import quality
 
 if sys.version_info >= (3, 11):
@@ -31,39 +34,6 @@ else:
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "lorashelf"
-SHELF = [
-    "demo",
-    "init",
-    "add",
-    "update",
-    "cluster",
-    "pack",
-    "convert",
-    "remove",
-    "route",
-    "ls",
-    "set",
-    "log",
-    "verify",
-    "undo",
-    "redo",
-    "gc",
-]
-BENCH = ["bench run", "bench status", "bench table", "bench plot"]
-COMMANDS = [
-    *SHELF,
-    "show",
-    "compare",
-    "plan",
-    "threshold",
-    "merge",
-    "compress",
-    "extract",
-    "train",
-    "eval",
-    "generate",
-    *BENCH,
-]
 AIMS = {
     12.5: (0.998, 0.97),
     5: (0.995, 0.96),
@@ -102,9 +72,17 @@ def help_of(command: str) -> str:
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
+def commands() -> Iterator[str]:
+    """Every command as it is typed."""
+    for name in MODULES:
+        module = import_module(f"lorashelf.cli.{name}")
+        group = f"{name} " if hasattr(module, "GROUP") else ""
+        yield from (group + command for command in module.COMMANDS)
+
+
 def cli() -> str:
     """docs/cli.md."""
-    parts = [f"\n## {command}\n\n```text\n{help_of(command)}\n```\n" for command in COMMANDS]
+    parts = [f"\n## {command}\n\n```text\n{help_of(command)}\n```\n" for command in commands()]
     return CLI_HEAD + "".join(parts)
 
 

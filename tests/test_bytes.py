@@ -1,4 +1,4 @@
-"""Policy `bytes`: a coded object per task, and stored ones that get coarser as room gets short."""
+"""Policy `bytes`: a coded object per task, and stored ones that get coarser as space runs out."""
 
 from __future__ import annotations
 
@@ -361,7 +361,9 @@ def test_settings_that_contradict_one_another_are_refused(
     ("words", "message"),
     [
         ((), "neither slots nor bytes are given"),
-        (("--bytes", "20MB", "--policy", "kmerge"), "policy 'kmerge' needs slots: --slots K"),
+        (("--policy", "bytes"), "neither slots nor bytes are given"),
+        (("--bytes", "20MB", "--policy", "kmerge"), "policy 'kmerge' needs slots"),
+        (("--slots", 3, "--floor", 0.9), "policy 'kmerge++' has no floor"),
         (("--bytes", "20MB", "--slots", 3, "--policy", "bytes"), "leave slots out"),
         (("--bytes", "20MB", "--encoding", "peft"), "needs encoding 'coded'"),
         (("--bytes", "20MB", "--threshold", 0.1), "policy 'bytes' has no threshold"),
@@ -372,8 +374,15 @@ def test_init_refuses_what_cannot_be(tmp_path: Path, run: Command, words: Sequen
     code, document = run("init", tmp_path / "s", *words)
     assert code == (4 if "empty" in message else 2)
     assert message in document["error"]["message"]
-    assert document["error"]["cure"]
+    assert "another value" not in document["error"]["cure"]
     assert not (tmp_path / "s").exists()
+
+
+def test_the_cure_of_a_policy_without_slots_works(tmp_path: Path, run: Command) -> None:
+    error = run("init", tmp_path / "s", "--bytes", "20MB", "--policy", "kmerge")[1]["error"]
+    assert error["cure"] == "give --slots K, or --bytes SIZE and no other policy for a coded object per task"
+    assert run("init", tmp_path / "a", "--bytes", "20MB", "--policy", "kmerge", "--slots", 3)[0] == 0
+    assert run("init", tmp_path / "b", "--bytes", "20MB")[0] == 0
 
 
 def test_a_shelf_with_another_encoding_says_which_slots_stand_in_the_way(

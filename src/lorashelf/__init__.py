@@ -1,4 +1,4 @@
-"""lorashelf: N LoRA adapters in K slots; merged, kept safe on disk, and routed.
+"""lorashelf: N LoRA adapters in K slots or in a number of bytes; merged or coded, kept safe on disk, and routed.
 
 >>> import lorashelf
 >>> sorted(lorashelf.METHODS)[:3]

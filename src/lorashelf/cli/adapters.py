@@ -33,9 +33,7 @@ FOR_SLOTS = {"slots": "--slots", "merge": "--merge", "parameter": "-p", "rank": 
 
 
 def show_adapter(
-    adapter: Annotated[
-        str, typer.Argument(help="A PEFT folder, or a hub id in the cache.", metavar="ADAPTER", show_default=False)
-    ],
+    adapter: arg.OneAdapter,
     json: arg.Json = False,
 ) -> None:
     """Show an adapter: modules, ranks, scales, norms, and the share of ‖ΔW‖² that lower ranks keep."""
@@ -151,7 +149,7 @@ def threshold(
 
 def merge_adapters(
     adapters: arg.Adapters,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The PEFT folder to write.", show_default=False)],
+    output: arg.NewFolder,
     method: Annotated[str, typer.Option("--method", help="Merge method (docs/methods.md).", show_default=False)],
     weights: Annotated[str | None, typer.Option("--weights", help="One weight per adapter: W,W,…")] = None,
     rank: arg.Rank = None,

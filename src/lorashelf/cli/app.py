@@ -38,8 +38,10 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
     """Return the command line for these words: with every command, unless the first word is a known one."""
     app = typer.Typer(
         name="lorashelf",
-        help="N LoRA adapters, K slots: merge them, keep them safe on disk, route every task to its slot.",
-        epilog="First steps:  lorashelf init S --slots 5  ·  lorashelf add S adapters/*  ·  lorashelf route S TASK",
+        help="N LoRA adapters in K slots or in a number of bytes: merge or code them, keep them safe on disk, route "
+        "every task to its adapter.",
+        epilog="First steps:  lorashelf init S --slots 5, or --bytes 4MB  ·  lorashelf add S adapters/*  ·  lorashelf "
+        "route S TASK",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

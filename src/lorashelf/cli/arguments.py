@@ -31,6 +31,15 @@ Adapters = Annotated[
         show_default=False,
     ),
 ]
+OneAdapter = Annotated[
+    str, typer.Argument(help="A PEFT folder, or a hub id in the cache.", metavar="ADAPTER", show_default=False)
+]
+Originals = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="The original adapter of a task; may be repeated.", metavar="TASK=ADAPTER"),
+]
+NewShelf = Annotated[Path, typer.Option("-o", "--output", help="The shelf to create.", show_default=False)]
+NewFolder = Annotated[Path, typer.Option("-o", "--output", help="The PEFT folder to write.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Parameters = Annotated[
     list[str] | None, typer.Option("-p", "--parameter", help="A parameter of the merge method.", metavar="KEY=VALUE")
@@ -69,8 +78,11 @@ Threshold = Annotated[
     typer.Option("--threshold", help="For kmerge++: a similarity, or 'auto', the default.", show_default=False),
 ]
 HeldOut = Annotated[Path | None, typer.Option("--held-out", help="Adapters whose median similarity is the threshold.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]
-Keep = Annotated[int, typer.Option("--keep", help="Number of other states that undo and redo can reach.")]
+SEED = typer.Option("--seed", help="Seed of every random draw.")
+Seed = Annotated[int, SEED]
+KEEP = typer.Option("--keep", help="Number of other states that undo and redo can reach.")
+Keep = Annotated[int, KEEP]
+BaseName = Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")]
 Aliases = Annotated[
     list[str] | None, typer.Option("--base-alias", help="Another name of the same base model.", metavar="NAME")
 ]
@@ -112,15 +124,14 @@ def byte_count(text: str) -> int:
     return count
 
 
-Bytes = Annotated[
-    int | None,
-    typer.Option(
-        "--bytes",
-        parser=byte_count,
-        metavar="SIZE",
-        help="Limit for all files of the shelf at rest: 1600000, 1.6MB, 1.5MiB.",
-    ),
-]
+BYTES = typer.Option(
+    "--bytes",
+    parser=byte_count,
+    metavar="SIZE",
+    help="Limit for all files of the shelf at rest: 1600000, 1.6MB, 1.5MiB.",
+    show_default=False,
+)
+Bytes = Annotated[int | None, BYTES]
 
 
 def stated(context: typer.Context, options: Mapping[str, str]) -> list[str]:

@@ -48,7 +48,7 @@ PARAMETERS = {name: "--" + "-".join(name.split("_")) for method in PARTITIONERS.
 def cluster(
     context: typer.Context,
     adapters: arg.Adapters,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to create.", show_default=False)],
+    output: arg.NewShelf,
     slots: arg.Slots,
     method: Annotated[
         str,
@@ -112,7 +112,7 @@ def cluster(
     rank: arg.Rank = None,
     dtype: arg.Dtype = None,
     keep: arg.Keep = 1,
-    base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
+    base: arg.BaseName = None,
     base_alias: arg.Aliases = None,
     assume_base: arg.AssumeBase = False,
     restore_norm: arg.RestoreNorm = False,

@@ -21,9 +21,7 @@ from .output import show, size, table
 
 
 def compress(
-    adapter: Annotated[
-        str, typer.Argument(help="A PEFT folder, or a hub id in the cache.", metavar="ADAPTER", show_default=False)
-    ],
+    adapter: arg.OneAdapter,
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)],
     budget: Annotated[
         int | None,
@@ -66,7 +64,7 @@ def compress(
 
 def extract(
     file: Annotated[Path, typer.Argument(help="A file written by `compress`.", metavar="FILE", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The PEFT folder to write.", show_default=False)],
+    output: arg.NewFolder,
     levels: Annotated[int | None, typer.Option("--levels", help="Use only this many levels, from the first.")] = None,
     dtype: arg.Dtype = None,
     json: arg.Json = False,

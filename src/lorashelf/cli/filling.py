@@ -14,6 +14,7 @@ from ..errors import LorashelfError, Refused, TaskNameError, UsageError, numbere
 from ..lora.adapter import Adapter
 from ..lora.quality import MOST_QUALITY
 from ..names import task_name
+from ..placement.policies import BYTES
 from ..shelf.arrival import plan_add
 from ..shelf.plans import check_arrivals
 from ..shelf.settings import new_settings
@@ -50,7 +51,7 @@ def init(
     dtype: arg.Dtype = None,
     keep: arg.Keep = 1,
     seed: arg.Seed = 0,
-    base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
+    base: arg.BaseName = None,
     base_alias: arg.Aliases = None,
     restore_norm: arg.RestoreNorm = False,
     encoding: Annotated[
@@ -74,14 +75,17 @@ def init(
 ) -> None:
     """Create an empty shelf of K slots, or of a number of bytes.
 
-    With --bytes and without --slots, every task has a coded object of its own, and stored ones get coarser as room gets
-    short.
+    With --bytes and without --slots, every task has a coded object of its own, and objects get coarser as space runs
+    out.
     """
-    if slots is None and bytes is None and policy is None:
-        cure = "give --slots K, or --bytes SIZE for a coded object per task"
-        raise UsageError("neither slots nor bytes are given", cure=cure)
-    default = "kmerge++" if slots is not None else "bytes"
-    limit = arg.threshold(threshold, held_out, policy or default)
+    policy = policy or (BYTES if slots is None else "kmerge++")
+    if slots is None and (bytes is None or policy != BYTES):
+        what = "neither slots nor bytes are given" if policy == BYTES else f"policy {policy!r} needs slots"
+        cure = "give --slots K, or --bytes SIZE and no other policy for a coded object per task"
+        raise UsageError(what, cure=cure)
+    if floor is not None and policy != BYTES:
+        raise UsageError(f"policy {policy!r} has no floor", cure="omit --floor, or give --bytes SIZE without --slots")
+    limit = arg.threshold(threshold, held_out, policy)
     settings = new_settings(
         slots,
         bytes=bytes,
@@ -100,7 +104,7 @@ def init(
         encoding=encoding,
         quality=quality,
     )
-    made, policy = Shelf.create(shelf, settings).snapshot(), settings.placement.policy
+    made = Shelf.create(shelf, settings).snapshot()
     document = {"shelf": str(shelf), "head": made.head, "slots": slots, "policy": policy, "threshold": limit}
     if settings.placement.by_bytes:
         room = f"{size(bytes or 0)} for coded objects"

@@ -75,10 +75,7 @@ def _restore(shelf: Path, json: bool, act: Callable[[Shelf], str]) -> None:
 
 def repair(
     shelf: arg.ShelfPath,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", help="An original adapter, to restore damaged slots from.", metavar="TASK=ADAPTER"),
-    ] = None,
+    adapter: arg.Originals = None,
     json: arg.Json = False,
 ) -> None:
     """Repair a damaged shelf: its files, and its slots from originals and kept states; lost tasks are unrouted."""

@@ -25,17 +25,8 @@ from .output import coding, rate_cells, show, size, table
 
 def pack(
     adapters: arg.Adapters,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to create.", show_default=False)],
-    bytes: Annotated[
-        int,
-        typer.Option(
-            "--bytes",
-            parser=arg.byte_count,
-            metavar="SIZE",
-            help="Limit for all files of the shelf at rest: 1600000, 1.6MB, 1.5MiB.",
-            show_default=False,
-        ),
-    ],
+    output: arg.NewShelf,
+    bytes: Annotated[int, arg.BYTES],
     floor: arg.Floor = None,
     quality: Annotated[
         float | None,
@@ -45,7 +36,7 @@ def pack(
     rank: arg.Rank = None,
     dtype: arg.Dtype = None,
     keep: arg.Keep = 1,
-    base: Annotated[str | None, typer.Option("--base-name", help="Accept only adapters of this base model.")] = None,
+    base: arg.BaseName = None,
     base_alias: arg.Aliases = None,
     assume_base: arg.AssumeBase = False,
     json: arg.Json = False,
@@ -80,7 +71,7 @@ def pack(
 
 def convert(
     shelf: arg.ShelfPath,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The shelf to create.", show_default=False)],
+    output: arg.NewShelf,
     encoding: Annotated[str, typer.Option("--encoding", help="How tasks are stored in it; coded is the only one.")],
     slots: Annotated[
         int | None,
@@ -110,10 +101,7 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", help="An original adapter, of a task that shares a slot.", metavar="TASK=ADAPTER"),
-    ] = None,
+    adapter: arg.Originals = None,
     json: arg.Json = False,
 ) -> None:
     """Make a shelf with a coded object per task from another shelf, which stays as it is.

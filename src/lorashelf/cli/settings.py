@@ -61,9 +61,7 @@ def set_(
             help="Limit for all files at rest; none: no limit.",
         ),
     ] = None,
-    keep: Annotated[
-        int | None, typer.Option("--keep", help="Number of other states that undo and redo can reach.")
-    ] = None,
+    keep: Annotated[int | None, arg.KEEP] = None,
     policy: Annotated[str | None, typer.Option("--policy", help="How later adapters are placed.")] = None,
     threshold: arg.Threshold = None,
     floor: arg.Floor = None,
@@ -76,7 +74,7 @@ def set_(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Storage dtype: f32, f16, bf16; none: the adapter's own.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.")] = None,
+    seed: Annotated[int | None, arg.SEED] = None,
     restore_norm: Annotated[
         bool | None, typer.Option("--restore-norm/--no-restore-norm", help="Scale merged slots to the mean norm.")
     ] = None,

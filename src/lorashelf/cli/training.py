@@ -32,9 +32,7 @@ def train(
             "-o", "--output", help="Folder for the adapters; an interrupted run resumes there.", show_default=False
         ),
     ],
-    base: Annotated[
-        str | None, typer.Option("--base", help="Hub id, folder or GGUF file; default: SmolLM2 if installed.")
-    ] = None,
+    base: arg.Base = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")] = None,
     rank: Annotated[
         int | None, typer.Option("--rank", help="LoRA rank; default: 32 from 1000 examples on, else 8.")
@@ -65,13 +63,8 @@ def train(
     ] = None,
     seed: arg.Seed = 0,
     dtype: Annotated[str, typer.Option("--dtype", help="Dtype of the stored file: f32, f16 or bf16.")] = "f16",
-    device: Annotated[
-        str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first available.")
-    ] = None,
-    model_dtype: Annotated[
-        str | None,
-        typer.Option("--model-dtype", help="Dtype of the base: f32, f16 or bf16; default: the fastest safe one."),
-    ] = None,
+    device: arg.Device = None,
+    model_dtype: arg.ModelDtype = None,
     template_arg: arg.TemplateArgs = None,
     json: arg.Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The order in which objects get coarser when bytes run out: one slope, quality lost per byte, for all."""
+"""The order in which objects get coarser as space runs out: one slope, quality lost per byte, for all."""
 
 from __future__ import annotations
 

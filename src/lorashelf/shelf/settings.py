@@ -88,7 +88,7 @@ class Settings:
         faults = self.faults()
         if faults:
             keys = ", ".join(dict.fromkeys(key for key, _ in faults))
-            cure = f"give another value for {keys}: docs/format.md lists every key"
+            cure = f"change {keys}: docs/format.md lists every key"
             raise UsageError("; ".join(fault for _, fault in faults), cure=cure)
         return self
 
