@@ -24,6 +24,13 @@ def page(shelf: Path, identity: str) -> Any:
     return json.loads(gzip.decompress((shelf / "pages" / f"{identity}.json.gz").read_bytes()))
 
 
+def page_of(shelf: Path, kind: str) -> Path:
+    """The first page of this kind that the head has: slots, tasks or facts."""
+    document = manifest(shelf)
+    identity = page(shelf, document["slots"][0])[0]["facts"] if kind == "facts" else document[kind][0]
+    return shelf / "pages" / f"{identity}.json.gz"
+
+
 def manifest(shelf: Path, identity: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((shelf / "manifests" / f"{identity or head(shelf)}.json").read_text())
     return found
@@ -63,22 +70,24 @@ def references(shelf: Path, identity: str) -> set[str]:
     return found | {f"pages/{each}.json.gz" for each in pages}
 
 
+def put(shelf: Path, content: Any) -> str:
+    """Write a page; its id."""
+    data = as_json(content)
+    path = shelf / "pages" / f"{digest([data])}.json.gz"
+    path.write_bytes(gzip.compress(data))
+    return digest([data])
+
+
 def folded(shelf: Path, document: Mapping[str, Any]) -> Path:
     """Write a document as `unfolded` returns it as a manifest of its format, and let HEAD name it; its path."""
-
-    def put(content: Any) -> str:
-        data = as_json(content)
-        path = shelf / "pages" / f"{digest([data])}.json.gz"
-        path.write_bytes(gzip.compress(data))
-        return digest([data])
 
     document = dict(document)
     if document.get("format") != 1:
         records = document["slots"]
         for record in records if isinstance(records, list) else ():
             if isinstance(record, dict) and "facts" not in record and any(name in record for name in FACTS):
-                record["facts"] = put({name: record.pop(name) for name in FACTS if name in record})
-        document["slots"], document["tasks"] = [put(records)], [put(document["tasks"])]
+                record["facts"] = put(shelf, {name: record.pop(name) for name in FACTS if name in record})
+        document["slots"], document["tasks"] = [put(shelf, records)], [put(shelf, document["tasks"])]
     return written(shelf, document)
 
 

@@ -24,6 +24,7 @@ from lorashelf import (
 )
 from lorashelf.errors import OverBudget
 from lorashelf.formats.peft import encode
+from lorashelf.shelf.budget import _with_room
 
 LIMIT = 10_000  # what manifests, log and settings take here at most
 
@@ -171,3 +172,27 @@ def test_clusters_leave_room_to_go_on(tmp_path: Path) -> None:
         if option != "rank":
             assert carried_out(shelf, lambda shelf=shelf: plan_add(shelf.snapshot(), adapter(9), "late")) is None
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("modules", [1, 100])
+def test_the_room_that_is_counted_is_enough_for_every_later_change(tmp_path: Path, modules: int, keep: int) -> None:
+    """To the byte, with the facts of the objects that later changes write."""
+
+    def small(seed: int) -> Adapter:
+        rng = np.random.default_rng(seed)
+        sides = {f"model.layers.{i}.q_proj": rng.standard_normal((2, 35_000 // modules)) for i in range(modules)}
+        found = {path: Factors(np.float32(x[:1]), np.float32(x[1:]).T.copy(), 1.0) for path, x in sides.items()}
+        return Adapter(Modules(found), BaseId("acme/tiny"), "f16")
+
+    shelf = Shelf.create(tmp_path / "s", new_settings(2, policy="kmerge", keep=keep, bytes=999_999))
+    shelf.commit(plan_add(shelf.snapshot(), small(0), "a"))
+    needed = _with_room(shelf.snapshot(), plan_add(shelf.snapshot(), small(1), "b"))
+    assert 100_000 <= needed < 999_999  # so that the setting takes as many bytes
+    shelf.configure({"bytes": needed})
+    plan = plan_add(shelf.snapshot(), small(1), "b")
+    assert plan.report["decision"] == "open"
+    shelf.commit(plan)
+    for seed in range(2, 8):
+        shelf.commit(plan_update(shelf.snapshot(), "ab"[seed % 2], small(seed)))
+    assert shelf.snapshot().bytes <= needed

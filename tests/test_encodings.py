@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from factory import assert_same_delta, make_adapter, write_peft
+from factory import assert_same_delta, make_adapter, tree, write_peft
 from lorashelf import (
     Adapter,
     BaseId,
@@ -39,7 +39,7 @@ from lorashelf.shelf.allocation import coarser
 from lorashelf.shelf.plan_parts import planned
 from lorashelf.shelf.repair import repair
 from lorashelf.shelf.routing import materialised
-from manifests import forged
+from manifests import FACTS, forged, put
 from test_attacks import command
 
 
@@ -82,6 +82,43 @@ def test_the_other_tasks_are_served_changed_and_undone(shelf: Shelf, tmp_path: P
     shelf.undo()
     assert sorted(shelf.snapshot().manifest.tasks) == ["also", "later", "new", "now"]
     assert shelf.snapshot().manifest.slot(1).object.encoding == "holographic"
+
+
+def test_what_a_newer_lorashelf_stored_stays_whatever_is_changed_or_repaired(shelf: Shelf, tmp_path: Path) -> None:
+    """Its object under its id beside the files that its record names, and facts of another kind."""
+
+    def later(document: dict[str, Any]) -> None:
+        record = document["slots"][1]
+        record["files"] = [["0123456789abcdef.new", record["bytes"]]]
+        for name in FACTS:
+            record.pop(name)
+        record["facts"] = put(shelf.path, {"of another kind": [1, 2]})
+
+    (shelf.path / "objects" / "0123456789abcdef.new").write_bytes(b"new")
+    forged(shelf.path, later)
+    slot = shelf.snapshot().manifest.slot(1)
+    kept = {name: content for name, content in tree(shelf.path).items() if slot.object.id in name}
+    assert kept
+    shelf.commit(plan_add(shelf.snapshot(), make_adapter(7), "new"))
+    shelf.commit(plan_remove(shelf.snapshot(), "also"))
+    assert repair(shelf)["files"] == []
+    shelf.gc()
+    after = tree(shelf.path)
+    assert kept.items() <= after.items()
+    assert {"objects/0123456789abcdef.new", f"pages/{slot.object.facts}.json.gz"} <= after.keys()
+    assert shelf.snapshot().manifest.slot(1) == slot
+
+
+def test_a_shelf_of_bytes_goes_on_beside_what_it_cannot_read(tmp_path: Path) -> None:
+    shelf = Shelf.create(tmp_path / "s", new_settings(None, bytes=200_000))
+    for seed, task in enumerate(["now", "later"]):
+        shelf.commit(plan_add(shelf.snapshot(), wide(seed), task))
+    forged(shelf.path, lambda document: document["slots"][1].update(encoding="holographic"))
+    before = shelf.snapshot().manifest.slot(1)
+    shelf.commit(plan_add(shelf.snapshot(), wide(2), "new"))
+    shelf.commit(plan_update(shelf.snapshot(), "now", wide(3)))
+    assert sorted(shelf.snapshot().manifest.tasks) == ["later", "new", "now"]
+    assert shelf.snapshot().manifest.slot(1) == before
 
 
 def test_no_fold_into_what_cannot_be_read_is_offered(shelf: Shelf) -> None:
@@ -230,6 +267,9 @@ def test_route_writes_a_folder_that_peft_loads(coded: Shelf, tmp_path: Path, mon
     tensors = Path(first) / "adapter_model.safetensors"
     sound = tensors.read_bytes()
     tensors.write_bytes(sound[:-2] + b"\x11\x11")
+    assert materialised(coded.snapshot(), "a")["path"] == first
+    assert tensors.read_bytes() == sound
+    tensors.unlink()
     assert materialised(coded.snapshot(), "a")["path"] == first
     assert tensors.read_bytes() == sound
     given = materialised(coded.snapshot(), "b", tmp_path / "given")["path"]

@@ -8,6 +8,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from factory import dense, make_adapter
+from factory import dense, make_adapter, tree
 from lorashelf import (
     Adapter,
     BaseId,
@@ -29,12 +30,15 @@ from lorashelf import (
     norm,
     plan_add,
     plan_remove,
+    plan_set,
     plan_update,
 )
 from lorashelf.digest import digest
-from lorashelf.errors import CorruptShelf, TaskNameError, UsageError
+from lorashelf.errors import CorruptShelf, NotStorable, TaskNameError, UsageError
 from lorashelf.formats.objects import StoredFile
 from lorashelf.merging.average import Average, History, Source, without
+from lorashelf.shelf import manifest as manifests_in_memory
+from lorashelf.shelf import pages, records
 from lorashelf.shelf.pages import compressed, read_page
 from lorashelf.shelf.repair import repair
 from lorashelf.shelf.slot import Facts, Slot, StoredObject
@@ -466,3 +470,41 @@ def test_details_that_json_cannot_hold_are_refused(tmp_path: Path, value: Any) -
         plan_add(snapshot, make_adapter(9), "new", details={"max_new_tokens": value})
     with pytest.raises(TaskNameError):
         plan_add(snapshot, make_adapter(9), "new", details={"type": 3})
+
+
+def test_a_page_that_no_reader_would_take_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = filled(tmp_path / "s")
+    before = tree(tmp_path)
+    monkeypatch.setattr(pages, "MOST_BYTES", 5_000)
+    with pytest.raises(NotStorable, match="the most is 5000") as caught:
+        shelf.commit(plan_add(shelf.snapshot(), make_adapter(9), "new", details={"prompt": "p" * 5_000}))
+    assert "prompts" in str(caught.value.cure)
+    assert tree(tmp_path) == before
+
+
+def test_many_threads_read_many_shelves_with_a_small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reads what is there: what another thread drops from the cache is read again."""
+    for cache in (manifests_in_memory._decoded, records._decoded, records._encoded):
+        monkeypatch.setattr(cache, "_most", 2)
+    shelves = [filled(tmp_path / name) for name in "xyz"]
+    heads = [shelf.snapshot().manifest for shelf in shelves]
+    for shelf in shelves:
+        shelf.commit(plan_add(shelf.snapshot(), make_adapter(9, dtype="f16"), "d"))
+
+    def read(number: int) -> bool:
+        shelf, head = shelves[number % 3], heads[number % 3]
+        snapshot = shelf.snapshot()
+        again = replace(snapshot.manifest, arrived=number).files  # encodes
+        return snapshot.kept[head.files.id] == head and set(again.pages) == set(snapshot.manifest.files.pages)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(read, range(200)))
+
+
+def test_what_manifests_share_is_decoded_once(tmp_path: Path) -> None:
+    shelf = filled(tmp_path / "s")
+    shelf.configure({"keep": 3})
+    shelf.commit(plan_set(shelf.snapshot(), "a", {"language": "de"}))
+    now, before = shelf.snapshot().manifest, next(iter(shelf.snapshot().kept.values()))
+    assert now.slots == before.slots
+    assert all(one is other for one, other in zip(now.slots, before.slots, strict=True))

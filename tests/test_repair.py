@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -28,9 +29,11 @@ from lorashelf import (
     plan_update,
     read_adapter,
 )
-from lorashelf.errors import CorruptShelf, NewerFormat, NotReversible, ShelfNotFound
+from lorashelf.digest import digest
+from lorashelf.errors import CorruptShelf, DiskError, NewerFormat, NotReversible, ShelfNotFound
+from lorashelf.shelf import pages
 from lorashelf.shelf.repair import repair
-from manifests import forged, manifest, page
+from manifests import forged, manifest, page, page_of, put, written
 from test_attacks import command, state
 
 A, B, C, D = (make_adapter(seed, rank=2, layers=1) for seed in range(4))
@@ -268,21 +271,14 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def page_of(shelf: Shelf, kind: str) -> Path:
-    """The only page of this kind that the head has, or one of them."""
-    document = manifest(shelf.path)
-    identity = page(shelf.path, document["slots"][0])[0]["facts"] if kind == "facts" else document[kind][0]
-    return shelf.path / "pages" / f"{identity}.json.gz"
-
-
 PLACES: dict[str, Callable[[Shelf], Path]] = {
     "HEAD": lambda shelf: shelf.path / "HEAD",
     "shelf.toml": lambda shelf: shelf.path / "shelf.toml",
     "log.jsonl": lambda shelf: shelf.path / "log.jsonl",
     "the manifest": lambda shelf: shelf.path / "manifests" / f"{shelf.snapshot().head}.json",
-    "a page of slots": lambda shelf: page_of(shelf, "slots"),
-    "a page of tasks": lambda shelf: page_of(shelf, "tasks"),
-    "a page of facts": lambda shelf: page_of(shelf, "facts"),
+    "a page of slots": lambda shelf: page_of(shelf.path, "slots"),
+    "a page of tasks": lambda shelf: page_of(shelf.path, "tasks"),
+    "a page of facts": lambda shelf: page_of(shelf.path, "facts"),
     "the manifest before": lambda shelf: shelf.path / "manifests" / f"{shelf.snapshot().manifest.parent}.json",
 }
 
@@ -301,7 +297,7 @@ def test_every_file_is_put_right(place: str, damage: str, tmp_path: Path) -> Non
         assert sorted(now.tasks) == ["a", "b"]
     elif place == "a page of slots":
         assert not now.tasks
-    elif place in ("a page of tasks", "a page of facts"):
+    elif place == "a page of tasks":
         assert now.tasks == content.tasks
         assert [slot.document() for slot in now.slots] == [slot.document() for slot in content.slots]
     else:
@@ -351,8 +347,119 @@ def test_without_any_manifest_nothing_is_changed_and_a_later_format_is_left_alon
     with pytest.raises(NewerFormat):
         repair(other)
     assert state(tmp_path) == before
+    (other.path / "HEAD").write_text("damaged\n")
+    before = state(tmp_path)
+    with pytest.raises(NewerFormat):
+        repair(other)
+    assert state(tmp_path) == before
     with pytest.raises(ShelfNotFound):
         Shelf(tmp_path / "none")
+
+
+def test_lost_facts_are_computed_again_and_no_state_is_lost(tmp_path: Path) -> None:
+    shelf = filled(tmp_path / "a.shelf", "a", "b", "c", slots=3, keep=3)
+    before, facts = shelf.snapshot(), page_of(shelf.path, "facts")
+    content = gzip.decompress(facts.read_bytes())
+    facts.unlink()
+    assert repair(shelf)["files"] == [f"pages/{facts.name}: computed again from the object"]
+    assert gzip.decompress(facts.read_bytes()) == content
+    after = shelf.snapshot()
+    assert (after.head, after.timeline) == (before.head, before.timeline)
+
+
+def test_facts_that_another_machine_computed_are_lost_but_not_their_slot(tmp_path: Path) -> None:
+    shelf = filled(tmp_path / "a.shelf", "a", "b", slots=2, keep=3)
+    forged(shelf.path, lambda document: [slot.pop("squared_norms") for slot in document["slots"]])
+    page_of(shelf.path, "facts").unlink()
+    assert "a new manifest with what is left" in repair(shelf)["files"][-2]
+    assert shelf.verify() == []
+    assert sorted(shelf.snapshot().manifest.tasks) == ["a", "b"]
+    assert not shelf.snapshot().facts(shelf.snapshot().manifest.slot(0)).sums
+
+
+def test_no_task_of_forty_in_one_slot_is_lost_with_a_page_of_sources(tmp_path: Path) -> None:
+    adapters = {f"t{seed:02d}": make_adapter(seed, rank=2, layers=1) for seed in range(40)}
+    shelf = Shelf.create(tmp_path / "a.shelf", new_settings(1, policy="kmerge"))
+    clustering = Clustering((tuple(adapters),), method="type", seed=0)
+    shelf.commit(plan_cluster(shelf.snapshot(), adapters, clustering))
+    sources = page(shelf.path, manifest(shelf.path)["slots"][0])[0]["merged"]
+    (shelf.path / "pages" / f"{sources[0]}.json.gz").unlink()
+    repair(shelf)
+    assert shelf.verify() == []
+    now = shelf.snapshot().manifest
+    assert {task: details["digest"] for task, details in now.tasks.items()} == {
+        t: x.digest for t, x in adapters.items()
+    }
+    assert 0 < len(now.slot(0).history.merged) < 40
+    assert now.slot(0).history.fixed == "a part of the record of what was merged is lost"
+
+
+@pytest.mark.parametrize("name", ["../../victim", "aaa", "b2-" + "0" * 63 + "/", 7, None])
+@pytest.mark.parametrize("place", ["slots", "tasks", "merged", "facts"])
+def test_an_id_that_does_not_name_a_page_leads_nowhere(tmp_path: Path, place: str, name: Any) -> None:
+    shelf = filled(tmp_path / "a.shelf", "a", "b", slots=2)
+    victim = tmp_path / "victim.json.gz"
+    victim.write_bytes(b"not a page")
+    document, before = manifest(shelf.path), shelf.snapshot()
+    if place in ("slots", "tasks"):
+        document[place] = [name]
+    else:
+        records = page(shelf.path, document["slots"][0])
+        records[0][place] = [name] if place == "merged" else name
+        document["slots"][0] = put(shelf.path, records)
+    written(shelf.path, document)
+    with pytest.raises(CorruptShelf):
+        shelf.snapshot()
+    repair(shelf)
+    assert victim.read_bytes() == b"not a page"
+    assert shelf.snapshot().head == before.head
+    assert shelf.verify() == []
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b"{}", b"[7]", b'[{"slot":0}]', b"NaN", b'"text"'])
+@pytest.mark.parametrize("place", ["slots", "tasks"])
+def test_a_page_that_no_writer_made_is_damage(tmp_path: Path, place: str, data: bytes) -> None:
+    shelf = filled(tmp_path / "a.shelf", "a", "b", slots=2)
+    document, before = manifest(shelf.path), shelf.snapshot()
+    document[place] = [digest([data])]
+    (shelf.path / "pages" / f"{digest([data])}.json.gz").write_bytes(gzip.compress(data))
+    written(shelf.path, document)
+    with pytest.raises(CorruptShelf):
+        shelf.snapshot()
+    repair(shelf)
+    assert before.head in {shelf.snapshot().head, shelf.snapshot().manifest.parent}
+    assert shelf.verify() == []
+
+
+def test_of_two_manifests_of_one_sequence_the_log_has_the_one_that_the_head_reaches(tmp_path: Path) -> None:
+    shelf = filled(tmp_path / "a.shelf", "a", "b", "c", slots=3, keep=2)
+    head = shelf.snapshot().head
+    before = manifest(shelf.path, shelf.snapshot().manifest.parent)
+    written(shelf.path, before | {"arrived": 9})
+    (shelf.path / "HEAD").write_text("damaged\n")
+    repair(shelf)
+    assert shelf.snapshot().head == head
+    assert shelf.verify() == []
+
+
+def test_a_page_that_may_not_be_read_is_an_error_and_not_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = filled(tmp_path / "a.shelf", "a")
+    locked, read = page_of(shelf.path, "slots"), pages.read_file
+
+    def refusing(path: Path) -> bytes:
+        if path == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(pages, "read_file", refusing)
+    before = state(tmp_path)
+    for use in (shelf.snapshot, lambda: repair(shelf)):
+        with pytest.raises(DiskError, match="Permission denied"):
+            use()
+    assert "Permission denied" in shelf.verify()[0]
+    assert state(tmp_path) == before
 
 
 def is_same_page(path: Path, data: bytes) -> bool:
@@ -366,7 +473,7 @@ def is_same_page(path: Path, data: bytes) -> bool:
 def test_a_flipped_bit_anywhere_is_put_right(seed: int, tmp_path: Path) -> None:
     shelf = filled(tmp_path / "a.shelf", "a", "b", "c", "d", slots=2, keep=2)
     served = set(shelf.snapshot().manifest.tasks)
-    pages_of_slots = {page_of(shelf, "slots")}
+    pages_of_slots = {page_of(shelf.path, "slots")}
     draw = random.Random(seed)
     path = draw.choice(sorted(p for p in shelf.path.rglob("*") if p.is_file() and p.name != "lock"))
     data = bytearray(path.read_bytes())

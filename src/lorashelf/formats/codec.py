@@ -59,6 +59,8 @@ class Codec(ABC):
     """Whether PEFT loads the stored folder as it is."""
     invertible: ClassVar[bool]
     """Whether the stored adapter differs only by the rounding of its factors, so that averages can continue from it."""
+    self_checking: ClassVar[bool] = False
+    """Whether `open` and `glance` check every byte that they read, without sums."""
 
     @abstractmethod
     def encode(self, adapter: Adapter) -> Encoded:

@@ -145,7 +145,7 @@ class PeftFiles:
         with atomic.staging(staging) as staged:
             stored = self.write(staged)
             final = objects / stored.identity
-            if _is_whole(final):
+            if is_whole(final, final.name):
                 atomic.remove(staged)
             else:
                 if final.exists():
@@ -247,9 +247,10 @@ def peft_files(folder: Path) -> Sequence[Path]:
     return (folder / CONFIG_FILE, folder / TENSOR_FILE)
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path, identity: str) -> bool:
+    """Return whether a folder holds the object of this id."""
     try:
-        return not folder.is_symlink() and object_digest(peft_files(folder)) == folder.name
+        return not folder.is_symlink() and object_digest(peft_files(folder)) == identity
     except OSError:
         return False
 

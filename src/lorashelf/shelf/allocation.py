@@ -49,8 +49,8 @@ def rate(slot: Slot) -> dict[str, Any]:
 
 
 def _check_encodings(snapshot: Snapshot, plan: Plan) -> None:
-    """Raise UsageError naming every slot that cannot be made coarser."""
-    others = [slot for slot in plan.manifest.slots if slot.object.encoding != "coded"]
+    """Raise UsageError naming every slot that cannot be made coarser; slots in unknown encodings stay as they are."""
+    others = [slot for slot in plan.manifest.slots if slot.readable and slot.object.encoding != "coded"]
     if others:
         named = "; ".join(f"slot {slot.id} is {slot.object.encoding}: {', '.join(slot.members)}" for slot in others)
         what = f"policy 'bytes' needs all slots in encoding 'coded': {named}"
@@ -67,7 +67,7 @@ class _Allocation:
 
     @cached_property
     def slots(self) -> Sequence[Slot]:
-        return self.finest.manifest.slots
+        return [slot for slot in self.finest.manifest.slots if slot.readable]
 
     @cached_property
     def averages(self) -> Sequence[Average]:
@@ -119,7 +119,8 @@ class _Allocation:
         return self._with(self._counts(taken, own), settled=False)
 
     def _with(self, counts: Sequence[int], settled: bool) -> Plan:
-        slots, writes = [], dict(self.finest.writes)
+        slots = [slot for slot in self.finest.manifest.slots if not slot.readable]
+        writes = dict(self.finest.writes)
         for slot, held, count, curve in zip(self.slots, self.averages, counts, self.curves, strict=True):
             if count == len(curve):
                 slots.append(slot)
@@ -136,7 +137,7 @@ class _Allocation:
                 slots.append(replace(slot, object=stored, history=history))
         changed = self._changes(counts)
         cause = {**self.finest.manifest.cause, **({"coarser": changed} if changed else {})}
-        manifest = replace(self.finest.manifest, slots=tuple(slots), cause=cause)
+        manifest = replace(self.finest.manifest, slots=tuple(sorted(slots, key=lambda slot: slot.id)), cause=cause)
         return replace(self.finest, manifest=manifest, writes=writes)
 
     def _changes(self, counts: Sequence[int]) -> dict[str, Any]:

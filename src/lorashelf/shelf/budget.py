@@ -95,9 +95,10 @@ def after_changes(snapshot: Snapshot, plan: Plan) -> int:
         return 0
     if limit is not None:  # more would not fit in any case
         times = min(times, limit // largest.object.bytes + 1)
-    for i in range(times):
+    facts = snapshot.facts(largest)
+    for i in range(1, times + 1):
         snapshot = snapshot.after(plan, hashed=False)
-        slot = replace(largest, object=largest.object.anew(i))
+        slot = replace(largest, object=largest.object.anew(i, facts))
         manifest = replace(
             plan.manifest,
             parent=snapshot.head,

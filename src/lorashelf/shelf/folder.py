@@ -9,13 +9,13 @@ from pathlib import Path
 
 from .. import atomic
 from ..atomic import no_links
-from ..digest import is_digest
+from ..digest import digest, is_digest
 from ..errors import CorruptShelf, DiskError
 from ..formats.codec import Codec
 from ..formats.objects import Stored
 from ..lora.adapter import Adapter
 from . import log
-from .manifest import Manifest, manifest_id
+from .manifest import Manifest
 from .pages import FOLDER as PAGES
 from .pages import SUFFIX, Reader, compressed, page_path, read_page
 from .snapshot import Snapshot
@@ -38,12 +38,12 @@ class ShelfFolder:
             if not (self.path / folder).exists():
                 atomic.make_folder(self.path / folder)
 
-    def head(self) -> tuple[str, Manifest]:
+    def head(self, reader: Reader) -> tuple[str, Manifest]:
         """Read HEAD and its manifest, again if a writer moved HEAD in between. Raises CorruptShelf, NewerFormat."""
         before = None
         while True:
             head = self.named_by_head()
-            if is_digest(head) and (manifest := self.manifest(head)) is not None:
+            if is_digest(head) and (manifest := self.manifest(head, reader)) is not None:
                 return head, manifest
             if head == before:
                 where, cure = str(self.path / "HEAD"), f"lorashelf repair {self.path}"
@@ -69,9 +69,9 @@ class ShelfFolder:
         """Return a reader of pages that reads each page once."""
         return cache(lambda identity: read_page(self.path, identity))
 
-    def manifest(self, identity: str, reader: Reader | None = None) -> Manifest | None:
+    def manifest(self, identity: str, reader: Reader) -> Manifest | None:
         """Read the manifest of this id with its pages; None if it is not kept. Raises CorruptShelf, NewerFormat."""
-        path, reader = self.manifest_path(identity), reader or self.reader()
+        path = self.manifest_path(identity)
         no_links(path)
         try:
             data = atomic.read_file(path)
@@ -80,7 +80,7 @@ class ShelfFolder:
         except OSError as error:
             cure = f"lorashelf repair {self.path}"
             raise CorruptShelf(f"manifest cannot be read: {error.strerror}", where=str(path), cure=cure) from error
-        if manifest_id(data) != identity:
+        if digest([data]) != identity:
             cure = f"lorashelf repair {self.path}"
             raise CorruptShelf("the manifest was changed after it was written", where=str(path), cure=cure)
         try:
@@ -98,15 +98,16 @@ class ShelfFolder:
         """Write the files of an object that are not there yet. Raises DiskError."""
         return codec.encode(adapter).publish(self.path / OBJECTS, self.path / "tmp")
 
-    def publish(self, manifest: Manifest) -> str:
-        """Write a manifest, its new pages first; return its id. Raises CorruptShelf for a manifest that could not be
-        read back, DiskError.
+    def publish(self, manifest: Manifest, before: Manifest | None = None) -> str:
+        """Write a manifest, its new pages first; return its id. The pages of `before` were just read. Raises
+        CorruptShelf for a manifest that could not be read back, DiskError.
         """
         files, path = manifest.files, self.manifest_path(manifest.files.id)
         pages = {identity: data for identity, data in files.pages.items() if data is not None}
         Manifest.decode(files.root, str(path), lambda identity: pages[identity])
+        sound = before.files.pages if before else {}
         for identity, data in pages.items():
-            if not self._has(identity):
+            if sound.get(identity) is None and not self._has(identity):
                 atomic.place_file(page_path(self.path, identity), compressed(data), self.path / "tmp")
         atomic.settle(self.path / PAGES)
         atomic.place_file(path, files.root, self.path / "tmp")
@@ -149,7 +150,7 @@ class ShelfFolder:
         if gone:  # before their pages and objects: a power failure may bring a manifest back
             atomic.settle(self.path / MANIFESTS)
         pages = {f"{identity}{SUFFIX}" for manifest in stay.values() for identity in manifest.files.pages}
-        objects = {name for manifest in stay.values() for slot in manifest.slots for name in slot.object.names}
+        objects = {name for manifest in stay.values() for slot in manifest.slots for name in slot.reserved}
         return [*gone, *self._deleted(PAGES, pages), *self._deleted(OBJECTS, objects)]
 
     def _deleted(self, folder: str, stay: Collection[str]) -> list[str]:

@@ -16,11 +16,11 @@ from .allocation import coarser, error_with, fitted
 from .plan import Plan
 from .plan_parts import kind_of, planned, storable
 from .plans import another, together
+from .records import Details
 from .slot import Slot
 from .snapshot import Snapshot
 
 Watch = Callable[[Iterable[str]], Iterable[str]]
-Details = Mapping[str, Mapping[str, Any]]
 
 
 class _Single(NamedTuple):
@@ -48,7 +48,7 @@ def plan_pack(
     snapshot: Snapshot,
     adapters: Mapping[str, Adapter],
     *,
-    details: Details | None = None,
+    details: Mapping[str, Details] | None = None,
     assume_base: bool = False,
     watch: Watch = iter,
 ) -> Plan:
@@ -119,7 +119,7 @@ def plan_convert(
 def _coded(
     snapshot: Snapshot,
     singles: Sequence[_Single],
-    tasks: Details,
+    tasks: Mapping[str, Details],
     base: BaseId | None,
     cause: Mapping[str, Any],
     watch: Watch,

@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..atomic import no_links, read_file
-from ..digest import canonical_json, digest
-from ..errors import CorruptShelf
+from ..atomic import no_links, read_file, refusals
+from ..digest import canonical_json, digest, is_digest
+from ..errors import CorruptShelf, NotStorable
 
 FOLDER = "pages"
 SUFFIX = ".json.gz"
@@ -30,8 +30,11 @@ class Pages(dict[str, bytes | None]):
     """The pages that a manifest refers to: id → the JSON of a page, None for one that was not read."""
 
     def add(self, document: Any) -> str:
-        """Put a document on a new page; return its id."""
+        """Put a document on a new page; return its id. Raises NotStorable for one that no reader would take."""
         data = canonical_json(document)
+        if len(data) > MOST_BYTES:
+            what = f"a page of {len(data)} bytes cannot be stored; the most is {MOST_BYTES}"
+            raise NotStorable(what, cure="shorten what --task-file gives: its prompts, above all")
         identity = digest([data])
         self[identity] = data
         return identity
@@ -64,16 +67,22 @@ def page_path(shelf: Path, identity: str) -> Path:
 
 
 def read_page(shelf: Path, identity: str) -> bytes:
-    """Read the JSON of a page of a shelf. Raises CorruptShelf if the page is missing or does not match its id."""
+    """Read the JSON of a page of a shelf. Raises CorruptShelf if the page is missing or does not match its id, and
+    DiskError if permission is denied.
+    """
+    cure = f"lorashelf repair {shelf}"
+    if not is_digest(identity):
+        raise CorruptShelf(f"{identity!r} does not name a page", where=str(shelf / FOLDER), cure=cure)
     path = page_path(shelf, identity)
     no_links(path)
     try:
         return content(read_file(path), identity)
     except PermissionError:
-        raise
+        with refusals(path, "read"):
+            raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        what, cure = f"a page of the manifest cannot be read: {reason}", f"lorashelf repair {shelf}"
+        what = f"a page of the manifest cannot be read: {reason}"
         raise CorruptShelf(what, where=str(path), cure=cure) from error
 
 

@@ -11,15 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import atomic
-from ..digest import canonical_json
-from ..errors import CorruptShelf, ShelfConfigError
+from ..digest import canonical_json, digest
+from ..errors import AdapterFormatError, CorruptShelf, NewerFormat, ShelfConfigError
+from ..formats.objects import object_digest
 from ..version import VERSION
 from . import log
-from .folder import MANIFESTS, ShelfFolder
-from .manifest import Manifest, manifest_id, now, salvaged, stamp
+from .folder import MANIFESTS, OBJECTS, ShelfFolder
+from .manifest import Manifest, now, stamp
 from .pages import FOLDER as PAGES
-from .pages import SUFFIX, page_path, read_page
+from .pages import SUFFIX, Pages, compressed, page_path, read_page
+from .salvage import Salvage, salvaged
 from .settings import FILE, read_toml, recorded, write_toml
+from .slot import Facts, Slot, StoredObject
 
 LOST = "lost"
 """The operation recorded for a state of which only the sequence is known."""
@@ -31,48 +34,82 @@ def mend(folder: Path) -> list[str]:
     """Repair them all, with the writer's lock held; return what was done, in sentences. Raises CorruptShelf if no
     manifest is left, NewerFormat, DiskError.
     """
+    settings_lost = _settings_lost(folder / FILE)
     kept, torn, done = _manifests(folder)
     head, said = _mended_head(folder, kept, torn)
-    for identity in torn:
+    done += said
+    if settings_lost:
+        done += _mended_settings(folder, kept[head])
+    done += _mended_log(folder, head, kept, torn)
+    for identity in torn:  # last: until then the log may lack their lines
         atomic.remove(folder / MANIFESTS / f"{identity}.json")
-    return [*done, *said, *_mended_settings(folder, kept[head]), *_mended_log(folder, head, kept, torn)]
+    return done
 
 
 def _manifests(folder: Path) -> tuple[dict[str, Manifest], dict[str, Manifest], list[str]]:
     """Return the sound manifests, by id; what is left of those that lack pages; and what was done. A manifest is sound
-    if its bytes match its id and its pages can be read. Other manifests, and damaged pages, are deleted.
+    if its bytes match its id and its pages can be read. Other manifests, and damaged pages, are deleted; lost facts
+    are computed again.
     """
     if not (folder / MANIFESTS).is_dir() or (folder / MANIFESTS).is_symlink():
         raise _nothing_left(folder)
     with atomic.refusals(folder / MANIFESTS, "read"):
         paths = sorted((folder / MANIFESTS).iterdir())
-    sound: dict[str, Manifest] = {}
-    torn: dict[str, Manifest] = {}
-    lacking: set[str] = set()
-    done = []
-    for path in paths:
-        found = _manifest(folder, path)
-        if found is None:
-            done.append(f"{MANIFESTS}/{path.name}: damaged, deleted; its state is lost")
-            continue
-        manifest, lost = found
-        (torn if lost else sound)[path.stem] = manifest
-        lacking.update(lost)
-    if not sound and not torn:
+    found: dict[Path, Salvage | None] = {path: _manifest(folder, path) for path in paths}
+    left = {path.stem: salvage for path, salvage in found.items() if salvage is not None}
+    if not left:
         raise _nothing_left(folder)
+    done = [f"{MANIFESTS}/{p.name}: damaged, deleted; its state is lost" for p, each in found.items() if each is None]
     for path in paths:
-        if path.stem not in {**sound, **torn}:
+        if found[path] is None:
             atomic.remove(path)
-    for identity in sorted(lacking):
-        atomic.remove(page_path(folder, identity))
-        done.append(f"{PAGES}/{identity}{SUFFIX}: damaged or gone")
+    lost_facts = {identity: slot for salvage in left.values() for identity, slot in salvage.facts.items()}
+    restored = {identity for identity, slot in lost_facts.items() if _restored_facts(folder, identity, slot)}
+    for identity in sorted({*lost_facts, *(page for salvage in left.values() for page in salvage.lost)}):
+        if identity in restored:
+            done.append(f"{PAGES}/{identity}{SUFFIX}: computed again from the object")
+        else:
+            atomic.remove(page_path(folder, identity))
+            done.append(f"{PAGES}/{identity}{SUFFIX}: damaged or gone")
+    torn = {i: each.left for i, each in left.items() if each.lost or not restored.issuperset(each.facts)}
+    sound = {i: each.manifest for i, each in left.items() if i not in torn}
     return sound, torn, done
 
 
-def _manifest(folder: Path, path: Path) -> tuple[Manifest, list[str]] | None:
-    """Read what is left of a manifest, and the ids of its lost pages; None for a file that is not a manifest."""
+def _restored_facts(folder: Path, identity: str, slot: Slot) -> bool:
+    """Compute the facts of a slot's object again and write their page, if they have this id; they may have another one
+    where another machine computed them. Raises DiskError.
+    """
+    pages, facts = Pages(), _facts(folder, slot)
+    if facts is None or pages.add(facts.document()) != identity:
+        return False
+    path = page_path(folder, identity)
+    atomic.remove(path)
+    atomic.replace_file(path, compressed(pages[identity] or b""), folder / "tmp")
+    return True
+
+
+def _facts(folder: Path, slot: Slot) -> Facts | None:
+    """Return the facts of a slot's object, None if it is damaged or in an unknown encoding."""
+
+    def lost(what: str) -> CorruptShelf:
+        return CorruptShelf(what, where=str(folder))
+
+    with contextlib.suppress(AdapterFormatError, CorruptShelf, NewerFormat, FileNotFoundError, NotADirectoryError):
+        files = slot.codec.paths(folder / OBJECTS, slot.object.names)
+        atomic.no_links(*files)
+        if object_digest(files) == slot.object.id:
+            adapter = slot.codec.open(files, (), lost)
+            facts = StoredObject.pending(adapter, slot.object.encoding).facts
+            sums = slot.codec.encode(adapter).stored().sums
+            return replace(facts, sums=sums) if isinstance(facts, Facts) else None
+    return None
+
+
+def _manifest(folder: Path, path: Path) -> Salvage | None:
+    """Read what is left of a manifest; None for a file that is not one."""
     data = _bytes(path)
-    if data is None or f"{manifest_id(data)}.json" != path.name:
+    if data is None or f"{digest([data])}.json" != path.name:
         return None
     with contextlib.suppress(CorruptShelf, *NOT_WRITTEN):  # the name matches the bytes, but no writer made it
         return salvaged(data, str(path), lambda identity: read_page(folder, identity))
@@ -141,15 +178,20 @@ def _successor(before: str, left: Manifest, kept: Mapping[str, Manifest]) -> Man
     )
 
 
-def _mended_settings(folder: Path, manifest: Manifest) -> list[str]:
-    """Replace unreadable settings with those that the manifest recorded; return what was done."""
-    path = folder / FILE
+def _settings_lost(path: Path) -> bool:
+    """Return whether the settings cannot be read. Raises NewerFormat, DiskError."""
     try:
         if not path.is_symlink():
             read_toml(path)
-            return []
+            return False
     except ShelfConfigError:
         pass
+    return True
+
+
+def _mended_settings(folder: Path, manifest: Manifest) -> list[str]:
+    """Replace unreadable settings with those that the manifest recorded; return what was done."""
+    path = folder / FILE
     aside = _set_aside(path)
     settings = recorded(manifest.recipe, manifest.budget)
     atomic.replace_file(path, write_toml(settings), folder / "tmp")
@@ -167,8 +209,9 @@ def _mended_log(folder: Path, head: str, kept: Mapping[str, Manifest], torn: Map
     lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
     newest, reached = kept[head].sequence, _chain(head, kept)
     past = {identity: manifest for identity, manifest in {**torn, **kept}.items() if manifest.sequence < newest}
-    taken = {manifest.sequence: identity for identity, manifest in {**past, head: kept[head]}.items()}
-    mended = {past[i].sequence: log.line(i, past[i]) for i in past if i not in reached}
+    taken = {past[identity].sequence: identity for identity in past}
+    taken |= {kept[identity].sequence: identity for identity in reached}  # rather than others of the same sequence
+    mended = {past[i].sequence: log.line(i, past[i]) for i in past if i not in reached and taken[past[i].sequence] == i}
     for line in lines:
         record = log.read_line(line)
         if record is None or not 0 <= record["sequence"] <= newest:

@@ -11,8 +11,7 @@ from typing import Any
 from .. import atomic
 from ..cache_folder import cache_folder
 from ..errors import CorruptShelf, NewerFormat, UsageError
-from ..formats.objects import object_digest
-from ..formats.peft import encode, peft_files, size_alone, write_adapter
+from ..formats.peft import encode, is_whole, size_alone, write_adapter
 from .allocation import rate
 from .slot import Slot
 from .snapshot import Snapshot
@@ -48,7 +47,7 @@ def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, v
     slot, _ = snapshot.located(task)
     folder = cache_folder() / "routes"
     for kept in folder.glob(f"{slot.object.id}.*"):
-        if object_digest(peft_files(kept)) == kept.suffix.removeprefix("."):
+        if is_whole(kept, kept.suffix.removeprefix(".")):
             os.utime(kept)
             return {**answer, "path": str(kept)}
         atomic.remove(kept)
@@ -106,7 +105,7 @@ def _apart(snapshot: Snapshot) -> dict[str, int]:
     for slot in snapshot.manifest.slots:
         like = None
         with contextlib.suppress(CorruptShelf, NewerFormat):  # listed nevertheless
-            like = snapshot.stored(slot)
+            like = snapshot.glanced(slot)
         for source in slot.history.merged:
             apart.setdefault(source.digest, size_alone(source.parameters, slot.object.dtype, like))
     return apart

@@ -31,6 +31,7 @@ from .budget import check_budget
 from .creation import appearing, fill, first_files
 from .folder import MANIFESTS, ShelfFolder
 from .manifest import Clock, Manifest, now, stamp
+from .pages import Reader
 from .plan import Plan
 from .settings import FILE, FORMAT, Settings, config_error, edited_toml, read_toml
 from .slot import PENDING, Slot
@@ -93,19 +94,19 @@ class Shelf:
         """
         with atomic.refusals(self.path, "read"):
             while True:
-                head, manifest = self._folder.head()
+                reader = self._folder.reader()
+                head, manifest = self._folder.head(reader)
                 try:
-                    return self._snapshot(head, manifest)
+                    return self._snapshot(head, manifest, reader)
                 except LorashelfError:
                     if self._folder.named_by_head() == head:
                         raise  # else a writer committed meanwhile
 
-    def _snapshot(self, head: str, manifest: Manifest) -> Snapshot:
+    def _snapshot(self, head: str, manifest: Manifest, reader: Reader) -> Snapshot:
         no_links(self.path / FILE)
         settings = read_toml(self.path / FILE)
         self._check_settings(settings, manifest)
         kept: dict[str, Manifest] = {}
-        reader = self._folder.reader()
         chain, parent = [manifest], manifest.parent
         while parent is not None and (found := self._folder.manifest(parent, reader)) is not None:
             kept[parent] = found
@@ -277,9 +278,7 @@ class Shelf:
             rest = replace(snapshot, kept={i: m for i, m in snapshot.kept.items() if i not in states})
             leaving = [(i, m) for i, m in snapshot.kept.items() if i not in rest.retained()]
             self._folder.log.append(sorted(leaving, key=lambda state: state[1].sequence))
-            for identity in states:
-                atomic.remove(self._folder.manifest_path(identity))
-            self._folder.sweep(self.snapshot())
+            self._folder.sweep(rest)
 
     def gc(self) -> list[str]:
         """Delete unreferenced files (docs/format.md); return their relative paths."""
@@ -301,7 +300,7 @@ class Shelf:
 
     def _advance(self, before: Snapshot, manifest: Manifest) -> str:
         """Write the manifest, move HEAD (this is the commit), then delete unreferenced files."""
-        identity = self._folder.publish(manifest)
+        identity = self._folder.publish(manifest, before.manifest)
         self._lock.check()
         self._folder.move_head(identity)
         with contextlib.suppress(LorashelfError, OSError):  # committed nevertheless: the next writer sweeps again

@@ -6,8 +6,9 @@ import math
 import re
 import struct
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import shake_256
 from typing import Any
 
 from ..digest import digest, is_digest
@@ -74,17 +75,20 @@ class StoredObject:
         """The names in the folder `objects`."""
         return [file.name for file in self.files] or [self.id]
 
-    def anew(self, number: int) -> StoredObject:
-        """Return a made-up object of the same size that shares no files, one per number, to compute sizes."""
+    def anew(self, number: int, facts: Facts) -> StoredObject:
+        """Return a made-up object of the same size that shares no files and no facts, one per number, to compute sizes;
+        `facts` are the object's own.
+        """
         names = [digest([f"{number} {file.name}".encode()]) for file in self.files]
         files = [StoredFile(name[3:19] + ".lsc", file.bytes) for name, file in zip(names, self.files, strict=True)]
-        return replace(self, id=digest([bytes(number)]), files=tuple(files))
+        facts = replace(facts, sums=_made_up(number, len(facts.sums)))
+        return replace(self, id=digest([bytes(number)]), files=tuple(files), facts=facts)
 
     @staticmethod
     def pending(adapter: Adapter, encoding: str) -> StoredObject:
         """Return the object that an adapter will be once written."""
         encoded = CODECS[encoding].encode(adapter)
-        known = Facts(tuple(squared_norms(adapter).values()), (0,) * encoded.parts) if encoded.parts else NOTHING
+        known = Facts(tuple(squared_norms(adapter).values()), _made_up(0, encoded.parts)) if encoded.parts else NOTHING
         return StoredObject(
             id=PENDING,
             rank=adapter.rank,
@@ -109,6 +113,11 @@ class Slot:
     def planned(slot_id: int, average: Average, members: Sequence[str], encoding: str = "peft") -> Slot:
         """Return a slot whose object is not written yet."""
         return Slot(slot_id, StoredObject.pending(average.adapter, encoding), average.history, tuple(members))
+
+    @property
+    def reserved(self) -> Collection[str]:
+        """The names in the folder `objects` that must stay: of an object in an unknown encoding also its id."""
+        return self.object.names if self.readable else {*self.object.names, self.object.id}
 
     @property
     def readable(self) -> bool:
@@ -229,6 +238,11 @@ def _are_files(files: Any, size: int) -> bool:
 def is_number(value: object) -> bool:
     """Return whether a JSON value is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _made_up(seed: int, count: int) -> tuple[int, ...]:
+    """Return sums of an object that is not written, which compress as real ones do."""
+    return struct.unpack(f"<{count}I", shake_256(seed.to_bytes(8, "little")).digest(4 * count))
 
 
 def _packed(values: Sequence[float], code: str) -> str:

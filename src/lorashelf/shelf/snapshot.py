@@ -47,6 +47,7 @@ class Snapshot:
     pending: Mapping[int, Adapter] = field(default_factory=dict)
     """Contents of slots that are planned, not written: a dry run of several adds builds on them."""
     _served: dict[object, Adapter] = field(default_factory=dict, repr=False, compare=False)
+    _glanced: dict[str, Adapter] = field(default_factory=dict, repr=False, compare=False)
     _known: dict[Adapter, Stored] = field(default_factory=dict, repr=False, compare=False)
     _walked: dict[Path, int] = field(default_factory=dict, repr=False, compare=False)
     read_at: str = ""
@@ -125,11 +126,15 @@ class Snapshot:
 
     def glanced(self, slot: Slot) -> Adapter:
         """Return as `stored`, for shapes and rates of levels: values may be missing. Raises as `stored`."""
-        return self.pending[slot.id] if slot.id in self.pending else self._opened(slot, slot.codec.glance)
+        if slot.id in self.pending:
+            return self.pending[slot.id]
+        if slot.object.id not in self._glanced:
+            self._glanced[slot.object.id] = self._opened(slot, slot.codec.glance)
+        return self._glanced[slot.object.id]
 
     def _opened(self, slot: Slot, read: Callable[[Sequence[Path], Sequence[int], Lost], Adapter]) -> Adapter:
         sums = self.facts(slot).sums
-        if not sums:
+        if not sums and not slot.codec.self_checking:
             self.check_bytes(slot)
         with self._standing():
             with refusals(self.path, "read"):
@@ -305,7 +310,7 @@ class Snapshot:
 
     def _page_size(self, identity: str, data: bytes | None) -> int:
         """Return the bytes of a page's file, written or not."""
-        return self.files.get(page_path(Path(), identity)) or len(compressed(data or b""))
+        return self.files.get(page_path(Path(), identity), 0 if data is None else len(compressed(data)))
 
     @property
     def bytes(self) -> int:
@@ -318,11 +323,13 @@ class Snapshot:
         meanwhile.
         """
         if not self._walked:
+            found: dict[Path, int] = {}
             for folder, _, names in os.walk(self.path):
                 for name in names:
                     path = Path(folder) / name
                     with contextlib.suppress(FileNotFoundError):
-                        self._walked[path.relative_to(self.path)] = path.lstat().st_size
+                        found[path.relative_to(self.path)] = path.lstat().st_size
+            self._walked.update(found)  # at once, for other threads
         return self._walked
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +78,7 @@ class Coded(Codec):
     name = "coded"
     loadable = False
     invertible = False
+    self_checking = True
 
     def encode(self, adapter: Adapter) -> Levels:
         """Return the levels that the adapter was decoded from. Raises TypeError for other adapters."""
@@ -116,21 +117,25 @@ class Coded(Codec):
         return glance(self._read(paths), str(paths[-1]))
 
     def _read(self, paths: Sequence[Path]) -> list[bytes]:
-        levels = [_content(path) for path in paths]
-        if faults := self.damaged(paths):
+        found = {path.name: _content(path) for path in paths}
+        if faults := _damaged(found):
             raise AdapterFormatError(faults, where=str(paths[-1]))
-        return [level for level in levels if level is not None]
+        return [level for level in found.values() if level is not None]
 
     def damaged(self, paths: Sequence[Path]) -> list[str]:
         """Return a fault for each level that does not match its name."""
-        found = {path.name: _content(path) for path in paths}
-        gone = [f"objects/{name} is gone or cannot be read" for name, level in found.items() if level is None]
-        changed = [name for name, level in found.items() if level is not None and _name(level) != name]
-        return gone + [f"objects/{name}: {DAMAGED}" for name in changed]
+        return _damaged({path.name: _content(path) for path in paths})
 
     def paths(self, objects: Path, names: Sequence[str]) -> Sequence[Path]:
         """Return the levels, the base first."""
         return [objects / name for name in names]
+
+
+def _damaged(found: Mapping[str, bytes | None]) -> list[str]:
+    """Return the faults of levels, by name."""
+    gone = [f"objects/{name} is gone or cannot be read" for name, level in found.items() if level is None]
+    changed = [name for name, level in found.items() if level is not None and _name(level) != name]
+    return gone + [f"objects/{name}: {DAMAGED}" for name in changed]
 
 
 def _of_levels(adapter: Adapter) -> CodedModules | GlancedModules:
