@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -13,7 +13,7 @@ from ..digest import canonical_json, digest, is_digest
 from ..errors import CorruptShelf, NewerFormat
 from ..lora.adapter import BaseId
 from .pages import Pages, Reader
-from .records import Cache, Details, checked_slots, implied, read_slots, read_tasks, slot_pages, task_pages
+from .records import Cache, Details, NotWritten, checked_slots, implied, read_slots, read_tasks, slot_pages, task_pages
 from .settings import FORMAT
 from .slot import Slot, is_number
 
@@ -115,10 +115,8 @@ class Manifest:
             document = json.loads(data)
             if document["format"] > FORMAT:
                 raise NewerFormat(f"manifest of format {document['format']}", where=where, cure="upgrade lorashelf")
-            _check(_faults(document))
             pages = Pages()
-            slots, tasks = (_resolved if document["format"] == FORMAT else _inline)(document, reader, pages)
-            _check(_route_faults(slots, tasks))
+            slots, tasks = _content(document, reader, pages)
             base = document["base"]
             manifest = Manifest(
                 parent=document["parent"],
@@ -161,41 +159,38 @@ class Manifest:
         return tuple(slot for slot in self.slots if slot.id != slot_id)
 
 
-Content = tuple[tuple[Slot, ...], Mapping[str, Details]]
-
-
-def _resolved(document: Mapping[str, Any], reader: Reader, pages: Pages) -> Content:
-    """Read the slots and tasks on the pages of a manifest of format 2; put these pages into `pages`."""
-    slots: list[Slot] = []
-    tasks: dict[str, Details] = {}
-    for identity in document["slots"]:
-        found, own = read_slots(identity, reader)
+def _content(document: dict[str, Any], reader: Reader, pages: Pages) -> tuple[tuple[Slot, ...], Mapping[str, Details]]:
+    """Read the slots and tasks of a manifest, and put its pages into `pages`. Raises NotWritten naming every fault."""
+    faults = list(_faults(document))
+    if not {"slots", "tasks"}.isdisjoint(faults):
+        raise NotWritten(faults)
+    paged, slots = document["format"] == FORMAT, list[Slot]()
+    for part in document["slots"] if paged else [document["slots"]]:
+        try:
+            found, own = read_slots(part, reader) if paged else (checked_slots(part), Pages())
+        except NotWritten as error:
+            faults += error.faults
+            continue
         slots += found
         pages.update(own)
-    known = implied(slots)
-    for identity in document["tasks"]:
+    if faults:
+        raise NotWritten(faults)
+    known, tasks = implied(slots), {} if paged else document["tasks"]
+    for identity in document["tasks"] if paged else ():
         given, own = read_tasks(identity, reader, known)
         tasks.update(given)
         pages.update(own)
+    if faults := list(_route_faults(slots, tasks)):
+        raise NotWritten(faults)
     return tuple(slots), tasks
 
 
-def _inline(document: Mapping[str, Any], reader: Reader, pages: Pages) -> Content:
-    """Read the slots and tasks of a manifest of format 1."""
-    return checked_slots(document["slots"]), document["tasks"]
-
-
-def _route_faults(slots: tuple[Slot, ...], tasks: Mapping[str, Details]) -> Iterator[str]:
+def _route_faults(slots: Sequence[Slot], tasks: Mapping[str, Details]) -> Iterator[str]:
     yield from (f"tasks: {n}" for n, v in tasks.items() if type(v) is not dict or not is_digest(v["digest"]))
     if len({slot.id for slot in slots}) < len(slots):
         yield "slots: a number twice"
     if sorted(task for slot in slots for task in slot.members) != sorted(tasks):
         yield "members: not the tasks, each once"
-
-
-def _check(faults: Iterator[str]) -> None:
-    if found := list(faults):
-        raise ValueError(f"not what lorashelf writes: {', '.join(found)}")
 
 
 def _faults(document: dict[str, Any]) -> Iterator[str]:

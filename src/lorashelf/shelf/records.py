@@ -19,6 +19,14 @@ MOST_PAGES = 4096  # decoded, and as many encoded, that stay in memory
 T = TypeVar("T")
 
 
+class NotWritten(ValueError):
+    """A document that no writer makes, whatever its digest: the faulty fields."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = list(faults)
+        super().__init__(f"not what lorashelf writes: {', '.join(self.faults)}")
+
+
 class Cache(Generic[T]):
     """The values used latest, for any number of threads."""
 
@@ -88,8 +96,8 @@ def _page(key: Hashable, content: T, document: Callable[[Pages], Any]) -> tuple[
 
 
 def read_slots(identity: str, reader: Reader) -> tuple[Sequence[Slot], Pages]:
-    """Return the slots on a page, and the pages. Raises ValueError naming every fault, KeyError, TypeError,
-    AttributeError, and what `reader` raises.
+    """Return the slots on a page, and the pages. Raises NotWritten, ValueError, KeyError, TypeError, AttributeError,
+    and what `reader` raises.
     """
 
     def made() -> Page[Sequence[Slot]]:
@@ -122,10 +130,10 @@ def read_tasks(identity: str, reader: Reader, known: Mapping[str, Details]) -> t
 
 
 def checked_slots(records: Sequence[Mapping[str, Any]]) -> tuple[Slot, ...]:
-    """Read slots from whole records. Raises ValueError naming every fault, KeyError, TypeError."""
+    """Read slots from whole records. Raises NotWritten naming every fault, ValueError, KeyError, TypeError."""
     faults = [f"slots[{place}]: {field}" for place, record in enumerate(records) for field in record_faults(record)]
     if faults:
-        raise ValueError(f"not what lorashelf writes: {', '.join(faults)}")
+        raise NotWritten(faults)
     return tuple(map(Slot.read, records))
 
 
