@@ -51,6 +51,7 @@ progress and notices go to stderr.
 
 Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or bad task name · 3 adapter refused ·
 4 shelf (refused, stale, locked, corrupt, over budget, newer format), disk, output that cannot be written · 5 model ·
+6 the format of an export cannot hold an adapter ·
 128 + the signal's number when interrupted (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; what was committed stays) ·
 141 whoever reads stdout went away.
 Under `--json` an error prints `{"error": {"kind", "message", "where", "cure"}}`: what happened, the file or folder (or
@@ -59,6 +60,9 @@ each in `cures`. `add` prints `{"added": [ITEM, …]}` for any number of adapter
 or was refused, and with `skipped` under `--skip-existing`;
 ITEM: `{"task", "decision": "open" | "fold" | "refuse", "slot", "scores", "threshold", "members", "merged", "head",
 "reversible"}`, the last false where an exact `remove` will not be possible.
+`export` prints `{"output", "format", "objects": [OBJECT, …], "routes": {task: path}, "files"}`, paths relative to
+`output`; OBJECT: `{"slot", "tasks", "path", "bytes", "error", "tolerance"}`, the relative error ‖ΔW − ΔŴ‖ / ‖ΔW‖ of
+what was read back, and what the format may cause at most.
 `--bytes` takes `1600000`, `1.6MB` (kB, MB, GB, TB are powers of 1000) or `1.5MiB` (KiB, MiB, GiB, TiB: of 1024); sizes
 are printed in powers of 1000. `~` is replaced in every path.
 """

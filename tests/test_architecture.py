@@ -51,6 +51,8 @@ LATE = {  # import inside a function → why
     ("models.base_model", "huggingface_hub"): "extra `llm`",
     ("models.base_model", "huggingface_hub.errors"): "extra `llm`",
     ("training.trainer", "peft"): "extra `llm`",
+    ("formats.gguf.base", "gguf"): "extra `gguf`",
+    ("models.gguf_chat", "jinja2.sandbox"): "likewise",
     ("cli.arguments", "tasks.folders"): "only with --task-file",
     ("cli.arguments", "huggingface_hub"): "extra `llm`",
     ("cli.clustering", "models.protocol"): "only with --method d2c",

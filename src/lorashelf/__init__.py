@@ -14,6 +14,8 @@ from .version import VERSION
 if typing.TYPE_CHECKING:
     from .errors import LorashelfError
     from .evaluation.measure import evaluate
+    from .export.driver import export_shelf
+    from .export.formats import FORMATS
     from .formats.peft import read_adapter, write_adapter
     from .lora.adapter import Adapter, BaseId, Factors, Modules
     from .lora.algebra import combine, compress, gram, inner, norm
@@ -41,6 +43,8 @@ __version__ = VERSION
 _NAMES = {  # module → the names imported from it on first use
     "errors": ("LorashelfError",),
     "evaluation.measure": ("evaluate",),
+    "export.driver": ("export_shelf",),
+    "export.formats": ("FORMATS",),
     "formats.peft": ("read_adapter", "write_adapter"),
     "lora.adapter": ("Adapter", "BaseId", "Factors", "Modules"),
     "lora.algebra": ("combine", "compress", "gram", "inner", "norm"),
@@ -68,6 +72,7 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "ENGINES",
+    "FORMATS",
     "METHODS",
     "METRICS",
     "PARTITIONERS",
@@ -97,6 +102,7 @@ __all__ = [
     "combine",
     "compress",
     "evaluate",
+    "export_shelf",
     "gram",
     "inner",
     "merge",

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .errors import CorruptShelf, DiskError, UsageError
+from .errors import CorruptShelf, DiskError, LorashelfError, UsageError
 
 TICK = 11_000_000  # ns: file systems take a file's times from a clock that ticks every 1 to 10 ms
 _STAGING = ".lorashelf-"
@@ -91,12 +91,18 @@ def settle_files(folder: Path) -> None:
     """Make the files that another program wrote into a folder durable, with their names."""
     with refusals(folder):
         for path in sorted(folder.iterdir()):
-            handle = open_file(path)
-            try:
-                _flush(handle)
-            finally:
-                os.close(handle)
+            settle_file(path)
         _sync(folder)
+
+
+def settle_file(path: Path) -> None:
+    """Make a file that another program wrote durable, without its name."""
+    with refusals(path):
+        handle = open_file(path)
+        try:
+            _flush(handle)
+        finally:
+            os.close(handle)
 
 
 def is_vacant(path: Path) -> bool:
@@ -125,6 +131,25 @@ def staging(parent: Path) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Yield a staged folder that takes this path at the end: it appears complete or not at all.
+
+    Raises UsageError if the path is taken, DiskError.
+    """
+    check_output(folder)
+    make_parents(folder)
+    sweep_staging(folder.parent)
+    with staging(folder.parent) as staged:
+        try:
+            yield staged
+            publish(staged, folder)
+        except LorashelfError as error:
+            if str(staged) in (error.where or ""):
+                raise error.amended(where=str(folder)) from error.__cause__  # the path that the caller knows
+            raise
 
 
 def _locked_folder(parent: Path) -> tuple[Path, int]:

@@ -10,7 +10,8 @@
     │   ├── AdapterFormatError    3  the files are not a LoRA adapter that can be read exactly
     │   ├── BaseMismatch          3  trained on another base model than the other adapters
     │   ├── ShapeMismatch         3  the factors do not fit the other adapters or the base
-    │   └── NameMismatch          3  the modules may be those of the other adapters under different names
+    │   ├── NameMismatch          3  the modules may be those of the other adapters under different names
+    │   └── NotExportable         6  the format of an export cannot hold the adapters
     ├── ShelfError            4  the shelf cannot do what was asked
     │   ├── ShelfNotFound         4  there is no shelf at this path
     │   ├── ShelfConfigError      4  shelf.toml is invalid or contradicts what is stored
@@ -155,6 +156,7 @@ class AdapterError(LorashelfError):
 
     exit_code = 3
     kind = "adapter"
+    verdict = "adapter refused"
 
     def __init__(self, faults: Sequence[str | Fault], *, where: str | None = None, cure: str | None = None) -> None:
         """`cure` is for the faults without their own."""
@@ -164,7 +166,7 @@ class AdapterError(LorashelfError):
         shown = "\n".join(f"  - {fault}" for fault in self.faults)
         count = numbered(len(self.faults), "fault")
         cures = dict.fromkeys(reason.cure for reason in self.reasons if reason.cure)
-        super().__init__(f"adapter refused ({count}):\n{shown}", where=where, cure="\n".join(cures) or cure)
+        super().__init__(f"{self.verdict} ({count}):\n{shown}", where=where, cure="\n".join(cures) or cure)
 
 
 class AdapterFormatError(AdapterError):
@@ -189,6 +191,14 @@ class NameMismatch(AdapterError):
     """The adapter's modules may be those of the other adapters under different names, and no rule decides."""
 
     kind = "name_mismatch"
+
+
+class NotExportable(AdapterError):
+    """The format of an export cannot hold the adapters."""
+
+    exit_code = 6
+    kind = "export"
+    verdict = "not exported"
 
 
 class ShelfError(LorashelfError):

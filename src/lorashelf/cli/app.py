@@ -22,6 +22,7 @@ MODULES: Mapping[str, Sequence[str]] = MappingProxyType(
         "history": ("log", "verify", "undo", "redo", "repair", "gc"),
         "clustering": ("cluster",),
         "packing": ("pack", "convert"),
+        "export": ("export",),
         "adapters": ("show", "compare", "plan", "threshold", "merge"),
         "coding": ("compress", "extract"),
         "training": ("train",),

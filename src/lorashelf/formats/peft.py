@@ -90,15 +90,10 @@ def write_adapter(adapter: Adapter, path: str | Path, *, extra_files: Mapping[st
     The factors are rounded once, to `adapter.dtype`; scales go to `lora_alpha` and `alpha_pattern`, ranks to `r` and
     `rank_pattern`. Raises UsageError if the path exists, AdapterFormatError if a value overflows the dtype, DiskError.
     """
-    folder = atomic.expanded(path)
-    atomic.check_output(folder)
-    atomic.make_parents(folder)
-    atomic.sweep_staging(folder.parent)
-    with atomic.staging(folder.parent) as staged:
+    with atomic.appearing(atomic.expanded(path)) as staged:
         identity, _ = encode(adapter).write(staged)
         for name, content in (extra_files or {}).items():
             atomic.write_file(staged / name, [content])
-        atomic.publish(staged, folder)
     return identity
 
 

