@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..formats.peft import encode
-from ..lora.adapter import Adapter
+from ..lora.adapter import Adapter, in_16_bits
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
 from ..models.protocol import Scores
@@ -82,7 +82,7 @@ def _coded(cell: Cell, inputs: Inputs) -> Assignment:
     from ..formats.coded.files import encode_together
 
     encoders = {task: Encoder(x) for task, x in inputs.adapters.items()}
-    size = int(2 * sum(x.parameters for x in inputs.adapters.values()) * cell.options["percent"] / 100)
+    size = int(in_16_bits(sum(x.parameters for x in inputs.adapters.values())) * cell.options["percent"] / 100)
     files = encode_together(list(encoders.values()), size, cell.options["levels"])
     coded = {
         task: {"bytes": each.size, "levels": [len(level) for level in each.levels], "energy_kept": round(each.kept, 4)}

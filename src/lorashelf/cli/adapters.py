@@ -14,6 +14,7 @@ import typer
 from ..atomic import check_output
 from ..errors import UsageError, numbered
 from ..formats.peft import write_adapter
+from ..lora.adapter import in_16_bits
 from ..lora.algebra import norm
 from ..lora.alignment import fitting, shared
 from ..lora.similarity import similarity
@@ -109,7 +110,7 @@ def _plan_coded(adapters: list[str], size_wanted: int | None, plot: Path | None,
     fitting(one_base(xs) if assume_base else xs, list(named))
     rows = rate_curve(named, watch=coding)
     arg.note_untrained(named)
-    whole = 2 * sum(x.parameters for x in named.values())
+    whole = in_16_bits(sum(x.parameters for x in named.values()))
     wanted = {round(whole * percent / 100) for percent in PERCENTS} | ({size_wanted} if size_wanted else set())
     found = {at: within(rows, at) for at in sorted(wanted)}
     best = found.get(size_wanted) if size_wanted else None

@@ -16,6 +16,7 @@ from ..formats.coded.decoder import decode, inspect
 from ..formats.coded.encoder import Encoder
 from ..formats.coded.files import encode_for, encode_within, read_levels, write_coded
 from ..formats.peft import write_adapter
+from ..lora.adapter import in_16_bits
 from . import arguments as arg
 from .output import show, size, table
 
@@ -56,7 +57,7 @@ def compress(
     if quality is not None:
         coded = encode_for(encoder, quality, levels)
     else:
-        most = budget if budget is not None else int(2 * read.parameters * (percent or 0) / 100)
+        most = budget if budget is not None else int(in_16_bits(read.parameters) * (percent or 0) / 100)
         coded = encode_within(encoder, most, levels)
     write_coded(coded, output)
     show({"output": str(output), **_document(coded, str(output))}, json, _listed)
@@ -85,7 +86,7 @@ def _document(coded: list[bytes], where: str) -> dict[str, Any]:
         rows.append(
             {
                 "bytes": so_far,
-                "percent": 50 * so_far / parameters,
+                "percent": 100 * so_far / in_16_bits(parameters),
                 "energy_kept": level.kept,
                 "predicted_quality": level.quality,
                 "directions": level.directions,

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from ..errors import UsageError, numbered
+from ..lora.quality import summary
 from ..placement.policies import BYTES
 from ..shelf.allocation import rate
 from ..shelf.creation import check_vacant
@@ -147,21 +147,15 @@ def _converted(
 
 def _document(output: Path, made: Snapshot) -> dict[str, Any]:
     coded = {task: rate(slot) for slot in made.manifest.slots for task in slot.members}
+    kept = {task: each["predicted_quality"] for task, each in coded.items()}
     return {
         "shelf": str(output),
         "head": made.head,
         "bytes": made.bytes,
         "budget": made.settings.budget.document(),
-        "predicted_quality": summary(coded) if coded else None,
+        "predicted_quality": summary(kept) if kept else None,
         "tasks": dict(sorted(coded.items())),
     }
-
-
-def summary(coded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean and least predicted quality of tasks, and the task with the least."""
-    kept = {task: float(each["predicted_quality"]) for task, each in coded.items()}
-    worst = min(kept, key=lambda task: (kept[task], task))
-    return {"mean": float(np.mean(list(kept.values()))), "least": kept[worst], "task": worst}
 
 
 def _packed(document: dict[str, Any]) -> list[Any]:

@@ -41,7 +41,7 @@ class Encoded(Protocol):
         ...
 
 
-class Rate(NamedTuple):
+class LevelRate(NamedTuple):
     """The bytes of a level, and what it keeps with those before it."""
 
     bytes: int
@@ -91,7 +91,7 @@ class Codec(ABC):
         """Open like `open`, but only for shapes and `rates`, not values. Raises AdapterFormatError."""
         return self.open(paths, sums, lost)
 
-    def rates(self, adapter: Adapter) -> Sequence[Rate]:
+    def rates(self, adapter: Adapter) -> Sequence[LevelRate]:
         """Return the rate of each level of an adapter of this codec; empty without levels."""
         return ()
 

@@ -20,6 +20,11 @@ WIDTHS: Mapping[str, int] = MappingProxyType({"f32": 4, "f16": 2, "bf16": 2})
 """Storage dtype → bytes per value."""
 
 
+def in_16_bits(parameters: int) -> int:
+    """Return the bytes of this many values in half precision, of which rates are percentages."""
+    return WIDTHS["f16"] * parameters
+
+
 @cache
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """Return NumPy's little-endian dtype for a storage dtype."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from .arrays import Vector
@@ -35,6 +38,12 @@ def energy_for(wanted: float) -> float:
     """Return the least share of ‖ΔW‖² at which `quality` predicts `wanted`."""
     shares, qualities = zip(*MEASURED, strict=True)
     return float(np.interp(wanted, qualities, shares))
+
+
+def summary(qualities: Mapping[str, float]) -> dict[str, Any]:
+    """Return the `mean` and the `least` of the predicted qualities of tasks, and the `task` that has the least."""
+    worst = min(qualities, key=lambda task: (qualities[task], task))
+    return {"mean": float(np.mean(list(qualities.values()))), "least": qualities[worst], "task": worst}
 
 
 def restoration(kept: float) -> float:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ..atomic import replace_file
 from ..formats.codecs import CODECS
-from ..lora.adapter import Adapter
-from ..lora.quality import MOST_QUALITY, quality
+from ..lora.adapter import Adapter, in_16_bits
+from ..lora.quality import MOST_QUALITY, summary
+from ..merging.average import Average, History
 from ..placement.rates import Rate, steps
+from ..shelf.allocation import curve
 
 PERCENTS = (0.25, 0.5, 1.0, 2.5, 5.0, 12.5)
 
@@ -25,8 +26,9 @@ def rate_curve(
     `mean`, the `least` and the `task` that has it. `watch` wraps the names as their adapters are coded.
     """
     codec, names = CODECS["coded"], sorted(adapters)
-    curves = [_curve(codec.rates(codec.round_trip(adapters[name], MOST_QUALITY)[0])) for name in watch(names)]
-    whole = 2 * sum(x.parameters for x in adapters.values())
+    coded = [codec.round_trip(adapters[name], MOST_QUALITY) for name in watch(names)]
+    curves = [curve(Average(x, History((), error)), codec) for x, error in coded]
+    whole = in_16_bits(sum(x.parameters for x in adapters.values()))
     counts = [len(curve) for curve in curves]
     rows = [_row(names, curves, counts, whole)]
     for step in steps(curves, [0.0] * len(curves)):
@@ -47,15 +49,7 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path, ending: str, budget: 
     replace_file(path, draw(rows, ending, budget), path.parent)
 
 
-def _curve(levels: Iterable[Any]) -> list[Rate]:
-    levels = list(levels)
-    sizes = accumulate(level.bytes for level in levels)
-    return [Rate(size, quality(level.kept)) for size, level in zip(sizes, levels, strict=True)]
-
-
 def _row(names: Sequence[str], curves: Sequence[Sequence[Rate]], counts: Sequence[int], whole: int) -> dict[str, Any]:
     rates = [curve[count - 1] for curve, count in zip(curves, counts, strict=True)]
-    size, worst = sum(rate.bytes for rate in rates), min(range(len(rates)), key=lambda i: (rates[i].quality, i))
-    mean = sum(rate.quality for rate in rates) / len(rates)
-    kept = {"mean": mean, "least": rates[worst].quality, "task": names[worst]}
-    return {"bytes": size, "percent": 100 * size / whole, **kept}
+    size, kept = sum(rate.bytes for rate in rates), [rate.quality for rate in rates]
+    return {"bytes": size, "percent": 100 * size / whole, **summary(dict(zip(names, kept, strict=True)))}

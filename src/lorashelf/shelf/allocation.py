@@ -1,4 +1,4 @@
-"""How fine coded objects can be within a budget in bytes: a plan's new objects, and what of the stored ones must go."""
+"""Which levels of coded objects fit into a budget in bytes: of a plan's new objects, and of the stored ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from itertools import accumulate
 from typing import Any
 
 from ..errors import OverBudget, UsageError
-from ..formats.codec import Codec
-from ..formats.codec import Rate as LevelRate
+from ..formats.codec import Codec, LevelRate
+from ..lora.adapter import in_16_bits
 from ..lora.quality import quality
 from ..merging.average import Average
 from ..placement.rates import Rate, Step, steps
@@ -22,13 +22,13 @@ from .snapshot import Snapshot
 
 
 def fitted(snapshot: Snapshot, plan: Plan) -> Plan:
-    """The plan with every object as fine as the budget has room for, if the shelf's policy is `bytes`.
+    """Return the plan with every object as fine as the budget allows, if the shelf's policy is `bytes`.
 
     `plan` has its new objects at their finest. Levels are left out of them, and dropped from stored objects, in the
     order of `placement.rates.steps`, until the shelf fits and can be changed again after the plan. The cause and the
     report get `coarser`: task → {levels, bytes, predicted_quality}, each [before, after], of stored objects. Raises
-    OverBudget with the budget that would do where a task would fall below the floor, UsageError for a shelf with slots
-    in another encoding, CorruptShelf.
+    OverBudget, which names a sufficient budget, if a task would fall below its floor; UsageError for a shelf with
+    slots in another encoding; CorruptShelf.
     """
     if not snapshot.settings.placement.by_bytes:
         return plan
@@ -37,13 +37,13 @@ def fitted(snapshot: Snapshot, plan: Plan) -> Plan:
 
 
 def rate(slot: Slot) -> dict[str, Any]:
-    """What a coded slot takes, also as a percentage of its adapters in 16 bits, and the predicted share of what its
-    tasks do that it keeps: of one adapter alone, by the energy that its coding left out.
+    """Return the `bytes` of a coded slot, their `percent` of its adapters in 16 bits, and, of an adapter alone, the
+    `predicted_quality` by the share of ‖ΔW‖² that is kept; None for several.
     """
-    in_16_bits = 2 * sum(source.parameters for source in slot.history.merged)
+    whole = in_16_bits(sum(source.parameters for source in slot.history.merged))
     return {
         "bytes": slot.object.bytes,
-        "percent": 100 * slot.object.bytes / in_16_bits,
+        "percent": 100 * slot.object.bytes / whole,
         "predicted_quality": quality(1.0 - slot.history.error**2) if len(slot.history.merged) == 1 else None,
     }
 
@@ -71,19 +71,20 @@ class _Allocation:
 
     @cached_property
     def averages(self) -> Sequence[Average]:
-        """What each slot holds at its finest."""
+        """The content of each slot at its finest."""
         writes = self.finest.writes
         held = (writes[slot.id] if slot.id in writes else self.snapshot.glanced(slot) for slot in self.slots)
         return [Average(x, slot.history) for x, slot in zip(held, self.slots, strict=True)]
 
     @cached_property
     def curves(self) -> Sequence[Sequence[Rate]]:
-        """What each slot takes and keeps with 1, 2 … of its levels."""
-        return [_curve(slot, held) for slot, held in zip(self.slots, self.averages, strict=True)]
+        """The rates of each slot with 1, 2 … of its levels."""
+        pairs = zip(self.slots, self.averages, strict=True)
+        return [curve(held, slot.codec, len(slot.members)) for slot, held in pairs]
 
     @cached_property
     def order(self) -> Sequence[Step]:
-        """The steps to take, first the one that loses least per byte."""
+        """The steps that free bytes, first the one that loses the least quality per byte."""
         floor = self.snapshot.settings.placement.floor
         return steps(self.curves, [floor * len(slot.members) for slot in self.slots])
 
@@ -100,14 +101,14 @@ class _Allocation:
 
     @cached_property
     def _cuts(self) -> Sequence[int]:
-        """How far the new objects may go down in any case: after the steps before these places. They go further than
-        the stored ones only where dropping levels of those does not free enough at once, as old states are kept.
+        """The numbers of first steps that the new objects take in any case, the least first. They get coarser than the
+        slope demands only if dropping levels of stored objects does not free enough, because old states are kept.
         """
         new = [place for place, step in enumerate(self.order, 1) if self.slots[step.object].id in self.finest.writes]
         return [0, *new]
 
     def _counts(self, taken: int, own: int) -> list[int]:
-        """How many levels each slot has after the first `taken` steps, and the first `own` where it is new."""
+        """Return the number of levels of each slot after the first `taken` steps, of a new one also the first `own`."""
         counts = [len(curve) for curve in self.curves]
         for place, step in enumerate(self.order):
             if place < taken or (place < own and self.slots[step.object].id in self.finest.writes):
@@ -115,7 +116,7 @@ class _Allocation:
         return counts
 
     def _at(self, taken: int, own: int) -> Plan:
-        """The plan after these steps, for its size: nothing is decoded."""
+        """Return the plan after these steps, for its size: nothing is decoded."""
         return self._with(self._counts(taken, own), settled=False)
 
     def _with(self, counts: Sequence[int], settled: bool) -> Plan:
@@ -141,7 +142,7 @@ class _Allocation:
         return replace(self.finest, manifest=manifest, writes=writes)
 
     def _changes(self, counts: Sequence[int]) -> dict[str, Any]:
-        """Task → what it had and has, of stored objects that get coarser."""
+        """Return `coarser` of the report: task → levels, bytes and quality before and after, of stored objects."""
         found: dict[str, Any] = {}
         for slot, count, curve in zip(self.slots, counts, self.curves, strict=True):
             if slot.id in self.finest.writes or count == len(curve):
@@ -170,9 +171,8 @@ class _Allocation:
         return replace(plan, report={**plan.report, "coded": own, "coarser": self._changes(counts)})
 
     def _fewest(self, own: int, limit: int) -> int | None:
-        """The least number of steps after which the shelf can be changed again within the limit, None if there is none.
-
-        Sizes fall nearly as payloads do, so that a few are worked out.
+        """Return the least number of steps after which the shelf can be changed again within the limit; None if not
+        even all suffice. Sizes fall nearly as payloads do, so few of them are computed.
         """
         low, high, guess = -1, len(self.order) + 1, 0
         while high - low > 1:
@@ -186,7 +186,7 @@ class _Allocation:
         return None if high > len(self.order) else high
 
     def _after(self, taken: int, own: int, excess: int) -> int:
-        """About how many steps free so many more bytes than `taken` do, or so many fewer."""
+        """Return about the number of steps that free `excess` bytes more than `taken` do, or fewer if negative."""
         freed = [0]
         for place, step in enumerate(self.order):
             counted = not (place < own and self.slots[step.object].id in self.finest.writes)
@@ -195,19 +195,19 @@ class _Allocation:
         return next((place for place, total in enumerate(freed) if total >= goal), len(self.order))
 
     def _now(self, taken: int, own: int) -> int:
-        """Every byte under the shelf after the plan with these steps. More steps free nothing as long as the states
+        """Return the bytes under the shelf after the plan with these steps. More steps free nothing while the states
         before are kept.
         """
         return self.snapshot.at_rest(self._at(taken, own), hashed=False)
 
     def _later(self, taken: int, own: int) -> int:
-        """Every byte under the shelf once it was changed `keep` times more: what more steps make less."""
+        """Return the bytes under the shelf after `keep` further changes, which fall with every step."""
         if not (self.slots and self.snapshot.settings.budget.keep):
             return self._now(taken, own)
         return after_changes(self.snapshot, self._at(taken, own))
 
     def _over(self, limit: int) -> OverBudget:
-        """The error, with the least budget at which the plan fits."""
+        """Return the error, with the least budget that the plan fits into."""
         own = len(self.order)
         low, high = 0, own  # where the plan and what comes after it take the same: more steps record more changes
         while low < high:
@@ -225,21 +225,22 @@ class _Allocation:
         )
 
 
-def _curve(slot: Slot, average: Average) -> Sequence[Rate]:
-    levels = slot.codec.rates(average.adapter)
+def curve(average: Average, codec: Codec, tasks: int = 1) -> Sequence[Rate]:
+    """Return the rates of an object with 1, 2 … of its levels, which serves this number of tasks."""
+    levels = codec.rates(average.adapter)
     sizes = accumulate(level.bytes for level in levels)
     errors = [error_with(average, levels, count) for count in range(1, len(levels) + 1)]
-    return [Rate(n, quality(1.0 - error**2) * len(slot.members)) for n, error in zip(sizes, errors, strict=True)]
+    return [Rate(n, quality(1.0 - error**2) * tasks) for n, error in zip(sizes, errors, strict=True)]
 
 
 def coarser(average: Average, codec: Codec, count: int) -> Average:
-    """The average with the first `count` levels of its content."""
+    """Return the average with the first `count` levels of its content."""
     error = error_with(average, codec.rates(average.adapter), count)
     return Average(codec.coarser(average.adapter, count), replace(average.history, error=error))
 
 
 def error_with(average: Average, levels: Sequence[LevelRate], count: int) -> float:
-    """Its relative error with so many levels: what was cut off before coding stays cut off."""
+    """Return the relative error with the first `count` levels: what was left out before the coding stays left out."""
     if count == len(levels):
         return average.history.error
     before = 1.0 - average.history.error**2

@@ -1,4 +1,4 @@
-"""Many adapters coded at once: the plans of `pack` and `convert`."""
+"""Plans of pack and convert: many adapters coded at once."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Watch = Callable[[Iterable[str]], Iterable[str]]
 
 
 class _Single(NamedTuple):
-    """An adapter that is to have an object of its own, and the tasks that it serves."""
+    """An adapter to be coded into an object of its own, and the tasks that it serves."""
 
     members: Sequence[str]
     held: Average
-    """The adapter with the record of where it is from, as given or as stored elsewhere."""
+    """The adapter with its record, as given or as stored on another shelf."""
     codec: Codec | None = None
-    """The codec of an adapter that is stored elsewhere."""
+    """The codec of an adapter that is stored on another shelf."""
 
     def coded(self, spec: MergeSpec) -> Average:
         """Return the adapter as the spec codes it; of one that is coded already, the first levels that keep enough."""
@@ -52,11 +52,12 @@ def plan_pack(
     assume_base: bool = False,
     watch: Watch = iter,
 ) -> Plan:
-    """Code adapters (task → adapter) into the bytes of an empty shelf, at one slope of predicted quality per byte.
+    """Plan to code adapters (task → adapter) into the bytes of an empty shelf, at one slope of predicted quality per
+    byte.
 
     Tasks with the same adapter share an object. `details` are stored with the tasks; `watch` wraps the names of the
-    tasks as their adapters are coded. Raises TaskNameError, BaseMismatch, ShapeMismatch, OverBudget where a task would
-    fall below the floor, UsageError for a shelf that is not empty or whose policy is not `bytes`.
+    tasks as their adapters are coded. Raises TaskNameError, BaseMismatch, ShapeMismatch, OverBudget if a task would
+    fall below its floor, UsageError for a shelf that is not empty or has another policy.
     """
     if snapshot.manifest.slots or not snapshot.settings.placement.by_bytes:
         what = "pack fills an empty shelf that counts bytes"
@@ -79,11 +80,11 @@ def plan_pack(
 def plan_convert(
     snapshot: Snapshot, held: Snapshot, originals: Mapping[str, Adapter] | None = None, *, watch: Watch = iter
 ) -> Plan:
-    """Code every task of the shelf `held` into an object of its own on an empty shelf.
+    """Plan to code the adapter of every task of the shelf `held` into an object of its own on an empty shelf.
 
-    A task's adapter is its original, or what its slot holds if that is this adapter alone. Raises NotReversible naming
-    every task that shares a slot and whose original is not given, and for another adapter than a task's own; UsageError
-    where there are fewer slots than adapters; OverBudget.
+    A task's adapter is the given original, or the content of its slot if that is this adapter alone; of a coded one,
+    the stored levels are kept. Raises NotReversible naming every merged task whose original is not given, and for an
+    original that is not the one recorded; UsageError for fewer slots than adapters; OverBudget.
     """
     given, tasks = dict(originals or {}), held.manifest.tasks
     for task, adapter in given.items():
@@ -124,7 +125,7 @@ def _coded(
     cause: Mapping[str, Any],
     watch: Watch,
 ) -> Plan:
-    """The plan that fills an empty shelf with these adapters, coded, each in a slot of its own."""
+    """Return the plan that fills an empty shelf with these adapters, coded, each in a slot of its own."""
     spec = snapshot.settings.merge
     by_name = {single.members[0]: single for single in singles}
     coded = [(by_name[task], by_name[task].coded(spec)) for task in watch(by_name)]

@@ -12,7 +12,7 @@ from ... import atomic
 from ...digest import digest
 from ...errors import AdapterFormatError, NotStorable
 from ...lora.adapter import Adapter
-from ..codec import Codec, Rate
+from ..codec import Codec, LevelRate
 from ..objects import Stored, StoredFile, length
 from ..safetensors import DAMAGED, Lost
 from .frame import reference
@@ -84,7 +84,7 @@ class Coded(Codec):
         """Return the levels that the adapter was decoded from. Raises TypeError for other adapters."""
         return Levels(_of_levels(adapter).levels)
 
-    def rates(self, adapter: Adapter) -> Sequence[Rate]:
+    def rates(self, adapter: Adapter) -> Sequence[LevelRate]:
         """Return the rate of each level. Raises TypeError for an adapter without levels."""
         return _of_levels(adapter).rates
 

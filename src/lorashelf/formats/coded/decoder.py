@@ -17,7 +17,7 @@ from ...errors import AdapterFormatError
 from ...lora.adapter import Adapter, Factors, Modules, Shape
 from ...lora.quality import quality
 from ...lora.quantiser import RATIOS
-from ..codec import Rate
+from ..codec import LevelRate
 from .body import MOST_GAIN, NONE, Additions, Coded, Direction, Head, Side, read_elements, read_lists
 from .description import Description, parameters
 from .elements import Chain, checked, values
@@ -144,9 +144,9 @@ class CodedModules(Modules):
         return self._outline.stored
 
     @property
-    def rates(self) -> Sequence[Rate]:
+    def rates(self) -> Sequence[LevelRate]:
         """The rate of each level."""
-        return [Rate(level.bytes, level.kept) for level in self._outline.levels]
+        return [LevelRate(level.bytes, level.kept) for level in self._outline.levels]
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -179,7 +179,7 @@ class GlancedModules(Modules):
         """Raise AdapterFormatError with `where` for levels that are damaged or lack those before."""
         self.levels = tuple(levels)
         heads = [Head(Scanner(body), place == 0) for place, body in enumerate(bodies(levels, where))]
-        self.rates = [Rate(len(level), head.kept) for level, head in zip(levels, heads, strict=True)]
+        self.rates = [LevelRate(len(level), head.kept) for level, head in zip(levels, heads, strict=True)]
         assert heads[0].description is not None
         self.description = heads[0].description
 
