@@ -124,7 +124,7 @@ def ours(new: Path, shelf: Path) -> dict[str, Any]:
 
 
 def folders(new: Path, *slots: Path) -> dict[str, Any]:
-    """Likewise of folders, without the energies that a shelf keeps."""
+    """Likewise of folders, without the squared norms that a shelf stores."""
     for name in ("concurrent.futures.thread", "threadpoolctl"):
         importlib.import_module(name)
     from lorashelf import read_adapter, similarity

@@ -73,10 +73,14 @@ class Bench:
         named = {f"task{i:04d}": adapter for i, adapter in enumerate(held)}
         alone = cluster(named, count, method="random")  # as many blocks as adapters
         made.commit(plan_cluster(made.snapshot(), named, alone))
-        snapshot = made.snapshot()
-        assert len(snapshot.manifest.slots) == count
-        self.manifest = sum(
-            path.stat().st_size for path in (self.shelf / "manifests", self.shelf / "pages") for path in path.iterdir()
+        assert len(made.snapshot().manifest.slots) == count
+
+    @property
+    def records(self) -> int:
+        """Bytes of the manifest and the pages that the latest run has written."""
+        folders = [(self.shelf / name, self.copy / name) for name in ("manifests", "pages")]
+        return sum(
+            path.stat().st_size for old, new in folders for path in new.iterdir() if not (old / path.name).exists()
         )
 
     def run(self, side: str, watch: bool = False) -> Run:
@@ -110,6 +114,7 @@ def measured(benches: dict[int, Bench], rounds: int, threads: int) -> int:
         calls |= {f"{side} {count}": partial(bench.run, side) for side in ("add", "stages")}
     found = common.interleaved(calls, rounds)
     peaks = {count: bench.run("add", watch=True).peak for count, bench in benches.items()}
+    records = {count: bench.records for count, bench in benches.items()}
     walls = {count: [run.wall for run in found[f"add {count}"]] for count in benches}
     within = {
         count: {stage: [run.result[stage] for run in found[f"stages {count}"]] for stage in STAGES} for count in benches
@@ -128,10 +133,10 @@ def measured(benches: dict[int, Bench], rounds: int, threads: int) -> int:
     )
     written = {count: min(run.written for run in found[f"add {count}"]) for count in benches}
     common.table(
-        ["slots", "written", "of it the manifest", "peak anonymous"],
+        ["slots", "written", "of it manifest and pages", "peak anonymous"],
         [
-            [f"{count:,}", f"{written[count] / 1e3:.0f} kB", f"{bench.manifest / 1e3:.1f} kB", megabytes(peaks[count])]
-            for count, bench in benches.items()
+            [f"{count:,}", f"{written[count] / 1e3:.0f} kB", f"{records[count] / 1e3:.1f} kB", megabytes(peaks[count])]
+            for count in benches
         ],
     )
     least, *others = benches

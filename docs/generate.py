@@ -59,7 +59,12 @@ null), and what helps (or null), a line for each cure. That of a refused adapter
 each in `cures`. `add` prints `{"added": [ITEM, …]}` for any number of adapters, with `error` beside it where one failed
 or was refused, and with `skipped` under `--skip-existing`;
 ITEM: `{"task", "decision": "open" | "fold" | "refuse", "slot", "scores", "threshold", "members", "merged", "head",
-"reversible"}`, the last false where an exact `remove` will not be possible.
+"reversible"}`, the last false where an exact `remove` will not be possible. `untrained` is true for an adapter whose ΔW
+is 0, `shared` counts the modules in common after a fold (`{"modules", "of"}`), and `reason` states why an adapter was
+refused, or folded for lack of bytes; else these keys are absent. `update` prints `{"task", "slot", "members",
+"precision", "head"}`. On a shelf of bytes, an ITEM and the answer of `update` also have `coded`: task →
+`{"bytes", "percent", "predicted_quality"}` of the object that serves it now, and `coarser`: stored task →
+`{"levels", "bytes", "predicted_quality"}`, each `[before, after]`, where levels were dropped to make room.
 `export` prints `{"output", "format", "objects": [OBJECT, …], "routes": {task: path}, "files"}`, paths relative to
 `output`; OBJECT: `{"slot", "tasks", "path", "bytes", "error", "tolerance"}`, the relative error ‖ΔW − ΔŴ‖ / ‖ΔW‖ of
 what was read back, and what the format may cause at most.

@@ -248,6 +248,18 @@ def test_below_the_floor_an_add_is_refused_with_a_budget_that_would_do(
     assert min(qualities(shelf).values()) >= 0.98
 
 
+def test_levels_that_were_dropped_come_back_with_the_original_only(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
+    shelf = filled(tmp_path / "s", adapters[:6], bytes=4 * FINEST + 16_000)
+    before = qualities(shelf)
+    coarse = min(before, key=lambda task: before[task])
+    shelf.configure({"bytes": 10**6})
+    shelf.commit(plan_add(shelf.snapshot(), adapters[8], "late"))
+    assert qualities(shelf)[coarse] == before[coarse] < MOST_QUALITY
+    shelf.commit(plan_remove(shelf.snapshot(), coarse))
+    shelf.commit(plan_add(shelf.snapshot(), adapters[int(coarse.removeprefix("task-"))], coarse))
+    assert qualities(shelf)[coarse] >= MOST_QUALITY
+
+
 def test_a_lower_floor_makes_room(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
     settings = new_settings(None, bytes=4 * FINEST + 10_000, floor=0.99, keep=0)
     shelf = Shelf.create(tmp_path / "s", settings)
