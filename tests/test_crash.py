@@ -120,6 +120,14 @@ def test_the_watched_disk_is_the_real_one(name, case):
     assert disk.standing() == one.final
 
 
+def test_an_add_makes_stored_objects_coarser(case):
+    one = case("an add that makes stored objects coarser")
+    before, after = (Shelf(root / SHELF).snapshot().manifest for root in (one.base, one.base.parent / "run"))
+    for old in before.slots:
+        new = after.slot(old.id)
+        assert new.object.files == old.object.files[: len(new.object.files)] != old.object.files
+
+
 # the twins: a disk, a commit and a judge that are wrong
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lorashelf import Shelf
+from factory import make_adapter
+from lorashelf import Factors, Shelf, similarity
 from lorashelf.cli import demo, main
 from lorashelf.cli.demo import chance_purity, purity
+from lorashelf.cli.demo_coded import cosines
 
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 
@@ -42,6 +44,15 @@ def test_all_slots_are_used_and_types_gather_for_nine_of_ten_seeds(
         slots = Shelf(tmp_path / f"{seed}" / "demo.shelf").snapshot().manifest.slots
         good.append(len(slots) == 5 and float(found[1]) >= float(found[2]) + 0.1)
     assert sum(good) >= 9
+
+
+def test_the_cosine_to_the_own_adapter_is_the_similarity_and_leaves_out_the_untrained() -> None:
+    xs = [make_adapter(seed) for seed in range(2)]
+    idle = xs[0].with_factors({p: Factors(f.a, 0 * f.b, f.scale) for p, f in xs[0].modules.items()})
+    low = float(similarity([xs[1]], [xs[0]])[0, 0])
+    served = {"a": xs[1], "b": xs[1], "idle": idle}
+    assert cosines(served, {"a": xs[0], "b": xs[1], "idle": idle}) == f"{(1 + low) / 2:.3f} ({low:.3f})"
+    assert cosines({"idle": idle}, {"idle": idle}) == "-"
 
 
 def test_the_story_is_told_from_arrival_to_undo(tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def of_format_1(path: Path) -> None:
 
 
 def many_levels(path: Path) -> None:
-    """A coded object beside which its coarser version is written, and one that shares none of its files."""
-    shelf = Shelf.create(path, new_settings(2, policy="kmerge", encoding="coded", quality=0.99), clock)
+    """Two coded objects on a shelf of bytes that has room for a third one if they get coarser."""
+    shelf = Shelf.create(path, new_settings(None, bytes=7_000, floor=0.5), clock)
     add(shelf, {"a": A, "b": B})
 
 
@@ -157,7 +157,7 @@ SCENES = {
     "undo to a state off the line": Scene(to_an_ended_line, changed_after_an_undo),
     "set a prompt": Scene(planned(plan_set, "a", {"prompt": "Answer."}), standing(a=A, b=B)),
     "an add to a shelf of format 1": Scene(arriving(d=D), of_format_1),
-    "an add of levels": Scene(planned(plan_update, "a", C), many_levels),
+    "an add that makes stored objects coarser": Scene(arriving(c=C), many_levels),
     "set keep": Scene(lambda path: Shelf(path, clock).configure({"keep": 1}), standing(keep=3, a=A, b=B, c=C, d=D)),
     "gc": Scene(lambda path: Shelf(path, clock).gc(), full_of_garbage),
 }

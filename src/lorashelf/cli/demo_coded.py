@@ -11,7 +11,8 @@ import numpy as np
 
 from ..formats.peft import encode
 from ..lora.adapter import Adapter
-from ..lora.algebra import inner, norm
+from ..lora.algebra import norm
+from ..lora.similarity import similarity
 from ..shelf.allocation import rate
 from ..shelf.packing import plan_pack
 from ..shelf.settings import new_settings
@@ -34,7 +35,7 @@ def packed(adapters: Mapping[str, Adapter], count: int, path: Path) -> Snapshot:
 
 
 def show_coded(console: Console, named: Mapping[str, Adapter]) -> None:
-    """Show what is left of all adapters in the bytes of a few; a task's name is known, so none shares its weights."""
+    """Show what is left of all adapters in the bytes of a few."""
     console.rule(f"{len(named)} adapters, coded into the bytes of {FIVE} and of 1", align="left")
     rows = []
     with tempfile.TemporaryDirectory(prefix="lorashelf-") as folder:
@@ -47,10 +48,10 @@ def show_coded(console: Console, named: Mapping[str, Adapter]) -> None:
             rows.append((size(snapshot.bytes), f"{100 * share:.1f} %", predicted, cosines(served, named)))
     columns = [">all files", ">of all bytes", ">predicted gain kept", ">cosine to own ΔW"]
     console.print(table(columns, rows))
-    console.print("  means, and the least of all tasks in brackets")
+    console.print("  means, and the least of all tasks in brackets; a cosine is the mean over modules")
 
 
 def cosines(served: Mapping[str, Adapter], own: Mapping[str, Adapter]) -> str:
-    """Return the mean and the least cosine of ΔW as served to ΔW as given."""
-    found = [inner(served[task], x) / (norm(served[task]) * norm(x)) for task, x in own.items()]
-    return f"{float(np.mean(found)):.3f} ({min(found):.3f})"
+    """Return the mean and the least cosine of ΔW as served to ΔW as given, untrained adapters left out."""
+    found = [float(similarity([served[task]], [x])[0, 0]) for task, x in own.items() if norm(x)]
+    return f"{float(np.mean(found)):.3f} ({min(found):.3f})" if found else "-"
