@@ -374,6 +374,8 @@ def test_settings_that_contradict_one_another_are_refused(
     [
         ((), "neither slots nor bytes are given"),
         (("--policy", "bytes"), "neither slots nor bytes are given"),
+        (("--bytes", "20MB", "--merge", "svd"), "policy 'bytes' merges nothing, and does not use --merge"),
+        (("--bytes", "20MB", "--policy", "bytes", "-p", "density=0.3"), "does not use -p"),
         (("--bytes", "20MB", "--policy", "kmerge"), "policy 'kmerge' needs slots"),
         (("--slots", 3, "--floor", 0.9), "policy 'kmerge++' has no floor"),
         (("--bytes", "20MB", "--slots", 3, "--policy", "bytes"), "leave slots out"),

@@ -28,6 +28,7 @@ Arrivals = Sequence[tuple[str, Adapter]]
 
 
 def init(
+    context: typer.Context,
     shelf: arg.ShelfPath,
     slots: Annotated[
         int | None, typer.Option("--slots", help="K, the number of slots; not with policy bytes.", show_default=False)
@@ -85,6 +86,11 @@ def init(
         raise UsageError(what, cure=cure)
     if floor is not None and policy != BYTES:
         raise UsageError(f"policy {policy!r} has no floor", cure="omit --floor, or give --bytes SIZE without --slots")
+    if policy == BYTES and (unread := arg.stated(context, {"merge": "--merge", "parameter": "-p"})):
+        listed = ", ".join(unread)
+        raise UsageError(
+            f"policy 'bytes' merges nothing, and does not use {listed}", cure=f"omit {listed}, or give --slots K"
+        )
     limit = arg.threshold(threshold, held_out, policy)
     settings = new_settings(
         slots,

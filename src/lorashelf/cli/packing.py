@@ -164,9 +164,9 @@ def _packed(document: dict[str, Any]) -> list[Any]:
     if not tasks:
         return [f"{document['shelf']}: no tasks"]
     room = f" of {size(document['budget']['bytes'])}" if document["budget"]["bytes"] else ""
-    told = f"{document['shelf']}: {numbered(len(tasks), 'task')} in {size(document['bytes'])}{room}"
+    line = f"{document['shelf']}: {numbered(len(tasks), 'task')} in {size(document['bytes'])}{room}"
     least = f"predicted quality {kept['mean']:.3f} on average, at least {kept['least']:.3f} ({kept['task']})"
-    return [table(["task", ">size", ">of 16 bits", ">predicted quality"], rows), f"{told}; {least}"]
+    return [table(["task", ">size", ">of 16 bits", ">predicted quality"], rows), f"{line}; {least}"]
 
 
 PANEL = "The shelf"

@@ -121,7 +121,7 @@ def _one_against(x: Adapter, ys: Sequence[Adapter], of_module: OfModule, exact: 
 def _sums(
     x: Adapter, ys: Sequence[Adapter], of_module: OfModule, exact: bool, paths: Sequence[str]
 ) -> tuple[Vector, Int[Positions, " n"]]:
-    """Return the scores of one adapter against many, summed over a run of modules, and of how many modules they are."""
+    """Return the scores of one adapter against many, summed over a run of modules, and the number of modules."""
     inner, own, others = (_exact_row if exact else kernels.row)(x, ys, paths)
     present = np.array([paths[0] in x.modules or paths[0] in y.modules for y in ys])
     return np.where(present, of_module(inner, own[:, None], others).sum(axis=0), 0.0), len(paths) * present
