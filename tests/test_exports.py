@@ -297,6 +297,7 @@ def test_everything_that_llama_cpp_cannot_hold_is_refused_at_once(tmp_path: Path
         "model.layers.0.self_attn.q_proj": Factors(a, np.ones((12, 1), "f4")),
         "model.layers.0.self_attn.v_proj": Factors(a, b),
         "model.layers.7.self_attn.v_proj": Factors(a, b),
+        "lm_head": Factors(a, b),
     }
     shelf = filled(new_shelf(2), a=Adapter(Modules(odd), BaseId("acme/tiny")))
     base = tiny_gguf(tmp_path / "base.gguf")
@@ -304,11 +305,20 @@ def test_everything_that_llama_cpp_cannot_hold_is_refused_at_once(tmp_path: Path
     with pytest.raises(NotExportable) as refused:
         export_shelf(shelf.snapshot(), tmp_path / "out", "gguf", {"base": str(base)})
     shown = "\n".join(refused.value.faults)
-    for part in ("vision_tower", "kv_a_proj", "ΔW is 12x16", "16x16", "layers.7", "slot 0 (a)"):
+    for part in (
+        "vision_tower",
+        "kv_a_proj",
+        "ΔW is 12x16",
+        "16x16",
+        "layers.7",
+        "has 1 block",
+        "lm_head: ΔW is 16x16",
+        "slot 0 (a)",
+    ):
         assert part in shown
     assert "model.layers.0.self_attn.v_proj" not in shown
     assert "--format peft" in str(refused.value.cure)
-    assert "--base" in str(refused.value.cure)
+    assert "give the base it was trained on: acme/tiny" in str(refused.value.cure)
     assert tree(tmp_path) == before
 
 

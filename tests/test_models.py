@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from lorashelf import ENGINES, Adapter, open_model
-from lorashelf.errors import UnknownName, UsageError
+from lorashelf.errors import MissingExtra, UnknownName, UsageError
 from lorashelf.models.hf import HFBackend
 from lorashelf.models.hooks import AdapterPool
 from lorashelf.models.protocol import Answers, Embeds, LanguageModel, Scores, capable
@@ -93,6 +94,13 @@ def test_an_unknown_engine_is_named_with_the_nearest(folder: Path) -> None:
     with pytest.raises(UnknownName, match="unknown engine 'hff'") as caught:
         open_model(str(folder), engine="hff")
     assert "'hf'" in (caught.value.cure or "")
+
+
+def test_an_engine_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(MissingExtra, match="the engine llamacpp needs llama-cpp-python") as refused:
+        open_model("x.gguf", "llamacpp", capability=Scores)
+    assert refused.value.cure == "pip install 'lorashelf[llamacpp]'"
 
 
 def test_a_capability_that_an_engine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 HIDDEN, INNER, CONTEXT = 16, 32, 64
 
 
-def tiny_gguf(path: Path, seed: int = 0) -> Path:
+def tiny_gguf(path: Path, seed: int = 0, *, context: int = CONTEXT) -> Path:
     """Write the file and return its path."""
     import gguf
     from tokenizers.pre_tokenizers import ByteLevel
@@ -18,7 +18,7 @@ def tiny_gguf(path: Path, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
-    writer.add_context_length(CONTEXT)
+    writer.add_context_length(context)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(2)

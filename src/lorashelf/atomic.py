@@ -220,6 +220,12 @@ def publish(staged: Path, final: Path) -> None:
         _sync(final.parent)
 
 
+def move(staged: Path, final: Path) -> None:
+    """Give a file of a cache its final name; after a crash it may be incomplete."""
+    with refusals(final):
+        os.replace(staged, final)
+
+
 def replace_file(path: Path, data: bytes, staging: Path) -> None:
     """Replace a small file via `staging`, a folder on the same file system; readers see the old or the new file."""
     place_file(path, data, staging)

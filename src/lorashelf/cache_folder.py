@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from . import atomic
+
 
 def cache_folder() -> Path:
     """Return $LORASHELF_CACHE, else lorashelf's folder in the user's cache (Linux: $XDG_CACHE_HOME or ~/.cache).
@@ -16,3 +18,10 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path
 
     return user_cache_path("lorashelf", appauthor=False)
+
+
+def keep_latest(folder: Path, most: int) -> None:
+    """Delete all but the most recently used entries of a folder of the cache; others' unfinished ones stay."""
+    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    for old in sorted(entries, key=lambda path: -path.stat().st_mtime)[most:]:
+        atomic.remove(old)

@@ -19,6 +19,7 @@ from ..lora.adapter import Adapter
 from ..lora.alignment import FEW
 from ..lora.kernels import squared_norms
 from ..lora.similarity import similarity
+from ..models.engines import ENGINES
 from ..placement.policies import median_similarity
 from .output import note
 
@@ -56,6 +57,9 @@ Base = Annotated[
     typer.Option(
         "--base", help="The base model: hub id, folder or GGUF file; default: SmolLM2, if its package is installed."
     ),
+]
+Engine = Annotated[
+    str, typer.Option("--engine", help=f"What runs the base: {', '.join(ENGINES)} (llama.cpp, for a GGUF file).")
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; default: the first available.")]
 ModelDtype = Annotated[

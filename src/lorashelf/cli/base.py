@@ -22,6 +22,7 @@ def open_named(
     name: str | None,
     capability: type[C],
     *,
+    engine: str = "hf",
     device: str | None,
     dtype: str | None,
     template: Sequence[str] | None,
@@ -33,7 +34,9 @@ def open_named(
     """
     arguments = template_arguments(template)
     with explained(name):
-        model = open_model(name, capability=capability, device=device, dtype=dtype, template_arguments=arguments)
+        model = open_model(
+            name, engine, capability=capability, device=device, dtype=dtype, template_arguments=arguments
+        )
     if learns:
         note_system_turn(model.template)
     return model

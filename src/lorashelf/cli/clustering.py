@@ -38,6 +38,7 @@ LOSSES = {  # options read only by methods that use losses, besides their own pa
     "per_task": "--examples-per-task",
     "journal": "--journal",
     "base_model": "--base",
+    "engine": "--engine",
     "device": "--device",
     "model_dtype": "--model-dtype",
     "template_arg": "--template-arg",
@@ -102,6 +103,7 @@ def cluster(
         Path | None,
         typer.Option("--journal", help="d2c: the file of measured losses; default: OUTPUT.d2c.jsonl until done."),
     ] = None,
+    engine: arg.Engine = "hf",
     device: arg.Device = None,
     model_dtype: arg.ModelDtype = None,
     template_arg: arg.TemplateArgs = None,
@@ -152,7 +154,7 @@ def cluster(
     tasks = read_tasks(examples) if examples else {}
     kept = journal or output.with_name(f"{output.name}.{method}.jsonl")
     if chosen.by_loss:
-        backend = partial(_opened, base_model, device, model_dtype, template_arg)
+        backend = partial(_opened, base_model, engine, device, model_dtype, template_arg)
         with _alone(kept):
             clustering = _searched(named, slots, blocks, tasks, per_task, backend, method, kept, parameters)
     else:
@@ -235,11 +237,13 @@ def _searched(
     )
 
 
-def _opened(name: str | None, device: str | None, dtype: str | None, template: Sequence[str] | None) -> Scores:
+def _opened(
+    name: str | None, engine: str, device: str | None, dtype: str | None, template: Sequence[str] | None
+) -> Scores:
     from ..models.protocol import Scores
     from .base import open_named
 
-    return open_named(name, Scores, device=device, dtype=dtype, template=template)
+    return open_named(name, Scores, engine=engine, device=device, dtype=dtype, template=template)
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ def evaluation(
         Path | None,
         typer.Option("-o", "--output", help="Folder for result and predictions; an interrupted run resumes from it."),
     ] = None,
+    engine: arg.Engine = "hf",
     device: arg.Device = None,
     model_dtype: arg.ModelDtype = None,
     template_arg: arg.TemplateArgs = None,
@@ -77,7 +78,7 @@ def evaluation(
     compared = _own(own, chosen), read_result(zero_shot) if zero_shot else None
     metrics_of({name: chosen[name] for name in served.adapters.keys() & chosen.keys()}, **options)
     with _kept(output) as journal:
-        model = open_named(base, Scores, device=device, dtype=model_dtype, template=template_arg)
+        model = open_named(base, Scores, engine=engine, device=device, dtype=model_dtype, template=template_arg)
         result = _measured(model, served, compared, chosen, options, journal, output)
         if output is not None:
             write_result(result, output)

@@ -44,6 +44,7 @@ def generate(
     examples: Annotated[
         Path | None, typer.Option("--examples", help="Task folders; their train.jsonl are examples of the tasks.")
     ] = None,
+    engine: arg.Engine = "hf",
     device: arg.Device = None,
     dtype: arg.ModelDtype = None,
     template_arg: arg.TemplateArgs = None,
@@ -59,7 +60,7 @@ def generate(
         asked = reads.read(lambda now: service(now, task, prompt=prompt, max_new_tokens=max_new_tokens))
     question = _read(text)
     needs: type[Answers] = LanguageModel if auto else Answers
-    model = open_named(base, needs, device=device, dtype=dtype, template=template_arg, learns=False)
+    model = open_named(base, needs, engine=engine, device=device, dtype=dtype, template=template_arg, learns=False)
     choice = None
     if asked is None:
         choice = _chosen(capable(model, Embeds), snapshot, shown, question)

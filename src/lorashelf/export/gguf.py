@@ -65,6 +65,7 @@ class GgufFiles(Target):
     def _written(self, item: Item, folder: Path, outtype: str) -> Written:
         path, (tensors, _) = folder / f"{item.name}.gguf", self.base.tensors(item.adapter)
         write_lora(item.adapter, tensors, self.base.architecture, path, outtype)
+        atomic.settle_file(path)
         return Written(path, read_lora(path, tensors), TOLERANCES[outtype])
 
 

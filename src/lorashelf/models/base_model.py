@@ -103,6 +103,23 @@ def _source(name: str | None) -> tuple[Path, str]:
     return Path(name), name
 
 
+def gguf_file(name: str | None) -> tuple[Path, str]:
+    """Return the GGUF file of a base, by default the packaged one, and the name to show for it.
+
+    Raises UsageError without a default base, ModelError for another kind of base.
+    """
+    if name in (None, EMBEDDED) and (embedded := _embedded()) is not None:
+        return embedded, EMBEDDED
+    if name is None:
+        return _source(None)
+    path = atomic.expanded(name)
+    if path.suffix != ".gguf" or not path.is_file():
+        what = "the base is not a GGUF file" if path.exists() else "there is no GGUF file of this name"
+        cure = "give a GGUF file; llama.cpp's convert_hf_to_gguf.py makes one of a folder"
+        raise ModelError(what, where=name, cure=cure)
+    return path, name
+
+
 def located(name: str) -> Path | None:
     """Return where a base is on this machine: its folder or GGUF file, the snapshot of a hub id in the local cache, the
     packaged one; None if it is not here.

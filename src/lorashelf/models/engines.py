@@ -80,4 +80,11 @@ def _transformers(name: str | None, **options: Any) -> Model:
     return HFBackend.open(name, **options)
 
 
+def _llama_cpp(name: str | None, **options: Any) -> Model:
+    from .llamacpp import LlamaCppBackend
+
+    return LlamaCppBackend.open(name, **options)
+
+
 ENGINES.add("hf", _transformers)
+ENGINES.add("llamacpp", _llama_cpp)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..digest import Json
-from ..errors import ModelError, TooLong
 from ..lora.adapter import Adapter
 from ..lora.arrays import Array32, Float32
 from ..tasks.folders import Example, ExampleSet
@@ -23,7 +22,7 @@ from .loading import fingerprint, libraries
 from .memory import sparing, within_memory
 from .protocol import Continues, LanguageModel, Loss, Pair
 from .rows import Rows
-from .tokens import Tokenisation, Tokens
+from .tokens import Tokenisation, Tokens, faulty
 
 if TYPE_CHECKING:
     import torch
@@ -122,17 +121,14 @@ class HFBackend(LanguageModel, Continues):
 
     def _losses(self, adapter: Adapter | None, examples: ExampleSet) -> list[Loss]:
         self.adapters.check(adapter)
-        tokens = [self.tokens(examples, example) for example in examples.examples]
+        tokens = self.text.measurable(examples)
         losses = [Loss(math.nan, 0)] * len(tokens)
-        for index, (query, answer) in enumerate(tokens):
-            if self.text.room(query, len(answer)) < len(answer):
-                raise self._faulty(examples, index, "is longer than the model's context")
         for members in self.batches(tokens):
             batch = [tokens[i] for i in members]
             sums = sparing(partial(self._forward, adapter), batch, self.name)
             for index, loss in zip(members, sums, strict=True):
                 if not math.isfinite(loss):
-                    raise self._faulty(examples, index, "has a loss that is not finite")
+                    raise faulty(examples, index, "has a loss that is not finite")
                 losses[index] = Loss(loss, len(tokens[index][1]))
         return losses
 
@@ -168,13 +164,6 @@ class HFBackend(LanguageModel, Continues):
         sums = self._torch.zeros(count, dtype=self._torch.float64, device="cpu")
         return [float(x) for x in sums.index_add_(0, row.cpu(), losses.detach().cpu().double())]
 
-    def _faulty(self, examples: ExampleSet, index: int, what: str) -> ModelError:
-        shown = examples.examples[index].input[:60]
-        where = f"{examples.task}, example {index + 1}: {shown!r}"
-        return ModelError(
-            f"an example {what}", where=where, cure="shorten it or leave it out; check the adapter for NaN"
-        )
-
     # answers ------------------------------------------------------------------------------------------------------
 
     def answers(
@@ -204,11 +193,7 @@ class HFBackend(LanguageModel, Continues):
         Raises, before the first piece, ShapeMismatch, and ModelError for a text beyond the context.
         """
         self.adapters.check(adapter)
-        query = self.text.query(instruction, text)
-        room = self.text.room(query, max_new_tokens)
-        if room < 1:
-            where = f"{len(query)} tokens with the instruction; the model's context is {self.context} tokens"
-            raise TooLong("the text is too long to answer", where=where, cure="shorten it")
+        query, room = self.text.answerable(instruction, text, max_new_tokens)
         return self.text.pieces(self._one_by_one(adapter, room, query))
 
     def _one_by_one(self, adapter: Adapter | None, count: int, query: Sequence[int]) -> Iterator[int]:

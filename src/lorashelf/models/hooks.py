@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Fault, OutOfMemory, ShapeMismatch
 from ..faults import Faults
-from ..lora.adapter import Adapter, BaseId
+from ..lora.adapter import Adapter
 from ..lora.alignment import respelled
 from .base_model import BaseModel
+from .fitting import check_all
 from .loading import libraries
 from .memory import within_memory
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 _PEFT = "serve it with PEFT, which converts it: PeftModel.from_pretrained(base, FOLDER); route prints a task's FOLDER"
-_logger = logging.getLogger("lorashelf")
 _Hook = Callable[["torch.nn.Module", tuple["torch.Tensor", ...], "torch.Tensor"], "torch.Tensor"]
 Placed = Mapping[str, tuple["torch.Tensor", "torch.Tensor"]]
 """An adapter on the base's device: module path → Aᵀ (din, r) and s Bᵀ (r, dout)."""
@@ -49,16 +48,7 @@ class AdapterPool:
 
     def fits(self, adapters: Mapping[str, Adapter]) -> None:
         """Raise ShapeMismatch naming every adapter whose sizes differ from the base's; warn if only names differ."""
-        alike: dict[Fault, list[str]] = {}
-        for name, adapter in adapters.items():
-            for fault in self._faults(adapter):
-                alike.setdefault(fault, []).append(name)
-        if alike:
-            faults = [fault.at(_first_of(names, "adapters")) for fault, names in alike.items()]
-            raise ShapeMismatch(faults, where=f"base {self._base.name}")
-        others = sorted({str(x.base) for x in adapters.values() if x.base.contradicts(BaseId(self._base.name))})
-        if others:
-            _logger.warning("the base is %s; the adapters name %s (the sizes fit)", self._base.name, ", ".join(others))
+        check_all(self._base.name, adapters, self._faults)
 
     def check(self, adapter: Adapter | None) -> None:
         """Raise ShapeMismatch naming every module that the base lacks or has in another size."""
@@ -189,11 +179,6 @@ def _added_by_row(parts: Sequence[_Part], rows: int) -> _Hook:
         return output
 
     return hook
-
-
-def _first_of(names: Sequence[str], noun: str) -> str:
-    """Return the first name and the number of others."""
-    return names[0] + (f" and {len(names) - 1} more {noun}" if len(names) > 1 else "")
 
 
 def _is_fused(experts: torch.nn.Module) -> bool:

@@ -6,12 +6,19 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ..errors import ModelError, TooLong
 from ..tasks.folders import Example, ExampleSet
 from ..tasks.template import Template
 
 Tokens = tuple[list[int], list[int]]
 """The token ids of a query and of its answer."""
 _UNDECODED = "\ufffd"  # a decoder's replacement for bytes that are not yet a character
+
+
+def faulty(examples: ExampleSet, index: int, what: str) -> ModelError:
+    """Return the error of an example that has no loss."""
+    where = f"{examples.task}, example {index + 1}: {examples.examples[index].input[:60]!r}"
+    return ModelError(f"an example {what}", where=where, cure="shorten it or leave it out; check the adapter for NaN")
 
 
 class Tokenisation:
@@ -59,6 +66,23 @@ class Tokenisation:
     def room(self, query: Sequence[int], count: int) -> int:
         """Return how many of `count` tokens fit into the context after a query; 0 or less if none fits."""
         return count if self.context is None else min(count, self.context - len(query))
+
+    def measurable(self, examples: ExampleSet) -> list[Tokens]:
+        """Return the token ids of every query and answer. Raises ModelError if one is longer than the context."""
+        tokens = [self.tokens(examples, example) for example in examples.examples]
+        for index, (query, answer) in enumerate(tokens):
+            if self.room(query, len(answer)) < len(answer):
+                raise faulty(examples, index, "is longer than the model's context")
+        return tokens
+
+    def answerable(self, instruction: str, text: str, count: int) -> tuple[list[int], int]:
+        """Return the token ids of a prompt, and how many of `count` tokens fit after it. Raises TooLong if none."""
+        query = self.query(instruction, text)
+        room = self.room(query, count)
+        if room < 1:
+            where = f"{len(query)} tokens with the instruction; the model's context is {self.context} tokens"
+            raise TooLong("the text is too long to answer", where=where, cure="shorten it")
+        return query, room
 
     # answers ------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
-from ..cache_folder import cache_folder
+from ..cache_folder import cache_folder, keep_latest
 from ..errors import CorruptShelf, NewerFormat, UsageError
 from ..formats.peft import encode, is_whole, size_alone, write_adapter
 from .allocation import rate
@@ -54,8 +54,7 @@ def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, v
     path = folder / f"{slot.object.id}.{encode(snapshot.adapter(task)).stored().identity}"
     with contextlib.suppress(UsageError):  # another process was faster
         write_adapter(snapshot.adapter(task), path)
-    for old in sorted(folder.iterdir(), key=lambda each: -each.stat().st_mtime)[MOST_KEPT:]:
-        atomic.remove(old)
+    keep_latest(folder, MOST_KEPT)
     return {**answer, "path": str(path)}
 
 

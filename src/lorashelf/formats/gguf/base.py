@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import atomic
-from ...errors import Fault, MissingExtra, ModelError, UnknownName, UsageError
+from ...errors import Fault, MissingExtra, ModelError, UnknownName, UsageError, numbered
 from ...faults import Faults
 from ...lora.adapter import Adapter
 from ...lora.arrays import Array32, Float32
@@ -33,7 +33,8 @@ ARCHITECTURES: Mapping[str, Mapping[str, str]] = {
 """Architecture → the tensors whose rows are reordered, each with the number of heads that they are in."""
 _MODEL_TYPES = {"mistral": "llama", "gemma3_text": "gemma3"}  # whose name transformers spells otherwise
 _TIED = ("gemma", "gemma2", "gemma3")  # whose head is the embedding unless the config has another value
-_SERVED = "export it with --format peft, and convert it with llama.cpp's convert_lora_to_gguf.py"
+_MOST_BLOCKS = 1000  # of a base that is not known
+_PEFT = "use it with PEFT: --format peft, --engine hf"
 
 
 class Tensor(NamedTuple):
@@ -74,17 +75,20 @@ class GgufBase:
         """Return module path → tensor, and a fault for every module that a LoRA on this base cannot have.
         Raises MissingExtra.
         """
-        faults, found = Faults(), {}
-        known = _names(self.architecture, self.blocks or 1 + max(map(_layer, adapter.shapes)))
+        faults, found, blocks = Faults(), {}, self.blocks or _MOST_BLOCKS
+        known = _names(self.architecture, min(blocks, 1 + max(map(_layer, adapter.shapes))))
+        cure = f"give the base it was trained on: {adapter.base}"
         for path, (dout, _, din) in adapter.shapes.items():
+            if _layer(path) >= blocks:
+                faults.append(f"the base {self.name} has {numbered(blocks, 'block')}", cure, at=path)
+                continue
             part, place = split(path)
             name = None if part else known.get_name(f"model.{place}") or known.get_name(place)
             if name is None or (name == "output" and self.tied):
-                faults.append(f"llama.cpp's {self.architecture} has no tensor for a LoRA on it", _SERVED, at=path)
+                faults.append(f"llama.cpp's {self.architecture} has no tensor for a LoRA on it", _PEFT, at=path)
                 continue
             there, reordered = self._shape(name), ARCHITECTURES[self.architecture].get(name.rpartition(".")[2])
             heads = getattr(self, reordered) if reordered else 0
-            cure = f"give the base it was trained on ({adapter.base}): --base"
             if there == ():
                 faults.append(f"the base {self.name} has no tensor {name}.weight", cure, at=path)
             elif there is not None and there != (dout, din):

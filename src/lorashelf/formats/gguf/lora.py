@@ -29,7 +29,7 @@ _ALPHA = "adapter.lora.alpha"
 
 
 def write_lora(adapter: Adapter, tensors: Mapping[str, Tensor], architecture: str, path: Path, kind: str) -> None:
-    """Write an adapter, whose modules are `tensors` of a base, to a new file of one of TOLERANCES' types, and sync it.
+    """Write an adapter, whose modules are `tensors` of a base, to a new file of one of TOLERANCES' types.
 
     q8_0 needs rows of 32 values: B is f16 unless the rank is a multiple of 32, and so is A for other din. Raises
     UnknownName for another type, AdapterFormatError naming every value beyond it, MissingExtra, DiskError.
@@ -59,7 +59,6 @@ def write_lora(adapter: Adapter, tensors: Mapping[str, Tensor], architecture: st
             writer.write_tensors_to_file()
         finally:
             writer.close()
-    atomic.settle_file(path)
 
 
 def read_lora(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
