@@ -28,6 +28,8 @@ LATE = {  # import inside a function → why
     ("placement.partitioners", "sklearn.cluster"): "extra `cluster`",
     ("report.heatmap", "report.figure"): "extra `report`",
     ("report.rate_curve", "report.rate_figure"): "likewise",
+    ("report.overview", "report.arrangement"): "likewise",
+    ("report.shelf_report", "report.rendering"): "likewise",
     ("bench.assignment", "formats.coded.decoder"): "a twentieth of the start, which only coded cells need",
     ("bench.assignment", "formats.coded.encoder"): "likewise",
     ("bench.assignment", "formats.coded.files"): "likewise",

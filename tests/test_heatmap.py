@@ -20,7 +20,8 @@ from matplotlib.text import Text
 
 from factory import make_adapter, write_peft
 from lorashelf.errors import MissingExtra
-from lorashelf.report.figure import NUMBERED, arranged, heatmap
+from lorashelf.report.arrangement import arranged
+from lorashelf.report.figure import NUMBERED, heatmap
 from lorashelf.report.fonts import families
 from lorashelf.report.formats import FORMATS
 from lorashelf.report.heatmap import LONGEST, draw_heatmap, heatmap_format, label

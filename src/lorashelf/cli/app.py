@@ -23,6 +23,7 @@ MODULES: Mapping[str, Sequence[str]] = MappingProxyType(
         "clustering": ("cluster",),
         "packing": ("pack", "convert"),
         "export": ("export",),
+        "report": ("report",),
         "adapters": ("show", "compare", "plan", "threshold", "merge"),
         "coding": ("compress", "extract"),
         "training": ("train",),

@@ -17,8 +17,9 @@ from ..formats.coded.encoder import Encoder
 from ..formats.coded.files import encode_for, encode_within, read_levels, write_coded
 from ..formats.peft import write_adapter
 from ..lora.adapter import in_16_bits
+from ..report.numbers import size
 from . import arguments as arg
-from .output import show, size, table
+from .output import show, table
 
 
 def compress(

@@ -21,6 +21,7 @@ from ..errors import MissingExtra, UsageError
 from ..lora.adapter import Adapter
 from ..lora.similarity import similarity
 from ..placement.clustering import cluster
+from ..report.numbers import size
 from ..shelf import routing
 from ..shelf.arrival import plan_add
 from ..shelf.plans import plan_cluster
@@ -29,7 +30,7 @@ from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from . import arguments as arg
 from .demo_coded import cosines, show_coded
-from .output import size, table
+from .output import table
 
 if TYPE_CHECKING:
     from rich.console import Console

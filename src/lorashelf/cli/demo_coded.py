@@ -13,12 +13,13 @@ from ..formats.peft import encode
 from ..lora.adapter import Adapter
 from ..lora.algebra import norm
 from ..lora.similarity import similarity
+from ..report.numbers import size
 from ..shelf.allocation import rate
 from ..shelf.packing import plan_pack
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
-from .output import coding, size, table
+from .output import coding, table
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,9 +11,10 @@ import typer
 from ..errors import numbered
 from ..export.driver import export_shelf
 from ..export.formats import FORMATS
+from ..report.numbers import size
 from ..shelf.shelf import Shelf
 from . import arguments as arg
-from .output import counted, show, size, table
+from .output import counted, show, table
 
 
 def _summaries() -> str:

@@ -15,13 +15,14 @@ from ..lora.adapter import Adapter
 from ..lora.quality import MOST_QUALITY
 from ..names import task_name
 from ..placement.policies import BYTES
+from ..report.numbers import size
 from ..shelf.arrival import plan_add
 from ..shelf.plans import check_arrivals
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from . import arguments as arg
-from .output import Meter, coded_lines, note, print_fitting, score, show, size
+from .output import Meter, coded_lines, note, print_fitting, score, show
 from .process import interrupted
 
 Arrivals = Sequence[tuple[str, Adapter]]

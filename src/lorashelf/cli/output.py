@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from unicodedata import combining, east_asian_width
 
 from ..errors import DiskError
+from ..report.numbers import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -179,19 +180,6 @@ def duration(seconds: float) -> str:
 def note(text: str) -> None:
     """Print a line for people on stderr."""
     print(text, file=sys.stderr)
-
-
-def size(count: float) -> str:
-    """Format a number of bytes in units of 1000, as `--bytes` takes it.
-
-    >>> size(597), size(1234), size(499_000), size(2_500_000_000)
-    ('597 B', '1.2 kB', '0.50 MB', '2.50 GB')
-    """
-    if count < 1e3:
-        return f"{count:.0f} B"
-    if count < 1e5:
-        return f"{count / 1e3:.1f} kB"
-    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def rate_cells(coded: Mapping[str, Any]) -> tuple[str, str, str]:

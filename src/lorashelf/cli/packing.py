@@ -12,6 +12,7 @@ import typer
 from ..errors import UsageError, numbered
 from ..lora.quality import summary
 from ..placement.policies import BYTES
+from ..report.numbers import size
 from ..shelf.allocation import rate
 from ..shelf.creation import check_vacant
 from ..shelf.packing import plan_convert, plan_pack
@@ -20,7 +21,7 @@ from ..shelf.settings import Settings, new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from . import arguments as arg
-from .output import coding, rate_cells, show, size, table
+from .output import coding, rate_cells, show, table
 
 
 def pack(

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError, numbered
+from ..report.numbers import size
 from ..shelf import routing
 from ..shelf.plans import plan_remove, plan_update
 from ..shelf.shelf import Shelf
 from . import arguments as arg
-from .output import coded_lines, rate_cells, show, size, table
+from .output import coded_lines, rate_cells, show, table
 
 Task = Annotated[str, typer.Argument(help="A task on the shelf.", metavar="TASK", show_default=False)]
 

@@ -12,6 +12,7 @@ from ..errors import AdapterError, Fault, NotExportable, UsageError
 from ..lora.algebra import relative_error
 from ..shelf.snapshot import Snapshot
 from .formats import FORMATS
+from .model_card import card_path, model_card
 from .target import Item, Target
 
 ROUTES = "routes.json"
@@ -46,6 +47,8 @@ def export_shelf(
         raise NotExportable(faults, where=str(snapshot.path))
     with atomic.appearing(folder) as staged:
         objects = [_object(target, item, staged) for item in watch(items)]
+        for item, each in zip(items, objects, strict=True):
+            _add_card(snapshot, item, staged / each["path"])
         routes = {task: each["path"] for each in objects for task in each["tasks"]}
         target.finish(routes, staged)
         atomic.write_file(staged / ROUTES, [json.dumps(routes, indent=2, ensure_ascii=False).encode() + b"\n"])
@@ -89,6 +92,13 @@ def _object(target: Target, item: Item, staged: Path) -> dict[str, Any]:
         "error": error,
         "tolerance": written.tolerance,
     }
+
+
+def _add_card(snapshot: Snapshot, item: Item, written: Path) -> None:
+    """Write an object's model card, unless its format has one."""
+    path = card_path(written)
+    if not path.exists():
+        atomic.write_file(path, [model_card(snapshot, snapshot.manifest.slot(item.slot), item.tasks).encode()])
 
 
 def _shown(item: Item) -> str:

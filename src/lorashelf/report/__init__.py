@@ -1,1 +1,1 @@
-"""Pictures for people (extra `report`)."""
+"""Pictures and reports for people (extra `report`)."""

@@ -1,4 +1,4 @@
-"""The layout and drawing of a heat map. Importing this module loads matplotlib, SciPy and scikit-learn."""
+"""The drawing of a heat map. Importing this module loads matplotlib, SciPy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
-from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
-from scipy.spatial.distance import squareform
-from sklearn.metrics import silhouette_score
 
 from ..lora.arrays import Square, Vector
+from .arrangement import arranged
 from .fonts import families
 from .formats import UNDATED
 
@@ -25,7 +23,6 @@ UNSIGNED = {"l2"}  # metrics in (0, 1], whose middle is not 0
 NUMBERED = 12  # up to this many adapters, cells show their values
 INK, PALE, GREY = "#222222", "#666666", "#c4c4c4"
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
-ROUNDING = 1e-9
 DPI, MOST_PIXELS = 150.0, 6_000.0
 
 
@@ -68,27 +65,6 @@ def heatmap(labels: Sequence[str], matrix: Square, metric: str) -> Figure:
         axes.annotate(f"{len(borders) + 1} clusters by average linkage", (0, 1), (0, 8), **words)
     _colour_bar(figure, image, shown, f"{metric} similarity")
     return figure
-
-
-def arranged(matrix: Square) -> tuple[list[int], list[int]]:
-    """Return an order with similar items side by side, and the positions where a new cluster begins.
-
-    Average linkage on 1 − similarity with optimal leaf order, cut where the mean silhouette is highest.
-    Items without clusters, such as fewer than four or all equally similar, have no borders.
-    """
-    n = len(matrix)
-    if n < 3:
-        return list(range(n)), []
-    distances = np.maximum(1.0 - (matrix + matrix.T) / 2, 0.0)
-    np.fill_diagonal(distances, 0.0)
-    tree = linkage(squareform(distances), "average", optimal_ordering=True)
-    order = leaves_list(tree)
-    best, borders = ROUNDING, np.empty(0, dtype=int)
-    for count in range(2, n // 2 + 1):
-        clusters = fcluster(tree, count, "maxclust")
-        if clusters.max() == count and (worth := silhouette_score(distances, clusters, metric="precomputed")) > best:
-            best, borders = worth, np.flatnonzero(np.diff(clusters[order])) + 1
-    return order.tolist(), borders.tolist()
 
 
 def _pairs(matrix: Square) -> Vector:
