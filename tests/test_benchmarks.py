@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lorashelf import write_adapter
 from lorashelf.bench.suite import read_suite
 
 ROOT = Path(__file__).parent.parent
+needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 SMALL = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -32,6 +34,7 @@ sys.exit(module.main())
         pytest.param("add", "whole add / floor", marks=pytest.mark.long),
         ("matrix", "lorashelf.lora.similarity"),
         ("slots", "the other stages"),
+        pytest.param("llamacpp", "coded slot: decode", marks=[pytest.mark.long, needs_llama]),
     ],
 )
 def test_a_benchmark_of_adapters_prints_its_table(name: str, row: str, tmp_path: Path) -> None:
