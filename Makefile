@@ -1,6 +1,7 @@
 # make demo   sets up and shows lorashelf on real adapters        make test      sets up and runs the tests, the long ones aside
 # make check  everything that .ci/run gates                       make test-all  runs the long ones too
 # make clean  removes what these made                             make llamacpp  adds llama-cpp-python, which pip builds: a quarter of an hour
+#                                                                 make runtimes  adds the other runtimes that exports are tested on
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -8,11 +9,11 @@ WORKERS ?= 2
 # one thread per worker; a worker that has run its share takes over half of what another has left
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo llamacpp test test-all check format lint types docs wheel fix clean
+.PHONY: demo llamacpp runtimes test test-all check format lint types docs wheel fix clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3p' Makefile
+	@sed -n '1,4p' Makefile
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +32,9 @@ demo: .venv/demo
 
 llamacpp: .venv/dev
 	$(INSTALL) --editable '.[llamacpp]'
+
+runtimes: .venv/dev
+	$(INSTALL) --editable '.[mlx]'
 
 test: .venv/dev
 	$(PYTEST) -m 'not long'

@@ -36,7 +36,7 @@ def export(
         str | None,
         typer.Option(
             "--base",
-            help=f"{_readers('base')}: the base, a GGUF file or a folder with config.json; default: the shelf's own.",
+            help=f"{_readers('base')}: the base; default of gguf and ollama: the shelf's own (docs/exports.md).",
         ),
     ] = None,
     arch: Annotated[

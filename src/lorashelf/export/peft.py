@@ -6,13 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import UnknownName
 from ..formats.peft import read_adapter, write_adapter
-from ..lora.adapter import WIDTHS
-from .target import Format, Item, Target, Written
-
-TOLERANCES: Mapping[str, float] = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2}
-"""Dtype → the relative error that rounding to it may cause; an object that is stored in it is written unchanged."""
+from .target import TOLERANCES, Format, Item, Target, Written, dtype_in
 
 
 class Peft(Format):
@@ -24,10 +19,7 @@ class Peft(Format):
 
     def target(self, options: Mapping[str, str], base: str | None) -> Target:
         """Return the target. Raises UnknownName for a dtype that is none."""
-        dtype = options.get("dtype")
-        if dtype is not None and dtype not in WIDTHS:
-            raise UnknownName("dtype", dtype, [*WIDTHS])
-        return _Folders(dtype)
+        return _Folders(dtype_in(options))
 
 
 class _Folders(Target):

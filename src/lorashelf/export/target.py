@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from ..errors import Fault
-from ..lora.adapter import Adapter, Factors
+from ..errors import Fault, UnknownName
+from ..lora.adapter import WIDTHS, Adapter, Factors
+
+TOLERANCES: Mapping[str, float] = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2}
+"""Dtype → the relative error that rounding to it may cause; what is stored in it already is written unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +66,11 @@ class Format(ABC):
 
         Raises UsageError, UnknownName, ModelError, MissingExtra.
         """
+
+
+def dtype_in(options: Mapping[str, str], dtypes: Sequence[str] = tuple(WIDTHS)) -> str | None:
+    """Return the option `dtype`, None if absent. Raises UnknownName for a dtype that is not one of these."""
+    dtype = options.get("dtype")
+    if dtype is not None and dtype not in dtypes:
+        raise UnknownName("dtype", dtype, [*dtypes])
+    return dtype

@@ -11,24 +11,20 @@ from typing import Any, ClassVar
 from zlib import crc32
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import atomic
 from ..digest import Hasher
 from ..errors import AdapterFormatError, Fault
 from ..execution import following
 from ..faults import Faults
-from ..lora.adapter import WIDTHS, Adapter, BaseId, Factors, Modules, Shape, Stack, numpy_dtype
-from ..lora.arrays import Array32, Float32
+from ..lora.adapter import WIDTHS, Adapter, BaseId, Factors, Modules, Shape, Stack
 from .codec import Codec
 from .objects import CONFIG_FILE, TENSOR_FILE, Stored, StoredFile, length, object_digest
 from .peft_config import carried, config_faults, resolved_scales, training_only, unmatched
 from .peft_folder import not_a_folder, not_the_file, prompt_notices, something_else, trained_beside
 from .peft_tensors import factor_shapes, paired, value_faults
-from .safetensors import STORED, Guard, Lost, TensorFile, encode_header
+from .safetensors import SPELLED, STORED, Guard, Lost, TensorFile, encode_header, stored_values
 from .written_config import stored_scale, written_config
-
-_TORCH = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 
 def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
@@ -163,7 +159,7 @@ class PeftFiles:
         yield self.header
         for path, factors in self.adapter.modules.items():
             for half, values in (("A", factors.a), ("B", factors.b)):
-                yield _stored(values, self.adapter.dtype, f"{path}.lora_{half}").reshape(-1).view(np.uint8).data
+                yield stored_values(values, self.adapter.dtype, f"{path}.lora_{half}").reshape(-1).view(np.uint8).data
 
 
 def rounded(adapter: Adapter) -> Adapter:
@@ -175,7 +171,7 @@ def rounded(adapter: Adapter) -> Adapter:
     there, modules = adapter.dtype == "f32" and scales == resolved, {}
     for path, f in adapter.modules.items():
         a, b = (
-            _stored(values, adapter.dtype, f"{path}.lora_{half}").astype("<f4", copy=False)
+            stored_values(values, adapter.dtype, f"{path}.lora_{half}").astype("<f4", copy=False)
             for half, values in (("A", f.a), ("B", f.b))
         )
         if not there:
@@ -183,20 +179,9 @@ def rounded(adapter: Adapter) -> Adapter:
     return adapter if there else adapter.with_factors(modules)
 
 
-def _stored(values: Float32[Array32, "rows columns"], dtype: str, name: str) -> NDArray[Any]:
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(values, dtype=numpy_dtype(dtype))
-    if not np.isfinite(stored).all():
-        largest = float(np.abs(values).max())
-        raise AdapterFormatError(
-            [f"{name}: {largest:.3g} is beyond what {dtype} can hold"], cure="store in bf16 or f32"
-        )
-    return stored
-
-
 def encode(adapter: Adapter) -> PeftFiles:
     """Return the PEFT folder of an adapter before it is written: deterministic, so the size is known in advance."""
-    dtype = _TORCH[adapter.dtype]
+    dtype = SPELLED[adapter.dtype]
     described = []
     for path, (dout, rank, din) in adapter.shapes.items():
         described.append((f"base_model.model.{path}.lora_A.weight", dtype, (rank, din)))

@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 from ..atomic import TICK, open_file
 from ..errors import AdapterFormatError, LorashelfError
 from ..lora.adapter import numpy_dtype
+from ..lora.arrays import Array32, Float32
 
 MAX_HEADER = 100 * 2**20  # bytes; safetensors' own cap
 STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+SPELLED = {dtype: spelled for spelled, dtype in STORED.items()}
 Lost = Callable[[str], LorashelfError]  # what happened to an open file → the error
 _CHANGED = "changed while it was being read"
 DAMAGED = "its bytes have changed"
@@ -214,6 +216,18 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def stored_values(values: Float32[Array32, "rows columns"], dtype: str, name: str) -> NDArray[Any]:
+    """Return the values rounded to a dtype; `name` is for the error. Raises AdapterFormatError beyond its range."""
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(values, dtype=numpy_dtype(dtype))
+    if not np.isfinite(stored).all():
+        largest = float(np.abs(values).max())
+        raise AdapterFormatError(
+            [f"{name}: {largest:.3g} is beyond what {dtype} can hold"], cure="store in bf16 or f32"
+        )
+    return stored
 
 
 def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes]) -> bytes:

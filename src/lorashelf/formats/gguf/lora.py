@@ -3,13 +3,11 @@
     general.type = adapter, adapter.type = lora, general.architecture = the base's, adapter.lora.alpha = α
     NAME.lora_a (r, din), NAME.lora_b (dout, r) for every tensor NAME of the base;  llama.cpp: ΔW = α / r · B A
 
-α is the largest rank, and each module's scale is folded into B, so that α / r is 1 where the ranks are equal. A power
-of two moves from one side to the other, so that both have the same range and 16 bits hold as much of it as possible.
+α is the largest rank, and each module's scale is folded into B, so that α / r is 1 where the ranks are equal.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from ... import atomic
 from ...errors import AdapterFormatError, Fault, UnknownName
 from ...lora.adapter import Adapter, Factors
 from ...lora.arrays import SideA, SideB
+from ...lora.folding import folded
 from .base import Tensor, package
 from .header import BLOCK, read_header
 
@@ -43,8 +42,8 @@ def write_lora(adapter: Adapter, tensors: Mapping[str, Tensor], architecture: st
     writer.add_float32(_ALPHA, float(adapter.rank))
     writer.add_string("general.base_model.0.name", adapter.base.name or "unknown")
     for module, factors in adapter.modules.items():
-        tensor = tensors[module]
-        for side, values in zip("ab", _sides(factors, adapter.rank), strict=True):
+        tensor, same = tensors[module], folded(factors, adapter.rank / factors.shape.rank)
+        for side, values in (("a", same.a), ("b", same.b)):
             data, raw = _stored(gguf, tensor.ordered(values) if side == "b" else values, kind)
             if data is None:
                 faults.append(Fault(f"{module}: a value is beyond what {kind} can hold", "choose f32"))
@@ -75,16 +74,6 @@ def read_lora(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
         a, b = (header.array(f"{tensor.name}.lora_{side}") for side in "ab")
         found[module] = Factors(a, tensor.restored(b), alpha / len(a) if alpha else 1.0)
     return found
-
-
-def _sides(f: Factors, alpha: float) -> tuple[SideA, SideB]:
-    """Return A and B with α / r · B A = ΔW and the same largest value, up to a power of two."""
-    a, b = f.a, f.b * np.float32(f.scale * f.shape.rank / alpha)
-    tops = [float(np.abs(side).max()) for side in (a, b)]
-    if not all(0 < top < math.inf for top in tops):
-        return a, b
-    shift = round((math.log2(tops[0]) - math.log2(tops[1])) / 2)
-    return np.ldexp(a, -shift), np.ldexp(b, shift)
 
 
 def _stored(gguf: Any, values: SideA | SideB, kind: str) -> tuple[Any, Any]:
