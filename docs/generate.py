@@ -7,6 +7,8 @@ the tables and the picture of measured suites.
 from __future__ import annotations
 
 import ast
+import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lorashelf import METHODS
+from lorashelf import METHODS, documents
 from lorashelf.bench import page
 from lorashelf.bench.plot import drawn
 from lorashelf.bench.results import Vector, interval, mean_over_tasks, read_results, sampled, shares_kept
@@ -56,18 +58,8 @@ Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or 
 141 whoever reads stdout went away.
 Under `--json` an error prints `{"error": {"kind", "message", "where", "cure"}}`: what happened, the file or folder (or
 null), and what helps (or null), a line for each cure. That of a refused adapter has its `faults` too, and the cure of
-each in `cures`. `add` prints `{"added": [ITEM, …]}` for any number of adapters, with `error` beside it where one failed
-or was refused, and with `skipped` under `--skip-existing`;
-ITEM: `{"task", "decision": "open" | "fold" | "refuse", "slot", "scores", "threshold", "members", "merged", "head",
-"reversible"}`, the last false where an exact `remove` will not be possible. `untrained` is true for an adapter whose ΔW
-is 0, `shared` counts the modules in common after a fold (`{"modules", "of"}`), and `reason` states why an adapter was
-refused, or folded for lack of bytes; else these keys are absent. `update` prints `{"task", "slot", "members",
-"precision", "head"}`. On a shelf of bytes, an ITEM and the answer of `update` also have `coded`: task →
-`{"bytes", "percent", "predicted_quality"}` of the object that serves it now, and `coarser`: stored task →
-`{"levels", "bytes", "predicted_quality"}`, each `[before, after]`, where levels were dropped to make room.
-`export` prints `{"output", "format", "objects": [OBJECT, …], "routes": {task: path}, "files"}`, paths relative to
-`output`; OBJECT: `{"slot", "tasks", "path", "bytes", "error", "tolerance"}`, the relative error ‖ΔW − ΔŴ‖ / ‖ΔW‖ of
-what was read back, and what the format may cause at most.
+each in `cures`. What a command prints else is below its help: these keys stay, and more may be added. The document of
+`eval` is in [evaluation](evaluation.md#the-json-document).
 `--bytes` takes `1600000`, `1.6MB` (kB, MB, GB, TB are powers of 1000) or `1.5MiB` (KiB, MiB, GiB, TiB: of 1024); sizes
 are printed in powers of 1000. `~` is replaced in every path.
 """
@@ -91,8 +83,35 @@ def commands() -> Iterator[str]:
 
 def cli() -> str:
     """docs/cli.md."""
-    parts = [f"\n## {command}\n\n```text\n{help_of(command)}\n```\n" for command in commands()]
+    parts = []
+    for command in commands():
+        tables = "".join(map(keys_of, documents.DOCUMENTS.get(command, ())))
+        parts.append(f"\n## {command}\n\n```text\n{help_of(command)}\n```\n{tables}")
     return CLI_HEAD + "".join(parts)
+
+
+def keys_of(document: Any) -> str:
+    """A table of the keys of a JSON document, from the class that declares them."""
+    rows = ["| key | meaning |", "|---|---|"]
+    for key in document.__annotations__:
+        rare = "" if key in document.__required_keys__ else "may be absent; "
+        rows.append(f"| `{key}` | {rare}{meanings(document.__name__)[key]} |")
+    return f"\n{document.__doc__}\n\n" + "\n".join(rows) + "\n"
+
+
+@cache
+def meanings(name: str) -> dict[str, str]:
+    """Key → the text below its declaration, those of the base classes included."""
+    tree = ast.parse(inspect.getsource(documents))
+    classes = {each.name: each for each in tree.body if isinstance(each, ast.ClassDef)}
+    found: dict[str, str] = {}
+    for base in classes[name].bases:
+        if isinstance(base, ast.Name) and base.id in classes:
+            found |= meanings(base.id)
+    for declared, text in itertools.pairwise(classes[name].body):
+        if isinstance(declared, ast.AnnAssign) and isinstance(declared.target, ast.Name):
+            found[declared.target.id] = ast.literal_eval(ast.unparse(text))
+    return found
 
 
 def replaced(text: str, name: str, end: str, content: str) -> str:

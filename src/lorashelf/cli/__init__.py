@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from ..documents import Failure
 from ..errors import AdapterError, LorashelfError, Unread, UsageError
 from ..execution import own_process
 from .app import command_line
@@ -85,7 +86,7 @@ def _fail(words: list[str], error: LorashelfError) -> int:
         return error.exit_code
     print(f"lorashelf: {error}", file=sys.stderr)
     if "--json" in words:
-        document: dict[str, Any] = {
+        document: Failure = {
             "kind": error.kind,
             "message": error.what,
             "where": error.where,

@@ -12,6 +12,7 @@ import numpy as np
 import typer
 
 from ..atomic import check_output
+from ..documents import Compared, Curve, CurvePoint
 from ..errors import UsageError, numbered
 from ..formats.peft import write_adapter
 from ..lora.adapter import in_16_bits
@@ -59,7 +60,7 @@ def compare(
     if plot is not None and (missing := draw_heatmap(list(named), matrix, metric, plot)):
         listed = " ".join(missing[:10]) + (" …" if len(missing) > 10 else "")
         note(f"no installed font has {listed}: {plot} shows boxes in their place")
-    document = {"names": list(named), "metric": metric, "matrix": matrix.tolist()}
+    document: Compared = {"names": list(named), "metric": metric, "matrix": matrix.tolist()}
     show(document, json, _compared)
 
 
@@ -121,13 +122,13 @@ def _plan_coded(adapters: list[str], size_wanted: int | None, plot: Path | None,
         raise UsageError(f"{size_wanted} bytes are too few: {least}", cure=cure)
     if plot is not None:
         draw_curve(rows, plot, ending, size_wanted)
-    document = {"adapters": len(named), "budget": size_wanted, "within": best, "curve": rows}
+    document: Curve = {"adapters": len(named), "budget": size_wanted, "within": best, "curve": rows}
     columns = [">at most", ">of 16 bits", ">taken", ">predicted quality, mean", ">least", "task"]
     shown = [(at, row) for at, row in found.items() if row is not None]
     show(document, json, lambda _: table(columns, [_rate_row(at, whole, row) for at, row in shown]))
 
 
-def _rate_row(at: int, whole: int, row: dict[str, Any]) -> tuple[Any, ...]:
+def _rate_row(at: int, whole: int, row: CurvePoint) -> tuple[Any, ...]:
     kept = f"{row['mean']:.3f}", f"{row['least']:.3f}"
     return size(at), f"{100 * at / whole:.3g} %", size(row["bytes"]), *kept, row["task"]
 
@@ -224,7 +225,7 @@ def _described(document: dict[str, Any]) -> list[Any]:
     return [table(["", ""], head), table(["module", ">shape", ">rank", ">scale", ">norm"], rows)]
 
 
-def _compared(document: dict[str, Any]) -> Any:
+def _compared(document: Compared) -> Any:
     names, matrix = document["names"], document["matrix"]
     if len(names) <= 12:
         rows = [(name, *(f"{value:.3f}" for value in row)) for name, row in zip(names, matrix, strict=True)]

@@ -42,7 +42,8 @@ def show_coded(console: Console, named: Mapping[str, Adapter]) -> None:
     with tempfile.TemporaryDirectory(prefix="lorashelf-") as folder:
         for count in (FIVE, 1):
             snapshot = packed(named, count, Path(folder) / f"{count}.shelf")
-            rates = [rate(slot)["predicted_quality"] for slot in snapshot.manifest.slots]
+            found = (rate(slot)["predicted_quality"] for slot in snapshot.manifest.slots)
+            rates = [each for each in found if each is not None]
             served = {task: snapshot.adapter(task) for task in named}
             share = snapshot.bytes / sum(encode(x).size for x in named.values())
             predicted = f"{float(np.mean(rates)):.3f} ({min(rates):.3f})"

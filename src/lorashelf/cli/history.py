@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..documents import Collected, Restored, Verified
 from ..errors import numbered
 from ..shelf import repair as mended
 from ..shelf.log import record as record_of
@@ -28,7 +29,8 @@ def verify(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
     What is under no hash: the lines of log.jsonl, the settings of shelf.toml.
     """
     problems = Shelf(shelf).verify()
-    show({"ok": not problems, "problems": problems}, json, lambda d: "\n".join(d["problems"]) or "ok")
+    document: Verified = {"ok": not problems, "problems": problems}
+    show(document, json, lambda d: "\n".join(d["problems"]) or "ok")
     if problems:
         raise typer.Exit(4)
 
@@ -58,7 +60,7 @@ def _restore(shelf: Path, json: bool, act: Callable[[Shelf], str]) -> None:
         after = opened.snapshot()
     served, served_before = _served(after.manifest), _served(before.manifest)
     line = after.timeline
-    document = {
+    document: Restored = {
         "head": head,
         "to": line.state,
         "tasks": sorted(after.manifest.tasks),
@@ -116,7 +118,7 @@ def gc(shelf: arg.ShelfPath, json: arg.Json = False) -> None:
     """Delete the remains of a killed command."""
     opened = Shelf(shelf)
     gone = opened.gc()
-    document = {"head": opened.snapshot().head, "deleted": gone}
+    document: Collected = {"head": opened.snapshot().head, "deleted": gone}
     show(document, json, lambda d: "\n".join(gone) or "nothing to delete")
 
 
@@ -139,7 +141,7 @@ def _logged(records: list[dict[str, Any]]) -> Any:
     return table([">", *columns, *(["to"] if went else []), "id"], rows)
 
 
-def _restored(document: dict[str, Any], state: dict[str, Any]) -> str:
+def _restored(document: Restored, state: dict[str, Any]) -> str:
     """Return one line on what an undo or redo did; `state` is the log's record of the state reached."""
     came = f"{state['operation']} {state.get('task', '')}".rstrip()
     both = {*document["left"], *document["returned"]}

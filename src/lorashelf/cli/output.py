@@ -11,6 +11,7 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from unicodedata import combining, east_asian_width
 
+from ..documents import Coded, ListedSlot
 from ..errors import DiskError
 from ..report.numbers import size
 
@@ -182,7 +183,7 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def rate_cells(coded: Mapping[str, Any]) -> tuple[str, str, str]:
+def rate_cells(coded: Coded | ListedSlot) -> tuple[str, str, str]:
     """Format the size of a coded object, its share of 16 bits and its predicted quality.
 
     >>> rate_cells({"bytes": 18432, "percent": 1.0, "predicted_quality": 0.954})

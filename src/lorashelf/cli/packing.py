@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..documents import Packed
 from ..errors import UsageError, numbered
 from ..lora.quality import summary
 from ..placement.policies import BYTES
@@ -146,9 +147,9 @@ def _converted(
     )
 
 
-def _document(output: Path, made: Snapshot) -> dict[str, Any]:
+def _document(output: Path, made: Snapshot) -> Packed:
     coded = {task: rate(slot) for slot in made.manifest.slots for task in slot.members}
-    kept = {task: each["predicted_quality"] for task, each in coded.items()}
+    kept = {task: found for task, each in coded.items() if (found := each["predicted_quality"]) is not None}
     return {
         "shelf": str(output),
         "head": made.head,
@@ -159,10 +160,10 @@ def _document(output: Path, made: Snapshot) -> dict[str, Any]:
     }
 
 
-def _packed(document: dict[str, Any]) -> list[Any]:
+def _packed(document: Packed) -> list[Any]:
     kept, tasks = document["predicted_quality"], document["tasks"]
     rows = [(task, *rate_cells(each)) for task, each in tasks.items()]
-    if not tasks:
+    if kept is None:
         return [f"{document['shelf']}: no tasks"]
     room = f" of {size(document['budget']['bytes'])}" if document["budget"]["bytes"] else ""
     line = f"{document['shelf']}: {numbered(len(tasks), 'task')} in {size(document['bytes'])}{room}"

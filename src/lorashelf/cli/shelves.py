@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..documents import Listing
 from ..errors import UsageError, numbered
 from ..report.numbers import size
 from ..shelf import routing
@@ -102,7 +103,7 @@ def _updated(document: dict[str, Any]) -> str:
     return f"{document['task']}: replaced in slot {document['slot']}{_precision(document)}"
 
 
-def _listed(document: dict[str, Any]) -> list[Any]:
+def _listed(document: Listing) -> list[Any]:
     coded = any("percent" in slot for slot in document["slots"])
     rows = [
         (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from .. import atomic
+from ..documents import Exported, ExportedObject
 from ..errors import AdapterError, Fault, NotExportable, UsageError
 from ..lora.algebra import relative_error
 from ..shelf.snapshot import Snapshot
@@ -26,7 +26,7 @@ def export_shelf(
     *,
     tasks: Sequence[str] = (),
     watch: Callable[[Sequence[Item]], Iterable[Item]] = iter,
-) -> dict[str, Any]:
+) -> Exported:
     """Write the objects of a shelf as a new folder in one of FORMATS, and return its document.
 
     Every object is read back, and its ΔW compared with the shelf's. `tasks` are those to export, by default all;
@@ -73,7 +73,7 @@ def _items(snapshot: Snapshot, tasks: Sequence[str]) -> list[Item]:
     ]
 
 
-def _object(target: Target, item: Item, staged: Path) -> dict[str, Any]:
+def _object(target: Target, item: Item, staged: Path) -> ExportedObject:
     """Write and compare an object, and return its document. Raises NotExportable."""
     try:
         written = target.write(item, staged)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from ..documents import Summary
 from .arrays import Vector
 
 MEASURED = (
@@ -40,7 +40,7 @@ def energy_for(wanted: float) -> float:
     return float(np.interp(wanted, qualities, shares))
 
 
-def summary(qualities: Mapping[str, float]) -> dict[str, Any]:
+def summary(qualities: Mapping[str, float]) -> Summary:
     """Return the `mean` and the `least` of the predicted qualities of tasks, and the `task` that has the least."""
     worst = min(qualities, key=lambda task: (qualities[task], task))
     return {"mean": float(np.mean(list(qualities.values()))), "least": qualities[worst], "task": worst}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..atomic import replace_file
+from ..documents import CurvePoint
 from ..formats.codecs import CODECS
 from ..lora.adapter import Adapter, in_16_bits
 from ..lora.quality import MOST_QUALITY, summary
@@ -19,7 +19,7 @@ PERCENTS = (0.25, 0.5, 1.0, 2.5, 5.0, 12.5)
 
 def rate_curve(
     adapters: Mapping[str, Adapter], *, watch: Callable[[Iterable[str]], Iterable[str]] = iter
-) -> list[dict[str, Any]]:
+) -> list[CurvePoint]:
     """Code the adapters, write nothing, and return what they take and keep at every slope, the smallest first.
 
     A row has `bytes` of the coded objects, `percent` of the adapters in 16 bits, and of the predicted quality the
@@ -37,19 +37,19 @@ def rate_curve(
     return rows[::-1]
 
 
-def within(rows: Sequence[dict[str, Any]], size: int) -> dict[str, Any] | None:
+def within(rows: Sequence[CurvePoint], size: int) -> CurvePoint | None:
     """Return the best row of a curve within a number of bytes; None if there is none."""
     return next((row for row in reversed(rows) if row["bytes"] <= size), None)
 
 
-def draw_curve(rows: Sequence[dict[str, Any]], path: Path, ending: str, budget: int | None = None) -> None:
+def draw_curve(rows: Sequence[CurvePoint], path: Path, ending: str, budget: int | None = None) -> None:
     """Draw a curve as a png, svg or pdf file, with a line at the budget. Raises DiskError."""
     from .rate_figure import draw
 
     replace_file(path, draw(rows, ending, budget), path.parent)
 
 
-def _row(names: Sequence[str], curves: Sequence[Sequence[Rate]], counts: Sequence[int], whole: int) -> dict[str, Any]:
+def _row(names: Sequence[str], curves: Sequence[Sequence[Rate]], counts: Sequence[int], whole: int) -> CurvePoint:
     rates = [curve[count - 1] for curve, count in zip(curves, counts, strict=True)]
     size, kept = sum(rate.bytes for rate in rates), [rate.quality for rate in rates]
     return {"bytes": size, "percent": 100 * size / whole, **summary(dict(zip(names, kept, strict=True)))}

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
-from typing import Any
 
 from matplotlib import rc_context, style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from ..documents import CurvePoint
 from .formats import UNDATED
 
 INK, PALE, BLUE = "#222222", "#666666", "#1f77b4"
 TICKS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50)
 
 
-def draw(rows: Sequence[dict[str, Any]], kind: str, budget: int | None) -> bytes:
+def draw(rows: Sequence[CurvePoint], kind: str, budget: int | None) -> bytes:
     """Return the figure as png, svg or pdf bytes, the same every time."""
     drawn = BytesIO()
     with style.context("default"), rc_context({"svg.hashsalt": "lorashelf"}):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
+from ..documents import Coarser, Coded
 from ..errors import OverBudget, UsageError
 from ..formats.codec import Codec, LevelRate
 from ..lora.adapter import in_16_bits
@@ -36,7 +36,7 @@ def fitted(snapshot: Snapshot, plan: Plan) -> Plan:
     return _Allocation(snapshot, plan).plan()
 
 
-def rate(slot: Slot) -> dict[str, Any]:
+def rate(slot: Slot) -> Coded:
     """Return the `bytes` of a coded slot, their `percent` of its adapters in 16 bits, and, of an adapter alone, the
     `predicted_quality` by the share of ‖ΔW‖² that is kept; None for several.
     """
@@ -141,14 +141,14 @@ class _Allocation:
         manifest = replace(self.finest.manifest, slots=tuple(sorted(slots, key=lambda slot: slot.id)), cause=cause)
         return replace(self.finest, manifest=manifest, writes=writes)
 
-    def _changes(self, counts: Sequence[int]) -> dict[str, Any]:
+    def _changes(self, counts: Sequence[int]) -> dict[str, Coarser]:
         """Return `coarser` of the report: task → levels, bytes and quality before and after, of stored objects."""
-        found: dict[str, Any] = {}
+        found: dict[str, Coarser] = {}
         for slot, count, curve in zip(self.slots, counts, self.curves, strict=True):
             if slot.id in self.finest.writes or count == len(curve):
                 continue
             before, after, n = curve[-1], curve[count - 1], len(slot.members)
-            document = {
+            document: Coarser = {
                 "levels": [len(curve), count],
                 "bytes": [before.bytes, after.bytes],
                 "predicted_quality": [round(before.quality / n, 4), round(after.quality / n, 4)],

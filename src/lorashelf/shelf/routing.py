@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from .. import atomic
 from ..cache_folder import cache_folder, keep_latest
+from ..documents import ListedSlot, Listing, Route
 from ..errors import CorruptShelf, NewerFormat, UsageError
 from ..formats.peft import encode, is_whole, size_alone, write_adapter
 from .allocation import rate
@@ -19,7 +18,7 @@ from .snapshot import Snapshot
 MOST_KEPT = 16  # PEFT folders of coded slots in the cache
 
 
-def route(snapshot: Snapshot, task: str, *, verify: bool = True) -> dict[str, Any]:
+def route(snapshot: Snapshot, task: str, *, verify: bool = True) -> Route:
     """Return `{task, slot, path, members}`; `path` is the PEFT folder that serves the task, None if the slot is coded.
     Its bytes are checked unless `verify` is False.
 
@@ -32,7 +31,7 @@ def route(snapshot: Snapshot, task: str, *, verify: bool = True) -> dict[str, An
     return _answer(snapshot, task, slot)
 
 
-def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, verify: bool = True) -> dict[str, Any]:
+def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, verify: bool = True) -> Route:
     """Return `route` with a PEFT folder even if PEFT cannot load the slot's object: written to `output`, else to the
     user's cache folder under the object's id. The latest MOST_KEPT are kept, and checked before they are returned.
 
@@ -58,24 +57,28 @@ def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, v
     return {**answer, "path": str(path)}
 
 
-def routes(snapshot: Snapshot, *, verify: bool = True) -> dict[str, dict[str, Any]]:
+def routes(snapshot: Snapshot, *, verify: bool = True) -> dict[str, Route]:
     """Return task → `{task, slot, path, members}` for every task, checked as in `route`. Raises CorruptShelf."""
     if verify:
         snapshot.check_bytes(*(slot for slot in snapshot.manifest.slots if slot.readable))
     return {task: _answer(snapshot, task, slot) for slot in snapshot.manifest.slots for task in slot.members}
 
 
-def slot_documents(snapshot: Snapshot) -> list[Mapping[str, Any]]:
+def slot_documents(snapshot: Snapshot) -> list[ListedSlot]:
     """Return every slot as in the manifest, with its absolute `path`, None if PEFT cannot load the object; a coded slot
     also with `percent` and `predicted_quality` of `rate`.
     """
-    return [
-        {**slot.document(), "path": _path(snapshot, slot), **(rate(slot) if slot.object.encoding == "coded" else {})}
-        for slot in snapshot.manifest.slots
-    ]
+    found: list[ListedSlot] = []
+    for slot in snapshot.manifest.slots:
+        listed: ListedSlot = {**slot.document(), "path": _path(snapshot, slot)}
+        if slot.object.encoding == "coded":
+            coded = rate(slot)
+            listed["percent"], listed["predicted_quality"] = coded["percent"], coded["predicted_quality"]
+        found.append(listed)
+    return found
 
 
-def listing(snapshot: Snapshot) -> dict[str, Any]:
+def listing(snapshot: Snapshot) -> Listing:
     """Return the document of `ls`: slots, tasks, bytes, budget, head; bytes of the averaged adapters if separate."""
     apart = _apart(snapshot)
     return {
@@ -110,7 +113,7 @@ def _apart(snapshot: Snapshot) -> dict[str, int]:
     return apart
 
 
-def _answer(snapshot: Snapshot, task: str, slot: Slot) -> dict[str, Any]:
+def _answer(snapshot: Snapshot, task: str, slot: Slot) -> Route:
     return {"task": task, "slot": slot.id, "path": _path(snapshot, slot), "members": list(slot.members)}
 
 

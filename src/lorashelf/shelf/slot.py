@@ -12,6 +12,7 @@ from hashlib import shake_256
 from typing import Any
 
 from ..digest import digest, is_digest
+from ..documents import StoredSlot
 from ..errors import NewerFormat
 from ..formats.codec import Codec
 from ..formats.codecs import CODECS
@@ -132,10 +133,10 @@ class Slot:
             raise NewerFormat(f"{what}; tasks: {', '.join(self.members)}", cure="upgrade lorashelf")
         return CODECS[self.object.encoding]
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> StoredSlot:
         """Return the document of JSON answers: without facts and noise; `worn` and `fixed` only if set."""
         stored, history = self.object, self.history
-        document = {
+        document: StoredSlot = {
             "slot": self.id,
             "object": stored.id,
             "rank": stored.rank,
@@ -148,12 +149,16 @@ class Slot:
             "restored": history.restored,
             "encoding": stored.encoding,
         }
-        rare = {"worn": history.extra_roundings, "fixed": history.fixed}
-        return document | {key: value for key, value in rare.items() if value}
+        if history.extra_roundings:
+            document["worn"] = history.extra_roundings
+        if history.fixed:
+            document["fixed"] = history.fixed
+        return document
 
     def record(self, pages: Pages) -> dict[str, Any]:
         """Return the record on a page of slots; long lists of sources, and facts, are added to `pages`."""
-        record, equal = self.document(), 1 / max(len(self.history.merged), 1)
+        record: dict[str, Any] = {**self.document()}
+        equal = 1 / max(len(self.history.merged), 1)
         for source in record["merged"]:
             if source["weight"] == equal:
                 del source["weight"]  # so that a fold changes few pages
