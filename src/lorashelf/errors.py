@@ -26,6 +26,7 @@
     ├── ModelError            5  the language model, or an evaluation with it, failed
     │   ├── OutOfMemory           5  memory ran out, on any device
     │   ├── TooLong               5  a text does not fit into the model's context
+    │   ├── TimedOut              5  an answer was not finished in time
     │   └── Busy                  5  too many requests wait for the model, or it is shutting down
     ├── TaskDataError         5  a task folder cannot be read or used
     ├── Interrupted         130  Ctrl-C, SIGTERM or SIGHUP after part of the work; `done` says which
@@ -290,6 +291,12 @@ class TooLong(ModelError):
     """A text does not fit into the model's context."""
 
     kind = "too_long"
+
+
+class TimedOut(ModelError):
+    """An answer was not finished in time."""
+
+    kind = "timed_out"
 
 
 class Busy(ModelError):

@@ -29,6 +29,7 @@ MODULES: Mapping[str, Sequence[str]] = MappingProxyType(
         "training": ("train",),
         "evaluation": ("eval",),
         "generation": ("generate",),
+        "serving": ("serve",),
         "bench": ("bench",),
         "demo": ("demo",),
     }

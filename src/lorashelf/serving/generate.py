@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..lora.adapter import Adapter
-from ..models.protocol import Answers, Model
+from ..models.protocol import Answers
 from ..shelf.snapshot import Snapshot
 
 MOST_TOKENS = 64  # of an answer, unless the caller or the task sets another limit
@@ -36,14 +36,14 @@ class Service:
         UsageError.
         """
         pieces = model.stream(self.adapter, self.instruction, checked(text), max_new_tokens=self.max_new_tokens)
-        self.note_base(model)
+        self.note_base(model.name)
         return pieces
 
-    def note_base(self, model: Model) -> None:
-        """Warn if the shelf is for another base model."""
-        if self.bases and model.name not in self.bases:
+    def note_base(self, name: str) -> None:
+        """Warn if the shelf is for another base model than that of this name."""
+        if self.bases and name not in self.bases:
             shelf = " or ".join(sorted(self.bases))
-            _logger.warning("the shelf is for %s; %s has matching shapes and is used", shelf, model.name)
+            _logger.warning("the shelf is for %s; %s has matching shapes and is used", shelf, name)
 
 
 def service(

@@ -100,6 +100,11 @@ class Scheduler:
         return self._batch.most
 
     @property
+    def alive(self) -> bool:
+        """Whether the model's thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def running(self) -> int:
         """The texts that are being continued."""
         return len(self._running)
