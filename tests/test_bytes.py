@@ -790,6 +790,14 @@ def test_a_limit_that_the_old_shelf_has_holds_for_the_new_one_and_its_cure_works
     assert on_disk(Shelf(tmp_path / "new")) <= needed
 
 
+def test_convert_reports_that_norms_are_no_longer_restored(tmp_path: Path, run: Command) -> None:
+    for name, restored in (("with", True), ("without", False)):
+        shelf = filled_with_slots(tmp_path / name, restore_norm=restored)
+        assert run("convert", shelf.path, "-o", tmp_path / f"{name}-new", "--encoding", "coded")[0] == 0
+        assert ("norm restoration is off on the new shelf" in run.stderr) is restored
+        assert Shelf(tmp_path / f"{name}-new").snapshot().settings.merge.restore_norm is False
+
+
 def test_what_is_coded_already_keeps_its_levels_and_what_was_lost_before_counts(tmp_path: Path, run: Command) -> None:
     shelf = filled(tmp_path / "old", [adapter(0)], bytes=10**6)
     words = ("convert", shelf.path, "--encoding", "coded", "-o")

@@ -22,7 +22,7 @@ from ..shelf.settings import Settings, new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from . import arguments as arg
-from .output import coding, rate_cells, show, table
+from .output import coding, note, rate_cells, show, table
 
 
 def pack(
@@ -115,6 +115,8 @@ def convert(
     check_vacant(output)
     held = Shelf(shelf).snapshot()
     settings = _converted(held.settings, slots, bytes, floor, quality)
+    if held.settings.merge.restore_norm:
+        note("norm restoration is off on the new shelf: coded adapters have a scaling rule of their own")
     originals = arg.read_named(adapter) if adapter else {}
     planner = partial(plan_convert, held=held, originals=originals, watch=coding)
     made, _ = Shelf.create_with(output, settings, planner)
