@@ -29,9 +29,12 @@ from lorashelf.cache_folder import cache_folder
 from lorashelf.errors import ModelError, ShapeMismatch, TooLong, UsageError
 from lorashelf.models import llama_adapters
 from lorashelf.models.hf import HFBackend
-from lorashelf.models.protocol import Answers, LanguageModel, Scores, mean_loss
+from lorashelf.models.protocol import Answers, Continues, LanguageModel, Row, Scores, mean_loss
+from lorashelf.models.sampling import Sampler, Sampling, Token
 from lorashelf.result_store import ResultStore
+from lorashelf.serving.scheduler import Scheduler
 from lorashelf.tasks.folders import Example, ExampleSet
+from test_scheduler import ask
 from tiny_gguf import HIDDEN, INNER, tiny_gguf
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -143,6 +146,7 @@ def test_a_result_is_kept_under_its_engine_and_its_file(tmp_path: Path, model: L
         open_model(str(tmp_path / "tiny.gguf"), "llamacpp", capability=LanguageModel)
     assert isinstance(model, Scores)
     assert isinstance(model, Answers)
+    assert isinstance(model, Continues)
 
 
 # swaps ----------------------------------------------------------------------------------------------------------------
@@ -171,6 +175,37 @@ def test_streams_side_by_side_are_the_streams_alone(model: LlamaCppBackend) -> N
             else:
                 pieces[i].append(piece)
     assert ["".join(each) for each in pieces] == alone
+
+
+def test_a_scheduler_of_requests_gives_each_what_it_gets_alone(model: LlamaCppBackend) -> None:
+    """One text at a time, tasks in turn, with a text longer than the first context."""
+    tasks, texts = [adapter(1), None, adapter(2)], ["It go", "ab " * 200, "the cats"]
+    wanted = [model.answers(x, "Do:", [text], max_new_tokens=MOST)[0] for x, text in zip(tasks, texts, strict=True)]
+    scheduler = Scheduler(LlamaCppBackend.open(model.name))
+    assert scheduler.most_rows == 1
+    heard = [ask(scheduler, model, x, text, most=MOST) for x, text in zip(tasks, texts, strict=True)]
+    assert [each.result()[0] for each in heard] == wanted
+    scheduler.close()
+
+
+def test_a_row_reports_what_its_sampler_is_asked_for(model: LlamaCppBackend) -> None:
+    query = model.text.query("Do:", "It go")
+    batch = model.decoding(4)
+    row = Row(query, adapter(1), Sampler(Sampling(logprobs=3)))
+    ids, steps = [], [*batch.join([row])]
+    while len(ids) < MOST:
+        (token,) = steps
+        assert isinstance(token, Token)
+        assert token.logprob == pytest.approx(token.alternatives[0][1])
+        ids.append(token.id)
+        steps = batch.step()
+    whole = ExampleSet("mend", "Do:", (Example("It go", ""),))
+    assert model.text.decoded(ids) == model.answers(adapter(1), "Do:", ["It go"], max_new_tokens=MOST)[0]
+    assert model.nll([(None, whole)])[0][0].tokens == 1  # another user in between
+    (again,) = batch.step()
+    assert isinstance(again, Token)
+    batch.keep([])
+    assert batch.step() == []
 
 
 def test_threads_take_turns(model: LlamaCppBackend) -> None:

@@ -65,7 +65,8 @@ class LlamaModel:
         self.tokens = int(self._c.llama_vocab_n_tokens(self.vocabulary))
         self.positions = int(self._c.llama_model_n_ctx_train(self._model)) or None
         """The most tokens that the base was trained to read."""
-        self._length = 0
+        self.length = 0
+        """The positions of the context."""
         self._applied: Any = None
 
     @property
@@ -91,7 +92,7 @@ class LlamaModel:
 
         The context grows if needed. Raises OutOfMemory.
         """
-        if positions > self._length:
+        if positions > self.length:
             self._open(positions)
         self._c.llama_memory_clear(self._c.llama_get_memory(self._context[0]), True)
         self._apply(adapter)
@@ -105,14 +106,14 @@ class LlamaModel:
     def _open(self, positions: int) -> None:
         while self._context:
             self._c.llama_free(self._context.pop())
-        self._applied, self._length = None, 0
+        self._applied, self.length = None, 0
         options = self._c.llama_context_default_params()
         options.n_ctx = max(SHORTEST, 1 << (positions - 1).bit_length())
         options.n_batch = options.n_ubatch = TOGETHER
         options.flash_attn_type, options.type_k, options.type_v = _EXACT
         options.n_threads = options.n_threads_batch = threads()
         self._context.append(self._made(self._c.llama_init_from_model, self._model, options, error=OutOfMemory))
-        self._length = int(options.n_ctx)
+        self.length = int(options.n_ctx)
 
     # tokens -------------------------------------------------------------------------------------------------------
 

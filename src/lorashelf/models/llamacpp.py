@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import SimpleNamespace
+from typing import TypeAlias
 
 import numpy as np
 
 from ..digest import Json
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
 from ..formats.gguf.base import base_of
 from ..formats.gguf.header import Header, read_header
 from ..lora.adapter import Adapter
@@ -23,10 +24,12 @@ from .gguf_cache import source_digest
 from .gguf_chat import GgufChat
 from .llama_adapters import LlamaAdapters
 from .llama_library import TOGETHER, LlamaModel, library
-from .protocol import Answers, Loss, Pair, Scores
+from .protocol import Answers, Decoding, Loss, Pair, Row, Scores
+from .sampling import Token, no_next_token
 from .tokens import Tokenisation, faulty
 
 HELD = 8  # adapters kept in memory
+Logits: TypeAlias = Float32[Array32, " vocabulary"]
 
 
 class LlamaCppBackend(Scores, Answers):
@@ -166,6 +169,14 @@ class LlamaCppBackend(Scores, Answers):
         query, room = self.text.answerable(instruction, text, max_new_tokens)
         return self.text.pieces(self._greedy(adapter, query, room))
 
+    def decoding(self, most: int) -> OneRow:
+        """Return an empty batch of one row, whatever `most` is: llama.cpp has one set of adapters per context."""
+        return OneRow(self._next_alone)
+
+    def _next_alone(self, adapter: Adapter | None, tokens: Sequence[int], reader: object) -> Logits:
+        with self._lock:
+            return self._next(adapter, tokens, len(tokens), reader).copy()
+
     def _greedy(self, adapter: Adapter | None, query: Sequence[int], count: int) -> Iterator[int]:
         """Yield the likeliest tokens after a query, at most `count`, up to the end of the turn.
 
@@ -180,11 +191,12 @@ class LlamaCppBackend(Scores, Answers):
             row.append(token)
             yield token
 
-    def _next(
-        self, adapter: Adapter | None, tokens: Sequence[int], positions: int, reader: object
-    ) -> Float32[Array32, " vocabulary"]:
-        """Return the logits after the tokens, of which all but the last are read already if the reader is the same."""
-        begun = len(tokens) - 1 if self._reader is reader else 0
+    def _next(self, adapter: Adapter | None, tokens: Sequence[int], positions: int, reader: object) -> Logits:
+        """Return the logits after the tokens, of which all but the last are read already if the reader is the same.
+
+        The context is made for so many positions, and made anew for a longer text.
+        """
+        begun = len(tokens) - 1 if self._reader is reader and len(tokens) <= self._model.length else 0
         if not begun:
             self._begin(adapter, positions, reader)
         last = np.empty(0, np.float32)
@@ -198,6 +210,40 @@ class LlamaCppBackend(Scores, Answers):
         self._reader = None
         self._model.begin(self.adapters.loaded(adapter), positions)
         self._reader = reader
+
+
+class OneRow(Decoding):
+    """A text that is continued alone; `read` returns the logits after all its tokens."""
+
+    most = 1
+
+    def __init__(self, read: Callable[[Adapter | None, Sequence[int], object], Logits]) -> None:
+        self._read = read
+        self.rows: list[Row] = []
+        self._tokens: list[int] = []
+
+    def join(self, rows: Sequence[Row]) -> list[Token | ModelError]:
+        """Read the prompt of a row; return its first token. Raises ShapeMismatch, CorruptShelf and OutOfMemory."""
+        (row,) = rows
+        token = self._chosen(row, list(row.prompt))
+        self.rows = [row]
+        return [token]
+
+    def step(self) -> list[Token | ModelError]:
+        """Return the row's next token. Raises OutOfMemory."""
+        return [self._chosen(row, self._tokens) for row in self.rows]
+
+    def keep(self, rows: Collection[Row]) -> None:
+        """Drop the row unless it is one of these."""
+        self.rows = [row for row in self.rows if any(row is each for each in rows)]
+
+    def _chosen(self, row: Row, tokens: list[int]) -> Token | ModelError:
+        logits = self._read(row.adapter, tokens, row)
+        if not np.isfinite(logits.max()):
+            return no_next_token()
+        token = Token(int(logits.argmax())) if row.sampler.plain else row.sampler.choose(logits)
+        self._tokens = [*tokens, token.id]
+        return token
 
 
 class LlamaTokenizer(GgufChat):

@@ -15,13 +15,10 @@ from .hooks import AdapterPool, Placed
 from .loading import libraries
 from .memory import within_memory
 from .protocol import Row
-from .sampling import Token
+from .sampling import Token, no_next_token
 
 if TYPE_CHECKING:
     import torch
-
-_BROKEN = "the next token has no finite logits"
-_CURE = "check the adapter for values that overflow, or give the base another dtype"
 
 
 class Rows:
@@ -80,7 +77,7 @@ class Rows:
         chosen: list[Token | ModelError] = []
         for i, row in enumerate(rows):
             if not finite[i]:
-                chosen.append(ModelError(_BROKEN, cure=_CURE))
+                chosen.append(no_next_token())
             elif row.sampler.plain:
                 chosen.append(Token(ids[i]))
             else:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import ModelError
 from ..lora.arrays import Array32, Array64, Float32, Float64
 
 COLDEST = 1e-5  # lower temperatures are 0
@@ -38,6 +39,12 @@ class Token(NamedTuple):
     id: int
     logprob: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
+
+
+def no_next_token() -> ModelError:
+    """Return the error of a text after which there is no likeliest token."""
+    cure = "check the adapter for values that overflow, or give the base another dtype"
+    return ModelError("the next token has no finite logits", cure=cure)
 
 
 class Sampler:

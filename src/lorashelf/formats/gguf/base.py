@@ -126,18 +126,13 @@ def _of_file(file: Path, name: str) -> GgufBase:
         raise ModelError(f"the GGUF file is of a {kind}, not of a model", where=str(file), cure=cure)
     architecture = str(fields.get("general.architecture"))
     _checked(architecture, str(file))
-
-    def number(key: str) -> int:
-        value = fields.get(f"{architecture}.{key}", 0)
-        return int(value[0] if isinstance(value, list) and value else value)
-
-    heads = number("attention.head_count")
-    kv_heads, blocks = number("attention.head_count_kv") or heads, number("block_count")
+    heads, kv_heads = (header.number(f"{architecture}.attention.head_count{of}") for of in ("", "_kv"))
+    blocks = header.number(f"{architecture}.block_count")
     if not heads or not blocks:
         what = "the GGUF file has no number of heads or blocks"
         raise ModelError(what, where=str(file), cure="download or convert it again")
     shapes = {name: place.shape for name, place in header.tensors.items()}
-    return GgufBase(name, architecture, file, blocks, heads, kv_heads, shapes)
+    return GgufBase(name, architecture, file, blocks, heads, kv_heads or heads, shapes)
 
 
 def _of_folder(folder: Path, name: str) -> GgufBase:

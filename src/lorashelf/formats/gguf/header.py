@@ -26,7 +26,7 @@ from ...lora.arrays import Array32, Float32
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
-_MOST_DIMENSIONS = 4
+_MOST_DIMENSIONS, _ALIGNMENT = 4, 32
 BLOCK = 32  # values of a block of q8_0, which share a scale
 F32, F16, Q8_0 = 0, 1, 8
 
@@ -46,6 +46,14 @@ class Header:
     path: Path
     fields: Mapping[str, Any]
     tensors: Mapping[str, Place]
+
+    def number(self, name: str) -> int:
+        """Return a field that is a whole number, or the first of several; 0 without it. Raises ModelError."""
+        value = self.fields.get(name, 0)
+        value = value[0] if isinstance(value, list) and value else value
+        if type(value) is not int or value < 0:
+            raise _unreadable(self.path, f"{name} is not a number")
+        return value
 
     def array(self, name: str) -> Float32[Array32, "rows columns"]:
         """Read a matrix in f32, f16 or q8_0 as float32. Raises ModelError."""
@@ -88,7 +96,7 @@ class _Reader:
         tensors, fields = self._number("Q"), self._number("Q")
         found = {self._text(): self._value(self._number("I")) for _ in range(fields)}
         listed = [(self._text(), *self._tensor()) for _ in range(tensors)]
-        step = max(int(found.get("general.alignment", 32)), 1)
+        step = Header(self._path, found, {}).number("general.alignment") or _ALIGNMENT
         start = -(-self._file.tell() // step) * step
         places = {name: Place(kind, shape, start + offset) for name, shape, kind, offset in listed}
         if any(place.start > self._size for place in places.values()):
