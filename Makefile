@@ -35,7 +35,7 @@ llamacpp: .venv/dev
 	$(INSTALL) --editable '.[llamacpp]'
 
 runtimes: .venv/dev
-	$(INSTALL) --editable '.[mlx]'
+	$(INSTALL) --editable '.[mlx,onnx]'
 
 serve: .venv/demo build/served.shelf
 	$(BIN)/lorashelf serve build/served.shelf

@@ -55,6 +55,7 @@ LATE = {  # import inside a function → why
     ("training.trainer", "peft"): "extra `llm`",
     ("formats.gguf.base", "gguf"): "extra `gguf`",
     ("models.gguf_chat", "jinja2.sandbox"): "likewise",
+    ("formats.onnx", "onnxruntime"): "extra `onnx`",
     ("cli.arguments", "tasks.folders"): "only with --task-file",
     ("cli.arguments", "huggingface_hub"): "extra `llm`",
     ("cli.clustering", "models.protocol"): "only with --method d2c",

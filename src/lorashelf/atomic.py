@@ -197,6 +197,13 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             os.close(handle)
 
 
+def link(target: Path, path: Path) -> None:
+    """Make a new symbolic link to a target, which may be relative to the link's folder. Raises DiskError."""
+    with refusals(path):
+        os.symlink(target, path)
+        _sync(path.parent)
+
+
 def append(path: Path, data: bytes, keep: int) -> None:
     """Truncate a file to its first `keep` bytes (removing a torn write), append, fsync. The file may be new."""
     with refusals(path):

@@ -50,10 +50,29 @@ def export(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help=f"{_readers('dtype')}: f32, f16 or bf16; default: as stored.")
     ] = None,
+    served_base: Annotated[
+        str | None,
+        typer.Option(
+            "--served-base", help=f"{_readers('served-base')}: the base as it is served; default: the shelf's."
+        ),
+    ] = None,
+    max_lora_rank: Annotated[
+        str | None,
+        typer.Option(
+            "--max-lora-rank", help=f"{_readers('max-lora-rank')}: vLLM's limit; default: the next that fits."
+        ),
+    ] = None,
     json: arg.Json = False,
 ) -> None:
     """Write the objects of a shelf for another runtime (docs/exports.md)."""
-    given = {"base": base, "arch": arch, "outtype": outtype, "dtype": dtype}
+    given = {
+        "base": base,
+        "arch": arch,
+        "outtype": outtype,
+        "dtype": dtype,
+        "served-base": served_base,
+        "max-lora-rank": max_lora_rank,
+    }
     document = Shelf(shelf).read(
         lambda snapshot: export_shelf(
             snapshot,

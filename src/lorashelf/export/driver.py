@@ -13,9 +13,7 @@ from ..lora.algebra import relative_error
 from ..shelf.snapshot import Snapshot
 from .formats import FORMATS
 from .model_card import card_path, model_card
-from .target import Item, Target
-
-ROUTES = "routes.json"
+from .target import ROUTES, Item, Target
 
 
 def export_shelf(

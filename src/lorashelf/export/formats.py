@@ -6,9 +6,11 @@ from ..registry import Registry
 from .gguf import Gguf
 from .mlx import Mlx
 from .ollama import Ollama
+from .onnx import Onnx
 from .peft import Peft
 from .target import Format
+from .vllm import Vllm
 
 FORMATS: Registry[Format] = Registry("format")
-for each in (Peft(), Gguf(), Ollama(), Mlx()):
+for each in (Peft(), Vllm(), Gguf(), Ollama(), Mlx(), Onnx()):
     FORMATS.add(each.name, each)

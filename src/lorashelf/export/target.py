@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 from ..errors import Fault, UnknownName
 from ..lora.adapter import WIDTHS, Adapter, Factors
 
+ROUTES = "routes.json"
 TOLERANCES: Mapping[str, float] = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2}
 """Dtype → the relative error that rounding to it may cause; what is stored in it already is written unchanged."""
 

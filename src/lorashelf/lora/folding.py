@@ -25,12 +25,14 @@ def uniform(adapter: Adapter) -> Adapter:
     """Return the same ΔW with one rank and one scale: factors of smaller rank are padded with zeros; if the scales of
     the modules differ, they are folded into B, and the scale is 1.
     """
-    scales = {scale for path, scale in adapter.modules.scales.items()}
+    scales = set(adapter.modules.scales.values())
     scale = scales.pop() if len(scales) == 1 else 1.0
-    rank, changed = adapter.rank, {}
-    for path, f in adapter.modules.items():
-        same = f if f.scale == scale else folded(f, scale)
-        lacking = rank - f.shape.rank
-        a, b = np.pad(same.a, ((0, lacking), (0, 0))), np.pad(same.b, ((0, 0), (0, lacking)))
-        changed[path] = Factors(a, b, scale)
-    return adapter.with_factors(changed)
+    rank, modules = adapter.rank, adapter.modules
+    same = {path: f if f.scale == scale else folded(f, scale) for path, f in modules.items()}
+    return adapter.with_factors({path: padded(f, rank) for path, f in same.items()})
+
+
+def padded(f: Factors, rank: int) -> Factors:
+    """Return factors of the same ΔW with this rank, at least their own: zeros are added."""
+    lacking = rank - f.shape.rank
+    return Factors(np.pad(f.a, ((0, lacking), (0, 0))), np.pad(f.b, ((0, 0), (0, lacking))), f.scale)

@@ -1,0 +1,109 @@
+"""The format vllm: folders by task for vLLM's filesystem resolver, of one rank and one scale, under the served name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from factory import BASE, assert_same_delta, make_adapter
+from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, export_shelf, plan_add, read_adapter
+from lorashelf.errors import NotExportable, UsageError
+
+NewShelf = Callable[..., Shelf]
+
+
+def filled(shelf: Shelf, **adapters: Adapter) -> Shelf:
+    for task, adapter in adapters.items():
+        shelf.commit(plan_add(shelf.snapshot(), adapter, task))
+    return shelf
+
+
+@pytest.fixture
+def shared(new_shelf: NewShelf) -> Shelf:
+    """Three tasks in two slots, with ranks and scales that differ between modules."""
+    odd = make_adapter(2, ranks={"v_proj": 2}, scales={"v_proj": 0.3})
+    return filled(new_shelf(2, policy="kmerge"), one=odd, two=make_adapter(1), three=make_adapter(3))
+
+
+def test_every_task_has_a_folder_and_those_of_a_slot_are_one(tmp_path: Path, shared: Shelf) -> None:
+    document = export_shelf(shared.snapshot(), tmp_path / "out", "vllm", {"served-base": "acme/served"})
+    snapshot, folders = shared.snapshot(), {task: tmp_path / "out" / task for task in ("one", "two", "three")}
+    for task, folder in folders.items():
+        assert_same_delta(snapshot.adapter(task), read_adapter(folder))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "acme/served")
+        assert config["rank_pattern"] == config["alpha_pattern"] == {}  # older versions of vLLM ignore both
+        assert set(config["target_modules"]) == {"q_proj", "v_proj"}
+    for slot in snapshot.manifest.slots:
+        assert len({folders[task].resolve() for task in slot.members}) == 1
+    assert {task: Path(path).name for task, path in document["routes"].items()} == {
+        task: snapshot.located(task)[0].members[0] for task in folders
+    }
+
+
+def test_the_commands_name_base_rank_and_tasks(tmp_path: Path, new_shelf: NewShelf) -> None:
+    names = {"plain": make_adapter(0), "it's, odd=1": make_adapter(1, rank=9), "größer": make_adapter(2)}
+    shelf = filled(new_shelf(3, policy="kmerge"), **names)
+    export_shelf(shelf.snapshot(), tmp_path / "out", "vllm")
+    text = (tmp_path / "out" / "README.md").read_text()
+    resolved, static = (
+        shlex.split(block.replace("\\\n", " ")) for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    )
+    assert resolved[:4] == [
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+        "VLLM_PLUGINS=lora_filesystem_resolver",
+        "VLLM_LORA_RESOLVER_CACHE_DIR=$PWD",
+        "vllm",
+    ]
+    for words in (resolved, static):
+        start = words.index("serve")
+        expected = [BASE, "--enable-lora", "--max-lora-rank", "16", "--max-loras", "3"]
+        assert words[start + 1 : start + 7] == expected
+    given = static[static.index("--lora-modules") + 1 :]
+    found = {}
+    for word in given:
+        name, _, path = word.partition("=")
+        found |= {json.loads(word)["name"]: json.loads(word)["path"]} if word.startswith("{") else {name: path}
+    assert found == {name: f"./{name}" for name in names}
+    assert all((tmp_path / "out" / path / "adapter_config.json").exists() for path in found.values())
+
+
+def test_ranks_are_those_that_vllm_takes(tmp_path: Path, new_shelf: NewShelf) -> None:
+    snapshot = filled(new_shelf(1), task=make_adapter(rank=9)).snapshot()
+    with pytest.raises(NotExportable, match="rank 9 is beyond vLLM's 8") as refused:
+        export_shelf(snapshot, tmp_path / "out", "vllm", {"max-lora-rank": "8"})
+    assert refused.value.cure == "give --max-lora-rank 16"
+    with pytest.raises(UsageError, match="vLLM has no --max-lora-rank 9"):
+        export_shelf(snapshot, tmp_path / "out", "vllm", {"max-lora-rank": "9"})
+    assert not (tmp_path / "out").exists()
+    export_shelf(snapshot, tmp_path / "out", "vllm", {"max-lora-rank": "64"})
+    assert "--max-lora-rank 64" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_vllm_would_drop_is_refused(tmp_path: Path, new_shelf: NewShelf) -> None:
+    a, b = np.ones((1, 4), "f4"), np.ones((4, 1), "f4")
+    path = "model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    shelf = filled(new_shelf(1), task=Adapter(Modules({path: Factors(a, b)}), BaseId(BASE)))
+    with pytest.raises(NotExportable, match="outside the language model") as refused:
+        export_shelf(shelf.snapshot(), tmp_path / "out", "vllm")
+    assert "--enable-tower-connector-lora" in (refused.value.cure or "")
+
+
+def test_names_of_the_export_s_own_files_are_refused(tmp_path: Path, new_shelf: NewShelf) -> None:
+    shelf = filled(new_shelf(1), **{"README.md": make_adapter()})
+    with pytest.raises(NotExportable, match="has the name of a file of the export"):
+        export_shelf(shelf.snapshot(), tmp_path / "out", "vllm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_must_be_known(tmp_path: Path, new_shelf: NewShelf) -> None:
+    shelf = filled(new_shelf(1), task=make_adapter(base=""))
+    with pytest.raises(UsageError, match="the shelf names no base") as refused:
+        export_shelf(shelf.snapshot(), tmp_path / "out", "vllm")
+    assert "--served-base" in (refused.value.cure or "")
