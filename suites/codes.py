@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ from lorashelf.lora.adapter import Shape
 from lorashelf.lora.directions import Directions, directions
 from lorashelf.lora.quantiser import UNIT, quantiser
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 SHARES = (0.25, 0.5, 1, 2.5, 5)
 PASSES = 5  # of fitting frequencies and centres to the choices made with them
 DIRECTION_BITS = 12.0
@@ -145,7 +146,7 @@ def refitted(adapter: Adapter, percent: float) -> Floats:
         u, v = f.b.T.astype(np.float64), f.a.astype(np.float64)
         best = (dw @ v.T @ np.linalg.inv(v @ v.T)).T
         root = np.sqrt(np.mean(best**2, 1, keepdims=True))
-        again = [requantised(row, d.u.chain) for row, d in zip(np.float32(best / root), coded, strict=True)]
+        again = [requantised(row, d.u.chain) for row, d in zip((best / root).astype(np.float32), coded, strict=True)]
         for place, left in ((0, u), (1, u), (3, np.array(again) * root)):
             across, gram = np.einsum("ko,oi,ki->k", left, dw, v), (left @ left.T) * (v @ v.T)
             gains = np.linalg.solve(gram, across) if place else np.ones(len(coded))
@@ -159,7 +160,7 @@ def requantised(x: NDArray[np.float32], chain: tuple[int, ...]) -> Floats:
     """The values of a side's elements in the quantiser of a chain; what lies beyond it takes its largest value."""
     centres = quantiser(chain).centres / UNIT
     q = np.clip(indices(x, chain).astype(int), -len(centres) + 1, len(centres) - 1)
-    return np.sign(q) * centres[np.abs(q)]
+    return np.asarray(np.sign(q) * centres[np.abs(q)])
 
 
 def main() -> None:
