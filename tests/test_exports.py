@@ -20,7 +20,15 @@ from command import Command
 from factory import assert_same_delta, make_adapter, tree
 from llama_model import MODELS, Llama, by_pairs, tensor_name, tiny, write_gguf
 from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, export_shelf, new_settings, plan_add, read_adapter
-from lorashelf.errors import DiskError, ModelError, NotExportable, UnknownName, UsageError
+from lorashelf.errors import (
+    AdapterFormatError,
+    CorruptShelf,
+    DiskError,
+    ModelError,
+    NotExportable,
+    UnknownName,
+    UsageError,
+)
 from lorashelf.export.formats import FORMATS
 from lorashelf.export.target import ROUTES
 from lorashelf.formats.gguf.base import ARCHITECTURES, GgufBase, Tensor, base_of
@@ -327,6 +335,13 @@ def test_everything_that_llama_cpp_cannot_hold_is_refused_at_once(tmp_path: Path
     assert tree(tmp_path) == before
 
 
+def test_rows_that_are_not_whole_heads_are_refused() -> None:
+    x = Adapter(Modules({"model.layers.0.self_attn.k_proj": Factors(np.ones((1, 16), "f4"), np.ones((16, 1), "f4"))}))
+    tensors, (fault,) = GgufBase("tiny", "llama", blocks=1, heads=9, kv_heads=3).tensors(x)
+    assert not tensors
+    assert "16 rows are not 3 heads" in fault.what
+
+
 def test_a_head_that_is_the_embedding_has_no_lora(tmp_path: Path, new_shelf: NewShelf) -> None:
     head = Adapter(Modules({"lm_head": Factors(np.ones((1, 16), "f4"), np.ones((32, 1), "f4"))}), BaseId("acme/tiny"))
     for tied in (True, False):
@@ -442,6 +457,22 @@ def test_what_reads_back_wrong_is_not_reported_as_done(
     with pytest.raises(NotExportable, match="as read back differs"):
         export_shelf(two.snapshot(), tmp_path / "out", "gguf", {"arch": "qwen2"})
     assert tree(tmp_path) == before
+
+
+def test_a_file_with_other_tensors_is_not_read_as_the_adapter(tmp_path: Path, two: Shelf) -> None:
+    export_shelf(two.snapshot(), tmp_path / "out", "gguf", {"arch": "qwen2"})
+    with pytest.raises(AdapterFormatError, match="the tensors are not those of the adapter"):
+        read_lora(tmp_path / "out" / "slot-0.gguf", {"model.layers.0.x": Tensor("blk.0.attn_q.weight", 0)})
+
+
+def test_a_damaged_slot_is_not_exported(tmp_path: Path, two: Shelf) -> None:
+    (folder,) = (two.snapshot().slot_path(slot) for slot in two.snapshot().manifest.slots if slot.id == 1)
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\1\0")
+    with pytest.raises(CorruptShelf):
+        export_shelf(two.snapshot(), tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
+    assert export_shelf(two.snapshot(), tmp_path / "one", "peft", tasks=["a"])["routes"] == {"a": "slot-0"}
 
 
 @pytest.mark.parametrize("format", ["peft", "gguf"])

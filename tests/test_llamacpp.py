@@ -40,6 +40,7 @@ from tiny_gguf import HIDDEN, INNER, tiny_gguf
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
 from lorashelf.models.llama_adapters import LlamaAdapters
+from lorashelf.models.llama_library import TOGETHER
 from lorashelf.models.llamacpp import LlamaCppBackend
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +122,20 @@ def test_tokens_and_prompts_are_those_of_transformers(smollm2: HFBackend) -> Non
                 for special in (False, True):
                     decode = [each._tokenizer.decode for each in (ours.text, smollm2.text)]
                     assert len({one([*query, *answer], skip_special_tokens=special) for one in decode}) == 1
+
+
+def test_other_tokens_than_transformers_are_announced(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A known disagreement: llama.cpp puts SentencePiece's space after special tokens, too."""
+    LlamaCppBackend.open(str(base))
+    assert "SentencePiece" not in caplog.text
+    path = str(tiny_gguf(tmp_path / "pieces.gguf", pieces=True))
+    ours = LlamaCppBackend.open(path)
+    assert "compare its losses with those of llama.cpp only" in caplog.text
+    theirs = HFBackend.open(path, device="cpu", dtype="f32")
+    assert ours.text.encoded("the") == theirs.text.encoded("the")
+    assert ours.text.encoded("<|im_start|>the") != theirs.text.encoded("<|im_start|>the")
 
 
 @pytest.mark.long
@@ -299,6 +314,15 @@ def test_a_file_that_llama_cpp_refuses_is_an_error_and_no_crash(model: LlamaCppB
         with pytest.raises(ModelError, match=r"llama\.cpp cannot do this: .+") as refused:
             model._model.load_adapter(path)
         assert "no reason given" not in refused.value.what
+    model.nll([(None, SET)])
+
+
+def test_a_text_beyond_the_context_is_an_error_and_no_crash(model: LlamaCppBackend) -> None:
+    model._model.begin(None, 8)
+    for start in range(0, model._model.length, TOGETHER):
+        model._model.read([1] * TOGETHER, start, [False] * TOGETHER)
+    with pytest.raises(ModelError, match=r"llama\.cpp cannot read the text"):
+        model._model.read([1], model._model.length, [True])
     model.nll([(None, SET)])
 
 

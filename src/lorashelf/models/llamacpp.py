@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from .sampling import Token, no_next_token
 from .tokens import Tokenisation, faulty
 
 HELD = 8  # adapters kept in memory
+_SPACE = "tokenizer.ggml.add_space_prefix"
+_logger = logging.getLogger("lorashelf")
 Logits: TypeAlias = Float32[Array32, " vocabulary"]
 
 
@@ -73,6 +76,12 @@ class LlamaCppBackend(Scores, Answers):
         source, shown = gguf_file(name)
         header = read_header(source)
         model = LlamaModel(source, shown, offload=offloads and device != "cpu")
+        if header.fields.get("tokenizer.ggml.model") == "llama" and header.fields.get(_SPACE, True):
+            _logger.warning(
+                "%s has a SentencePiece vocabulary: llama.cpp puts a space after every special token, transformers "
+                "does not; compare its losses with those of llama.cpp only",
+                shown,
+            )
         return cls(model, header, template_of(LlamaTokenizer(model, header), template_arguments or {}))
 
     # identity -----------------------------------------------------------------------------------------------------
