@@ -34,7 +34,17 @@ demo: .venv/demo
 llamacpp: .venv/dev
 	$(INSTALL) --editable '.[llamacpp]'
 
-runtimes: .venv/dev
+# vLLM's Python files alone: the wheel is built for CUDA, whose libraries take gigabytes
+build/vllm: tests/vllm.txt .venv/dev
+	rm -rf $@ build/vllm-wheel
+	$(INSTALL) --no-deps --target $@ --requirement tests/vllm.txt
+	$(BIN)/python -m pip download --quiet --no-deps --no-cache-dir --dest build/vllm-wheel vllm==0.33.0
+	$(BIN)/python -c "import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); wheel.extractall('$@', \
+	  [name for name in wheel.namelist() if name.endswith('.py') or '.dist-info/' in name])" build/vllm-wheel/*.whl
+	rm -rf build/vllm-wheel
+	@touch $@
+
+runtimes: .venv/dev build/vllm
 	$(INSTALL) --editable '.[mlx,onnx]'
 
 serve: .venv/demo build/served.shelf

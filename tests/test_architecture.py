@@ -56,6 +56,8 @@ LATE = {  # import inside a function → why
     ("formats.gguf.base", "gguf"): "extra `gguf`",
     ("models.gguf_chat", "jinja2.sandbox"): "likewise",
     ("formats.onnx", "onnxruntime"): "extra `onnx`",
+    ("plugins.vllm", "vllm.lora.request"): "only inside vLLM",
+    ("plugins.vllm", "vllm.lora.resolver"): "likewise",
     ("cli.arguments", "tasks.folders"): "only with --task-file",
     ("cli.arguments", "huggingface_hub"): "extra `llm`",
     ("cli.clustering", "models.protocol"): "only with --method d2c",

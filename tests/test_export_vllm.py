@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from factory import BASE, assert_same_delta, make_adapter
+from factory import BASE, assert_same_delta, dense, make_adapter
 from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, export_shelf, plan_add, read_adapter
 from lorashelf.errors import NotExportable, UsageError
+from lorashelf.plugins.shelves import SHELVES, shelves
+from lorashelf.plugins.vllm import number
 
 NewShelf = Callable[..., Shelf]
 
@@ -107,3 +112,66 @@ def test_a_base_must_be_known(tmp_path: Path, new_shelf: NewShelf) -> None:
     with pytest.raises(UsageError, match="the shelf names no base") as refused:
         export_shelf(shelf.snapshot(), tmp_path / "out", "vllm")
     assert "--served-base" in (refused.value.cure or "")
+
+
+# vLLM's own classes ---------------------------------------------------------------------------------------------------
+
+VLLM = Path(__file__).parent.parent / "build" / "vllm"
+needs_vllm = pytest.mark.skipif(not VLLM.exists(), reason="vLLM's Python files are not in build/vllm (make runtimes)")
+
+
+def weighted(adapter: Adapter) -> dict[str, float]:
+    """Module → Σ (i + 1) (j + 2) ΔW_ij: rows, columns, scales and signs all matter."""
+    return {
+        path: float((delta * np.arange(1, len(delta) + 1)[:, None] * np.arange(2, delta.shape[1] + 2)).sum())
+        for path, delta in dense(adapter).items()
+    }
+
+
+@needs_vllm
+@pytest.mark.parametrize("encoding", ["peft", "coded"])
+def test_vllm_s_own_classes_load_the_export_and_the_shelf(tmp_path: Path, new_shelf: NewShelf, encoding: str) -> None:
+    """The resolver of files, the loader of adapters, the plugin's entry point, and the server's own list of models."""
+    odd = make_adapter(2, ranks={"v_proj": 2}, scales={"v_proj": 0.3})
+    adapters = {"one": odd, "two": make_adapter(1), "three": make_adapter(3)}
+    shelf = filled(new_shelf(2, policy="kmerge", encoding=encoding), **adapters)
+    export_shelf(shelf.snapshot(), tmp_path / "out", "vllm")
+    program = Path(__file__).parent / "vllm_classes.py"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(VLLM),
+        "LORASHELF_SHELVES": str(shelf.path),
+        "VLLM_PLUGINS": "lorashelf",
+    }
+    run = [sys.executable, program, tmp_path / "out", BASE, *adapters]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    snapshot = shelf.snapshot()
+    for task in adapters:
+        wanted = weighted(snapshot.adapter(task))
+        for each in (found["files"][task], found["shelf"][task]):
+            assert each == pytest.approx(wanted, rel=1e-4, abs=1e-2)
+    objects = {task: snapshot.located(task)[0].object.id for task in adapters}
+    ids = {
+        identity: {found["ids"][task] for task in adapters if objects[task] == identity}
+        for identity in objects.values()
+    }
+    assert ids == {identity: {number(identity)} for identity in ids}
+    assert len(ids) == 2
+    assert found["names"] == {task: task for task in adapters}
+    assert found["added"] == [[task, found["ids"][task]] for task in adapters]  # as it reaches vLLM's engine
+    assert (found["missing"], found["wrong"]) == (404, 404)
+    assert found["resolver"] is found["equal"] is found["there"] is found["files_of_another_base"] is True
+
+
+def test_numbers_of_objects_are_in_vllm_s_range() -> None:
+    numbers = [number(f"b2-{i:064x}") for i in (0, 1, 2**64 - 1)] + [number("b2-" + "f" * 64)]
+    assert all(2**30 <= each < 2**31 for each in numbers)
+
+
+def test_shelves_are_separated_as_in_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SHELVES, os.pathsep.join(["/a.shelf", "", "/b.shelf"]))
+    assert shelves() == [Path("/a.shelf"), Path("/b.shelf")]
+    monkeypatch.delenv(SHELVES)
+    assert shelves() == []

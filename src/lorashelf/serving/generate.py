@@ -68,9 +68,7 @@ def service(
     if most < 1:
         raise UsageError(f"max_new_tokens is {most}", cure="give 1 or more")
     snapshot.check_bytes(slot)  # before a model is loaded
-    base, settings = snapshot.manifest.base, snapshot.settings
-    names = {base.name if base else "", settings.base or "", *settings.base_aliases} - {""}
-    return Service(task, slot.id, snapshot.adapter(task), instruction, most, frozenset(names))
+    return Service(task, slot.id, snapshot.adapter(task), instruction, most, snapshot.base_names)
 
 
 def stream(

@@ -59,6 +59,12 @@ class Snapshot:
         return self.settings.budget.keep
 
     @property
+    def base_names(self) -> frozenset[str]:
+        """The names of the shelf's base model; none if it is unknown."""
+        base, settings = self.manifest.base, self.settings
+        return frozenset({base.name if base else "", settings.base or "", *settings.base_aliases} - {""})
+
+    @property
     def ancestors(self) -> Mapping[str, Manifest]:
         """The kept predecessors of the head, nearest first."""
         found: dict[str, Manifest] = {}

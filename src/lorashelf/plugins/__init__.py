@@ -1,0 +1,1 @@
+"""Entry points by which other programs find shelves: vLLM and llm."""
