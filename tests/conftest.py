@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 import shapes
 
 if TYPE_CHECKING:
+    from command import Command
     from lorashelf import Shelf
     from lorashelf.models.hf import HFBackend
 
@@ -32,6 +33,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("default")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line, called in this process."""
+    from command import Command
+
+    return Command(capsys)
 
 
 @pytest.fixture

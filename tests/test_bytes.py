@@ -41,9 +41,6 @@ from lorashelf.placement.rates import Rate, steps
 from lorashelf.shelf.packing import plan_pack
 from lorashelf.shelf.repair import repair
 from lorashelf.shelf.settings import read_toml
-from test_cli import run
-
-__all__ = ["run"]
 
 
 def adapter(seed: int) -> Adapter:

@@ -24,11 +24,6 @@ from manifests import unfolded
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
-
-
-@pytest.fixture
 def zoo(tmp_path: Path) -> dict[str, Path]:
     return {
         name: write_peft(tmp_path / "zoo" / name, make_adapter(i))

@@ -10,9 +10,7 @@ from command import Command
 from factory import make_adapter, tree, write_peft
 from lorashelf import norm, read_adapter
 from lorashelf.lora.algebra import combine
-from test_cli import run
 
-__all__ = ["run"]
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from command import Command
 from factory import assert_same_delta, tree
 from lorashelf import PARTITIONERS, BaseId, Shelf, merge, plan_add, plan_set, read_adapter, write_adapter
 from lorashelf.cli import clustering, main, output
@@ -44,10 +45,8 @@ def examples(folder: Path, count: int, *, validation: bool = True, text: str = "
 def run(capsys: pytest.CaptureFixture[str], house: Path, output: Path, *more: object) -> tuple[int, Any, str]:
     words = ["cluster", *(house / "zoo" / name for name in NAMES), "-o", output, "--slots", 2, "--method", "d2c"]
     words += ["--examples", house / "tasks", "--base", house / "base", "--iterations", 12, "--examples-per-task", 3]
-    with pytest.raises(SystemExit) as exit_:
-        main([*map(str, [*words, *more]), "--json"])
-    printed = capsys.readouterr()
-    return int(exit_.value.code or 0), json.loads(printed.out), printed.err
+    command = Command(capsys)
+    return *command(*words, *more), command.stderr
 
 
 def test_the_document_and_the_shelf(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,7 @@ from command import Command
 from factory import make_adapter, write_peft
 from lorashelf import Factors, documents
 from test_bytes import adapter
-from test_cli import run
 
-__all__ = ["run"]
 CLI = Path(__file__).parent.parent / "docs" / "cli.md"
 
 

@@ -387,10 +387,3 @@ def test_the_commands_run_on_llama_cpp(house: Path, base: Path, theirs: HFBacken
     code, refused = run("cluster", *zoo, "-o", house / "x", "--slots", 2, "--method", "random", *engine)
     assert code == 2
     assert "--engine" in refused["error"]["message"]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    from command import Command
-
-    return Command(capsys)

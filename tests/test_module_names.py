@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from command import Command
 from factory import SHAPES, assert_same_delta, make_adapter, module_path, peft_tensors, write_peft
 from lorashelf import (
     METHODS,
@@ -36,7 +36,6 @@ from lorashelf import (
     read_adapter,
     similarity,
 )
-from lorashelf.cli import main
 from lorashelf.errors import AdapterFormatError, NameMismatch, ShapeMismatch
 from lorashelf.lora.module_names import _RENAMED, BASE_PREFIXES, TOWERS, WRAPPERS, _kind, canonical
 from lorashelf.merging import unmerge
@@ -274,46 +273,42 @@ def test_a_digest_does_not_depend_on_what_lies_beside_the_adapter(tmp_path: Path
     assert shelf.snapshot().manifest.tasks["t1"]["digest"] == under(make_adapter(1), "layers").digest
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[dict[str, Any], str]:
+def printed(run: Command, *words: object) -> tuple[dict[str, Any], str]:
     """A command's JSON document and what it printed for people."""
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, words), "--json"])
-    said = capsys.readouterr()
-    assert ended.value.code == 0, said
-    return json.loads(said.out), said.err
+    code, document = run(*words)
+    assert code == 0, document
+    return document, run.stderr
 
 
-def test_adapters_that_share_no_module_are_merged_over_the_union_with_a_notice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapters_that_share_no_module_are_merged_over_the_union_with_a_notice(tmp_path: Path, run: Command) -> None:
     attention = write_peft(tmp_path / "attention", make_adapter(0, projections=("q_proj",)))
     mlp = write_peft(tmp_path / "mlp", make_adapter(1, projections=("v_proj",)))
     none, shelf, merged, clustered = {"modules": 0, "of": 2}, tmp_path / "s", tmp_path / "m", tmp_path / "c"
-    run(capsys, "init", shelf, "--slots", 1, "--policy", "kmerge")
-    assert "in common" not in run(capsys, "add", shelf, attention)[1]
+    printed(run, "init", shelf, "--slots", 1, "--policy", "kmerge")
+    assert "in common" not in printed(run, "add", shelf, attention)[1]
     for words, found in (
         (["add", shelf, mlp, "--dry-run"], lambda d: d.get("added", [d])[0]["shared"]),
         (["add", shelf, mlp], lambda d: d.get("added", [d])[0]["shared"]),
         (["merge", attention, mlp, "-o", merged, "--method", "linear"], lambda d: d["shared"]),
         (["cluster", attention, mlp, "-o", clustered, "--slots", 1, "--method", "single"], lambda d: d["shared"]["0"]),
     ):
-        document, said = run(capsys, *words)
+        document, said = printed(run, *words)
         assert "0 of 2 modules in common" in said
         assert found(document) == none
     for command in ("plan", "compare"):
-        assert "all of them: 0 of 2 modules in common" in run(capsys, command, attention, mlp)[1]
+        assert "all of them: 0 of 2 modules in common" in printed(run, command, attention, mlp)[1]
     both = combine([read_adapter(attention), read_adapter(mlp)], [0.5, 0.5])
     assert_same_delta(read_adapter(merged), both, 1e-5)
 
 
-def test_adapters_of_one_kind_get_no_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapters_of_one_kind_get_no_notice(tmp_path: Path, run: Command) -> None:
     few = write_peft(tmp_path / "few", make_adapter(0, projections=("q_proj",)))
     more = write_peft(tmp_path / "more", make_adapter(1))
-    document, said = run(capsys, "merge", few, more, "-o", tmp_path / "m", "--method", "cat")
+    document, said = printed(run, "merge", few, more, "-o", tmp_path / "m", "--method", "cat")
     assert document["shared"] == {"modules": 2, "of": 2}
     assert "in common" not in said
     for command in ("plan", "compare"):
-        assert "in common" not in run(capsys, command, few, more)[1]
+        assert "in common" not in printed(run, command, few, more)[1]
 
 
 # names that training tools leave ------------------------------------------------------------------------------------

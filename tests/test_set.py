@@ -13,11 +13,6 @@ from lorashelf.errors import ShelfConfigError, UnknownName, UsageError
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
-
-
-@pytest.fixture
 def shelf(tmp_path: Path) -> Shelf:
     """Three tasks in two slots, and a shelf.toml with a person's remarks."""
     made = Shelf.create(tmp_path / "a.shelf", new_settings(3, policy="kmerge", keep=2))

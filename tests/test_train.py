@@ -24,7 +24,7 @@ from lorashelf.models.base_model import BaseModel, open_base
 from lorashelf.models.hf import HFBackend
 from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import Example, ExampleSet, Task, read_tasks
-from lorashelf.training import trainer as trainee_module
+from lorashelf.training import trainer as trainer_module
 from lorashelf.training.config import Hyperparameters, TrainSettings
 from lorashelf.training.job import training_jobs
 from lorashelf.training.run import LOCK, RECORD_FILE, STATE_FOLDER, Moment, train, train_into
@@ -573,7 +573,7 @@ def test_without_peft_the_extra_is_named(base: BaseModel, monkeypatch: pytest.Mo
     with pytest.raises(MissingExtra, match="peft"):
         training_jobs({"a": make_task()}, base)
     with pytest.raises(MissingExtra):
-        trainee_module.peft_library()
+        trainer_module.peft_library()
 
 
 def test_the_faults_of_all_task_folders_are_named(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from command import Command
 from factory import assert_same_delta, make_adapter, write_peft
 from lorashelf import (
     METHODS,
@@ -24,7 +24,6 @@ from lorashelf import (
     plan_remove,
     plan_update,
 )
-from lorashelf.cli import main
 from lorashelf.merging.average import without
 from lorashelf.merging.spec import MergeSpec
 from lorashelf.placement.partitioners import PARTITIONERS, partition
@@ -169,16 +168,14 @@ def test_every_command_that_averages_warns(
 ) -> None:
     a, b = write_peft(tmp_path / "a", make_adapter(0)), write_peft(tmp_path / "idle", idle)
 
+    command = Command(capsys)
+
     def run(*words: Any) -> dict[str, Any]:
-        with pytest.raises(SystemExit) as exit_:
-            main([*map(str, words), "--json"])
-        assert exit_.value.code in (0, None)
-        printed = capsys.readouterr()
-        assert (printed.err.count(said), "left out of averages" in printed.err or "averages" not in printed.err) == (
-            0 if words[0] == "init" else 1,
-            True,
-        )
-        return json.loads(printed.out)
+        code, document = command(*words)
+        assert code == 0
+        assert command.stderr.count(said) == (0 if words[0] == "init" else 1)
+        assert "left out of averages" in command.stderr or "averages" not in command.stderr
+        return document
 
     run("init", tmp_path / "s", "--slots", 1)
     run("add", tmp_path / "s", a, b)
