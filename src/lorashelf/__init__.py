@@ -28,6 +28,7 @@ if typing.TYPE_CHECKING:
     from .placement.partitioners import PARTITIONERS, partition, partitioner
     from .placement.policies import POLICIES, PlacementSpec, policy
     from .search.cluster import cluster_by_loss
+    from .serving.attachment import attach
     from .shelf.arrival import candidates, plan_add
     from .shelf.manifest import Manifest
     from .shelf.plan import Plan
@@ -57,6 +58,7 @@ _NAMES = {  # module → the names imported from it on first use
     "placement.partitioners": ("PARTITIONERS", "partition", "partitioner"),
     "placement.policies": ("POLICIES", "PlacementSpec", "policy"),
     "search.cluster": ("cluster_by_loss",),
+    "serving.attachment": ("attach",),
     "shelf.manifest": ("Manifest",),
     "shelf.plan": ("Plan",),
     "shelf.slot": ("Slot",),
@@ -95,6 +97,7 @@ __all__ = [
     "Snapshot",
     "Within",
     "__version__",
+    "attach",
     "base_folder",
     "candidates",
     "cluster",

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import Fault, OutOfMemory, ShapeMismatch
 from ..faults import Faults
 from ..lora.adapter import Adapter
 from ..lora.alignment import respelled
-from .base_model import BaseModel
 from .fitting import check_all
 from .loading import libraries
 from .memory import within_memory
@@ -29,6 +29,25 @@ Placed = Mapping[str, tuple["torch.Tensor", "torch.Tensor"]]
 _BARE: Placed = MappingProxyType({})
 
 
+class Loaded(Protocol):
+    """A model in memory: its name, and the lock of the thread that computes with it."""
+
+    @property
+    def name(self) -> str:
+        """The name to show for it."""
+        ...
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers."""
+        ...
+
+    @property
+    def lock(self) -> threading.Lock:
+        """Held while a thread computes with the model: hooks on the model would affect every thread."""
+        ...
+
+
 class AdapterPool:
     """The most recently used adapters as tensors on the base's device: at most `most`, one per digest.
 
@@ -36,7 +55,7 @@ class AdapterPool:
     at a time. Between blocks no hook is left on the base. Using an adapter that is in the pool copies nothing.
     """
 
-    def __init__(self, base: BaseModel, most: int) -> None:
+    def __init__(self, base: Loaded, most: int) -> None:
         self._torch, _ = libraries()
         self._base, self._most = base, most
         self._layers = dict(base.model.named_modules())

@@ -71,7 +71,7 @@ class ShelfResolver:
 
 def number(identity: str) -> int:
     """Return the integer by which vLLM knows an object: 2³⁰ and above, where vLLM's own numbers do not reach."""
-    return 2**_BITS + int(identity.rpartition("-")[2][:16], 16) % 2**_BITS
+    return (1 << _BITS) + int(identity.rpartition("-")[2][:16], 16) % (1 << _BITS)
 
 
 def register() -> None:
@@ -92,17 +92,15 @@ def _request_class() -> Any:
     """
     from vllm.lora.request import LoRARequest
 
-    class NumberedRequest(LoRARequest):
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name != "lora_int_id":
-                super().__setattr__(name, value)
+    def keep_number(self: Any, name: str, value: Any) -> None:
+        if name != "lora_int_id":
+            LoRARequest.__setattr__(self, name, value)
 
-        def __eq__(self, other: object) -> bool:  # as vLLM compares, by names, also with its own class
-            return isinstance(other, LoRARequest) and bool(self.lora_name == other.lora_name)
+    def equal(self: Any, other: object) -> bool:  # as vLLM compares, by names, also with its own class
+        return isinstance(other, LoRARequest) and bool(self.lora_name == other.lora_name)
 
-        __hash__ = LoRARequest.__hash__
+    def as_own(self: Any) -> tuple[Any, ...]:  # to other processes it goes as vLLM's own
+        return LoRARequest, (self.lora_name, self.lora_int_id, self.lora_path)
 
-        def __reduce__(self) -> tuple[Any, ...]:  # to other processes it goes as vLLM's own
-            return LoRARequest, (self.lora_name, self.lora_int_id, self.lora_path)
-
-    return NumberedRequest
+    methods = {"__setattr__": keep_number, "__eq__": equal, "__hash__": LoRARequest.__hash__, "__reduce__": as_own}
+    return type("NumberedRequest", (LoRARequest,), methods)
