@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -387,3 +389,21 @@ def test_the_commands_run_on_llama_cpp(house: Path, base: Path, theirs: HFBacken
     code, refused = run("cluster", *zoo, "-o", house / "x", "--slots", 2, "--method", "random", *engine)
     assert code == 2
     assert "--engine" in refused["error"]["message"]
+
+
+def test_neither_torch_nor_transformers_is_needed(house: Path, base: Path) -> None:
+    code = """
+import sys
+sys.modules |= dict.fromkeys(("torch", "transformers", "peft", "huggingface_hub"))  # importing them fails
+from lorashelf.cli import main
+main(sys.argv[1:])
+"""
+    for words in (
+        ("generate", house / "s", "a", "It go", "--engine", "llamacpp"),
+        ("eval", house / "s", "--data", house / "tasks", "--tasks", "a", "--engine", "llamacpp", "--loss-only"),
+        ("export", house / "s", "-o", house / "out", "--format", "ollama"),
+    ):
+        run = [sys.executable, "-c", code, *map(str, words), "--base", str(base), "--json"]
+        done = subprocess.run(run, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)
