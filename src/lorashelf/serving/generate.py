@@ -6,9 +6,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
 from ..lora.adapter import Adapter
-from ..models.protocol import Answers
+from ..models.protocol import Answers, Continues, Row
+from ..models.sampling import Sampler, Sampling
+from ..models.tokens import Pieces
 from ..shelf.snapshot import Snapshot
 
 MOST_TOKENS = 64  # of an answer, unless the caller or the task sets another limit
@@ -39,11 +41,38 @@ class Service:
         self.note_base(model.name)
         return pieces
 
+    def continued(self, model: Continues, text: str, sampling: Sampling) -> Iterator[str]:
+        """Return as `stream`, with every token chosen by `sampling`. Raises TooLong and UsageError before the first
+        piece, ShapeMismatch, ModelError and OutOfMemory with it.
+        """
+        query, room = model.text.answerable(self.instruction, checked(text), self.max_new_tokens)
+        self.note_base(model.name)
+        return _pieces(model, Row(query, self.adapter, Sampler(sampling)), room)
+
     def note_base(self, name: str) -> None:
         """Warn if the shelf is for another base model than that of this name."""
         if self.bases and name not in self.bases:
             shelf = " or ".join(sorted(self.bases))
             _logger.warning("the shelf is for %s; %s has matching shapes and is used", shelf, name)
+
+
+def _pieces(model: Continues, row: Row, most: int) -> Iterator[str]:
+    """Yield the text of at most so many tokens after a row's prompt, as it becomes final."""
+    text, batch = Pieces(model.text), model.decoding(1)
+    try:
+        (token,) = batch.join([row])
+        while True:
+            if isinstance(token, ModelError):
+                raise token
+            if piece := text.add(token.id):
+                yield piece
+            if text.ended or len(text.tokens) == most:
+                break
+            (token,) = batch.step()
+    finally:
+        batch.keep([])
+    if not text.ended and (piece := text.rest()):
+        yield piece
 
 
 def service(
