@@ -46,6 +46,7 @@ build/vllm: tests/vllm.txt .venv/dev
 
 runtimes: .venv/dev build/vllm
 	$(INSTALL) --editable '.[mlx,onnx]'
+	$(INSTALL) --no-deps lorashare vlora-dev
 
 serve: .venv/demo build/served.shelf
 	$(BIN)/lorashelf serve build/served.shelf

@@ -62,6 +62,8 @@ def something_else(folder: Path, names: set[str]) -> Fault | None:
     if not tensors and ("adapters.safetensors" in names or (config and _is_mlx(folder / CONFIG_FILE))):
         what = "an MLX adapter: the factors are transposed, under other names, with a scale instead of an alpha"
         return Fault(what, "convert it to PEFT's files: docs/adapters.md, 'From MLX'")
+    if found := _shared_basis(folder, names):
+        return found
     if config and not tensors:
         return _without_tensors(folder, names)
     return None if config else _without_config(folder, names)
@@ -84,6 +86,19 @@ def not_the_file(name: str, path: Path) -> Fault | None:
 def _shelf(shelf: Path) -> Fault:
     cure = f"give the folder that serves a task, as printed by: lorashelf route {shelf} TASK"
     return Fault("this is a shelf, not an adapter", cure)
+
+
+def _shared_basis(folder: Path, names: set[str]) -> Fault | None:
+    """Return the fault of a folder of vlora or lorashare, which have several adapters in one basis."""
+    if "subspace_meta.json" in names:
+        command = f"vlora export {folder} TASK -o TASK --alpha ALPHA --base-model BASE"
+        cure = f"write each as a PEFT folder, with the alpha of the originals, which vlora does not store: {command}"
+        return Fault("a subspace of vlora, in which several adapters share a basis", cure)
+    top = folder if "share_config.json" in names else folder.parent.parent if "loadings.safetensors" in names else None
+    if top is None:
+        return None
+    cure = f"write each as a PEFT folder: lorashare reconstruct {top} --all -o adapters"
+    return Fault("a checkpoint of lorashare, in which several adapters share a basis", cure)
 
 
 def _is_mlx(config: Path) -> bool:
