@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..atomic import expanded
-from ..errors import AdapterError, AdapterFormatError, Fault, MissingExtra, TaskNameError, UsageError, numbered
+from ..errors import AdapterError, AdapterFormatError, Fault, TaskNameError, UsageError, numbered
 from ..formats.objects import CONFIG_FILE
 from ..formats.peft import read_adapter
 from ..lora.adapter import Adapter
@@ -155,33 +155,17 @@ def named(text: str) -> tuple[str | None, str]:
 
 def name_of(text: str, default: str | None = None) -> str:
     """Return the task name of an ADAPTER argument: NAME, else `default`, else the folder's (a link's own), else the
-    last part of the hub id.
+    last part of the hub id, without its revision.
     """
     name, rest = named(text)
-    own = os.path.basename(os.path.abspath(expanded(rest)))
+    place = rest if os.path.lexists(expanded(rest)) else rest.partition("@")[0]
+    own = os.path.basename(os.path.abspath(expanded(place)))
     return next(each for each in (name, default, own) if each is not None)
 
 
 def read_one(text: str) -> Adapter:
     """Read the adapter of an ADAPTER argument."""
-    return read_adapter(_folder(named(text)[1]))
-
-
-def _folder(text: str) -> Path:
-    folder = expanded(text)
-    if os.path.lexists(folder) or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-        return folder
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-    except ImportError as error:
-        purpose = f"there is no folder {text!r}; as a hub id it"
-        raise MissingExtra(purpose, "huggingface_hub", "llm", instead="give an existing folder") from error
-    try:
-        return Path(snapshot_download(text, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError) as error:
-        cure = "give an existing folder, or download the adapter first (hf download)"
-        raise AdapterFormatError([f"{text!r} is not a folder or a hub id in the cache"], cure=cure) from error
+    return read_adapter(named(text)[1])
 
 
 def read_each(texts: Sequence[str], task: str | None = None) -> list[tuple[str, Adapter]]:

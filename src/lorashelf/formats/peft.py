@@ -21,21 +21,22 @@ from ..lora.adapter import WIDTHS, Adapter, BaseId, Factors, Modules, Shape, Sta
 from .codec import Codec
 from .objects import CONFIG_FILE, TENSOR_FILE, Stored, StoredFile, length, object_digest
 from .peft_config import carried, config_faults, resolved_scales, training_only, unmatched
-from .peft_folder import not_a_folder, not_the_file, prompt_notices, something_else, trained_beside
+from .peft_folder import adapter_folder, not_a_folder, not_the_file, prompt_notices, something_else, trained_beside
 from .peft_tensors import factor_shapes, paired, value_faults
 from .safetensors import SPELLED, STORED, Guard, Lost, TensorFile, encode_header, stored_values
 from .written_config import stored_scale, written_config
 
 
 def read_adapter(path: str | Path, *, check_values: bool = True) -> Adapter:
-    """Read a PEFT adapter folder; tensors stay in the file, held open, until they are used.
+    """Read a PEFT adapter folder, or a hub id in the local cache (owner/name, owner/name@revision); tensors stay in the
+    file, held open, until they are used.
 
     Each module's Factors are a (r, din), b (dout, r) float32 and the resolved scale. With `check_values` every tensor
     is read once and refused if it contains NaN or infinity. Module names are cleaned of what training tools add.
     Raises AdapterFormatError with all faults of config, header and values at once; the adapter's modules raise it if
-    the file changes before they are read.
+    the file changes before they are read; MissingExtra for a hub id without huggingface_hub.
     """
-    return _read(atomic.expanded(path), check_values, None)
+    return _read(adapter_folder(path), check_values, None)
 
 
 def _read(folder: Path, check_values: bool, guard: Guard | None) -> Adapter:

