@@ -33,7 +33,7 @@ from lorashelf.export.formats import FORMATS
 from lorashelf.export.target import ROUTES
 from lorashelf.formats.gguf.base import ARCHITECTURES, GgufBase, Tensor, base_of
 from lorashelf.formats.gguf.header import F16, F32, read_header
-from lorashelf.formats.gguf.lora import TOLERANCES, read_lora
+from lorashelf.formats.gguf.lora import TOLERANCES, read_lora, write_lora
 from lorashelf.formats.mlx import read_mlx
 from lorashelf.lora.algebra import relative_error
 from lorashelf.models.base_model import located
@@ -369,6 +369,17 @@ def adapter_file(tmp_path: Path) -> Path:
     return tmp_path / "l" / "slot-0.gguf"
 
 
+def not_a_lora(tmp_path: Path) -> Path:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen2")
+    writer.add_type("model")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return tmp_path / "model.gguf"
+
+
 def cut_short(tmp_path: Path) -> Path:
     whole = tiny_gguf(tmp_path / "whole.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 3])
@@ -459,10 +470,17 @@ def test_what_reads_back_wrong_is_not_reported_as_done(
     assert tree(tmp_path) == before
 
 
+def test_a_type_that_is_not_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="unknown outtype 'q4_0'"):
+        write_lora(make_adapter(), {}, "qwen2", tmp_path / "x.gguf", "q4_0")
+
+
 def test_a_file_with_other_tensors_is_not_read_as_the_adapter(tmp_path: Path, two: Shelf) -> None:
     export_shelf(two.snapshot(), tmp_path / "out", "gguf", {"arch": "qwen2"})
     with pytest.raises(AdapterFormatError, match="the tensors are not those of the adapter"):
         read_lora(tmp_path / "out" / "slot-0.gguf", {"model.layers.0.x": Tensor("blk.0.attn_q.weight", 0)})
+    with pytest.raises(AdapterFormatError, match="the tensors are not those of the adapter"):
+        read_lora(not_a_lora(tmp_path), {})
 
 
 def test_a_damaged_slot_is_not_exported(tmp_path: Path, two: Shelf) -> None:
@@ -472,6 +490,9 @@ def test_a_damaged_slot_is_not_exported(tmp_path: Path, two: Shelf) -> None:
     with pytest.raises(CorruptShelf):
         export_shelf(two.snapshot(), tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(UsageError, match="already exists"):  # before a slot is read
+        export_shelf(two.snapshot(), tmp_path / "taken", "peft")
     assert export_shelf(two.snapshot(), tmp_path / "one", "peft", tasks=["a"])["routes"] == {"a": "slot-0"}
 
 

@@ -309,6 +309,12 @@ def test_adapters_of_another_base_are_named_together(model: LlamaCppBackend, cap
     assert "acme/other" in caplog.text
 
 
+def test_a_loss_that_is_not_finite_is_an_error(model: LlamaCppBackend) -> None:
+    x = Factors(np.full((1, HIDDEN), 1e30, "f4"), np.full((HIDDEN, 1), 1e30, "f4"))
+    with pytest.raises(ModelError, match="has a loss that is not finite"):
+        model.nll([(Adapter(Modules({"model.layers.0.self_attn.o_proj": x})), SET)])
+
+
 def test_a_file_that_llama_cpp_refuses_is_an_error_and_no_crash(model: LlamaCppBackend, tmp_path: Path) -> None:
     """The library returns a null pointer, which is not None."""
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))

@@ -79,7 +79,7 @@ def read_header(path: Path) -> Header:
             return _Reader(file, path).header()
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
-    except (struct.error, ValueError, MemoryError) as error:
+    except ValueError as error:
         raise _unreadable(path, "it is not a GGUF file, or it is cut off") from error
 
 
