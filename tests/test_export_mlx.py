@@ -14,13 +14,31 @@ import pytest
 
 from factory import make_adapter
 from llama_model import tiny
-from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, export_shelf, plan_add
+from lorashelf import (
+    Adapter,
+    BaseId,
+    Factors,
+    Modules,
+    Shelf,
+    attach,
+    base_folder,
+    export_shelf,
+    plan_add,
+    read_adapter,
+)
 from lorashelf.errors import ModelError, NotExportable
 from lorashelf.lora.algebra import relative_error
 from lorashelf.lora.folding import folded, uniform
 
 needs_mlx = pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx-lm is not installed")
-ARCHITECTURES = ("llama", "qwen3", "gemma2", "phi3")  # mlx-lm 0.32.2 misreads what transformers 5 saves of others
+ARCHITECTURES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "phi3",
+)  # mlx-lm 0.32.2 misreads what transformers 5 saves of others
+ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 NewShelf = Callable[..., Shelf]
 
 
@@ -56,7 +74,9 @@ def mlx_logits(folder: Path, ids: list[int], adapter: Path | None = None) -> np.
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    rope = saved.get("rope_parameters", {})  # where transformers 5 has rope_theta; mlx-lm 0.32.2 looks beside it
+    model, _ = load_model(folder, model_config={name: rope[name] for name in ("rope_theta",) if name in rope})
     if adapter is not None:
         load_adapters(model, str(adapter))
     model.eval()
@@ -179,3 +199,23 @@ def test_uniform_factors_are_the_same_update() -> None:
     even = folded(f, 4.0)
     np.testing.assert_allclose(even.delta(), f.delta(), rtol=1e-6)
     assert 0.5 <= np.abs(even.a).max() / np.abs(even.b).max() <= 2
+
+
+@needs_mlx
+@pytest.mark.long
+def test_a_real_base_agrees_with_the_exported_adapter_as_it_does_without(
+    tmp_path: Path, new_shelf: NewShelf, one_thread: None, smollm2: Any
+) -> None:
+    """SmolLM2's dequantised weights in float32 in both, an adapter of the example zoo, stored in f16."""
+    adapter, base = read_adapter(ZOO / "gec-de"), base_folder()
+    shelf = alone(new_shelf(1), adapter)
+    export_shelf(shelf.snapshot(), tmp_path / "out", "mlx", {"base": str(base)})
+    ids = smollm2.text.query("Correct the grammar of the text.", "Er gehen gestern in die Schule und lernt viel.")
+    bare = logits(smollm2.base.model, ids)
+    with attach(smollm2.base.model, shelf, "task"):
+        wanted = logits(smollm2.base.model, ids)
+    apart = np.abs(mlx_logits(base, ids) - bare).max()
+    found = np.abs(mlx_logits(base, ids, tmp_path / "out" / "slot-0") - wanted).max()
+    assert np.abs(wanted - bare).max() > 1
+    assert apart < 1e-3
+    assert found < 3 * apart + 1e-4
