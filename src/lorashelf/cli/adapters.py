@@ -24,12 +24,12 @@ from ..merging.average import one_base
 from ..placement.policies import median_similarity
 from ..report.formats import format_of
 from ..report.heatmap import draw_heatmap, heatmap_format
-from ..report.numbers import size
+from ..report.numbers import score, size
 from ..report.preview import describe, forecast
 from ..report.rate_curve import PERCENTS, draw_curve, rate_curve, within
 from ..shelf.settings import new_settings
 from . import arguments as arg
-from .output import coding, counted, note, progress, score, show, table
+from .output import coding, counted, note, progress, show, table
 
 FOR_SLOTS = {"slots": "--slots", "merge": "--merge", "parameter": "-p", "rank": "--rank", "dtype": "--dtype"}
 """Options of `plan` that are not for coded objects."""

@@ -15,6 +15,7 @@ from ..lora.adapter import Adapter
 from ..lora.quality import MOST_QUALITY
 from ..names import task_name
 from ..placement.policies import BYTES
+from ..report.decisions import decision_lines
 from ..report.numbers import size
 from ..shelf.arrival import plan_add
 from ..shelf.plans import check_arrivals
@@ -22,7 +23,7 @@ from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from . import arguments as arg
-from .output import Meter, coded_lines, note, print_fitting, score, show
+from .output import Meter, note, print_fitting, show
 from .process import interrupted
 
 Arrivals = Sequence[tuple[str, Adapter]]
@@ -247,29 +248,11 @@ def _watched(count: int, json: bool) -> Iterator[Callable[[Mapping[str, Any]], N
             if "reason" in item:
                 note(f"{item['task']}: {item['reason']}")
             if not json:
-                print_fitting(*_lines(item))
+                print_fitting(*decision_lines(item))
             if meter is not None:
                 meter.at(done, f"adding: {item['task']}")
 
         yield report
-
-
-def _lines(item: Mapping[str, Any]) -> list[str]:
-    """Return the decision as one line, in wordings from the longest to the shortest."""
-    if "coded" in item:
-        return coded_lines(item)
-    place = f"{item['task']}: {'opens' if item['decision'] == 'open' else 'folds into'} slot {item['slot']}"
-    others = [member for member in item["members"] if member != item["task"]]
-    best = score(max(item["scores"].values(), default=None))
-    limit = f", threshold {score(item['threshold'])}" if item["threshold"] is not None else ""
-    routed = "" if item["merged"] else ", whose average already includes it"
-    if item.get("untrained"):
-        routed = ", only routed"
-    scores = f"{routed} (best score {best}{limit})" if item["scores"] else routed
-    if not others:
-        return [f"{place}{scores}", place]
-    count = f" with {len(others)} others" if len(others) > 1 else f" with {others[0]}"
-    return [f"{place} with {', '.join(others)}{scores}", f"{place}{count}{scores}", f"{place}{count}", place]
 
 
 PANEL = "The shelf"

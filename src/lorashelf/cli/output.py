@@ -11,9 +11,7 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from unicodedata import combining, east_asian_width
 
-from ..documents import Coded, ListedSlot
 from ..errors import DiskError
-from ..report.numbers import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -181,38 +179,6 @@ def duration(seconds: float) -> str:
 def note(text: str) -> None:
     """Print a line for people on stderr."""
     print(text, file=sys.stderr)
-
-
-def rate_cells(coded: Coded | ListedSlot) -> tuple[str, str, str]:
-    """Format the size of a coded object, its share of 16 bits and its predicted quality.
-
-    >>> rate_cells({"bytes": 18432, "percent": 1.0, "predicted_quality": 0.954})
-    ('18.4 kB', '1.00 %', '0.954')
-    """
-    kept = coded["predicted_quality"]
-    return size(coded["bytes"]), f"{coded['percent']:.2f} %", "-" if kept is None else f"{kept:.3f}"
-
-
-def coded_lines(item: Mapping[str, Any], done: str = "") -> list[str]:
-    """Return how a task was coded on a shelf of bytes, after what was done, as one line, in wordings from the longest
-    to the shortest.
-    """
-    taken, share, kept = rate_cells(item["coded"][item["task"]])
-    others = [member for member in item["members"] if member != item["task"]]
-    shared = f", shared with {', '.join(others)}" if others else ""
-    coded = f"{item['task']}: {done}{taken} ({share} of 16 bits){shared}, predicted quality {kept}"
-    if not item["coarser"]:
-        return [coded]
-    return [
-        f"{coded}; coarser now: {', '.join(item['coarser'])}",
-        f"{coded}; {len(item['coarser'])} coarser now",
-        coded,
-    ]
-
-
-def score(value: float | None) -> str:
-    """Format a similarity with four decimals; '-' for none."""
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _cell(value: object) -> str:

@@ -13,6 +13,7 @@ from ..documents import Packed
 from ..errors import UsageError, numbered
 from ..lora.quality import summary
 from ..placement.policies import BYTES
+from ..report.decisions import rate_cells
 from ..report.numbers import size
 from ..shelf.allocation import rate
 from ..shelf.creation import check_vacant
@@ -22,7 +23,7 @@ from ..shelf.settings import Settings, new_settings
 from ..shelf.shelf import Shelf
 from ..shelf.snapshot import Snapshot
 from . import arguments as arg
-from .output import coding, note, rate_cells, show, table
+from .output import coding, note, show, table
 
 
 def pack(

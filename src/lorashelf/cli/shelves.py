@@ -10,12 +10,13 @@ import typer
 
 from ..documents import Listing
 from ..errors import UsageError, numbered
+from ..report.decisions import coded_lines, rate_cells
 from ..report.numbers import size
 from ..shelf import routing
 from ..shelf.plans import plan_remove, plan_update
 from ..shelf.shelf import Shelf
 from . import arguments as arg
-from .output import coded_lines, rate_cells, show, table
+from .output import show, table
 
 Task = Annotated[str, typer.Argument(help="A task on the shelf.", metavar="TASK", show_default=False)]
 

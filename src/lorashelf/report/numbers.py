@@ -14,3 +14,8 @@ def size(count: float) -> str:
     if count < 1e5:
         return f"{count / 1e3:.1f} kB"
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def score(value: float | None) -> str:
+    """Format a similarity with four decimals; '-' for none."""
+    return "-" if value is None else f"{value:.4f}"
