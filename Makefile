@@ -1,20 +1,22 @@
 # make demo   sets up and shows lorashelf on real adapters        make test      sets up and runs the tests, the long ones aside
-# make serve  sets up and serves the example adapters over HTTP
+# make serve  sets up and serves the example adapters: a page, and OpenAI's API
 # make check  everything that .ci/run gates                       make test-all  runs the long ones too
 # make clean  removes what these made                             make llamacpp  adds llama-cpp-python, which pip builds: a quarter of an hour
 #                                                                 make runtimes  adds the other runtimes that exports are tested on
+#                                                                 make browser   adds what the page is tested with, besides Chromium itself
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
+AXE := 4.14.1
 # one thread per worker; a worker that has run its share takes over half of what another has left
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo serve llamacpp runtimes test test-all check format lint types docs wheel fix clean
+.PHONY: demo serve llamacpp runtimes browser test test-all check format lint types docs wheel fix clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5p' Makefile
+	@sed -n '1,6p' Makefile
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +32,7 @@ help:
 
 demo: .venv/demo
 	$(BIN)/lorashelf demo
+	@echo; echo '  make serve   the same adapters behind a page and an API, on this machine: http://127.0.0.1:8000'
 
 llamacpp: .venv/dev
 	$(INSTALL) --editable '.[llamacpp]'
@@ -48,12 +51,17 @@ runtimes: .venv/dev build/vllm
 	$(INSTALL) --editable '.[mlx,onnx]'
 	$(INSTALL) --no-deps lorashare vlora-dev
 
+browser: .venv/dev
+	$(INSTALL) playwright
+	mkdir -p build/axe
+	cd build/axe && npm pack --silent axe-core@$(AXE) && tar -xzf axe-core-$(AXE).tgz package/axe.min.js
+
 serve: .venv/demo build/served.shelf
 	$(BIN)/lorashelf serve build/served.shelf
 
 build/served.shelf: .venv/demo
 	rm -rf $@
-	$(BIN)/lorashelf init $@ --slots 5
+	$(BIN)/lorashelf init $@ --slots 5 --keep 5
 	$(BIN)/lorashelf add $@ examples/zoo/* --task-file examples/fewshot
 
 test: .venv/dev

@@ -131,7 +131,7 @@ def test_the_similarity_map_is_the_matrix_in_clustered_order(new_shelf: NewShelf
     found = similarity_map(shelf.snapshot())
     assert [name[0] for name in found.labels] in (list("aaabbb"), list("bbbaaa"))
     assert found.borders == (3,)
-    assert all(name[0] == other[0] and value > 0.9 for name, other, value in found.nearest())
+    assert all(found.labels[i][0] == found.labels[j][0] and value > 0.9 for i, j, value in found.nearest())
     drawn = {shade: sum(map(int, re.findall(r"h(\d+)v1", path))) for shade, path in found.shades()}
     pale = sum(abs(value) < found.most / 24 for row in found.matrix for value in row)
     assert sum(drawn.values()) == 36 - pale

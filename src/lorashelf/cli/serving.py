@@ -56,7 +56,7 @@ def serve(
     template_arg: arg.TemplateArgs = None,
     json: arg.Json = False,
 ) -> None:
-    """Serve the shelf's tasks over OpenAI's API, each as a model; the shelf may change meanwhile."""
+    """Serve the shelf's tasks over OpenAI's API, each as a model, and a page to look at the shelf and try them."""
     try:
         from ..server.app import Limits, Server
         from ..server.auto import Auto
@@ -100,7 +100,7 @@ def _announce(served: ServedShelf, address: str, base: str, as_json: bool) -> No
     if as_json:
         print_json({"url": address, "tasks": names, "base": base})
     else:
-        print(f"{numbered(len(names), 'task')} of {served.path} at {address}/v1")
+        print(f"{numbered(len(names), 'task')} of {served.path}: a page at {address}, OpenAI's API at {address}/v1")
     sys.stdout.flush()
     note("Ctrl-C stops the server")
 

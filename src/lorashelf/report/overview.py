@@ -125,6 +125,7 @@ class Overview:
 class SimilarityMap:
     """Pairwise cosines of a shelf's objects, with similar ones side by side."""
 
+    slots: tuple[int, ...]
     labels: tuple[str, ...]
     matrix: tuple[tuple[float, ...], ...]
     borders: tuple[int, ...]
@@ -160,13 +161,13 @@ class SimilarityMap:
         for shade in sorted(paths):
             yield shade, "".join(paths[shade])
 
-    def nearest(self) -> Iterable[tuple[str, str, float]]:
-        """Yield every object with the one most similar to it, and their cosine."""
-        for i, (name, row) in enumerate(zip(self.labels, self.matrix, strict=True)):
+    def nearest(self) -> Iterable[tuple[int, int, float]]:
+        """Yield the place of every object, that of the one most similar to it, and their cosine."""
+        for i, row in enumerate(self.matrix):
             others = [(value, -j) for j, value in enumerate(row) if j != i]
             if others:
                 value, j = max(others)
-                yield name, self.labels[-j], value
+                yield i, -j, value
 
     def strong(self, value: float) -> bool:
         """Return whether the shade of a value is so strong that text on it is in the colour of the ground."""
@@ -202,7 +203,7 @@ def similarity_map(snapshot: Snapshot) -> SimilarityMap:
     """
     slots = [slot for slot in snapshot.manifest.slots if slot.readable]
     if len(slots) < 2:
-        return SimilarityMap(tuple(_label(slot) for slot in slots), ((1.0,),) * len(slots), ())
+        return SimilarityMap(tuple(s.id for s in slots), tuple(map(_label, slots)), ((1.0,),) * len(slots), ())
     try:
         from .arrangement import arranged
     except ImportError as error:
@@ -211,6 +212,7 @@ def similarity_map(snapshot: Snapshot) -> SimilarityMap:
     order, borders = arranged(matrix)
     shown = matrix[np.ix_(order, order)]
     return SimilarityMap(
+        tuple(slots[i].id for i in order),
         tuple(_label(slots[i]) for i in order),
         tuple(tuple(float(x) for x in row) for row in shown),
         tuple(borders),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from ..errors import Busy, LorashelfError, StaleShelf, TooLong, UsageError
 from ..models.protocol import Continues
 from ..models.sampling import Token
 from ..serving import scheduler as scheduling
-from ..serving.generate import checked
+from ..serving.generate import MOST_TOKENS, Service, checked
 from ..serving.scheduler import End, Event, Piece, Scheduler
 from ..shelf.snapshot import Snapshot
 from . import requests
@@ -28,8 +28,9 @@ from .auto import Auto
 from .guard import Guard
 from .metrics import Metrics
 from .openapi import openapi
+from .page import Page
 from .problems import document, error_response, status_of
-from .requests import AUTO, Asked
+from .requests import AUTO, BASE, Asked
 from .running import Prepared, Running
 from .served_shelf import ServedShelf
 from .stream import Stream
@@ -37,6 +38,7 @@ from .stream import Stream
 BODY_SECONDS = 30.0  # for a client to send its body
 TRIES = 3  # for a request whose adapter a commit deletes before it is read
 _CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large", 415: "unsupported_media_type"}
+_BARE = Service(BASE, None, None, "", MOST_TOKENS, frozenset())
 _GONE = 499  # the client went away, and reads no response
 R = TypeVar("R")
 
@@ -66,6 +68,7 @@ class Server:
         self._shelf, self._model, self._scheduler, self._auto = shelf, model, scheduler, auto
         self._limits, self._key = limits or Limits(), key
         self._metrics = Metrics(scheduler)
+        self._page = Page(shelf, self._limits.tokens)
         self._begun = int(time.time())
         self._chat = requests.chat_schema(self._limits.tokens)
         self._text = requests.text_schema(self._limits.tokens)
@@ -83,13 +86,19 @@ class Server:
             Route("/readyz", self._ready),
             Route("/metrics", self._measured),
             Route("/openapi.json", self._openapi),
+            *self._page.routes,
         ]
         handlers: Mapping[Any, Callable[..., Any]] = {
             HTTPException: _refused,
             LorashelfError: self._failed,
             Exception: _broken,
         }
-        return Guard(Starlette(routes=routes, exception_handlers=handlers), self._key)
+        return Guard(Starlette(routes=routes, exception_handlers=handlers), self._key, self._page.sign_in)
+
+    @property
+    def _others(self) -> Sequence[str]:
+        """The model ids beside the tasks."""
+        return (BASE,) if self._auto is None else (AUTO, BASE)
 
     def stop(self) -> None:
         """Report from now on that the server is not ready."""
@@ -100,13 +109,12 @@ class Server:
     async def _models(self, _: Request) -> Response:
         snapshot = await anyio.to_thread.run_sync(self._shelf.snapshot)
         names = sorted(snapshot.manifest.tasks)
-        if self._auto is not None and AUTO not in names:
-            names = [AUTO, *names]
+        names += [name for name in self._others if name not in names]
         return JSONResponse({"object": "list", "data": [self._described(snapshot, name) for name in names]})
 
     async def _one_model(self, request: Request) -> Response:
         snapshot, name = await anyio.to_thread.run_sync(self._shelf.snapshot), request.path_params["model"]
-        if name != AUTO or self._auto is None:
+        if name not in self._others:
             snapshot.located(name)
         return JSONResponse(self._described(snapshot, name))
 
@@ -218,7 +226,8 @@ class Server:
         snapshot = self._shelf.snapshot()
         if task == AUTO and AUTO not in snapshot.manifest.tasks:
             task, about = self._chosen(snapshot, asked.text)
-        service = self._shelf.service(task)
+        bare = task == BASE and BASE not in snapshot.manifest.tasks
+        service = _BARE if bare else self._shelf.service(task)
         text, chat = self._model.text, asked.prompt is None
         prompt = text.raw(asked.prompt or "")
         if chat:
@@ -272,8 +281,8 @@ class Server:
     # errors -------------------------------------------------------------------------------------------------------
 
     def _known(self, model: str) -> str:
-        """Return the model id if it is a task, so that clients cannot add labels to the metrics."""
-        return model if model in self._shelf.tasks else ""
+        """Return the model id if it is a task or the base, so that clients cannot add labels to the metrics."""
+        return model if model == BASE or model in self._shelf.tasks else ""
 
     def _status(self, error: LorashelfError) -> int:
         return 503 if self.stopping and isinstance(error, Busy) else status_of(error)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from . import page
 from .problems import document
 
-OPEN = ("/healthz", "/readyz")  # without a key: they tell nothing about the content
+OPEN = ("/healthz", "/readyz", *page.OPEN)  # without a key: they tell nothing about the content
 
 
 def is_loopback(host: str) -> bool:
@@ -30,8 +32,9 @@ class Guard:
     loopback address.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
-        self._app, self._key = app, key
+    def __init__(self, app: ASGIApp, key: str | None, sign_in: Callable[[], Response]) -> None:
+        """`sign_in` makes the response to a browser that asks for the page without a key."""
+        self._app, self._key, self._sign_in = app, key, sign_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -40,7 +43,7 @@ class Guard:
             return
         await self._app(scope, receive, send)
 
-    def _refusal(self, path: str, headers: Headers) -> JSONResponse | None:
+    def _refusal(self, path: str, headers: Headers) -> Response | None:
         if self._key is None:
             host = _hostname(headers.get("host", ""))
             if host is None or not is_loopback(host):
@@ -49,6 +52,8 @@ class Guard:
         elif path not in OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
+                if path == "/" and not given:
+                    return self._sign_in()
                 what = "the API key is wrong" if given else "the API key is missing: Authorization: Bearer KEY"
                 return JSONResponse(document(what, 401, "invalid_api_key"), 401, headers={"www-authenticate": "Bearer"})
         return None

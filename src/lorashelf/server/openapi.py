@@ -32,8 +32,8 @@ _USAGE = {
 }
 _ABOUT = {
     "type": "object",
-    "description": "The task and slot that answered; `auto`: how sure the choice of the task is.",
-    "properties": {"task": {"type": "string"}, "slot": {"type": "integer"}, "auto": {"type": "object"}},
+    "description": "The task and slot that answered; the base has none. `auto`: how sure the choice of the task is.",
+    "properties": {"task": {"type": "string"}, "slot": {"type": ["integer", "null"]}, "auto": {"type": "object"}},
     "required": ["task", "slot"],
 }
 _MODEL = {

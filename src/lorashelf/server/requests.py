@@ -13,6 +13,7 @@ from ..tasks.template import Template
 from .schema import Schema, faults
 
 AUTO = "auto"  # the model id that routes by the text
+BASE = "base"  # the model id of the bare base; a task of such a name comes first
 MOST_ALTERNATIVES = 20
 _IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key")
 _TEXT_PART = {
@@ -37,7 +38,7 @@ def _shared(most_tokens: int) -> dict[str, Any]:
     """Return the fields of both kinds of requests."""
     tokens = {"type": ["integer", "null"], "minimum": 1, "maximum": most_tokens}
     return {
-        "model": {"type": "string", "minLength": 1, "description": f"A task on the shelf, or {AUTO!r}."},
+        "model": {"type": "string", "minLength": 1, "description": f"A task on the shelf, {BASE!r} or {AUTO!r}."},
         "max_tokens": {**tokens, "description": "Default: the task's stored number, else 64."},
         "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2, "description": "Default: 0, greedy."},
         "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1, "description": "Default: 1."},

@@ -26,7 +26,7 @@ class ServedShelf:
         self._shelf = Shelf(path)
         self._snapshot = self._shelf.snapshot()
         self._services: dict[str, Service] = {}
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, Adapter | None] = {}
         self._lock = threading.Lock()
         self.fault: LorashelfError | None = None
         """Why the present state of the shelf cannot be read; None if it can."""

@@ -19,14 +19,15 @@ _logger = logging.getLogger("lorashelf")
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A task ready to answer: its slot and adapter, the instruction, and the most tokens of an answer.
+    """A task ready to answer: its slot and adapter, the instruction, and the most tokens of an answer. Without slot and
+    adapter the bare base answers.
 
     `bases` are the names of the shelf's base model.
     """
 
     task: str
-    slot: int
-    adapter: Adapter
+    slot: int | None
+    adapter: Adapter | None
     instruction: str
     max_new_tokens: int
     bases: frozenset[str]
