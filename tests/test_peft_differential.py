@@ -373,8 +373,8 @@ THEIRS = [
     (name, {"density": DENSITY} | ({"majority_sign_method": sign} if sign else {}))
     if "density" in METHODS[name].parameters
     else (name, {})
-    for name in METHODS
-    if name != "factor_mean"  # K-Merge's equation, which PEFT does not have
+    for name, method in METHODS.items()
+    if name != "factor_mean" and method.space != "joint"  # K-Merge's equation, KnOTS, OPCM: PEFT does not have them
     for sign in SIGNED.get(name, (None,))
 ]
 

@@ -111,8 +111,8 @@ def _merge_module(
     params: Mapping[str, Value],
 ) -> tuple[Factors, float, float]:
     """Merge one module; returns its factors, and ‖ΔW‖² dropped and kept if the rank was cut on the way."""
-    if method.space == "exact":
-        return method.rule(fs, weights), 0.0, 0.0
+    if method.space in ("exact", "joint"):
+        return method.rule(fs, weights, **params), 0.0, 0.0
     if method.space == "delta":
         deltas = [f.delta() for f in fs]
         dense = method.rule(deltas, np.array(weights, np.float32), masks["W"], **params)

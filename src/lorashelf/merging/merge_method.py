@@ -17,8 +17,8 @@ Tensor = Float32[Array32, "_rows _columns"]
 Weights = Float32[Array32, "n"]
 Draw = Callable[[int], np.random.Generator]
 """Adapter i → the generator of its mask."""
-Rule = Callable[..., Any]  # a Tensor, or in space "exact" Factors
-Space = Literal["factors", "exact", "delta"]
+Rule = Callable[..., Any]  # a Tensor, or in the spaces "exact" and "joint" Factors
+Space = Literal["factors", "exact", "delta", "joint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class MergeMethod:
     """Whether the result depends on ΔW only."""
     random: bool
     """Whether the result depends on the seed."""
+    ordered: bool
+    """Whether the result depends on the order of the adapters."""
     parameters: Mapping[str, Parameter]
     """The rule's keyword-only parameters, by name."""
 
@@ -69,6 +71,7 @@ def merge_method(
     duplicate: bool = False,
     gauge: bool = False,
     random: bool = False,
+    ordered: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Register a rule as merge method `name`; the declarations are those of MergeMethod and checked by the contract
     tests. Raises TypeError for parameters that `parameters_of` refuses, ValueError for a name already taken.
@@ -89,6 +92,7 @@ def merge_method(
                 duplicate=duplicate,
                 gauge=gauge,
                 random=random,
+                ordered=ordered,
                 parameters=parameters_of(rule),
             ),
         )
