@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,7 @@ def test_every_fault_of_a_suite_is_named(tmp_path: Path) -> None:
 format = 2
 limit = 0
 colour = "red"
+shares = [1]
 [[cells]]
 cluster = ["random", "rnadom"]
 slots = 0
@@ -133,6 +135,16 @@ order = "best"
 threshold = 2
 merge = ["linear", "mean"]
 measure = ["speed"]
+similarity = "l3"
+after = 0
+hours = -1
+[[cells]]
+cluster = "random"
+alpha = 1
+[[cells]]
+cluster = "dirichlet"
+alpha = [0, "1"]
+over = "size"
 """
     with pytest.raises(UsageError) as caught:
         written(tmp_path, text)
@@ -155,6 +167,14 @@ measure = ["speed"]
         "threshold is 2",
         "merge is 'mean'",
         "measure is ['speed']",
+        "shares is not a list of names",
+        "similarity is 'l3'",
+        "after is 0",
+        "hours is -1",
+        "cells 7: cluster has no option 'alpha'",
+        "alpha is 0, not a positive number",
+        "alpha is '1'",
+        "over is 'size'",
     ):
         assert fault in str(caught.value)
 
@@ -171,12 +191,39 @@ def test_titles_and_order_leave_a_suites_digest_as_it_is(tmp_path: Path) -> None
     assert replace(suite, cells=suite.cells[1:]).digest != suite.digest
 
 
+def test_a_cell_listed_twice_has_every_measure_and_the_lowest_priority(tmp_path: Path) -> None:
+    text = """
+format = 1
+[[cells]]
+serve = "own"
+measure = ["loss", "answers"]
+priority = 3
+[[cells]]
+serve = ["base", "own"]
+"""
+    assert [(c.method, c.priority, c.measure) for c in written(tmp_path, text).cells] == [
+        ("own", 1, ("loss", "answers")),
+        ("base", 1, ("loss",)),
+    ]
+
+
+def test_options_that_came_later_leave_the_names_of_older_results_as_they_are() -> None:
+    """The results that are committed are those of the suites' cells."""
+    for name in ("small", "first_table", "frontier"):
+        suite = read_suite(ROOT / "suites" / f"{name}.toml")
+        assert set(read_results(suite, suite.folder)) == {
+            path.stem.rpartition("-")[2] for path in suite.folder.glob("*.json")
+        }
+
+
 # assignments --------------------------------------------------------------------------------------------------------
 
 
+COMMON = {"slots": 2, "merge": "linear", "parameters": {}, "rank": None, "dtype": "f32", "seed": 0}
+
+
 def cell(how: Any, method: str, **options: Any) -> Cell:
-    common = {"slots": 2, "merge": "linear", "parameters": {}, "rank": None, "dtype": "f32", "seed": 0}
-    return Cell(how, method, common | options, ("loss",))
+    return Cell(how, method, COMMON | options, ("loss",))
 
 
 def test_the_worst_order_has_all_tasks_of_a_type_in_a_row() -> None:
@@ -221,6 +268,58 @@ def test_blocks_by_type_are_those_of_the_tasks(tmp_path: Path) -> None:
     tasks = {name: Task(name, "p", "odd" if name == "y" else "even") for name in adapters}
     found = assign(cell("cluster", "type"), Inputs(adapters, tasks, None, tmp_path))
     assert found.provenance["blocks"] == [["x", "z"], ["y"]]
+
+
+@pytest.mark.parametrize("over", ["type", "language"])
+def test_dirichlet_blocks_are_balanced_and_purer_the_smaller_alpha_is(tmp_path: Path, over: str) -> None:
+    names = [f"{kind}-{language}" for kind in "abcde" for language in ("de", "en", "es", "fr")]
+    adapters = {name: make_adapter(i) for i, name in enumerate(names)}
+    tasks = {name: Task(name, "p", name[0], name[2:]) for name in names}
+
+    def purity(alpha: float, seed: int) -> float:
+        chosen = Cell("cluster", "dirichlet", {**COMMON, "slots": 4, "alpha": alpha, "over": over, "seed": seed}, ())
+        blocks = assign(chosen, Inputs(adapters, tasks, None, tmp_path)).provenance["blocks"]
+        assert sorted(name for block in blocks for name in block) == sorted(names)
+        assert [len(block) for block in blocks] == [5, 5, 5, 5]
+        return sum(max(Counter(getattr(tasks[t], over) for t in block).values()) for block in blocks) / len(names)
+
+    pure, mixed = (np.mean([purity(alpha, seed) for seed in range(10)]) for alpha in (0.05, 100))
+    assert pure > mixed + 0.2
+    assert purity(1, 0) == purity(1, 0)
+
+
+def test_after_some_arrivals_only_those_tasks_are_served(tmp_path: Path) -> None:
+    adapters = {f"t{i}-en": make_adapter(i) for i in range(6)}
+    tasks = {name: Task(name, "p", name[:2]) for name in adapters}
+    options = {"order": "random", "threshold": "auto"}
+    whole, part = (
+        assign(cell("arrive", "kmerge", **options, **more), Inputs(adapters, tasks, None, tmp_path))
+        for more in ({}, {"after": 4})
+    )
+    assert part.provenance["order"] == whole.provenance["order"][:4]
+    assert sorted(part.serving) == sorted(whole.provenance["order"][:4])
+    held = {task: x.digest for task, x in part.serving.items() if x}
+    shelf = Shelf.create(tmp_path / "s", new_settings(2, policy="kmerge", dtype="f32"))
+    for task in part.provenance["order"]:
+        shelf.commit(plan_add(shelf.snapshot(), adapters[task], task))
+    assert held == {task: shelf.snapshot().adapter(task).digest for task in held}
+
+
+def test_arrivals_may_be_compared_by_another_metric(tmp_path: Path) -> None:
+    """Adapters of two sizes: by distance the small ones are alike, by cosine each is like its large one."""
+    small = {f"s{i}-en": make_adapter(i, scale=0.01) for i in range(2)}
+    large = {f"l{i}-en": make_adapter(i, scale=5.0) for i in range(2)}
+    adapters = {"l0-en": large["l0-en"], "m-en": small["s1-en"], "z-en": small["s0-en"]}
+    tasks = {name: Task(name, "p", "t") for name in adapters}
+    options = {"order": "name", "threshold": "auto"}
+    blocks = {
+        metric: assign(
+            cell("arrive", "kmerge", similarity=metric, **options), Inputs(adapters, tasks, None, tmp_path)
+        ).provenance["blocks"]
+        for metric in ("cosine", "l1", "l2", "linf")
+    }
+    assert blocks["cosine"] == [["l0-en", "z-en"], ["m-en"]]
+    assert blocks["l1"] == blocks["l2"] == blocks["linf"] == [["l0-en"], ["m-en", "z-en"]]
 
 
 def test_codes_share_the_bytes_and_each_serves_its_own_task(tmp_path: Path) -> None:
@@ -311,6 +410,134 @@ def test_a_cell_that_another_process_measures_is_passed_over(world: Any, tmp_pat
     assert states[taken.id] == "running"
     assert status(suite, folder)["done"] == len(suite.cells) - 1
     assert [c.id for c, _ in run(suite, adapters, tasks, backend, folder)] == [taken.id]
+
+
+def test_the_claim_of_a_killed_process_is_taken_over(world: Any, tmp_path: Path) -> None:
+    adapters, tasks, backend = world
+    suite, folder = written(tmp_path), tmp_path / "out"
+    suite = replace(suite, cells=suite.cells[1:3])
+    lock = folder / CLAIMS / suite.cells[0].id
+    lock.parent.mkdir(parents=True)
+    code = (
+        "import sys, time; from pathlib import Path; from lorashelf.result_store import sole\n"
+        "with sole(Path(sys.argv[1]), '', Path('.'), ''): print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            assert [c["state"] for c in status(suite, folder)["cells"]] == ["running", "waiting"]
+            assert [c.id for c, _ in run(suite, adapters, tasks, backend, folder)] == [suite.cells[1].id]
+        finally:
+            holder.kill()
+    assert holder.returncode == -signal.SIGKILL
+    assert lock.exists()
+    assert [c["state"] for c in status(suite, folder)["cells"]] == ["waiting", "done"]
+    assert [c.id for c, _ in run(suite, adapters, tasks, backend, folder)] == [suite.cells[0].id]
+
+
+def test_cells_of_a_shared_suite_are_not_measured_again(world: Any, tmp_path: Path) -> None:
+    adapters, tasks, backend = world
+    first = written(tmp_path)
+    for each in run(replace(first, cells=first.cells[1:5]), adapters, tasks, backend, first.folder):
+        assert each
+    path = tmp_path / "second.toml"
+    path.write_text(SUITE.replace('reference = "random"', 'reference = "random"\nshares = ["five"]\n'))
+    second = read_suite(path)
+    assert status(second, second.folder)["done"] == 4
+    assert len(page.rows(second, read_results(second, second.folder))) == 3
+    taken = next(cell for cell in second.cells if cell.method == "type")
+    with sole(first.folder / CLAIMS / taken.id, "", first.folder, ""):  # the other suite measures this cell
+        measured = {c.id for c, _ in run(second, adapters, tasks, backend, second.folder)}
+    assert measured == {c.id for c in second.cells} - {c.id for c in first.cells[1:5]} - {taken.id}
+    assert not path_of(first.cells[1], second.folder).exists()
+    apart = replace(second, limit=2)  # under other conditions nothing is shared
+    assert status(apart, apart.folder)["done"] == 0
+
+
+def test_a_shorter_search_is_read_off_a_longer_one(world: Any, tmp_path: Path) -> None:
+    adapters, tasks, backend = world
+    text = """
+format = 1
+[[cells]]
+search = "d2c"
+slots = 2
+iterations = [12, 4, 0]
+examples_per_task = 2
+merge = "ties"
+"""
+    suite = written(tmp_path, text)
+    results = {c.options["iterations"]: r for c, r in run(suite, adapters, tasks, backend, tmp_path / "together")}
+    assert ["replayed" in results[n]["provenance"] for n in (12, 4, 0)] == [False, True, True]
+    for cell in suite.cells[1:]:
+        ((_, alone),) = run(replace(suite, cells=(cell,)), adapters, tasks, backend, tmp_path / "alone")
+        assert "search" in alone["provenance"]
+        assert alone["provenance"]["blocks"] == results[cell.options["iterations"]]["provenance"]["blocks"]
+        assert alone["tasks"] == results[cell.options["iterations"]]["tasks"]
+    rows = {row["options"]: row for row in page.rows(suite, read_results(suite, tmp_path / "together"))}
+    counted = {name: row["evaluations"] for name, row in rows.items()}
+    losses = results[12]["provenance"]["search"]["losses"]
+    assert sorted(counted.values(), key=str) == [losses["distinct"], None, None]
+
+
+def test_every_kind_of_cell_of_the_papers_runs_and_what_is_left_is_listed(world: Any, tmp_path: Path) -> None:
+    adapters, tasks, backend = world
+    text = """
+format = 1
+[[cells]]
+serve = ["base", "own"]
+hours = 0.1
+[[cells]]
+cluster = "dirichlet"
+over = ["type", "language"]
+alpha = [0.1, 100]
+slots = 2
+hours = 0.1
+[[cells]]
+arrive = "kmerge"
+after = [1, 3]
+slots = 2
+seed = [0, 1]
+[[cells]]
+arrive = "kmerge"
+similarity = ["l1", "l2", "linf"]
+slots = 2
+order = "worst"
+[[cells]]
+arrive = ["half", "random", "oracle", "all"]
+slots = 2
+[[cells]]
+arrive = "kmerge"
+merge = ["opcm", "knots_ties", "dare_linear", "dare_ties"]
+slots = 2
+priority = 2
+hours = 0.5
+"""
+    suite = written(tmp_path, text)
+    waiting = status(suite, suite.folder)
+    assert [(p["priority"], p["left"], p["of"]) for p in waiting["priorities"]] == [(1, 17, 17), (2, 4, 4)]
+    assert [p["seconds_left"] for p in waiting["priorities"]] == [None, 7200.0]
+    first = replace(suite, cells=tuple(c for c in suite.cells if c.priority == 1))
+    for each in run(first, adapters, tasks, backend, suite.folder):
+        assert each
+    results = read_results(suite, suite.folder)
+    assert len(results) == 17
+    rows = page.rows(suite, results)
+    after = {row["options"]: row for row in rows if "after" in row["options"]}
+    assert sorted(after) == [
+        "slots=2 after=1",
+        "slots=2 after=3",
+        "slots=2 seed=1 after=1",
+        "slots=2 seed=1 after=3",
+    ]
+    assert after["slots=2 after=1"]["loss_kept"][0] == pytest.approx(1.0)  # its own adapter
+    left = page.unmeasured(suite, results)
+    assert "4 of 21 cells" in left
+    assert "| 2 | 4 | 2.0 | kmerge opcm, kmerge knots_ties, kmerge dare_linear, kmerge dare_ties |" in left
+    for each in run(suite, adapters, tasks, backend, suite.folder):
+        assert each
+    assert page.unmeasured(suite, read_results(suite, suite.folder)) == ""
+    assert [p["seconds_left"] for p in status(suite, suite.folder)["priorities"]] == [0, 0]
 
 
 def test_results_under_other_conditions_are_measured_anew(world: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lorashelf.errors import UsageError
 from lorashelf.merging.blocks import merger
 from lorashelf.models.protocol import Loss, Pair, mean_loss
 from lorashelf.models.quadratic import QuadraticBackend
-from lorashelf.placement.d2c import Block, both_fall, search
+from lorashelf.placement.d2c import Block, both_fall, replayed, search
 from lorashelf.result_store import ResultStore
 from lorashelf.search.block_loss import BlockLoss
 from lorashelf.search.cluster import cluster_by_loss
@@ -438,3 +438,22 @@ def test_an_agglomerative_start_is_that_partition() -> None:
     searched = clustered(adapters, Counting(adapters), init="agglomerative", iterations=0)
     expected = partition([adapters[t] for t in TASKS], 3, method="agglomerative")
     assert [list(block) for block in searched.blocks] == [[TASKS[i] for i in block] for block in expected]
+
+
+@pytest.mark.parametrize("options", [{}, {"propose": "guided", "accept": "both"}])
+def test_the_moves_of_a_search_replay_every_shorter_one(options: dict[str, Any]) -> None:
+    adapters = related(3)
+
+    def found(iterations: int, **more: Any) -> Clustering:
+        spec, backend = MergeSpec(METHOD, seed=5), QuadraticBackend(adapters)
+        return cluster_by_loss(adapters, 3, spec, backend, sets_of(adapters), iterations=iterations, **options, **more)
+
+    longest = found(60)
+    assert len(longest.moves) > 3
+    ends = set()
+    for iterations in (0, 1, 2, 5, 10, 20, 40, 60):
+        blocks = tuple(tuple(block) for block in replayed(longest.start, longest.moves, iterations))
+        assert blocks == found(iterations).blocks
+        ends.add(blocks)
+    assert len(ends) > 2
+    assert found(60, keep_best=True).moves == found(60, restarts=1).moves == ()  # not the whole way

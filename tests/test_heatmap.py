@@ -104,7 +104,7 @@ def test_colours_of_l2_span_the_pairs(value: float | None) -> None:
     assert image.get_clim() == ((pairs.min(), pairs.max()) if value is None else (0.0, value))
 
 
-@pytest.mark.parametrize("metric", ["cosine", "l2", "svd_features"])
+@pytest.mark.parametrize("metric", ["cosine", "l1", "l2", "linf", "svd_features"])
 def test_the_colour_bar_bears_the_metric_and_shows_what_is_in_use(metric: str) -> None:
     figure, matrix = of(31, metric)
     bar = parts(figure)[1]

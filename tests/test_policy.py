@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -14,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from factory import assert_same_delta, dense, make_adapter
-from lorashelf import POLICIES, Adapter, Factors, Modules, Shelf, candidates, plan_add, policy
+from lorashelf import (
+    POLICIES,
+    Adapter,
+    Factors,
+    Modules,
+    Shelf,
+    candidates,
+    new_settings,
+    plan_add,
+    policy,
+    similarity,
+)
 from lorashelf.errors import UsageError
 from lorashelf.placement.actions import Action, Candidate, Fold, Open, Refuse, nearest
 from lorashelf.placement.policies import BYTES, NO_OBJECT, NO_ROOM, View, auto_threshold, median_similarity
@@ -351,3 +363,18 @@ def _planned_by(shelf: Shelf, rule: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(POLICIES, "_values", {**POLICIES._values, shelf.snapshot().settings.placement.policy: rule})
         return plan_add(shelf.snapshot(), make_adapter(2), "new")
+
+
+@pytest.mark.parametrize("metric", ["l1", "l2", "linf"])
+def test_a_shelf_scores_arrivals_by_its_metric_also_after_it_is_opened_again(tmp_path: Path, metric: str) -> None:
+    x, y = make_adapter(0), make_adapter(1)
+    shelf = Shelf.create(tmp_path / "s", new_settings(2, policy="kmerge", similarity=metric))
+    shelf.commit(plan_add(shelf.snapshot(), x, "x"))
+    plan = plan_add(Shelf(tmp_path / "s").snapshot(), y, "y")
+    assert plan.report["scores"]["0"] == pytest.approx(similarity([y], [x], metric)[0, 0])
+    assert shelf.snapshot().settings.placement.similarity == metric
+
+
+def test_an_unknown_metric_of_a_shelf_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown metric 'l3'"):
+        new_settings(2, similarity="l3")

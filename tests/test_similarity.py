@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def literal_l2(x: Adapter, y: Adapter) -> float:
     return float(np.mean([1 / (1 + d) for d in distances]))
 
 
+def literal_norm(order: float) -> Callable[[Adapter, Adapter], float]:
+    def mean(x: Adapter, y: Adapter) -> float:
+        left, right = dense(x), dense(y)
+        both = [np.ravel(left.get(p, 0.0) - right.get(p, np.zeros(()))) for p in left.keys() | right.keys()]
+        return float(np.mean([1 / (1 + np.linalg.norm(d.astype(np.float64), order)) for d in both]))
+
+    return mean
+
+
 def literal_svd_features(xs: list[Adapter], quantile: float = 0.8) -> np.ndarray:
     """MBC: flatten, set what is not above the quantile of the magnitudes to zero, SVD, cosine of the rows."""
     rows = np.stack([np.concatenate([s.ravel() for f in x.modules.values() for s in (f.a, f.b)]) for x in xs])
@@ -73,7 +83,12 @@ def literal_svd_features(xs: list[Adapter], quantile: float = 0.8) -> np.ndarray
     return features @ features.T
 
 
-LITERAL = {"cosine": literal_cosine, "l2": literal_l2}
+LITERAL = {
+    "cosine": literal_cosine,
+    "l1": literal_norm(1),
+    "l2": literal_l2,
+    "linf": literal_norm(np.inf),
+}
 
 
 @pytest.mark.parametrize("metric", sorted(LITERAL))
@@ -223,9 +238,9 @@ def test_cosine_does_not_see_positive_scales(seed: int, s: float, t: float) -> N
 
 
 @given(SEEDS)
-def test_cosine_and_l2_do_not_see_the_gauge(seed: int) -> None:
+def test_metrics_of_the_update_do_not_see_the_gauge(seed: int) -> None:
     x, y = make_adapter(seed), make_adapter(seed + 1, rank=2)
-    for metric in ("cosine", "l2"):
+    for metric in LITERAL:
         plain = similarity([x], [y], metric)
         np.testing.assert_allclose(similarity([regauged(x, seed)], [regauged(y, seed + 1)], metric), plain, atol=2e-6)
 

@@ -10,19 +10,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from ..formats.peft import encode
 from ..lora.adapter import Adapter, in_16_bits
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
 from ..models.protocol import Scores
 from ..placement.clustering import cluster
+from ..placement.d2c import replayed
 from ..placement.partitioners import PARTITIONERS
 from ..search.cluster import cluster_by_loss, drawn
 from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import Task
-from .suite import BY_TYPE, Cell
+from .suite import BY_TYPE, DIRICHLET, Cell
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Inputs:
     backend: Scores
     folder: Path
     watch: Callable[[Sequence[int]], Iterable[int]] = iter
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The results measured so far, by the cell's id: a search may be the beginning of a longer one."""
 
 
 def bytes_of(adapters: Iterable[Adapter], dtype: str) -> int:
@@ -117,8 +122,31 @@ def _clustered(cell: Cell, inputs: Inputs) -> list[list[str]]:
     if cell.method == BY_TYPE:
         by_type = sorted(names, key=lambda name: (inputs.tasks[name].type, name))
         return [list(group) for _, group in itertools.groupby(by_type, key=lambda name: inputs.tasks[name].type)]
+    if cell.method == DIRICHLET:
+        over = {name: getattr(inputs.tasks[name], cell.options["over"]) for name in names}
+        return dirichlet_blocks(over, cell.options["slots"], cell.options["alpha"], cell.options["seed"])
     found = cluster(inputs.adapters, cell.options["slots"], method=cell.method, seed=cell.options["seed"])
     return [list(block) for block in found.blocks]
+
+
+def dirichlet_blocks(groups: Mapping[str, str], k: int, alpha: float, seed: int) -> list[list[str]]:
+    """Draw k blocks of equal size (± 1) of tasks (name → problem type or language): each block draws shares of the
+    groups from a symmetric Dirichlet distribution, then its tasks one by one, by these shares, from what is left. Small
+    `alpha`: blocks of one group; large: all groups in every block.
+    """
+    rng = np.random.default_rng(seed)
+    kinds = sorted(set(groups.values()))
+    left = [[name for name in sorted(groups) if groups[name] == kind] for kind in kinds]
+    blocks: list[list[str]] = []
+    for size in (len(part) for part in np.array_split(np.arange(len(groups)), k)):
+        shares = rng.dirichlet([alpha] * len(kinds)) + 1e-9  # a share of 0 only if nothing else is left
+        block = []
+        for _ in range(size):
+            open_shares = shares * [bool(names) for names in left]
+            names = left[rng.choice(len(kinds), p=open_shares / open_shares.sum())]
+            block.append(names.pop(rng.integers(len(names))))
+        blocks.append(sorted(block))
+    return [block for block in blocks if block]
 
 
 def _merged(cell: Cell, inputs: Inputs, blocks: Sequence[Sequence[str]], more: Mapping[str, Any]) -> Assignment:
@@ -133,6 +161,7 @@ def _arrived(cell: Cell, inputs: Inputs) -> Assignment:
     types = {name: inputs.tasks[name].type for name in inputs.adapters}
     order = arrival(cell, types)
     options.pop("order")
+    order = order[: options.pop("after", None)]
     with TemporaryDirectory() as folder:
         settings = new_settings(options.pop("slots"), policy=cell.method, **options)
         snapshot = Shelf.create(Path(folder) / "a.shelf", settings).snapshot()
@@ -146,11 +175,15 @@ def _arrived(cell: Cell, inputs: Inputs) -> Assignment:
 def _searched(cell: Cell, inputs: Inputs) -> Assignment:
     """Search by loss on examples of the train split; the losses measured so far are kept in the folder."""
     options = cell.options
+    if longer := _longer(cell, inputs.results):
+        found = longer["provenance"]
+        blocks = replayed(found["start"], found["moves"], options["iterations"])
+        return _merged(cell, inputs, blocks, {"replayed": longer["cell"]["iterations"]})
     backend = inputs.backend
     sets, _ = drawn(
         inputs.tasks, inputs.adapters, backend.fitting, "train", options["examples_per_task"], options["seed"]
     )
-    found = cluster_by_loss(
+    clustering = cluster_by_loss(
         inputs.adapters,
         options["slots"],
         _spec(cell),
@@ -161,4 +194,20 @@ def _searched(cell: Cell, inputs: Inputs) -> Assignment:
         watch=inputs.watch,
         **{name: options[name] for name in PARTITIONERS[cell.method].parameters},
     )
-    return _merged(cell, inputs, found.blocks, {"search": dict(found.report)})
+    whole = not (options.get("restarts") or options.get("keep_best"))
+    way: dict[str, Any] = (
+        {"start": [*map(list, clustering.start)], "moves": [*map(list, clustering.moves)]} if whole else {}
+    )
+    return _merged(cell, inputs, clustering.blocks, {"search": dict(clustering.report), **way})
+
+
+def _longer(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the result of a search that differs from the cell in more iterations only, with its moves, if there is
+    one.
+    """
+    for result in results.values():
+        other = {name: value for name, value in result["cell"].items() if name != "measure"}
+        same = {**other, "iterations": cell.options["iterations"]} == cell.document()
+        if same and other["iterations"] >= cell.options["iterations"] and "moves" in result["provenance"]:
+            return result
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,15 @@ def groups(suite: Suite, results: Mapping[str, dict[str, Any]]) -> dict[Group, l
     for cell in suite.cells:
         if cell.id in results:
             merge = cell.options.get("merge", "")
-            found.setdefault((cell.method, merge, " ".join(cell.particulars(APART))), []).append(cell)
+            found.setdefault((cell.method, merge, " ".join(cell.particulars(apart(cell)))), []).append(cell)
     return found
+
+
+def apart(cell: Cell) -> tuple[str, ...]:
+    """Return the options that do not distinguish the rows of cells like this: after few arrivals, each seed has tasks
+    of its own.
+    """
+    return ("merge",) if "after" in cell.options else APART
 
 
 def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -52,6 +60,8 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
                 "score": _stated(mean_over_tasks(sample.scores)),
                 "S": _stated(normalised_score(sample.scores, own.scores)) if own else None,
                 "storage": _storage(sample),
+                "evaluations": _evaluations(sample),
+                "minutes": float(np.mean([result["seconds"] for result in sample.results])) / 60,
                 "slots": cells[0].options.get("slots"),
                 "percent": cells[0].options.get("percent"),
             }
@@ -73,6 +83,36 @@ def _storage(sample: Sample) -> float:
     return float(np.mean([result["bytes"] / result["own_bytes"] for result in sample.results]))
 
 
+def _evaluations(sample: Sample) -> float | None:
+    """Return the mean number of distinct losses that a search measured; None without a search of its own."""
+    searches = [result["provenance"].get("search") for result in sample.results]
+    counts = [search["losses"]["distinct"] for search in searches if search]
+    return float(np.mean(counts)) if counts else None
+
+
+def unmeasured(suite: Suite, results: Mapping[str, dict[str, Any]]) -> str:
+    """Return what of a suite was not run, with the command and the suite's estimate of the hours; "" if all was."""
+    left = [cell for cell in suite.cells if cell.id not in results]
+    if not left:
+        return ""
+    lines = [
+        f"**Not run:** {len(left)} of {len(suite.cells)} cells. `lorashelf bench run suites/{suite.path.name} "
+        "--adapters DIR --data DIR` measures these in the order of their priorities, and can be interrupted; the hours "
+        "are estimates for one idle core.",
+        "",
+        "| priority | cells | hours | not run |",
+        "|---|---|---|---|",
+    ]
+    for number in sorted({cell.priority for cell in left}):
+        cells = [cell for cell in left if cell.priority == number]
+        counts = Counter(" ".join([cell.method, cell.options.get("merge", "")]).strip() for cell in cells)
+        names = ", ".join(f"{name} × {count}" if count > 1 else name for name, count in counts.items())
+        known = all(cell.hours is not None for cell in cells)
+        hours = f"{sum(cell.hours or 0.0 for cell in cells):.1f}" if known else "–"
+        lines.append(f"| {number} | {len(cells)} | {hours} | {names} |")
+    return "\n".join(lines)
+
+
 def table(suite: Suite, results: Mapping[str, dict[str, Any]], found: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows that were `found` as a Markdown table, below the number of tasks and examples."""
     if not found:
@@ -88,13 +128,14 @@ def table(suite: Suite, results: Mapping[str, dict[str, Any]], found: Sequence[M
         "worst task %",
         *([against] if against else []),
     ]
-    heads += ["score", "S", "storage %"]
+    heads += ["score", "S", "storage %", "model calls", "minutes"]
     lines = [_counts(results), "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in found:
         cells = [row["method"], row["merge"] or "–", row["options"] or "–", str(row["seeds"])]
         cells += [_number(row["loss"], ".4f"), _number(row["loss_kept"], ".1f", 100), _number(row["worst"], ".1f", 100)]
         cells += [_number(row["against"], "+.3f")] if against else []
         cells += [_number(row["score"], ".1f"), _number(row["S"], ".3f"), f"{100 * row['storage']:.1f}"]
+        cells += ["–" if row["evaluations"] is None else f"{row['evaluations']:.0f}", f"{row['minutes']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

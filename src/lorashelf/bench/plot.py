@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtra, UsageError
 from ..report.formats import UNDATED
-from .page import APART, groups, rows
+from .page import apart, groups, rows
 from .suite import Suite
 
 if TYPE_CHECKING:
@@ -94,6 +94,6 @@ def _lines(
         cell = cells[row["method"], row["merge"], row["options"]][0]
         place = 100 * row["storage"] or None if x == "storage" else cell.options.get(x)
         if isinstance(place, int | float) and not isinstance(place, bool) and row[y] is not None:
-            label = " ".join([row["method"], row["merge"], *cell.particulars((*APART, x, *_SIZES))]).strip()
+            label = " ".join([row["method"], row["merge"], *cell.particulars((*apart(cell), x, *_SIZES))]).strip()
             found.setdefault(label, []).append((place, row[y]))
     return found

@@ -117,14 +117,14 @@ def write_result(result: Mapping[str, Any], path: Path) -> None:
 
 
 def read_results(suite: Suite, folder: Path) -> dict[str, dict[str, Any]]:
-    """Read cell id → document of the suite's cells that were measured under its conditions.
+    """Read cell id → document of the suite's cells that were measured under its conditions, here or in a folder that
+    the suite shares.
 
     Raises UsageError for a file that is not a result.
     """
     found: dict[str, dict[str, Any]] = {}
-    for cell in suite.cells:
-        path = path_of(cell, folder)
-        if not path.exists():
+    for cell, path in ((cell, path_of(cell, each)) for cell in suite.cells for each in (folder, *suite.shared)):
+        if cell.id in found or not path.exists():
             continue
         try:
             result = json.loads(atomic.read_file(path))

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import atomic
 from ..errors import UsageError
 from ..evaluation.measure import prepare
@@ -50,16 +52,18 @@ def run(
     own_bytes = bytes_of(adapters.values(), dtype)
     with _journal(folder / MEASURED) as kept:
         for cell in suite.cells:
-            with _claimed(cell, folder) as free:
-                if not free or cell.id in read_results(suite, folder):
+            with _claimed(cell, suite, folder) as free:
+                done = read_results(suite, folder)
+                if not free or cell.id in done:
                     continue
                 started = time.monotonic()
-                inputs = Inputs(adapters, tasks, backend, folder, partial(watch, cell))
+                inputs = Inputs(adapters, tasks, backend, folder, partial(watch, cell), done)
                 assignment = assign(cell, inputs)
                 options: dict[str, Any] = {"split": suite.split, "limit": suite.limit, "seed": suite.seed}
                 loss_only = "answers" not in cell.measure
                 ready = prepare(backend, assignment.serving, tasks, **options, loss_only=loss_only)
-                journal = ResultStore(kept, beside=_files(folder / MEASURED))
+                beside = [path for each in (folder, *suite.shared) for path in _files(each / MEASURED)]
+                journal = ResultStore(kept, beside=beside)
                 measured = ready.measured(backend, journal, partial(watch, cell))
                 sizes = {"bytes": assignment.bytes(dtype), "own_bytes": own_bytes}
                 result = document(suite, cell, assignment, measured, sizes, time.monotonic() - started)
@@ -90,40 +94,56 @@ def _journal(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _claimed(cell: Cell, folder: Path) -> Iterator[bool]:
-    """Claim a cell for the block; yields whether this process may measure the cell."""
+def _claimed(cell: Cell, suite: Suite, folder: Path) -> Iterator[bool]:
+    """Claim a cell for the block, in the shared folders too; yields whether this process may measure the cell. Claims
+    are locks, which the system releases when a process ends, however it ends.
+    """
     with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(sole(folder / CLAIMS / cell.id, "another process measures this cell", folder, "wait"))
-        except UsageError:
-            yield False
-            return
+        for each in sorted({folder, *suite.shared}):  # in one order, so that of two processes one gets all
+            path = each / CLAIMS / cell.id
+            atomic.make_parents(path)
+            try:
+                stack.enter_context(sole(path, "another process measures this cell", each, "wait"))
+            except UsageError:
+                yield False
+                return
         yield True
 
 
 def status(suite: Suite, folder: Path) -> dict[str, Any]:
-    """Return each cell's state (done, running, waiting) and the estimated seconds for the rest.
+    """Return each cell's state (done, running, waiting) and the estimated seconds for the rest, in all and by priority.
 
-    The estimate is the mean time of finished cells of the same kind; None if a kind has none.
+    The estimate of a cell is the suite's `hours`, else the mean time of finished cells of the same kind; a sum is None
+    if a cell has neither.
     """
-    done = read_results(suite, folder) if folder.exists() else {}
-    running = [cell.id for cell in suite.cells if cell.id not in done and _is_claimed(cell, folder)]
+    done = read_results(suite, folder)
+    running = [cell.id for cell in suite.cells if cell.id not in done and _is_claimed(cell, suite, folder)]
     seconds: dict[str, list[float]] = {}
     for cell in suite.cells:
         if cell.id in done:
             seconds.setdefault(cell.how, []).append(done[cell.id]["seconds"])
+
+    def estimate(cells: Sequence[Cell]) -> float | None:
+        if any(cell.hours is None and cell.how not in seconds for cell in cells):
+            return None
+        return sum(3600 * c.hours if c.hours is not None else float(np.mean(seconds[c.how])) for c in cells)
+
     left = [cell for cell in suite.cells if cell.id not in done]
-    known = all(cell.how in seconds for cell in left)
-    estimate = sum(sum(seconds[c.how]) / len(seconds[c.how]) for c in left) if known else None
+    priorities = []
+    for number in sorted({cell.priority for cell in suite.cells}):
+        waiting = [cell for cell in left if cell.priority == number]
+        of = sum(cell.priority == number for cell in suite.cells)
+        priorities.append({"priority": number, "left": len(waiting), "of": of, "seconds_left": estimate(waiting)})
     cells = [
         {"id": c.id, "label": c.label, "state": "done" if c.id in done else "running" if c.id in running else "waiting"}
         for c in suite.cells
     ]
-    return {"suite": suite.name, "cells": cells, "done": len(done), "of": len(suite.cells), "seconds_left": estimate}
+    counts = {"done": len(done), "of": len(suite.cells), "seconds_left": estimate(left), "priorities": priorities}
+    return {"suite": suite.name, "cells": cells, **counts}
 
 
-def _is_claimed(cell: Cell, folder: Path) -> bool:
-    if not (folder / CLAIMS / cell.id).exists():
+def _is_claimed(cell: Cell, suite: Suite, folder: Path) -> bool:
+    if not any((each / CLAIMS / cell.id).exists() for each in (folder, *suite.shared)):
         return False
-    with _claimed(cell, folder) as free:
+    with _claimed(cell, suite, folder) as free:
         return not free

@@ -6,6 +6,7 @@ adapters = "../zoo"                       # one PEFT folder per task; relative t
 data = "../tasks"                         # one task folder per task
 limit = 20                                # examples per task, drawn by (seed, task)
 reference = "random"                      # other methods with the same merge are compared with this one
+shares = ["first_table"]                  # cells that this suite beside it has measured count as measured
 
 [[cells]]
 serve = ["base", "own"]                   # the bare base, and each task's own adapter
@@ -19,14 +20,16 @@ merge = ["linear", "ties"]
 seed = [0, 22, 44]                        # a list makes one cell per element
 measure = ["loss", "answers"]
 priority = 1                              # cells of a lower number are measured first
+hours = 0.8                               # estimated, per cell, on one idle core
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,9 +37,10 @@ from ..atomic import read_file
 from ..digest import canonical_json, digest
 from ..errors import LorashelfError, UsageError
 from ..formats.coded import LEVELS
+from ..lora.similarity import METRICS
 from ..merging import METHODS
 from ..placement.partitioners import PARTITIONERS
-from ..placement.policies import POLICIES
+from ..placement.policies import COSINE, POLICIES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,10 +52,12 @@ How = Literal["serve", "code", "cluster", "arrive", "search"]
 MEASURES = ("loss", "answers")
 BY_TYPE = "type"
 """The clustering with one block per problem type, as an oracle would know."""
+DIRICHLET = "dirichlet"
+"""The clustering whose blocks each draw shares of the problem types or languages from a Dirichlet distribution."""
 METHODS_OF: Mapping[How, Sequence[str]] = {
     "serve": ("base", "own"),
     "code": ("coded",),
-    "cluster": (BY_TYPE, *(name for name, method in PARTITIONERS.items() if not method.by_loss)),
+    "cluster": (BY_TYPE, DIRICHLET, *(name for name, method in PARTITIONERS.items() if not method.by_loss)),
     "arrive": tuple(POLICIES),
     "search": tuple(name for name, method in PARTITIONERS.items() if method.by_loss),
 }
@@ -60,13 +66,17 @@ _SEARCH = {name: p for method in METHODS_OF["search"] for name, p in PARTITIONER
 _OPTIONS: Mapping[How, Mapping[str, Any]] = {
     "serve": {},
     "code": {"percent": None, "levels": LEVELS},
-    "cluster": _COMMON,
-    "arrive": {**_COMMON, "order": "random", "threshold": "auto"},
+    "cluster": {**_COMMON, "alpha": 1, "over": "type"},
+    "arrive": {**_COMMON, "order": "random", "threshold": "auto", "similarity": COSINE, "after": None},
     "search": {**_COMMON, **{name: p.default for name, p in _SEARCH.items()}, "examples_per_task": 10},
 }
 """The options of each kind of cell, with defaults (`percent` has none); merges are stored in float32 unless `dtype` is
 set.
 """
+_OF_DIRICHLET = ("alpha", "over")
+_UNNAMED = ("similarity", "after")
+"""Options that a cell names only if they differ from the default, so that results from before them are still found."""
+OVER = ("type", "language")
 ORDERS = ("random", "worst", "name")
 """Orders of arrival: drawn by the seed; all tasks of a type in a row, types and tasks drawn; sorted by name."""
 
@@ -80,9 +90,11 @@ class Cell:
     options: Mapping[str, Any]
     measure: tuple[str, ...]
     priority: int = 1
+    hours: float | None = None
+    """Estimated by the suite; None: by the measured cells of the same kind."""
 
     def document(self) -> dict[str, Any]:
-        """Return what distinguishes this cell from others; `measure` and `priority` do not."""
+        """Return what distinguishes this cell from others; `measure`, `priority` and `hours` do not."""
         return {"how": self.how, "method": self.method, **self.options}
 
     @property
@@ -119,6 +131,8 @@ class Suite:
     limit: int | None
     seed: int
     cells: tuple[Cell, ...]
+    shared: tuple[Path, ...] = ()
+    """The folders of results of other suites, in which cells of this one may already be measured."""
 
     @property
     def name(self) -> str:
@@ -158,16 +172,23 @@ def read_suite(path: str | Path) -> Suite:
         cells += _cells(dict(table), f"cells {number}", faults)
     if faults:
         raise UsageError("; ".join(faults), where=str(path), cure="docs/experiments.md has the keys")
-    unique = {cell.id: cell for cell in sorted(cells, key=lambda cell: -len(cell.measure))}
-    ordered = sorted(unique.values(), key=lambda cell: (cell.priority, [c.id for c in cells].index(cell.id)))
+    first = {cell.id: place for place, cell in reversed(list(enumerate(cells)))}
+    unique: dict[str, Cell] = {}
+    for cell in sorted(cells, key=lambda cell: cell.priority):
+        unique.setdefault(cell.id, cell)
+        if len(cell.measure) > len(unique[cell.id].measure):
+            unique[cell.id] = replace(unique[cell.id], measure=cell.measure, hours=cell.hours)
+    ordered = sorted(unique.values(), key=lambda cell: (cell.priority, first[cell.id]))
+    shared = tuple(path.parent / f"{name}.results" for name in fields.pop("shares"))
     folders = {name: path.parent / fields.pop(name) if fields[name] else fields.pop(name) for name in _FOLDERS}
-    return Suite(path=path, cells=tuple(ordered), **folders, **fields)
+    return Suite(path=path, cells=tuple(ordered), shared=shared, **folders, **fields)
 
 
 _FOLDERS = ("adapters", "data")
 _KEYS: Mapping[str, tuple[type, Any]] = {
     "title": (str, ""),
     "reference": (str, None),
+    "shares": (list, []),
     "adapters": (str, None),
     "data": (str, None),
     "tasks": (list, None),
@@ -193,6 +214,9 @@ def _fields(document: dict[str, Any], faults: list[str]) -> dict[str, Any]:
         found["tasks"] = tuple(tasks)
         if not tasks or not all(isinstance(task, str) for task in tasks):
             faults.append("tasks is not a list of names")
+    if not isinstance(found["shares"], list) or not all(isinstance(name, str) for name in found["shares"]):
+        faults.append("shares is not a list of names of suites")
+        found["shares"] = []
     if isinstance(found["limit"], int) and found["limit"] < 1:
         faults.append(f"limit is {found['limit']}, at least 1 is needed")
     return found
@@ -215,9 +239,12 @@ def _cells(table: dict[str, Any], where: str, faults: list[str]) -> Iterator[Cel
     measure, priority = table.pop("measure", ["loss"]), table.pop("priority", 1)
     if not isinstance(measure, list) or not measure or not all(item in MEASURES for item in measure):
         faults.append(f"{where}: measure is {measure!r}, not a list of {', '.join(MEASURES)}")
+    hours = table.pop("hours", None)
+    if hours is not None and (type(hours) not in (int, float) or not hours >= 0):
+        faults.append(f"{where}: hours is {hours!r}, not a number of at least 0")
     if type(priority) is not int:
         faults.append(f"{where}: priority is {priority!r}, not a whole number")
-    known = _OPTIONS[how]
+    known = {n: d for n, d in _OPTIONS[how].items() if n not in _OF_DIRICHLET or DIRICHLET in methods}
     faults += [f"{where}: {how} has no option {name!r}" for name in table if name not in known]
     options = {name: _listed(table.get(name, default)) for name, default in known.items()}
     for name, values in options.items():
@@ -229,13 +256,16 @@ def _cells(table: dict[str, Any], where: str, faults: list[str]) -> Iterator[Cel
             chosen: dict[str, Any] = dict(zip(options, combination, strict=True))
             if method == BY_TYPE:
                 del chosen["slots"]  # there are as many blocks as types
+            left_out = {name for name in _UNNAMED if name in chosen and chosen[name] == known[name]}
+            left_out |= {name for name in _OF_DIRICHLET if method != DIRICHLET}
+            chosen = {name: value for name, value in chosen.items() if name not in left_out}
             if how in ("cluster", "arrive", "search"):
                 try:
                     METHODS[chosen["merge"]].checked(chosen["parameters"])
                 except LorashelfError as error:
                     faults.append(f"{where}: {error.what}")
                     continue
-            yield Cell(how, method, chosen, tuple(dict.fromkeys(["loss", *measure])), priority)
+            yield Cell(how, method, chosen, tuple(dict.fromkeys(["loss", *measure])), priority, hours)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -250,6 +280,8 @@ def _fault(name: str, value: Any) -> str | None:
         "dtype": ("f32", "f16", "bf16"),
         "order": ORDERS,
         "merge": tuple(METHODS),
+        "over": OVER,
+        "similarity": tuple(METRICS),
     }
     if name in choices:
         return None if value in choices[name] else f"{name} is {value!r}; choose from {', '.join(choices[name])}"
@@ -261,7 +293,10 @@ def _fault(name: str, value: Any) -> str | None:
     if name == "percent":
         number = type(value) in (int, float) and 0 < value <= 100
         return None if number else f"percent is {value!r}, not a number above 0 and at most 100"
-    if name == "rank" and value is None:
+    if name == "alpha":
+        number = type(value) in (int, float) and 0 < value < math.inf
+        return None if number else f"alpha is {value!r}, not a positive number"
+    if name in ("rank", "after") and value is None:
         return None
     least = 0 if name == "seed" else 1
     return None if type(value) is int and value >= least else f"{name} is {value!r}, not a whole number from {least}"

@@ -47,7 +47,7 @@ def show_adapter(
 
 def compare(
     adapters: arg.Adapters,
-    metric: Annotated[str, typer.Option("--metric", help="cosine, l2 or svd_features.")] = "cosine",
+    metric: Annotated[str, typer.Option("--metric", help="cosine, l1, l2, linf or svd_features.")] = "cosine",
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw a clustered heat map (png, svg or pdf).")] = None,
     json: arg.Json = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,10 @@ from .output import counted, duration, note, show, table
 
 SuitePath = Annotated[Path, typer.Argument(help="A suite's TOML file.", metavar="SUITE", show_default=False)]
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="Folder of the results; default: SUITE.results beside the suite.")
+    Path | None,
+    typer.Option(
+        "-o", "--output", help="Folder of the results, shared with no suite; default: SUITE.results beside the suite."
+    ),
 ]
 
 
@@ -45,7 +49,7 @@ def run(
     from ..models.protocol import Scores
     from . import base
 
-    opened = read_suite(suite)
+    opened = _opened(suite, output)
     own, tasks = _inputs(opened, adapters, data)
     model = base.open_named(opened.base, Scores, device=device, dtype=opened.model_dtype, template=None)
     model.fits(own)
@@ -59,13 +63,13 @@ def run(
 
 def status(suite: SuitePath, output: Output = None, json: arg.Json = False) -> None:
     """Print which cells are measured or being measured, and the estimated time for the rest."""
-    opened = read_suite(suite)
+    opened = _opened(suite, output)
     show(standing(opened, output or opened.folder), json, _standing)
 
 
 def results_table(suite: SuitePath, output: Output = None, json: arg.Json = False) -> None:
     """Print the results as a Markdown table with 95 % intervals."""
-    opened = read_suite(suite)
+    opened = _opened(suite, output)
     results = read_results(opened, output or opened.folder)
     show(page.rows(opened, results), json, lambda rows: page.table(opened, results, rows))
 
@@ -79,12 +83,18 @@ def plot(
     output: Output = None,
 ) -> None:
     """Draw results against storage or against an option."""
-    opened = read_suite(suite)
+    opened = _opened(suite, output)
     if y not in ("loss", "loss_kept", "score", "S"):
         raise UsageError(f"--y is {y!r}", cure="choose from loss, loss_kept, score, S")
     picture = drawn(opened, read_results(opened, output or opened.folder), format_of(file, "plot"), x, y, dark)
     replace_file(file, picture, file.parent)
     note(f"written: {file}")
+
+
+def _opened(path: Path, output: Path | None) -> Suite:
+    """Read a suite; results elsewhere may be of other adapters, so that none of other suites count."""
+    suite = read_suite(path)
+    return replace(suite, shared=()) if output else suite
 
 
 def _inputs(suite: Suite, adapters: Path | None, data: Path | None) -> tuple[dict[str, Adapter], dict[str, Task]]:
@@ -119,7 +129,19 @@ def _standing(document: dict[str, Any]) -> list[Any]:
     left = document["seconds_left"]
     rest = "" if document["done"] == document["of"] else f"; about {duration(left)} left" if left is not None else ""
     rows = [(cell["state"], cell["label"]) for cell in document["cells"]]
-    return [table(["state", "cell"], rows), f"{document['done']} of {document['of']} cells measured{rest}"]
+    parts = [
+        (str(p["priority"]), f"{p['left']} of {p['of']}", _hours(p["seconds_left"])) for p in document["priorities"]
+    ]
+    by_priority = [table(["priority", "cells left", "hours left"], parts)] if len(parts) > 1 else []
+    return [
+        table(["state", "cell"], rows),
+        *by_priority,
+        f"{document['done']} of {document['of']} cells measured{rest}",
+    ]
+
+
+def _hours(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{seconds / 3600:.1f}"
 
 
 PANEL = "Language model"

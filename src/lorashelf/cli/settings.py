@@ -153,7 +153,7 @@ def _flat(settings: Settings) -> dict[str, Any]:
     """Return every setting by its flat name."""
     outer = {"base": settings.base, "base_aliases": list(settings.base_aliases)}
     stored = {"encoding": settings.merge.encoding, "quality": settings.merge.quality}
-    stored |= {"floor": settings.placement.floor}
+    stored |= {"floor": settings.placement.floor, "similarity": settings.placement.similarity}
     return {**settings.budget.document(), **stored, **settings.recipe, **outer}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..execution import each
 from ..registry import Registry
 from . import kernels
-from .adapter import Adapter
+from .adapter import Adapter, Factors
 from .algebra import module_gram, module_row, union
 from .alignment import aligned
 from .arrays import Array64, Float64, Int, Positions, Square, Table, Vector
@@ -70,6 +70,40 @@ def _closeness(inner: Table, left: Left, right: Right) -> Table:
     rounding = 1e-14 * (left + right)  # the residue of a difference of equal numbers
     distance = np.sqrt(np.where(squared <= rounding, 0.0, squared))
     return np.asarray(1.0 / (1.0 + distance))
+
+
+@_registered
+def l1(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Table:
+    """Return the mean over modules of 1 / (1 + Σ |ΔW − ΔW'|), in (0, 1], as `l2`; forms ΔW, module by module."""
+    return _of_differences(xs, ys, lambda difference: float(np.abs(difference).sum()))
+
+
+@_registered
+def linf(xs: Sequence[Adapter], ys: Sequence[Adapter] | None = None) -> Table:
+    """Return the mean over modules of 1 / (1 + max |ΔW − ΔW'|), in (0, 1], as `l2`; forms ΔW, module by module."""
+    return _of_differences(xs, ys, lambda difference: float(np.abs(difference).max()))
+
+
+def _of_differences(
+    xs: Sequence[Adapter], ys: Sequence[Adapter] | None, size: Callable[[Float64[Array64, "dout din"]], float]
+) -> Table:
+    """Return the mean of 1 / (1 + size(ΔW − ΔW')) over the modules that either side of a pair has."""
+    others = xs if ys is None else ys
+    total, count = np.zeros((len(xs), len(others))), np.zeros((len(xs), len(others)))
+    for path in union([*xs, *others]):
+        left = [_dense(x.modules.get(path)) for x in xs]
+        right = left if ys is None else [_dense(y.modules.get(path)) for y in ys]
+        for i, x in enumerate(left):
+            for j, y in enumerate(right):
+                if x is not None or y is not None:
+                    difference = (0.0 if x is None else x) - (0.0 if y is None else y)
+                    total[i, j] += 1.0 / (1.0 + size(np.asarray(difference)))
+                    count[i, j] += 1
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+
+
+def _dense(f: Factors | None) -> Float64[Array64, "dout din"] | None:
+    return None if f is None else f.b.astype(np.float64) @ f.a.astype(np.float64) * f.scale
 
 
 @_registered

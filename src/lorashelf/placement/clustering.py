@@ -21,6 +21,10 @@ class Clustering:
     method: str
     seed: int | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
+    start: tuple[tuple[str, ...], ...] = ()
+    """The blocks that a search started from; of other methods, and of a clustering by hand, empty."""
+    moves: tuple[tuple[int, str, str | None], ...] = ()
+    """The moves from `start` to `blocks`: iteration, task, a task of the joined block (None: none); see `replayed`."""
 
     def check(self, tasks: Sequence[str], k: int) -> None:
         """Raise UsageError unless at most k non-empty blocks hold every task once."""
@@ -78,4 +82,5 @@ def clustered(
     blocks, start = (
         tuple(tuple(names[i] for i in block) for block in each) for each in (found.blocks, found.start or found.blocks)
     )
-    return Clustering(blocks, method, seed, found.report), start
+    moves = tuple((i, names[task], None if beside is None else names[beside]) for i, task, beside in found.moves)
+    return Clustering(blocks, method, seed, found.report, start if found.start else (), moves), start

@@ -56,13 +56,14 @@ Acceptor = Callable[[Change[Task], Losses[Task]], bool]
 @dataclass(frozen=True, slots=True)
 class Found(Generic[Task]):
     """The result of a search: the non-empty blocks, the accepted moves as (iteration, task), the number of proposals,
-    and the first blocks.
+    the first blocks, and for every move a task of the joined block that does not move itself (None: there is none).
     """
 
     blocks: tuple[tuple[Task, ...], ...]
     moves: tuple[tuple[int, Task], ...]
     proposals: int
     start: tuple[tuple[Task, ...], ...]
+    joined: tuple[Task | None, ...] = ()
 
     @property
     def accepted(self) -> int:
@@ -172,6 +173,7 @@ def search(
     blocks = first = _started(names, k, seed, start)
     best, lowest = blocks, total(blocks, losses) if keep_best else 0.0
     moves: list[tuple[int, Task]] = []
+    joined: list[Task | None] = []
     refused: set[Change[Task]] = set()
     proposals = 0
     for i in watch(range(iterations if k > 1 else 0)):
@@ -185,9 +187,33 @@ def search(
         changed = dict(zip(change.places, change.after, strict=True))
         blocks = [changed.get(place, block) for place, block in enumerate(blocks)]
         moves += [(i, task) for task in change.moved]
+        rests = [
+            next(block for block in change.after if task in block).difference(change.moved) for task in change.moved
+        ]
+        joined += [min(rest, default=None) for rest in rests]
         if keep_best and (now := total(blocks, losses)) < lowest:
             best, lowest = blocks, now
-    return Found(_filled(best if keep_best else blocks), tuple(moves), proposals, _filled(first))
+    return Found(_filled(best if keep_best else blocks), tuple(moves), proposals, _filled(first), tuple(joined))
+
+
+def replayed(
+    start: Iterable[Iterable[Task]], moves: Iterable[tuple[int, Task, Task | None]], iterations: int
+) -> list[list[Task]]:
+    """Return the blocks of a search after so many iterations, from its first blocks and its moves (iteration, task, a
+    task of the joined block or None).
+    """
+    blocks: list[set[Task]] = [set(block) for block in start]
+    for iteration, task, beside in moves:
+        if iteration >= iterations:
+            break
+        for block in blocks:
+            block.discard(task)
+        home = next((block for block in blocks if beside in block), None)
+        if home is None:
+            blocks.append({task})
+        else:
+            home.add(task)
+    return sorted(sorted(block) for block in blocks if block)
 
 
 def total(blocks: Iterable[Iterable[Task]], losses: Losses[Task]) -> float:
@@ -262,4 +288,9 @@ def d2c(
         "proposals": sum(each.proposals for each in found),
         "accepted": sum(each.accepted for each in found),
     }
-    return Partitioned([list(block) for block in best.blocks], report, [list(block) for block in found[0].start])
+    first = found[0]
+    moves = [(i, task, beside) for (i, task), beside in zip(first.moves, first.joined, strict=True)]
+    alone = not (restarts or keep_best)  # then the moves lead to the result
+    return Partitioned(
+        [list(block) for block in best.blocks], report, [list(block) for block in first.start], moves if alone else []
+    )

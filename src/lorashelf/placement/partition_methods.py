@@ -28,11 +28,14 @@ RESERVED = frozenset({"xs", "k", "method", "seed", "losses", "watch"})
 
 @dataclass(frozen=True, slots=True)
 class Partitioned:
-    """Blocks of indices, the method's report, and the blocks that a search started from."""
+    """Blocks of indices, the method's report, the blocks that a search started from, and the moves that led from these
+    to the result, as (iteration, task, a task of the joined block or None); empty unless they are the whole way.
+    """
 
     blocks: Partition
     report: Mapping[str, Any] = field(default_factory=dict)
     start: Partition | None = None
+    moves: Sequence[tuple[int, int, int | None]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ Policy = Callable[[Sequence[Candidate], View], Candidate | Refuse]
 POLICIES: Registry[Policy] = Registry("policy")
 BYTES = "bytes"
 """The policy of a shelf of bytes instead of slots."""
+COSINE = "cosine"
 NO_OBJECT = "one more object does not fit"
 NO_ROOM = "no slot can be opened, and none can be folded into"
 
@@ -159,6 +160,8 @@ class PlacementSpec:
     """A similarity, or "auto": the rule of `auto_threshold` on the scores seen."""
     floor: float = 0.8
     """With policy `bytes`, the least predicted quality of a task."""
+    similarity: str = COSINE
+    """The metric of lora/similarity.py that scores are of; the papers' is the cosine."""
 
     @property
     def by_bytes(self) -> bool:
@@ -174,4 +177,5 @@ class PlacementSpec:
     def document(self) -> dict[str, Any]:
         """Return the document for a manifest and shelf.toml."""
         floor = {"floor": self.floor} if self.by_bytes else {}
-        return {"policy": self.policy, "threshold": self.threshold, **floor}
+        metric = {} if self.similarity == COSINE else {"similarity": self.similarity}
+        return {"policy": self.policy, "threshold": self.threshold, **floor, **metric}

@@ -19,7 +19,7 @@ from .arrangement import arranged
 from .fonts import families
 from .formats import UNDATED
 
-UNSIGNED = {"l2"}  # metrics in (0, 1], whose middle is not 0
+UNSIGNED = {"l1", "l2", "linf"}  # metrics in (0, 1], whose middle is not 0
 NUMBERED = 12  # up to this many adapters, cells show their values
 INK, PALE, GREY = "#222222", "#666666", "#c4c4c4"
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])

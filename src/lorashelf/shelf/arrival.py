@@ -84,7 +84,8 @@ def _arrival(
         held = {s.id: snapshot.glanced(s) if by_bytes else snapshot.stored(s) for s in manifest.slots if s.readable}
         base = agreed_base(snapshot, {task: adapter}, list(held.values()), assume_base)
         squared_norms(adapter)  # likewise
-        values = similarity([adapter], list(held.values()))[0] if held and not by_bytes else []
+        metric = settings.placement.similarity
+        values = similarity([adapter], list(held.values()), metric)[0] if held and not by_bytes else []
     scores = {slot: float(score) for slot, score in zip(held, values, strict=not by_bytes)}
     same = next((s.id for s in manifest.slots if s.readable and adapter.digest in s.history.digests), None)
     record = source(task, kind, adapter)

@@ -17,9 +17,10 @@ from ..formats.codecs import CODECS
 from ..lora.adapter import WIDTHS, BaseId, base_faults
 from ..lora.given import as_texts
 from ..lora.quality import MOST_QUALITY
+from ..lora.similarity import METRICS
 from ..merging.merge_method import METHODS
 from ..merging.spec import MergeSpec
-from ..placement.policies import BYTES, POLICIES, PlacementSpec
+from ..placement.policies import BYTES, COSINE, POLICIES, PlacementSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -111,13 +112,13 @@ class Settings:
 def specs(recipe: Mapping[str, Any]) -> tuple[PlacementSpec, MergeSpec]:
     """Return how adapters are placed and merged, from the keys of a recipe; missing keys have their defaults."""
     chosen = {name: recipe[name] for name in RECIPE if name in recipe}
-    placement = {name: chosen.pop(name) for name in ("policy", "threshold", "floor") if name in chosen}
+    placement = {name: chosen.pop(name) for name in ("policy", "threshold", "floor", "similarity") if name in chosen}
     if "merge" in chosen:
         chosen["method"] = chosen.pop("merge")
     return PlacementSpec(**placement), MergeSpec(**chosen)
 
 
-RECIPE = (*PlacementSpec().document(), *MergeSpec().document(), "encoding", "quality", "floor")
+RECIPE = (*PlacementSpec().document(), *MergeSpec().document(), "encoding", "quality", "floor", "similarity")
 SECTIONS = {
     **{f.name: "budget" for f in fields(Budget)},
     **dict.fromkeys(RECIPE, "recipe"),
@@ -167,6 +168,7 @@ def write_toml(settings: Settings) -> bytes:
         f'policy = "{placement.policy}"',
         _line("threshold", placement.threshold, ""),
         *([f"floor = {placement.floor}"] if placement.by_bytes else []),
+        *([f'similarity = "{placement.similarity}"'] if placement.similarity != COSINE else []),
         f'merge = "{merge.method}"',
         _line("rank", merge.rank, "cap the rank stored; never pads"),
         _line("dtype", merge.dtype, "f32, f16 or bf16; without it, as the adapter"),
@@ -296,6 +298,7 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
         if not (optional and value is None) and not (type(value) is int and least <= value <= LARGEST)
     ]
     named = {"dtype": merge.dtype, "policy": placement.policy, "merge": merge.method, "encoding": merge.encoding}
+    named["similarity"] = placement.similarity
     for name, value in named.items():
         if not isinstance(value, str) and not (name == "dtype" and value is None):
             faults.append((name, f"{name} is {value!r}, not a name"))
@@ -311,6 +314,7 @@ def _faults(settings: Settings) -> list[tuple[str, str]]:
         ("policy", lambda: POLICIES[placement.policy]),
         ("merge", lambda: METHODS[merge.method].checked(merge.parameters)),
         ("encoding", lambda: CODECS[merge.encoding]),
+        ("similarity", lambda: METRICS[placement.similarity]),
     ):
         try:
             if isinstance(named[name], str) and isinstance(merge.parameters, Mapping):
