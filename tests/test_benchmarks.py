@@ -46,6 +46,17 @@ def test_a_benchmark_of_adapters_prints_its_table(name: str, row: str, tmp_path:
     assert "target " in found.stdout
 
 
+@pytest.mark.long
+def test_the_benchmark_of_the_server_loses_and_mixes_up_no_answer() -> None:
+    options = ["--threads", "1", "--parts", "overhead", "clients", "--seconds", "3"]
+    words = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), *options]
+    found = subprocess.run(words, capture_output=True, text=True)
+    assert found.returncode in (0, 1), found.stderr
+    assert "server without a model" in found.stdout
+    for target in ("answers lost", "answers of another task or text"):
+        assert f"target {target} <= 0: 0 ok" in found.stdout
+
+
 def test_the_drift_of_averages_is_measured_per_dtype(tmp_path: Path) -> None:
     for seed, task in enumerate(("gec-de", "gec-en", "qa-de")):
         write_adapter(make_adapter(seed), tmp_path / task)

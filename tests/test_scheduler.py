@@ -197,6 +197,8 @@ def test_closing_tells_everybody(model: HFBackend, monkeypatch: pytest.MonkeyPat
     gate.release()
     closing.join(30)
     assert [type(each.result()[1]) for each in heard] == [Busy, Busy]
+    with pytest.raises(Busy, match="shutting down"):
+        scheduler.call(lambda: None)
 
 
 # stop texts -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -492,6 +493,29 @@ def test_what_another_process_commits_is_served_and_running_answers_finish_as_th
         shelf.undo()
         with pytest.raises(openai.NotFoundError):
             content(made, "new")
+
+
+def test_a_request_whose_adapter_is_deleted_while_it_waits_is_answered_by_the_new_one(
+    tmp_path: Path, model: HFBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorashelf.formats.safetensors._HELD", threading.Semaphore(0))  # files are opened when read
+    shelf = shelf_of(tmp_path / "a.shelf", "mend", "talk")
+    with serving(shelf.path, model, rows=1) as made:
+        gate = made.held(monkeypatch)
+        first = raw(made, LONG | {"max_tokens": 300})
+        until(lambda: made.scheduler.running == 1)
+        second = raw(made, {"model": "talk", "messages": USER})
+        until(lambda: made.scheduler.waiting == 1)
+        for seed in (21, 22):
+            shelf.commit(plan_update(shelf.snapshot(), "talk", adapter(seed)))
+        gate.release(10_000)
+        received = b""
+        while b"finish_reason" not in received:
+            received += second.recv(9000)
+        found = json.loads(received[received.index(b"\r\n\r\n") :])
+        assert found["choices"][0]["message"]["content"] == answer(model, shelf.snapshot(), "talk", TEXT)
+        first.close()
+        second.close()
 
 
 def test_a_locked_shelf_is_served(tmp_path: Path, model: HFBackend) -> None:

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from ..errors import Busy, LorashelfError, StaleShelf, TooLong, UsageError
+from ..errors import Busy, LorashelfError, ShelfError, TooLong, UsageError
 from ..models.protocol import Continues
 from ..models.sampling import Token
 from ..serving import scheduler as scheduling
@@ -36,7 +36,6 @@ from .served_shelf import ServedShelf
 from .stream import Stream
 
 BODY_SECONDS = 30.0  # for a client to send its body
-TRIES = 3  # for a request whose adapter a commit deletes before it is read
 _CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large", 415: "unsupported_media_type"}
 _BARE = Service(BASE, None, None, "", MOST_TOKENS, frozenset())
 _GONE = 499  # the client went away, and reads no response
@@ -201,20 +200,19 @@ class Server:
                 running.cancel()
 
     async def _started(self, asked: Asked, begun: float) -> Running:
-        """Return a request whose first event is there; if a commit deletes its adapter meanwhile, it starts anew.
+        """Return a request whose first event is there. If a commit deleted its adapter meanwhile, it starts anew.
 
         Raises what prevents an answer.
         """
-        tries = 0
         while True:
             prepared = await anyio.to_thread.run_sync(self._prepared, asked)
             running = Running(prepared, self._scheduler, begun + self._limits.seconds)
             try:
                 await running.begin()
                 return running
-            except StaleShelf:
-                tries += 1
-                if tries == TRIES:
+            except ShelfError:
+                service = prepared.service
+                if await anyio.to_thread.run_sync(self._shelf.service, service.task) is service:
                     raise
             except BaseException:
                 running.cancel()

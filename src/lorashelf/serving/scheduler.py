@@ -127,7 +127,7 @@ class Scheduler:
         ticket = Ticket(request, listen, row, Pieces(self._text, request.stop, trims=request.trims))
         with self._wake:
             if self._closed:
-                raise Busy("the server is shutting down", cure="ask another one")
+                raise _closing()
             if self.waiting >= self._most_waiting:
                 what = f"{numbered(self.waiting, 'request')} wait for the model, as many as may"
                 raise Busy(what, cure=f"try again in {numbered(self.patience, 'second')}")
@@ -136,7 +136,7 @@ class Scheduler:
         return ticket
 
     def call(self, work: Callable[[], R]) -> Future[R]:
-        """Have the model's thread do some work between two tokens."""
+        """Have the model's thread do some work between two tokens. Raises Busy."""
         future: Future[R] = Future()
 
         def run() -> None:
@@ -147,6 +147,8 @@ class Scheduler:
                     future.set_exception(error)
 
         with self._wake:
+            if self._closed:
+                raise _closing()
             self._calls.append(run)
             self._wake.notify()
         return future
@@ -172,7 +174,9 @@ class Scheduler:
                     ticket.tell(error)
                 self._stay()
         for ticket in [*self._running, *self._waiting]:
-            ticket.tell(Busy("the server is shutting down", cure="ask another one"))
+            ticket.tell(_closing())
+        while self._calls:
+            self._calls.popleft()()
 
     def _has_work(self) -> bool:
         with self._wake:
@@ -246,3 +250,7 @@ class Scheduler:
         """Drop the texts that have ended or were cancelled."""
         self._running = [ticket for ticket in self._running if not ticket.cancelled]
         self._batch.keep([ticket.row for ticket in self._running])
+
+
+def _closing() -> Busy:
+    return Busy("the server is shutting down", cure="ask another one")
