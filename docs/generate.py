@@ -47,9 +47,9 @@ AIMS = {
 """Percent of the bytes → the loss kept that coded adapters should reach: mean and worst task."""
 CLI_HEAD = """# Command line
 
-Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache, or
-NAME=either; a task's name is NAME, else `--task`, else the folder's name. `--json` prints one JSON document on stdout;
-progress and notices go to stderr.
+Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache
+(owner/name or owner/name@revision), or NAME=either; a task's name is NAME, else `--task`, else the folder's name.
+`--json` prints one JSON document on stdout; progress and notices go to stderr.
 
 Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or bad task name · 3 adapter refused ·
 4 shelf (refused, stale, locked, corrupt, over budget, newer format), disk, output that cannot be written · 5 model ·

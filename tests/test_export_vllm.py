@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,9 +17,9 @@ import pytest
 
 from factory import BASE, assert_same_delta, dense, make_adapter
 from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, export_shelf, plan_add, read_adapter
-from lorashelf.errors import NotExportable, UsageError
+from lorashelf.errors import NotExportable, ShelfNotFound, UsageError
 from lorashelf.plugins.shelves import SHELVES, shelves
-from lorashelf.plugins.vllm import number
+from lorashelf.plugins.vllm import ShelfResolver, number
 
 NewShelf = Callable[..., Shelf]
 
@@ -163,6 +164,22 @@ def test_vllm_s_own_classes_load_the_export_and_the_shelf(tmp_path: Path, new_sh
     assert found["added"] == [[task, found["ids"][task]] for task in adapters]  # as it reaches vLLM's engine
     assert (found["missing"], found["wrong"]) == (404, 404)
     assert found["resolver"] is found["equal"] is found["there"] is found["files_of_another_base"] is True
+
+
+def test_what_no_shelf_serves_is_left_to_others(
+    tmp_path: Path, new_shelf: NewShelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf = filled(new_shelf(1), task=make_adapter())
+    with pytest.raises(ShelfNotFound):  # at vLLM's start
+        ShelfResolver([tmp_path / "missing.shelf"])
+    resolver = ShelfResolver([shelf.path])
+    assert asyncio.run(resolver.resolve_lora(BASE, "unknown")) is None
+    assert asyncio.run(resolver.resolve_lora("another/base", "task")) is None
+    assert f"lorashelf set {shelf.path} --base-alias another/base" in caplog.text
+    (shelf.path / "HEAD").write_text("nothing")
+    caplog.clear()
+    assert asyncio.run(resolver.resolve_lora(BASE, "task")) is None
+    assert str(shelf.path) in caplog.text
 
 
 def test_numbers_of_objects_are_in_vllm_s_range() -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic import remove
 from ..errors import LorashelfError
 from ..formats.peft import write_adapter
 from ..lora.adapter import BaseId
@@ -37,7 +39,8 @@ class ShelfResolver:
 
     def __init__(self, paths: list[Path]) -> None:
         self._shelves = [Shelf(path) for path in paths]
-        self._folder = tempfile.TemporaryDirectory(prefix="lorashelf-vllm-")
+        self._folder = Path(tempfile.mkdtemp(prefix="lorashelf-vllm-"))
+        weakref.finalize(self, remove, self._folder)  # also when the process ends
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Return the request for a task's adapter, whose number all tasks of its object share; None if no shelf of this
@@ -62,7 +65,7 @@ class ShelfResolver:
             cure = f"if they are one model: lorashelf set {snapshot.path} --base-alias {base}"
             _logger.warning("%s: %s is for %s, vLLM serves %s; %s", snapshot.path, task, names, base, cure)
             return None
-        path = Path(self._folder.name) / slot.object.id
+        path = self._folder / slot.object.id
         if not path.exists():
             snapshot.check_bytes(slot)
             write_adapter(uniform(replace(snapshot.adapter(task), base=BaseId(base))), path)
@@ -75,7 +78,7 @@ def number(identity: str) -> int:
 
 
 def register() -> None:
-    """Register the resolver with vLLM if LORASHELF_SHELVES names shelves."""
+    """Register the resolver with vLLM if LORASHELF_SHELVES names shelves. Raises ShelfNotFound."""
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
     if paths := shelves():
