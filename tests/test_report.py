@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from command import Command
 from factory import make_adapter, tree
 from lorashelf import Shelf, combine, export_shelf, plan_add, plan_remove
+from lorashelf.errors import MissingExtra
 from lorashelf.report.overview import overview, similarity_map
 from lorashelf.report.rendering import TEMPLATES
 
@@ -266,6 +268,18 @@ def test_an_existing_file_stays(command: Command, shelf: Shelf, tmp_path: Path) 
     code, document = command(shelf.path, "-o", tmp_path / "r.html")
     assert (code, document["error"]["message"]) == (2, "the output already exists")
     assert (tmp_path / "r.html").read_text() == "mine"
+
+
+def test_what_is_not_installed_is_named(
+    command: Command, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorashelf.report.shelf_report._NEEDED", {"no_such": "Jinja2", "nor_this": "SciPy"})
+    code, document = command(shelf.path, "-o", tmp_path / "r.html")
+    assert (code, document["error"]["kind"]) == (2, "missing_extra")
+    assert document["error"]["message"] == "a report needs Jinja2 and SciPy"
+    monkeypatch.setitem(sys.modules, "lorashelf.report.arrangement", None)
+    with pytest.raises(MissingExtra, match="a similarity map needs SciPy and scikit-learn"):
+        similarity_map(shelf.snapshot())
 
 
 def test_a_full_disk_leaves_no_file(

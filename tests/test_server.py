@@ -586,7 +586,7 @@ def test_auto_chooses_a_task_by_the_text_and_names_it(tmp_path: Path, model: HFB
     }
     with serving(shelf.path, model, auto=Auto(model, tasks, tmp_path / "cache")) as made:
         client = made.openai()
-        assert [each.id for each in client.models.list()] == ["auto", "mend", "talk"]
+        assert [each.id for each in client.models.list()] == ["auto", "mend", "talk", "base"]
         assert client.models.retrieve("auto").id == "auto"
         for task in ("mend", "talk"):
             messages = [{"role": "user", "content": kinds[task]}]

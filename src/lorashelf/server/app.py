@@ -95,9 +95,9 @@ class Server:
         return Guard(Starlette(routes=routes, exception_handlers=handlers), self._key, self._page.sign_in)
 
     @property
-    def _others(self) -> Sequence[str]:
-        """The model ids beside the tasks."""
-        return (BASE,) if self._auto is None else (AUTO, BASE)
+    def _auto_id(self) -> Sequence[str]:
+        """The model id that chooses a task, if this server can."""
+        return () if self._auto is None else (AUTO,)
 
     def stop(self) -> None:
         """Report from now on that the server is not ready."""
@@ -107,13 +107,12 @@ class Server:
 
     async def _models(self, _: Request) -> Response:
         snapshot = await anyio.to_thread.run_sync(self._shelf.snapshot)
-        names = sorted(snapshot.manifest.tasks)
-        names += [name for name in self._others if name not in names]
+        names = dict.fromkeys([*self._auto_id, *sorted(snapshot.manifest.tasks), BASE])
         return JSONResponse({"object": "list", "data": [self._described(snapshot, name) for name in names]})
 
     async def _one_model(self, request: Request) -> Response:
         snapshot, name = await anyio.to_thread.run_sync(self._shelf.snapshot), request.path_params["model"]
-        if name not in self._others:
+        if name not in (*self._auto_id, BASE):
             snapshot.located(name)
         return JSONResponse(self._described(snapshot, name))
 
