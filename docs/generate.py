@@ -155,14 +155,18 @@ def methods(text: str) -> str:
     return replaced(text, "methods", "end", "\n".join(rows))
 
 
+SUITES = ("small", "first_table", "frontier", "d2c", "kmerge")
+
+
 def results(text: str) -> str:
-    """docs/results.md with the tables of the suites whose results are committed."""
-    for name in ("small", "first_table", "frontier"):
+    """docs/results.md with the tables of the suites whose results are committed, and what of them was not run."""
+    for name in SUITES:
         suite = read_suite(HERE.parent / "suites" / f"{name}.toml")
         found = read_results(suite, suite.folder)
         count = f"{len(found)} of {len(suite.cells)} cells are measured. " if len(found) < len(suite.cells) else ""
         table = page.table(suite, found, page.rows(suite, found))
-        text = replaced(text, f"suite {name}", "end suite", count + table)
+        left = page.unmeasured(suite, found)
+        text = replaced(text, f"suite {name}", "end suite", "\n\n".join([count + table, left] if left else [table]))
     return text
 
 
@@ -187,7 +191,7 @@ def _shares() -> dict[str | float, dict[str, Vector]]:
     return {key: shares_kept(each, losses["own"], losses["base"]) for key, each in losses.items()}
 
 
-def _with_interval(stated: tuple[float, float, float], form: str = ".3f") -> str:
+def _with_interval(stated: tuple[float, ...], form: str = ".3f") -> str:
     value, low, high = stated
     return f"{value:{form}} ({low:{form}} … {high:{form}})"
 
@@ -261,10 +265,140 @@ def predicted(text: str) -> str:
     return replaced(text, "predicted", "end predicted", "\n".join(rows))
 
 
+PUBLISHED: dict[str, list[tuple[str, str, str, str, str]]] = {
+    "D2C": [  # row, published, method, merge and options of ours
+        ("zero-shot", "14.7 / 15.2 / 6.5", "base", "", ""),
+        ("separate adapters", "32.9 / 31.7 / 29.0", "own", "", ""),
+        ("random", "21.5 ± 1.0 / 22.5 ± 1.3 / 15.2 ± 0.3", "random", "ties", ""),
+        ("K-Means", "20.4 ± 0.1 / 21.9 ± 0.1 / 15.5 ± 0.1", "kmeans", "ties", ""),
+        ("K-Means on SVD features", "22.3 ± 1.2 / 22.4 ± 0.9 / 16.1 ± 0.2", "kmeans_svd", "ties", ""),
+        ("D2C", "26.0 ± 0.7 / 24.6 ± 1.1 / 17.3 ± 0.3", "d2c", "ties", ""),
+        ("all in one adapter", "18.7 / – / –", "single", "ties", ""),
+        ("random, linear merging", "22.1 / – / –", "random", "linear", ""),
+        ("D2C, linear merging", "24.8 / – / –", "d2c", "linear", ""),
+        ("blocks by type, alpha 0.1 (type helps)", "above random", "dirichlet", "ties", "alpha=0.1"),
+        ("blocks by language, alpha 0.1 (no help)", "as random", "dirichlet", "ties", "alpha=0.1 over=language"),
+        ("D2C with 2 examples per task", "flat in n", "d2c", "ties", "examples_per_task=2"),
+        ("D2C with 20 examples per task", "flat in n", "d2c", "ties", "examples_per_task=20"),
+    ],
+    "K-Merge": [
+        ("K-Merge, random order", "0.80", "kmerge", "linear", ""),
+        ("linear, ½ and ½, random order", "0.79", "half", "linear", ""),
+        ("K-Merge++, worst order", "0.80", "kmerge++", "linear", "order=worst"),
+        ("K-Merge, worst order", "0.75", "kmerge", "linear", "order=worst"),
+        ("linear, ½ and ½, worst order", "0.69", "half", "linear", "order=worst"),
+        ("K-Merge, K = 8", "0.80 to 0.90", "kmerge", "linear", "slots=8"),
+        ("K-Merge++, K = 8", "0.80 to 0.90", "kmerge++", "linear", "slots=8"),
+    ],
+}
+"""Paper → its figures: the average score on Llama 3.2 3B / Qwen 2.5 1.5B / StableLM 2 1.6B, or S on Llama 3.2 1B."""
+BY_HAND = {"own": "own adapters", "base": "zero-shot"}
+
+
+@cache
+def _measured(name: str) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """(method, merge, options) → the row of a suite's page."""
+    suite = read_suite(HERE.parent / "suites" / f"{name}.toml")
+    rows = page.rows(suite, read_results(suite, suite.folder))
+    return {(row["method"], row["merge"], row["options"]): row for row in rows}
+
+
+def _row(method: str, merge: str, options: str) -> dict[str, Any] | None:
+    """The row of the first suite of forty tasks that has measured these cells."""
+    found = (_measured(name).get((method, merge, options)) for name in ("d2c", "kmerge", "first_table", "frontier"))
+    return next((row for row in found if row), None)
+
+
+def _by_hand(text: str, method: str, merge: str) -> list[str] | None:
+    """The score, S and loss kept of a row of the table that was measured before results were stored."""
+    section = text.partition("\n## Forty tasks in five slots\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    wanted = [BY_HAND.get(method, method), merge or "–"]
+    return next(([row[6], row[7], row[4]] for row in rows if row[:2] == wanted and len(row) == 8), None)
+
+
+def published(text: str) -> str:
+    """docs/results.md with the papers' figures beside those measured here."""
+    parts = []
+    for paper, figures in PUBLISHED.items():
+        lines = [
+            f"| {paper} | published | score here | S here | loss kept % here | repetitions | source |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, figure, method, merge, options in figures:
+            row, hand = _row(method, merge, options), None if options else _by_hand(text, method, merge)
+            if row:
+                cells = [f"{row['score'][0]:.1f}" if row["score"] else "not run"]
+                cells += [f"{row['S'][0]:.3f}" if row["S"] and row["score"] else "not run"]
+                cells += [_with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f"), str(row["seeds"])]
+                lines.append(f"| {name} | {figure} | {' | '.join(cells)} | committed results |")
+            if hand:
+                cells = ["not run" if cell == "–" else cell for cell in hand]
+                lines.append(f"| {name} | {figure} | {' | '.join(cells)} | see its table | measured by hand |")
+            if not (row or hand):
+                lines.append(f"| {name} | {figure} | not run | not run | not run | – | – |")
+        parts.append("\n".join(lines))
+    return replaced(text, "published", "end published", "\n\n".join(parts))
+
+
+def guide(text: str) -> str:
+    """docs/results.md with the decision guide, whose figures are those of the tables below it."""
+
+    def kept(method: str, merge: str, options: str = "") -> str:
+        row = _row(method, merge, options)
+        if row:
+            return _with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f") + " %"
+        hand = None if options else _by_hand(text, method, merge)
+        return f"{hand[2]} % (by hand)" if hand else "not run"
+
+    def worst(method: str) -> str:
+        row = _row(method, "linear", "")
+        return f"{100 * row['worst'][0]:.1f} % ({row['worst_task']})" if row else "not run"
+
+    rows = [
+        (
+            "a number of bytes",
+            "coded adapters, one per task: `init --bytes`, `pack`",
+            f"1 % of the bytes {kept('coded', '', 'percent=1')}; best merge at 12.5 % {kept('type', 'linear')}",
+        ),
+        (
+            "K resident adapters, tasks arrive one by one",
+            "K-Merge++ with `linear`: `init --slots K`",
+            f"{kept('kmerge++', 'linear')}, random blocks {kept('random', 'linear')}; with `ties` "
+            f"{kept('kmerge++', 'ties')}; the worst order {kept('kmerge++', 'linear', 'order=worst')}",
+        ),
+        (
+            "K resident adapters, all at hand, no examples",
+            "`cluster --method agglomerative` with `linear`",
+            f"{kept('agglomerative', 'linear')}; K-Means {kept('kmeans', 'linear')}, "
+            f"on SVD features {kept('kmeans_svd', 'linear')}",
+        ),
+        (
+            "K resident adapters, all at hand, 10 examples per task",
+            "D2C with `ties`, an hour of one core, or agglomerative without examples",
+            f"D2C {kept('d2c', 'ties')}, agglomerative {kept('agglomerative', 'ties')} under the same merge; "
+            f"D2C with `linear` {kept('d2c', 'linear')}",
+        ),
+        (
+            "known problem types, at most K",
+            "a slot per type; K-Merge++ where no task may fall far",
+            f"{kept('type', 'linear')}, but its worst task {worst('type')}; K-Merge++'s worst task {worst('kmerge++')}",
+        ),
+        (
+            "one resident adapter",
+            "no merge: code the adapters instead",
+            f"one merge of all {kept('single', 'linear')}",
+        ),
+    ]
+    lines = ["| what is given | what to use | evidence: loss kept |", "|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return replaced(text, "guide", "end guide", "\n".join(lines))
+
+
 PARTS = {
     "methods.md": [methods],
     "architecture.md": [layers],
-    "results.md": [results, frontier],
+    "results.md": [results, frontier, published, guide],
     "coded.md": [predicted],
     "../README.md": [proof],
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,6 +215,19 @@ def test_options_that_came_later_leave_the_names_of_older_results_as_they_are() 
         assert set(read_results(suite, suite.folder)) == {
             path.stem.rpartition("-")[2] for path in suite.folder.glob("*.json")
         }
+
+
+@pytest.mark.parametrize("name", ["d2c", "kmerge"])
+def test_the_head_of_a_suite_states_the_hours_of_its_priorities(name: str) -> None:
+    path = ROOT / "suites" / f"{name}.toml"
+    hours: Counter[int] = Counter()
+    for cell in read_suite(path).cells:
+        assert cell.hours is not None, cell.label
+        hours[cell.priority] += cell.hours
+    stated = re.findall(r"^# priority (\d+) \((\d+) h\): ", path.read_text(), re.MULTILINE)
+    assert [(int(number), int(total)) for number, total in stated] == [
+        (number, round(total)) for number, total in sorted(hours.items())
+    ]
 
 
 # assignments --------------------------------------------------------------------------------------------------------

@@ -371,7 +371,7 @@ WEIGHTS = [(0.7, 0.3), (1, 1), (1, -0.5)]
 SIGNED = {name: ("total", "frequency") for name, m in METHODS.items() if "majority_sign_method" in m.parameters}
 THEIRS = [
     (name, {"density": DENSITY} | ({"majority_sign_method": sign} if sign else {}))
-    if "density" in METHODS[name].parameters
+    if "density" in method.parameters
     else (name, {})
     for name, method in METHODS.items()
     if name != "factor_mean" and method.space != "joint"  # K-Merge's equation, KnOTS, OPCM: PEFT does not have them
