@@ -61,8 +61,8 @@ class Bytes:
 
     @property
     def scale(self) -> int:
-        """The bytes that a full bar stands for."""
-        return max(self.total, self.budget or 0, self.apart, 1)
+        """The bytes that the full bar of the parts stands for: the budget, if there is one."""
+        return max(self.total, self.budget or 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
