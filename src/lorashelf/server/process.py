@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from ..errors import UsageError
 
+KEPT_ALIVE = 75  # seconds: longer than clients keep idle connections, so that none is closed while it is asked
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -62,6 +63,7 @@ class Process(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEPT_ALIVE,
                 timeout_graceful_shutdown=max(1, round(grace)),
             )
         )
