@@ -1,1 +1,1 @@
-"""A shelf's objects as files of other runtimes: one file a format, one driver."""
+"""A shelf's objects as files of other runtimes: one file per format, one driver."""

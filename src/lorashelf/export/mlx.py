@@ -1,4 +1,4 @@
-"""The format `mlx`: one folder of mlx-lm an object."""
+"""The format `mlx`: one folder of mlx-lm per object."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ README = "README.md"
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 _TEXT = """# Models for Ollama
 
-One model a task; Ollama stores the base once. In this folder:
+One model per task; Ollama stores the base once. In this folder:
 
 ```bash
 {commands}

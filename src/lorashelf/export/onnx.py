@@ -1,4 +1,4 @@
-"""The format `onnx`: one file of ONNX Runtime an object."""
+"""The format `onnx`: one file of ONNX Runtime per object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The format `peft`: one PEFT folder an object."""
+"""The format `peft`: one PEFT folder per object."""
 
 from __future__ import annotations
 

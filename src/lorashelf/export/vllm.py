@@ -1,4 +1,4 @@
-"""The format `vllm`: one PEFT folder a task, laid out for vLLM's filesystem resolver."""
+"""The format `vllm`: one PEFT folder per task, laid out for vLLM's filesystem resolver."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 README = "README.md"
 _TEXT = """# Adapters for vLLM
 
-One folder a task; the folders of tasks that share an adapter are links to one.
+One folder per task; the folders of tasks that share an adapter are links to one.
 
 A request's model is the name of a task. Either vLLM loads its adapter when it is first asked for, in this folder:
 

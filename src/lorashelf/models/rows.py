@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Rows:
-    """Rows of one base; at most `most` side by side, one if the base cannot tell rows apart."""
+    """Rows of one base; at most `most` side by side, one if the base cannot keep rows apart."""
 
     def __init__(self, model: Any, adapters: AdapterPool, pad: int, most: int) -> None:
         self._torch, _ = libraries()

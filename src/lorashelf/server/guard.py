@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from . import page
 from .problems import document
 
-OPEN = ("/healthz", "/readyz", *page.OPEN)  # without a key: they tell nothing about the content
+OPEN = ("/healthz", "/readyz", *page.OPEN)  # without a key: they show nothing of the content
 
 
 def is_loopback(host: str) -> bool:

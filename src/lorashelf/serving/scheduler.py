@@ -71,7 +71,7 @@ class Ticket:
         """End the request."""
         self.cancelled = True
 
-    def tell(self, event: Event) -> None:
+    def pass_on(self, event: Event) -> None:
         """Pass an event on, unless nobody wants to hear it."""
         if not self.cancelled:
             self.listen(event)
@@ -171,10 +171,10 @@ class Scheduler:
                     _logger.exception("a bug in the model's thread")
                     error = LorashelfError(f"this is a bug: {type(error).__name__}: {error}", cure="report it")
                 for ticket in self._running:
-                    ticket.tell(error)
+                    ticket.pass_on(error)
                 self._stay()
         for ticket in [*self._running, *self._waiting]:
-            ticket.tell(_closing())
+            ticket.pass_on(_closing())
         while self._calls:
             self._calls.popleft()()
 
@@ -220,7 +220,7 @@ class Scheduler:
             tokens = self._batch.join([ticket.row for ticket in tickets])
         except LorashelfError as error:
             if len(tickets) == 1:
-                tickets[0].tell(error)
+                tickets[0].pass_on(error)
                 return
             for ticket in tickets:
                 self._join([ticket])
@@ -234,16 +234,16 @@ class Scheduler:
     def _took(self, ticket: Ticket, token: Token | LorashelfError) -> None:
         """Tell a request of its next token, and of the end."""
         if isinstance(token, LorashelfError):
-            ticket.tell(token)
+            ticket.pass_on(token)
             return
         pieces = ticket.pieces
         text = pieces.add(token.id)
         count, most = len(pieces.tokens), ticket.request.most
         if not pieces.ended and count >= most:
             text += pieces.rest()
-        ticket.tell(Piece(text, None if token.id in self._text.stops else token))
+        ticket.pass_on(Piece(text, None if token.id in self._text.stops else token))
         if pieces.ended or count >= most:
-            ticket.tell(End("stop" if pieces.ended else "length", count))
+            ticket.pass_on(End("stop" if pieces.ended else "length", count))
             self._pace += 0.1 * (time.monotonic() - ticket.begun - self._pace)
 
     def _stay(self) -> None:
