@@ -52,7 +52,7 @@ UNPRUNED = {  # what a method with a density is at density 1
     "dare_ties": "ties",
     "dare_ties_svd": "ties_svd",
 }
-NO_TWIN = {"knots_ties"}  # is no other method at density 1
+NO_TWIN = {"knots_ties"}  # is not another method at density 1
 SAME = 1e-5  # relative: float32 sums in another order, one SVD
 OTHER = 1e-2
 driver = sys.modules["lorashelf.merging.driver"]  # the name is that of the function too

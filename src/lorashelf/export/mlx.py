@@ -83,7 +83,7 @@ def linear_layers(name: str) -> Layers:
     source, lora = located(name), _package("tuner.lora")
     if source is None or not source.is_dir():
         cure = "give a folder with config.json, or a hub id in the local cache: --base"
-        raise ModelError("there is no folder of the base model for mlx-lm", where=name, cure=cure)
+        raise ModelError("the base model is not a folder on this machine, which mlx-lm needs", where=name, cure=cure)
     try:
         model, _ = _package("utils").load_model(source, lazy=True, strict=False)
     except Exception as error:  # on a damaged or unknown configuration mlx-lm may raise anything

@@ -39,7 +39,7 @@ class Request:
 
 
 class Piece(NamedTuple):
-    """Text that became final with a token; the token is None if it ends the answer and is no part of it."""
+    """Text that became final with a token; the token is None if it ends the answer and is not part of it."""
 
     text: str
     token: Token | None

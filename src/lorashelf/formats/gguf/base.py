@@ -101,7 +101,7 @@ class GgufBase:
         return found, faults.listed()
 
     def _shape(self, name: str) -> tuple[int, ...] | None:
-        """Return a tensor's shape, () if there is no such tensor, None if the shapes are not known."""
+        """Return a tensor's shape, () for an unknown tensor, None if the shapes are not known."""
         return None if self.shapes is None else self.shapes.get(f"{name}.weight", ())
 
 
