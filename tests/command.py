@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
 
 from lorashelf.cli import main
+
+HEEDING = [  # a job in the background has Ctrl-C ignored
+    *(sys.executable, "-c"),
+    "import os, signal, sys\nfor name in (signal.SIGINT, signal.SIGHUP):\n    signal.signal(name, signal.SIG_DFL)\n"
+    "os.execv(sys.argv[1], sys.argv[1:])",
+]
 
 
 class Command:

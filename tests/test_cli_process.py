@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from command import HEEDING
 from factory import make_adapter, write_peft
 from lorashelf import Shelf, new_settings, plan_add, read_adapter
 from lorashelf.cli import process
@@ -113,12 +114,6 @@ def test_a_bug_shows_its_traceback_and_prints_a_document(shelf: Shelf) -> None:
     assert "return 1 // 0" in done.stderr or "ZeroDivisionError" in done.stderr
     assert "ZeroDivisionError" in json.loads(done.stdout)["error"]["message"]
 
-
-HEEDING = [  # a job in the background has Ctrl-C ignored
-    *(sys.executable, "-c"),
-    "import os, signal, sys\nfor name in (signal.SIGINT, signal.SIGHUP):\n    signal.signal(name, signal.SIG_DFL)\n"
-    "os.execv(sys.argv[1], sys.argv[1:])",
-]
 
 # a minute in short sleeps: a signal that arrives just before a sleep begins is seen after it
 ASLEEP = "[__import__('time').sleep(0.05) for _ in range(1200)]"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command import Command
+from command import HEEDING, Command
 from factory import assert_same_delta, make_adapter, tree
 from llama_model import MODELS, Llama, by_pairs, tensor_name, tiny, write_gguf
 from lorashelf import Adapter, BaseId, Factors, Modules, Shelf, export_shelf, new_settings, plan_add, read_adapter
@@ -556,13 +556,16 @@ main(sys.argv[1:])
 """
     words = ["export", str(two.path), "-o", str(tmp_path / "out"), "--format", "peft"]
     before = sorted(tmp_path.iterdir())
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*HEEDING, sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
     assert process.stderr
     for line in process.stderr:
         if line == "second\n":
             break
     assert sorted(tmp_path.iterdir()) != before
     process.send_signal(signal.SIGINT)
-    with process:
+    try:
         assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.communicate()
     assert sorted(tmp_path.iterdir()) == before
