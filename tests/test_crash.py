@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,20 @@ import pytest
 from crash import child
 from crash.disk import Disk, Picture, in_memory, picture, restored
 from crash.judge import Case, faults, head, state, tidy
-from crash.scenes import SCENES, SHELF, A, standing
+from crash.scenes import LONG, SCENES, SHELF, A, standing
 from lorashelf import Shelf, plan_add
 
 ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "VECLIB")}
 Left = Iterator[tuple[str, Picture, Path]]
-every_scene = pytest.mark.parametrize("name", SCENES)
+
+
+def every(names: Iterable[str] = SCENES) -> pytest.MarkDecorator:
+    """The parameter `name` of a test that is run in each of these scenes."""
+    named = [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in names]
+    return pytest.mark.parametrize("name", named)
+
+
+every_scene = every()
 
 
 @pytest.fixture
@@ -90,7 +98,7 @@ def test_a_power_cut_at_any_call_leaves_the_old_or_the_new(name, seed, case, roo
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("name", [name for name, scene in SCENES.items() if scene.prepare])
+@every(name for name, scene in SCENES.items() if scene.prepare)
 def test_what_the_writer_after_a_kill_acknowledges_survives_a_power_cut(name, case, room):
     """Only on shelves whose making was acknowledged: the name of another may go, and all of it with the name."""
     one = case(name)

@@ -55,6 +55,7 @@ def test_the_cosine_to_the_own_adapter_is_the_similarity_and_leaves_out_the_untr
     assert cosines({"idle": idle}, {"idle": idle}) == "-"
 
 
+@pytest.mark.long
 def test_the_story_is_told_from_arrival_to_undo(tmp_path: Path) -> None:
     run = [
         sys.executable,
@@ -135,6 +136,7 @@ def test_the_second_half_on_a_real_model(
         assert f"  {method:13} →" in told
 
 
+@pytest.mark.long
 def test_without_scikit_learn_the_offline_part_says_what_brings_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +151,7 @@ def test_without_scikit_learn_the_offline_part_says_what_brings_it(
     assert "Try it yourself" in told
 
 
+@pytest.mark.long
 def test_without_the_language_model_the_second_half_says_what_brings_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

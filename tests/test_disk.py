@@ -34,6 +34,7 @@ from factory import make_adapter, write_peft
 from lorashelf import Shelf, new_settings, plan_add, plan_remove, read_adapter, route, write_adapter
 from lorashelf.atomic import replace_file
 from lorashelf.errors import DiskError
+from test_crash import every
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -221,7 +222,7 @@ def interrupted_at(first: int) -> Callable[[int, str, tuple[Any, ...]], None]:
 
 
 @pytest.mark.parametrize(("trouble", "error"), [(full_from, DiskError), (interrupted_at, KeyboardInterrupt)])
-@pytest.mark.parametrize("name", SCENES)
+@every()
 def test_trouble_at_any_call_changes_nothing_or_all(name, trouble, error, room):
     """Injected: ENOSPC, Ctrl-C. An error leaves the old state and nothing beside it, or once HEAD has moved the new."""
     scene = SCENES[name]

@@ -256,6 +256,7 @@ def test_auto_is_refused_where_its_words_do_not_fit(
     assert said in error
 
 
+@pytest.mark.long
 def test_smollm2_finds_the_slot_of_texts_of_the_few_shot_tasks(tmp_path: Path, smollm2: HFBackend) -> None:
     tasks = read_tasks(ROOT / "examples" / "fewshot")
     chosen = [name for name in ("gec-de", "qa-ja", "sum-zh") if (ROOT / "examples" / "zoo" / name).exists()]

@@ -11,7 +11,9 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("side_by_side", [(), ("-n", "2")], ids=["one process", "two workers"])
+@pytest.mark.parametrize(
+    "side_by_side", [(), pytest.param(("-n", "2"), marks=pytest.mark.long)], ids=["one process", "two workers"]
+)
 def test_an_unnamed_skip_fails_the_run(side_by_side: tuple[str, ...], tmp_path: Path) -> None:
     for name in ("conftest.py", "shapes.py"):
         (tmp_path / name).write_text((TESTS / name).read_text())

@@ -161,3 +161,15 @@ SCENES = {
     "set keep": Scene(lambda path: Shelf(path, clock).configure({"keep": 1}), standing(keep=3, a=A, b=B, c=C, d=D)),
     "gc": Scene(lambda path: Shelf(path, clock).gc(), full_of_garbage),
 }
+
+LONG = (
+    "cluster",
+    "an add that retires",
+    "an add that deletes what comes back",
+    "update in a shared slot",
+    "remove from the average",
+    "an add that ends what can be redone",
+    "an add to a shelf of format 1",
+    "an add that makes stored objects coarser",
+)
+"""Scenes of many calls: their tests take long."""
