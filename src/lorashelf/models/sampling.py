@@ -42,7 +42,7 @@ class Token(NamedTuple):
 
 
 def no_next_token() -> ModelError:
-    """Return the error of a text after which there is no likeliest token."""
+    """Return the error of a text whose next token has no finite logits."""
     cure = "check the adapter for values that overflow, or give the base another dtype"
     return ModelError("the next token has no finite logits", cure=cure)
 
