@@ -149,7 +149,7 @@ def test_a_base_that_mlx_does_not_know_is_refused(tmp_path: Path, new_shelf: New
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"model_type": "frobnicator"}')
     shelf = alone(new_shelf(1), make_adapter())
-    for base, what in ((tmp_path / "base", "frobnicator"), (tmp_path / "nothing", "no folder of the base")):
+    for base, what in ((tmp_path / "base", "frobnicator"), (tmp_path / "nothing", "not a folder on this machine")):
         with pytest.raises(ModelError, match=what):
             export_shelf(shelf.snapshot(), tmp_path / "out", "mlx", {"base": str(base)})
 
