@@ -77,7 +77,7 @@ def commands() -> Iterator[str]:
     """Every command as it is typed."""
     for name in MODULES:
         module = import_module(f"lorashelf.cli.{name}")
-        group = f"{name} " if hasattr(module, "GROUP") else ""
+        group = "" if tuple(module.COMMANDS) == tuple(MODULES[name]) else f"{name} "
         yield from (group + command for command in module.COMMANDS)
 
 

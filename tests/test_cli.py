@@ -599,7 +599,24 @@ def test_a_command_is_found_in_the_module_that_is_imported_for_it() -> None:
     assert names() == {command for commands in MODULES.values() for command in commands}
     for commands in MODULES.values():
         for command in commands:
-            assert names(command) == set(commands)
+            assert names(command) == names("--", command) == set(commands)
+
+
+def test_the_list_of_commands_is_that_of_their_docstrings() -> None:
+    import typer
+
+    from lorashelf.cli.app import SUMMARIES, application
+
+    for name, command in typer.main.get_command(application()).commands.items():
+        assert SUMMARIES[name] == " ".join(str(command.help).split("\n\n")[0].split())
+
+
+def test_the_list_of_commands_imports_none() -> None:
+    code = (
+        "from lorashelf.cli import main, sys\ntry: main(['--help'])\nfinally: print('lorashelf.shelf' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.endswith("False\n")
 
 
 def test_every_command_has_an_example_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:

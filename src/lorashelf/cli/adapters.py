@@ -252,7 +252,6 @@ def _forecast_row(row: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-PANEL = "Adapters"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "show": (show_adapter, "lorashelf show adapters/gec-de"),
     "compare": (compare, "lorashelf compare adapters/* --plot similarity.svg"),

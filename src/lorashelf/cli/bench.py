@@ -144,8 +144,6 @@ def _hours(seconds: float | None) -> str:
     return "unknown" if seconds is None else f"{seconds / 3600:.1f}"
 
 
-PANEL = "Language model"
-GROUP = "Experiments as data: suites in TOML, results in JSON."
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "run": (run, "lorashelf bench run suites/small.toml"),
     "status": (status, "lorashelf bench status suites/small.toml"),

@@ -277,7 +277,6 @@ def _clustered(document: dict[str, Any]) -> list[Any]:
     return shown
 
 
-PANEL = "The shelf"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "cluster": (cluster, "lorashelf cluster adapters/* -o my.shelf --slots 5 --method d2c --examples tasks/"),
 }

@@ -113,7 +113,6 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     return [f"{document['output']}: {size(document['bytes'])}", table(columns, rows)]
 
 
-PANEL = "Adapters"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "compress": (compress, "lorashelf compress adapters/gec-de -o gec-de.lsc --percent 2.5"),
     "extract": (extract, "lorashelf extract gec-de.lsc -o gec-de"),

@@ -195,7 +195,6 @@ def _mean(values: Sequence[float]) -> str:
     return f"{float(np.mean(values)):.4f}" if len(values) else "-"
 
 
-PANEL = "Start here"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "demo": (demo, "lorashelf demo --seed 3"),
 }

@@ -234,7 +234,6 @@ def _tables(document: dict[str, Any]) -> list[Any]:
     return [table(list(columns), zip(*columns.values(), strict=True)), *lines_below(document)]
 
 
-PANEL = "Language model"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "eval": (evaluation, "lorashelf eval my.shelf --data tasks --own adapters --zero-shot zero.json -o out"),
 }

@@ -104,7 +104,6 @@ def _listed(document: dict[str, Any]) -> list[Any]:
     ]
 
 
-PANEL = "The shelf"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "export": (export, "lorashelf export my.shelf -o gguf --format gguf --base smollm2.gguf"),
 }

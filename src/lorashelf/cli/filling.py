@@ -255,7 +255,6 @@ def _watched(count: int, json: bool) -> Iterator[Callable[[Mapping[str, Any]], N
         yield report
 
 
-PANEL = "The shelf"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "init": (init, "lorashelf init my.shelf --slots 5 --dtype f16"),
     "add": (

@@ -128,7 +128,6 @@ def _print(pieces: Iterable[str]) -> None:
     print(flush=True)
 
 
-PANEL = "Language model"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "generate": (
         generate,

@@ -165,7 +165,6 @@ def _changed_slots(before: Manifest, after: Manifest) -> list[int]:
     return sorted({slot.id for slot in set(before.slots) ^ set(after.slots)})
 
 
-PANEL = "The shelf"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "log": (log, "lorashelf log my.shelf"),
     "verify": (verify, "lorashelf verify my.shelf"),

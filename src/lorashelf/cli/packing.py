@@ -174,7 +174,6 @@ def _packed(document: Packed) -> list[Any]:
     return [table(["task", ">size", ">of 16 bits", ">predicted quality"], rows), f"{line}; {least}"]
 
 
-PANEL = "The shelf"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "pack": (pack, "lorashelf pack adapters/* -o my.shelf --bytes 4MB"),
     "convert": (convert, "lorashelf convert old.shelf -o my.shelf --encoding coded --bytes 4MB"),

@@ -34,7 +34,6 @@ def report(
     show(document, json, lambda d: f"{output}: {size(d['bytes'])}")
 
 
-PANEL = "The shelf"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "report": (report, "lorashelf report my.shelf -o report.html --eval result.json"),
 }

@@ -105,7 +105,6 @@ def _announce(served: ServedShelf, address: str, base: str, as_json: bool) -> No
     note("Ctrl-C stops the server")
 
 
-PANEL = "Language model"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "serve": (serve, "lorashelf serve my.shelf --port 8000"),
 }

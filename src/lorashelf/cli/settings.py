@@ -161,7 +161,6 @@ def _word(value: object) -> str:
     return NONE if value is None or value in ([], {}) else str(value)
 
 
-PANEL = "The shelf"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "set": (set_, 'lorashelf set my.shelf qa-de --prompt "Answer."  ·  lorashelf set my.shelf --keep 3 --bytes 80MB'),
 }

@@ -134,7 +134,6 @@ def _precision(document: dict[str, Any]) -> str:
     return "" if document["precision"] is None else f", to a relative precision of about {document['precision']:.1e}"
 
 
-PANEL = "The shelf"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "update": (update, "lorashelf update my.shelf gec-de out/gec-de-v2 --was out/gec-de"),
     "remove": (remove, "lorashelf remove my.shelf gec-de --adapter adapters/gec-de"),

@@ -151,7 +151,6 @@ def _trained(records: dict[str, dict[str, Any]]) -> Any:
     return table(columns, rows)
 
 
-PANEL = "Language model"
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {
     "train": (train, "lorashelf train tasks/ --base HuggingFaceTB/SmolLM2-135M-Instruct -o adapters/"),
 }
