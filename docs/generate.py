@@ -23,11 +23,12 @@ import numpy as np
 
 from lorashelf import METHODS, documents
 from lorashelf.bench import page
+from lorashelf.bench.calibration import calibration
 from lorashelf.bench.plot import drawn
 from lorashelf.bench.results import Vector, interval, mean_over_tasks, read_results, sampled, shares_kept
 from lorashelf.bench.suite import Suite, read_suite
 from lorashelf.cli.app import MODULES
-from lorashelf.lora.quality import quality
+from lorashelf.lora.quality import MEASURED
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -248,19 +249,20 @@ def proof(text: str) -> str:
 
 def predicted(text: str) -> str:
     """docs/coded.md with its table of predicted and measured qualities."""
+    results = {each["cell"].get("percent", each["cell"]["method"]): each for each in _frontier()[1].values()}
+    found = calibration([results[percent] for percent in AIMS], results["own"], results["base"])
+    if found.points != MEASURED:
+        sys.exit(f"lora/quality.py does not hold the measured points: {found.points}")
     rows = [
-        "| bytes | energy kept | predicted | measured | off by, mean over tasks | 90 % of tasks within |",
-        "|---|---|---|---|---|---|",
+        "| bytes | energy kept | loss kept, mean | worst | tenth percentile "
+        "| predicted for a task left out: off by, root mean square | 90 % within |",
+        "|---|---|---|---|---|---|---|",
     ]
-    coded = {each["cell"].get("percent"): each for each in _frontier()[1].values()}
-    for percent in AIMS:
-        result, shares = coded[percent], _shares()[percent]
-        energy = [result["tasks"][task]["energy_kept"] for task in shares]
-        expected, measured = np.array([quality(each) for each in energy]), np.array([v[0] for v in shares.values()])
-        off = np.abs(expected - measured)
+    columns = zip(reversed(AIMS), found.energy, found.kept, found.left_out(), strict=True)
+    for percent, energy, kept, off in reversed(list(columns)):
         rows.append(
-            f"| {percent:g} % | {np.mean(energy):.3f} | {expected.mean():.3f} | {measured.mean():.3f} "
-            f"| {off.mean():.3f} | {np.percentile(off, 90):.3f} |"
+            f"| {percent:g} % | {energy.mean():.3f} | {kept.mean():.3f} | {kept.min():.3f} "
+            f"| {np.percentile(kept, 10):.3f} | {np.sqrt((off**2).mean()):.3f} | {np.percentile(abs(off), 90):.3f} |"
         )
     return replaced(text, "predicted", "end predicted", "\n".join(rows))
 
