@@ -156,7 +156,7 @@ def methods(text: str) -> str:
     return replaced(text, "methods", "end", "\n".join(rows))
 
 
-SUITES = ("small", "first_table", "frontier", "d2c", "kmerge")
+SUITES = ("small", "first_table", "frontier", "d2c", "kmerge", "merges")
 
 
 def results(text: str) -> str:
@@ -190,6 +190,39 @@ def _shares() -> dict[str | float, dict[str, Vector]]:
     found = {each["cell"].get("percent", each["cell"]["method"]): each for each in _frontier()[1].values()}
     losses = {key: sampled([result]).losses for key, result in found.items()}
     return {key: shares_kept(each, losses["own"], losses["base"]) for key, each in losses.items()}
+
+
+def merges(text: str) -> str:
+    """docs/results.md with its table of merge methods on the same blocks, each against `linear` and `ties`."""
+    suite = read_suite(HERE.parent / "suites" / "merges.toml")
+    found = read_results(suite, suite.folder)
+    by_method: dict[str, dict[str, Any]] = {}
+    for cell in suite.cells:
+        if cell.id in found:
+            more = " ".join(cell.particulars(("merge", "slots", "result")))
+            by_method.setdefault(f"`{cell.options.get('merge', cell.method)}` {more}".strip(), {})[cell.method] = found[
+                cell.id
+            ]
+    own, zero = (sampled([by_method[f"`{name}`"][name]]).losses for name in ("own", "base"))
+
+    def kept(result: dict[str, Any]) -> Vector:
+        mean = mean_over_tasks(shares_kept(sampled([result]).losses, own, zero))
+        assert mean is not None
+        return 100 * mean
+
+    lines = []
+    for title, blocks in (("the five types", ("type",)), ("D2C", ("d2c", "blocks_of"))):
+        shares = {name: kept(results[how]) for name, results in by_method.items() for how in blocks if how in results}
+        lines += [
+            f"| blocks of {title}: merge | loss kept % | − `linear` | − `ties` |",
+            "|---|---|---|---|",
+        ]
+        for name, share in sorted(shares.items(), key=lambda item: -item[1][0]):
+            apart = [share - shares[other] if other in shares else None for other in ("`linear`", "`ties`")]
+            cells = ["not run" if x is None else _with_interval((x[0], *interval(x)), "+.1f") for x in apart]
+            lines.append(f"| {name} | {_with_interval((share[0], *interval(share)), '.1f')} | {' | '.join(cells)} |")
+        lines.append("")
+    return replaced(text, "merges", "end merges", "\n".join(lines[:-1]))
 
 
 def _with_interval(stated: tuple[float, ...], form: str = ".3f") -> str:
@@ -400,7 +433,7 @@ def guide(text: str) -> str:
 PARTS = {
     "methods.md": [methods],
     "architecture.md": [layers],
-    "results.md": [results, frontier, published, guide],
+    "results.md": [results, merges, frontier, published, guide],
     "coded.md": [predicted],
     "../README.md": [proof],
 }

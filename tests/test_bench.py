@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from factory import make_adapter
-from lorashelf import Adapter, Shelf, new_settings, plan_add, read_adapter
+from lorashelf import Adapter, Shelf, merge, new_settings, plan_add, read_adapter
 from lorashelf.bench import page
 from lorashelf.bench.assignment import Inputs, arrival, assign, bytes_of
 from lorashelf.bench.plot import _lines as points_of
@@ -146,6 +146,9 @@ alpha = 1
 cluster = "dirichlet"
 alpha = [0, "1"]
 over = "size"
+[[cells]]
+cluster = "blocks_of"
+restore_norm = "yes"
 """
     with pytest.raises(UsageError) as caught:
         written(tmp_path, text)
@@ -176,6 +179,8 @@ over = "size"
         "alpha is 0, not a positive number",
         "alpha is '1'",
         "over is 'size'",
+        "cells 9: result is None, not the name of a result",
+        "restore_norm is 'yes', not true or false",
     ):
         assert fault in str(caught.value)
 
@@ -300,6 +305,41 @@ def test_dirichlet_blocks_are_balanced_and_purer_the_smaller_alpha_is(tmp_path: 
     pure, mixed = (np.mean([purity(alpha, seed) for seed in range(10)]) for alpha in (0.05, 100))
     assert pure > mixed + 0.2
     assert purity(1, 0) == purity(1, 0)
+
+
+def test_the_blocks_of_another_result_are_merged_by_another_method(tmp_path: Path) -> None:
+    adapters = {f"t{i}": make_adapter(i) for i in range(4)}
+    tasks = {name: Task(name, "p", "t") for name in adapters}
+    blocks = [["t0", "t3"], ["t1", "t2"]]
+    chosen = Cell("cluster", "blocks_of", {**COMMON, "merge": "svd", "result": "d2c-abc"}, ())
+    found = assign(chosen, Inputs(adapters, tasks, None, tmp_path, results={"abc": {"provenance": {"blocks": blocks}}}))
+    assert found.provenance == {"blocks": blocks}
+    served = found.serving["t0"]
+    assert served.digest == found.serving["t3"].digest == merge([adapters["t0"], adapters["t3"]], method="svd").digest
+    for results in ({}, {"abc": {"provenance": {}}}, {"abc": {"provenance": {"blocks": blocks[:1]}}}):
+        with pytest.raises(UsageError, match="d2c-abc"):
+            assign(chosen, Inputs(adapters, tasks, None, tmp_path, results=results))
+
+
+@pytest.mark.parametrize("how", [("cluster", "single"), ("arrive", "kmerge")])
+def test_a_cell_may_restore_the_norm_of_its_merges(how: tuple[str, str], tmp_path: Path) -> None:
+    adapters = {f"t{i}": make_adapter(i) for i in range(3)}
+    tasks = {name: Task(name, "p", "t") for name in adapters}
+    way = {"order": "name", "threshold": "auto"} if how[0] == "arrive" else {}
+    inputs = Inputs(adapters, tasks, None, tmp_path)
+    sizes = [
+        norm(assign(cell(*how, slots=1, merge="factor_mean", **way, **more), inputs).serving["t0"])
+        for more in ({}, {"restore_norm": True})
+    ]
+    assert sizes[1] == pytest.approx(np.mean([norm(x) for x in adapters.values()]), rel=1e-5)
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_a_cell_that_does_not_restore_norms_has_the_identity_that_it_had_before(tmp_path: Path) -> None:
+    plain, restored = written(tmp_path, 'format = 1\n[[cells]]\ncluster = "type"\nrestore_norm = [false, true]\n').cells
+    assert plain.document() == {"how": "cluster", "method": "type", **{k: COMMON[k] for k in COMMON if k != "slots"}}
+    assert restored.document() == {**plain.document(), "restore_norm": True}
+    assert restored.label == "type restore_norm=True"
 
 
 def test_after_some_arrivals_only_those_tasks_are_served(tmp_path: Path) -> None:

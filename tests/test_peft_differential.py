@@ -374,7 +374,8 @@ THEIRS = [
     if "density" in method.parameters
     else (name, {})
     for name, method in METHODS.items()
-    if name != "factor_mean" and method.space != "joint"  # K-Merge's equation, KnOTS, OPCM: PEFT does not have them
+    if name != "factor_mean"
+    and method.space not in ("joint", "subspace")  # PEFT has neither these nor K-Merge's equation
     for sign in SIGNED.get(name, (None,))
 ]
 

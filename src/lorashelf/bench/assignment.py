@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
 from ..formats.peft import encode
 from ..lora.adapter import Adapter, in_16_bits
 from ..merging.blocks import merger
@@ -25,7 +26,7 @@ from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import Task
-from .suite import BY_TYPE, DIRICHLET, Cell
+from .suite import BLOCKS_OF, BY_TYPE, DIRICHLET, Cell
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,8 @@ def arrival(cell: Cell, types: Mapping[str, str]) -> list[str]:
 
 
 def _spec(cell: Cell) -> MergeSpec:
-    return MergeSpec(
-        cell.options["merge"], **{key: cell.options[key] for key in ("parameters", "rank", "dtype", "seed")}
-    )
+    names = ("parameters", "rank", "dtype", "seed", "restore_norm")
+    return MergeSpec(cell.options["merge"], **{name: cell.options[name] for name in names if name in cell.options})
 
 
 def _clustered(cell: Cell, inputs: Inputs) -> list[list[str]]:
@@ -125,8 +125,20 @@ def _clustered(cell: Cell, inputs: Inputs) -> list[list[str]]:
     if cell.method == DIRICHLET:
         over = {name: getattr(inputs.tasks[name], cell.options["over"]) for name in names}
         return dirichlet_blocks(over, cell.options["slots"], cell.options["alpha"], cell.options["seed"])
+    if cell.method == BLOCKS_OF:
+        return _blocks_of(cell.options["result"], inputs)
     found = cluster(inputs.adapters, cell.options["slots"], method=cell.method, seed=cell.options["seed"])
     return [list(block) for block in found.blocks]
+
+
+def _blocks_of(name: str, inputs: Inputs) -> list[list[str]]:
+    """Return the blocks of a result METHOD-ID of the suite. Raises UsageError without it, or if it has other tasks."""
+    result = inputs.results.get(name.rpartition("-")[2])
+    blocks: list[list[str]] = result["provenance"].get("blocks", []) if result else []
+    if sorted(itertools.chain(*blocks)) != sorted(inputs.adapters):
+        what = f"{name} has blocks of other tasks" if blocks else f"the suite has no result {name} with blocks"
+        raise UsageError(what, cure="list its cell with a lower priority, or share a suite that has measured the cell")
+    return blocks
 
 
 def dirichlet_blocks(groups: Mapping[str, str], k: int, alpha: float, seed: int) -> list[list[str]]:

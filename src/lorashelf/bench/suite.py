@@ -54,27 +54,38 @@ BY_TYPE = "type"
 """The clustering with one block per problem type, as an oracle would know."""
 DIRICHLET = "dirichlet"
 """The clustering whose blocks each draw shares of the problem types or languages from a Dirichlet distribution."""
+BLOCKS_OF = "blocks_of"
+"""The clustering with the blocks of another cell's result, so that merges are compared on the same blocks."""
 METHODS_OF: Mapping[How, Sequence[str]] = {
     "serve": ("base", "own"),
     "code": ("coded",),
-    "cluster": (BY_TYPE, DIRICHLET, *(name for name, method in PARTITIONERS.items() if not method.by_loss)),
+    "cluster": (BY_TYPE, DIRICHLET, BLOCKS_OF, *(name for name, method in PARTITIONERS.items() if not method.by_loss)),
     "arrive": tuple(POLICIES),
     "search": tuple(name for name, method in PARTITIONERS.items() if method.by_loss),
 }
-_COMMON: dict[str, Any] = {"slots": 5, "merge": "linear", "parameters": {}, "rank": None, "dtype": "f32", "seed": 0}
+_COMMON: dict[str, Any] = {
+    "slots": 5,
+    "merge": "linear",
+    "parameters": {},
+    "rank": None,
+    "dtype": "f32",
+    "seed": 0,
+    "restore_norm": False,
+}
 _SEARCH = {name: p for method in METHODS_OF["search"] for name, p in PARTITIONERS[method].parameters.items()}
 _OPTIONS: Mapping[How, Mapping[str, Any]] = {
     "serve": {},
     "code": {"percent": None, "levels": LEVELS},
-    "cluster": {**_COMMON, "alpha": 1, "over": "type"},
+    "cluster": {**_COMMON, "alpha": 1, "over": "type", "result": None},
     "arrive": {**_COMMON, "order": "random", "threshold": "auto", "similarity": COSINE, "after": None},
     "search": {**_COMMON, **{name: p.default for name, p in _SEARCH.items()}, "examples_per_task": 10},
 }
-"""The options of each kind of cell, with defaults (`percent` has none); merges are stored in float32 unless `dtype` is
-set.
+"""The options of each kind of cell, with defaults (`percent` and `result` have none); merges are stored in float32
+unless `dtype` is set.
 """
-_OF_DIRICHLET = ("alpha", "over")
-_UNNAMED = ("similarity", "after")
+_ONLY_OF: Mapping[str, str] = {"alpha": DIRICHLET, "over": DIRICHLET, "result": BLOCKS_OF}
+"""Option → the only clustering that has it."""
+_UNNAMED = ("similarity", "after", "restore_norm")
 """Options that a cell names only if they differ from the default, so that results from before them are still found."""
 OVER = ("type", "language")
 ORDERS = ("random", "worst", "name")
@@ -244,7 +255,7 @@ def _cells(table: dict[str, Any], where: str, faults: list[str]) -> Iterator[Cel
         faults.append(f"{where}: hours is {hours!r}, not a number of at least 0")
     if type(priority) is not int:
         faults.append(f"{where}: priority is {priority!r}, not a whole number")
-    known = {n: d for n, d in _OPTIONS[how].items() if n not in _OF_DIRICHLET or DIRICHLET in methods}
+    known = {n: d for n, d in _OPTIONS[how].items() if n not in _ONLY_OF or _ONLY_OF[n] in methods}
     faults += [f"{where}: {how} has no option {name!r}" for name in table if name not in known]
     options = {name: _listed(table.get(name, default)) for name, default in known.items()}
     for name, values in options.items():
@@ -254,10 +265,10 @@ def _cells(table: dict[str, Any], where: str, faults: list[str]) -> Iterator[Cel
     for method in methods:
         for combination in itertools.product(*options.values()):
             chosen: dict[str, Any] = dict(zip(options, combination, strict=True))
-            if method == BY_TYPE:
-                del chosen["slots"]  # there are as many blocks as types
+            if method in (BY_TYPE, BLOCKS_OF):
+                del chosen["slots"]  # there are as many blocks as types, or as the result has
             left_out = {name for name in _UNNAMED if name in chosen and chosen[name] == known[name]}
-            left_out |= {name for name in _OF_DIRICHLET if method != DIRICHLET}
+            left_out |= {name for name, only in _ONLY_OF.items() if method != only}
             chosen = {name: value for name, value in chosen.items() if name not in left_out}
             if how in ("cluster", "arrive", "search"):
                 try:
@@ -287,6 +298,10 @@ def _fault(name: str, value: Any) -> str | None:
         return None if value in choices[name] else f"{name} is {value!r}; choose from {', '.join(choices[name])}"
     if name == "parameters":
         return None if isinstance(value, dict) else f"parameters is {value!r}, not a table"
+    if name == "restore_norm":
+        return None if isinstance(value, bool) else f"restore_norm is {value!r}, not true or false"
+    if name == "result":
+        return None if isinstance(value, str) else f"result is {value!r}, not the name of a result, METHOD-ID"
     if name == "threshold":
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1
         return None if value == "auto" or number else f"threshold is {value!r}, not 'auto' or from -1 to 1"

@@ -113,6 +113,9 @@ def _merge_module(
     """Merge one module; returns its factors, and ‖ΔW‖² dropped and kept if the rank was cut on the way."""
     if method.space in ("exact", "joint"):
         return method.rule(fs, weights, **params), 0.0, 0.0
+    if method.space == "subspace":
+        found: tuple[Factors, float, float] = method.rule(fs, weights, cap or max(f.shape.rank for f in fs), **params)
+        return found
     if method.space == "delta":
         deltas = [f.delta() for f in fs]
         dense = method.rule(deltas, np.array(weights, np.float32), masks["W"], **params)

@@ -17,8 +17,8 @@ Tensor = Float32[Array32, "_rows _columns"]
 Weights = Float32[Array32, "n"]
 Draw = Callable[[int], np.random.Generator]
 """Adapter i → the generator of its mask."""
-Rule = Callable[..., Any]  # a Tensor, or in the spaces "exact" and "joint" Factors
-Space = Literal["factors", "exact", "delta", "joint"]
+Rule = Callable[..., Any]  # a Tensor; "exact", "joint": Factors; "subspace": Factors, ‖·‖² dropped and kept
+Space = Literal["factors", "exact", "delta", "joint", "subspace"]
 
 
 @dataclass(frozen=True, slots=True)
