@@ -75,13 +75,13 @@ def excess(adapter: Any, percent: float) -> float:
 # the large adapter, each step in a child --------------------------------------------------------------------------
 
 
-def large() -> Any:
+def large(seed: int = 0) -> Any:
     """Singular values that fall by a seventh from one to the next, as those of trained adapters do on average."""
     import numpy as np
 
     from lorashelf import Adapter, BaseId, Factors, Modules
 
-    rng, fall = np.random.default_rng(0), (6 / 7) ** np.arange(common.RANK)
+    rng, fall = np.random.default_rng(seed), (6 / 7) ** np.arange(common.RANK)
     modules = {
         f"model.layers.{layer}.self_attn.{name}": Factors(
             rng.standard_normal((common.RANK, din), dtype=np.float32),

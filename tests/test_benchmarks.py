@@ -34,6 +34,7 @@ sys.exit(module.main())
         pytest.param("add", "whole add / floor", marks=pytest.mark.long),
         ("matrix", "lorashelf.lora.similarity"),
         ("slots", "the other stages"),
+        ("budget", "made coarser"),
         pytest.param("llamacpp", "coded slot: decode", marks=[pytest.mark.long, needs_llama]),
     ],
 )
