@@ -236,6 +236,18 @@ def test_the_quality_asked_for_is_reached_with_few_bytes_to_spare(wanted: float)
     assert quality(cheaper.kept) < wanted
 
 
+@pytest.mark.parametrize("slope", [3e-6, 1e-6, 3e-7])
+def test_a_quality_just_above_an_attained_one_is_reached(slope: float) -> None:
+    x = read_adapter(ZOO / "sum-en")
+    first = Encoder(x)
+    first.add(slope)
+    wanted = quality(first.kept + 1e-7)  # within the error of the estimates
+    finer = Encoder(x)
+    finer.add_for(wanted)
+    assert wanted <= quality(finer.kept) + 1e-9
+    assert finer.size <= 1.06 * first.size
+
+
 @pytest.mark.parametrize("size", [1, 40, 110])
 def test_too_few_bytes_are_refused_with_the_number_that_would_do(size: int) -> None:
     with pytest.raises(UsageError, match=f"{size} bytes are too few") as raised:

@@ -108,12 +108,12 @@ class Encoder:
 
     def _for(self, wanted: float) -> _Trial:
         options, share = self.options(), energy_for(wanted)
-        aim = share
+        slope = slope_keeping([options], share)
         for attempt in range(_TRIES):
-            trial = self._trial(options.choose(slope_keeping([options], aim))[0])
+            trial = self._trial(options.choose(slope)[0])
             if trial.kept >= share:
                 return trial
-            aim += 2**attempt * (share - trial.kept)  # the estimate is off by that much, or the slopes are too coarse
+            slope *= 1 - 1e-3 * 2**attempt  # the estimate was slightly too high
         what = f"no level is fine enough for a predicted quality of {wanted}"
         raise UsageError(what, cure=f"give at most {quality(trial.kept):.4f}")
 
