@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ import numpy as np
 from lorashelf import METHODS, documents
 from lorashelf.bench import page
 from lorashelf.bench.calibration import calibration
+from lorashelf.bench.peers import PEERS
 from lorashelf.bench.plot import drawn
 from lorashelf.bench.results import Vector, interval, mean_over_tasks, read_results, sampled, shares_kept
 from lorashelf.bench.suite import Suite, read_suite
@@ -179,16 +181,19 @@ def _frontier() -> tuple[Suite, dict[str, dict[str, Any]]]:
 
 @cache
 def _frontier_rows() -> dict[str | float, dict[str, Any]]:
-    """Method, for coded adapters the percentage → the row of the page, coded ones from the most bytes to the fewest."""
+    """A cell's label, for coded adapters the percentage → the row of the page, coded ones from the most bytes to the
+    fewest.
+    """
     rows = sorted(page.rows(*_frontier()), key=lambda row: -(row["percent"] or 0))
-    return {row["percent"] or row["method"]: row for row in rows}
+    return {row["percent"] or f"{row['method']} {row['options']}".strip(): row for row in rows}
 
 
 @cache
 def _shares() -> dict[str | float, dict[str, Vector]]:
     """As `_frontier_rows` → task → loss kept, on all examples and on every resample."""
-    found = {each["cell"].get("percent", each["cell"]["method"]): each for each in _frontier()[1].values()}
-    losses = {key: sampled([result]).losses for key, result in found.items()}
+    suite, found = _frontier()
+    measured = {cell.options.get("percent", cell.label): found[cell.id] for cell in suite.cells if cell.id in found}
+    losses = {key: sampled([result]).losses for key, result in measured.items()}
     return {key: shares_kept(each, losses["own"], losses["base"]) for key, each in losses.items()}
 
 
@@ -237,7 +242,7 @@ def _against(value: float, aim: float) -> str:
 def frontier(text: str) -> str:
     """docs/results.md with its table of coded adapters beside the best merge and what was aimed at."""
     rows, tasks = _frontier_rows(), len(_shares()["own"])
-    merges = rows.keys() - {*AIMS, "own", "base"}
+    merges = [key for key, row in rows.items() if row["merge"]]
     best = max(merges, key=lambda method: rows[method]["loss_kept"][0])
     lines = [
         f"| bytes | kB per adapter | loss kept, mean | aim | worst task | aim | mean − {best} in five slots |",
@@ -253,6 +258,45 @@ def frontier(text: str) -> str:
             f"| {_against(row['worst'][0], worst)} | {_with_interval((apart[0], *interval(apart)), '+.3f')} |"
         )
     return replaced(text, "frontier", "end frontier", "\n".join(lines))
+
+
+def _coded_at(share: float) -> dict[str, Vector]:
+    """Task → loss kept by coded adapters in this share of the bytes: between two measured rates linear in the logarithm
+    of the bytes, beyond them that of the last.
+    """
+    rates = sorted(AIMS)
+    sizes = [math.log(_frontier_rows()[percent]["storage"]) for percent in rates]
+    place = float(np.interp(math.log(share), sizes, np.arange(len(rates))))
+    below, above = rates[math.floor(place)], rates[math.ceil(place)]
+    return {task: kept + place % 1 * (_shares()[above][task] - kept) for task, kept in _shares()[below].items()}
+
+
+def peers(text: str) -> str:
+    """docs/results.md with its table of other codes beside coded adapters in the same bytes."""
+    suite, found = _frontier()
+    lines = [
+        "| code | options | bytes | loss kept, mean | worst task | coded in these bytes | coded − other |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ahead = []
+    measured = [cell for cell in suite.cells if cell.method in PEERS and cell.id in found]
+    order = list(PEERS)
+    for cell in sorted(measured, key=lambda c: (order.index(c.method), -_frontier_rows()[c.label]["storage"])):
+        row, shares = _frontier_rows()[cell.label], _shares()[cell.label]
+        coded = _coded_at(row["storage"])
+        apart = mean_over_tasks({task: coded[task] - kept for task, kept in shares.items()})
+        mean = mean_over_tasks(coded)
+        assert apart is not None
+        assert mean is not None
+        options = ", ".join(f"{name} {str(value).lower()}" for name, value in cell.options.items())
+        lines.append(
+            f"| `{cell.method}` | {options} | {100 * row['storage']:.2f} % | {_with_interval(row['loss_kept'])} "
+            f"| {row['worst_task']} {_with_interval(row['worst'])} | {mean[0]:.3f} "
+            f"| {_with_interval((apart[0], *interval(apart)), '+.3f')} |"
+        )
+        ahead += [f"{cell.method} with {options}"] if interval(apart)[1] < 0 else []
+    lines += ["", f"Above the curve of coded adapters by more than the paired interval: {'; '.join(ahead) or 'none'}."]
+    return replaced(text, "peers", "end peers", "\n".join(lines))
 
 
 def _own_bytes() -> int:
@@ -433,7 +477,7 @@ def guide(text: str) -> str:
 PARTS = {
     "methods.md": [methods],
     "architecture.md": [layers],
-    "results.md": [results, merges, frontier, published, guide],
+    "results.md": [results, merges, frontier, peers, published, guide],
     "coded.md": [predicted],
     "../README.md": [proof],
 }

@@ -149,6 +149,15 @@ over = "size"
 [[cells]]
 cluster = "blocks_of"
 restore_norm = "yes"
+[[cells]]
+cluster = "type"
+slots = 3
+[[cells]]
+code = ["rank_bits", "loraquant"]
+rank = 0
+bits = 9
+ratio = 2
+k = 3
 """
     with pytest.raises(UsageError) as caught:
         written(tmp_path, text)
@@ -160,7 +169,7 @@ restore_norm = "yes"
         "slots is 0",
         "serve has no option 'slots'",
         "cells 3: give one of serve, code, cluster, arrive, search",
-        "cells 4: code is 'zip'; choose from coded",
+        "cells 4: code is 'zip'; choose from coded, rank_bits, loraquant, vlora, lorashare",
         "percent is 0, not a number above 0 and at most 100",
         "percent is '5'",
         "percent is 101",
@@ -181,6 +190,11 @@ restore_norm = "yes"
         "over is 'size'",
         "cells 9: result is None, not the name of a result",
         "restore_norm is 'yes', not true or false",
+        "cells 10: cluster has no option 'slots'",
+        "cells 11: code has no option 'k'",
+        "rank is 0; it must be at least 1",
+        "bits is 9; it must be from 1 to 8",
+        "ratio is 2; it must be from 0 to 1",
     ):
         assert fault in str(caught.value)
 

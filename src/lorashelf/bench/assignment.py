@@ -26,6 +26,7 @@ from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import Task
+from .peers import PEERS
 from .suite import BLOCKS_OF, BY_TYPE, DIRICHLET, Cell
 
 
@@ -37,14 +38,16 @@ class Assignment:
     provenance: Mapping[str, Any]
     """`blocks` (tasks that share an adapter), `order` of arrival, and the report of a search."""
     coded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Task → the `bytes` of its coded file, those of its `levels`, and `energy_kept`; empty unless coded."""
+    """Task → `energy_kept`, and the `bytes` of its file and of its `levels` if it has them; empty unless coded."""
+    stored: int | None = None
+    """The bytes of everything that a code stores."""
 
     def bytes(self, dtype: str) -> int:
-        """Return the bytes of the coded files, else of the distinct adapters as PEFT folders of this dtype, whatever
-        dtype they have.
+        """Return the bytes of a code, else of the distinct adapters as PEFT folders of this dtype, whatever dtype they
+        have.
         """
-        if self.coded:
-            return sum(code["bytes"] for code in self.coded.values())
+        if self.stored is not None:
+            return self.stored
         return bytes_of({x.digest: x for x in self.serving.values() if x is not None}.values(), dtype)
 
 
@@ -73,7 +76,7 @@ def assign(cell: Cell, inputs: Inputs) -> Assignment:
         own = cell.method == "own"
         return Assignment({task: adapters[task] if own else None for task in adapters}, {})
     if cell.how == "code":
-        return _coded(cell, inputs)
+        return _by_a_peer(cell, inputs) if cell.method in PEERS else _coded(cell, inputs)
     if cell.how == "cluster":
         return _merged(cell, inputs, _clustered(cell, inputs), {})
     if cell.how == "arrive":
@@ -94,7 +97,13 @@ def _coded(cell: Cell, inputs: Inputs) -> Assignment:
         task: {"bytes": each.size, "levels": [len(level) for level in each.levels], "energy_kept": round(each.kept, 4)}
         for task, each in encoders.items()
     }
-    return Assignment({task: decode(levels) for task, levels in zip(encoders, files, strict=True)}, {}, coded)
+    served = {task: decode(levels) for task, levels in zip(encoders, files, strict=True)}
+    return Assignment(served, {}, coded, sum(each.size for each in encoders.values()))
+
+
+def _by_a_peer(cell: Cell, inputs: Inputs) -> Assignment:
+    kept = PEERS[cell.method].rule(inputs.adapters, **cell.options)
+    return Assignment(kept.adapters, {}, kept.described(inputs.adapters), kept.bytes)
 
 
 def arrival(cell: Cell, types: Mapping[str, str]) -> list[str]:

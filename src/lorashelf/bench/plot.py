@@ -14,7 +14,7 @@ from .suite import Suite
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SIZES = ("slots", "percent")
+_SIZES = ("slots", "percent", "rank", "bits", "ratio", "k")
 """Options that distinguish the points of a line."""
 _DARK = "#0d1117"  # the background of GitHub's dark pages
 _MARKS = "os^Dvp*Xh<>"

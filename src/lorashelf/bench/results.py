@@ -29,7 +29,7 @@ from .suite import Cell, Suite
 
 FORMAT = 1
 DRAWS = 1000
-_LIBRARIES = ("numpy", "torch", "transformers", "peft")
+_LIBRARIES = ("numpy", "torch", "transformers", "peft", "vlora-dev", "lorashare")
 Vector = NDArray[np.float64]
 
 

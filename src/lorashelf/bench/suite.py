@@ -11,7 +11,7 @@ shares = ["first_table"]                  # cells that this suite beside it has 
 [[cells]]
 serve = ["base", "own"]                   # the bare base, and each task's own adapter
 [[cells]]
-code = "coded"                            # each task's own adapter, in few bytes
+code = "coded"                            # each task's own adapter, in few bytes; or another code: peers.py
 percent = [12.5, 1]                       # of the bytes of all adapters in 16 bits
 [[cells]]
 cluster = ["random", "agglomerative"]     # or arrive = policies, search = "d2c"
@@ -41,6 +41,7 @@ from ..lora.similarity import METRICS
 from ..merging import METHODS
 from ..placement.partitioners import PARTITIONERS
 from ..placement.policies import COSINE, POLICIES
+from .peers import PEERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,7 +59,7 @@ BLOCKS_OF = "blocks_of"
 """The clustering with the blocks of another cell's result, so that merges are compared on the same blocks."""
 METHODS_OF: Mapping[How, Sequence[str]] = {
     "serve": ("base", "own"),
-    "code": ("coded",),
+    "code": ("coded", *PEERS),
     "cluster": (BY_TYPE, DIRICHLET, BLOCKS_OF, *(name for name, method in PARTITIONERS.items() if not method.by_loss)),
     "arrive": tuple(POLICIES),
     "search": tuple(name for name, method in PARTITIONERS.items() if method.by_loss),
@@ -120,7 +121,7 @@ class Cell:
 
     def particulars(self, but: Sequence[str] = ()) -> list[str]:
         """Return the options that differ from the defaults, except those in `but`, as name=value."""
-        defaults = _OPTIONS[self.how]
+        defaults = _defaults(self.how, self.method)
         return [
             f"{name}={value}" for name, value in self.options.items() if value != defaults[name] and name not in but
         ]
@@ -247,6 +248,7 @@ def _cells(table: dict[str, Any], where: str, faults: list[str]) -> Iterator[Cel
         for m in methods
         if m not in METHODS_OF[how]
     ]
+    methods = list(map(str, methods))
     measure, priority = table.pop("measure", ["loss"]), table.pop("priority", 1)
     if not isinstance(measure, list) or not measure or not all(item in MEASURES for item in measure):
         faults.append(f"{where}: measure is {measure!r}, not a list of {', '.join(MEASURES)}")
@@ -255,20 +257,17 @@ def _cells(table: dict[str, Any], where: str, faults: list[str]) -> Iterator[Cel
         faults.append(f"{where}: hours is {hours!r}, not a number of at least 0")
     if type(priority) is not int:
         faults.append(f"{where}: priority is {priority!r}, not a whole number")
-    known = {n: d for n, d in _OPTIONS[how].items() if n not in _ONLY_OF or _ONLY_OF[n] in methods}
-    faults += [f"{where}: {how} has no option {name!r}" for name in table if name not in known]
-    options = {name: _listed(table.get(name, default)) for name, default in known.items()}
-    for name, values in options.items():
-        faults += [f"{where}: {fault}" for value in values if (fault := _fault(name, value))]
+    known = {method: _defaults(how, method) for method in methods}
+    faults += [f"{where}: {how} has no option {name!r}" for name in table if not any(name in d for d in known.values())]
+    options = {m: {n: _listed(table.get(n, default)) for n, default in known[m].items()} for m in methods}
+    found = (_fault(m, n, v) for m in methods for n, values in options[m].items() for v in values)
+    faults += dict.fromkeys(f"{where}: {fault}" for fault in found if fault)
     if len(faults) > before:
         return
     for method in methods:
-        for combination in itertools.product(*options.values()):
-            chosen: dict[str, Any] = dict(zip(options, combination, strict=True))
-            if method in (BY_TYPE, BLOCKS_OF):
-                del chosen["slots"]  # there are as many blocks as types, or as the result has
-            left_out = {name for name in _UNNAMED if name in chosen and chosen[name] == known[name]}
-            left_out |= {name for name, only in _ONLY_OF.items() if method != only}
+        for combination in itertools.product(*options[method].values()):
+            chosen: dict[str, Any] = dict(zip(options[method], combination, strict=True))
+            left_out = {name for name in _UNNAMED if name in chosen and chosen[name] == known[method][name]}
             chosen = {name: value for name, value in chosen.items() if name not in left_out}
             if how in ("cluster", "arrive", "search"):
                 try:
@@ -283,8 +282,19 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _fault(name: str, value: Any) -> str | None:
-    """Return what is wrong with the value of an option, or None."""
+def _defaults(how: How, method: Any) -> Mapping[str, Any]:
+    """Return the options of a method with their defaults; of an unknown one those of its kind."""
+    if how == "code" and method in PEERS:
+        return {name: p.default for name, p in PEERS[method].parameters.items()}
+    absent = {name for name, only in _ONLY_OF.items() if method != only}
+    absent |= {"slots"} if method in (BY_TYPE, BLOCKS_OF) else set()  # as many blocks as types, or as the result has
+    return {name: default for name, default in _OPTIONS[how].items() if name not in absent}
+
+
+def _fault(method: Any, name: str, value: Any) -> str | None:
+    """Return what is wrong with the value of a method's option, or None."""
+    if method in PEERS:
+        return PEERS[method].parameters[name].fault(value)
     if name in _SEARCH:
         return _SEARCH[name].fault(value)
     choices: dict[str, Sequence[Any]] = {
