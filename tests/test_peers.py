@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,8 @@ from factory import make_adapter, module_path, write_peft
 from lorashelf import Adapter, Factors, Modules
 from lorashelf.bench import page
 from lorashelf.bench.peers import PEERS, Kept, leading, nearest, ranged
+from lorashelf.bench.plot import _lines as points_of
+from lorashelf.bench.plot import drawn
 from lorashelf.bench.results import read_results
 from lorashelf.bench.run import run
 from lorashelf.bench.suite import read_suite
@@ -263,6 +266,7 @@ rank = 1
 bits = [2, 4]
 [[cells]]
 code = "loraquant"
+ratio = [0.0, 1.0]
 group = 4
 """
 
@@ -286,7 +290,7 @@ def test_their_cells_are_measured_with_their_bytes(tmp_path: Path) -> None:
     tasks = {name: Task(name, f"Do {name}:", name[0], "en", "f1", 4, {"validation": examples}) for name in adapters}
     (tmp_path / "a.toml").write_text(SUITE)
     suite = read_suite(tmp_path / "a.toml")
-    assert len(list(run(suite, adapters, tasks, HFBackend.open(str(base), dtype="f32"), suite.folder))) == 5
+    assert len(list(run(suite, adapters, tasks, HFBackend.open(str(base), dtype="f32"), suite.folder))) == 6
     results = read_results(suite, suite.folder)
     for cell in suite.cells[2:]:
         result, alone = results[cell.id], PEERS[cell.method].rule(adapters, **cell.options)
@@ -296,3 +300,7 @@ def test_their_cells_are_measured_with_their_bytes(tmp_path: Path) -> None:
         }
     rows = {(row["method"], row["options"]): row for row in page.rows(suite, results)}
     assert rows["rank_bits", "rank=1 bits=2"]["storage"] < rows["rank_bits", "rank=1"]["storage"] < 0.2
+    points = points_of(suite, results, list(rows.values()), "storage", "loss_kept")
+    assert {label: len(each) for label, each in points.items()} == {"own": 1, "rank_bits": 2, "loraquant group=4": 2}
+    dashes = re.findall(r"stroke-dasharray: ([^;\"]+)", drawn(suite, results, "svg").decode())
+    assert len(set(dashes)) >= 2  # the dots of worst tasks, and the dashes of the second curve

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtra, UsageError
@@ -18,6 +19,7 @@ _SIZES = ("slots", "percent", "rank", "bits", "ratio", "k")
 """Options that distinguish the points of a line."""
 _DARK = "#0d1117"  # the background of GitHub's dark pages
 _MARKS = "os^Dvp*Xh<>"
+_DASHES = ("-", "--", "-.", (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
 _AXES = {
     "storage": "bytes, % of all adapters",
     "loss": "loss, nats per token",
@@ -55,8 +57,10 @@ def drawn(
         figure = Figure(figsize=(7.5, 4.5), layout="constrained")
         axes = figure.add_subplot()
         worst = _lines(suite, results, found, x, "worst") if y == "loss_kept" else {}
+        dashes = cycle(_DASHES)
         for number, label in enumerate(sorted(lines)):
-            _draw(axes, label, lines[label], worst.get(label), number)
+            line = next(dashes) if len(lines[label]) > 1 else "none"
+            _draw(axes, label, lines[label], worst.get(label), number, line)
         if x == "storage":
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")
@@ -64,24 +68,21 @@ def drawn(
         axes.set_ylabel(_AXES.get(y, y))
         axes.set_title(suite.title or suite.name)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5)
         figure.savefig(file, format=kind, metadata=UNDATED[kind])
     return file.getvalue()
 
 
-def _draw(axes: Axes, label: str, points: Points, worst: Points | None, number: int) -> None:
-    """Draw a line with its intervals, and hollow marks for the worst task; marks differ without colours, too."""
+def _draw(axes: Axes, label: str, points: Points, worst: Points | None, number: int, line: Any) -> None:
+    """Draw a line with its intervals, and hollow marks for the worst task; marks and dashes differ without colours."""
     xs, stated = zip(*sorted(points), strict=True)
     values = [s[0] for s in stated]
     errors = [[s[0] - s[1] for s in stated], [s[2] - s[0] for s in stated]]
     style: dict[str, Any] = {"marker": _MARKS[number % len(_MARKS)], "color": f"C{number}", "markersize": 5}
-    joined = len(points) > 1
-    axes.errorbar(
-        xs, values, yerr=errors, label=label, linestyle="-" if joined else "none", linewidth=1.2, capsize=2, **style
-    )
+    axes.errorbar(xs, values, yerr=errors, label=label, linestyle=line, linewidth=1.2, capsize=2, **style)
     if worst:
         places, lows = zip(*sorted((place, s[0]) for place, s in worst), strict=True)
-        axes.plot(places, lows, linestyle=":" if joined else "none", fillstyle="none", **style)
+        axes.plot(places, lows, linestyle="none" if line == "none" else ":", fillstyle="none", **style)
 
 
 def _lines(
@@ -94,6 +95,7 @@ def _lines(
         cell = cells[row["method"], row["merge"], row["options"]][0]
         place = 100 * row["storage"] or None if x == "storage" else cell.options.get(x)
         if isinstance(place, int | float) and not isinstance(place, bool) and row[y] is not None:
-            label = " ".join([row["method"], row["merge"], *cell.particulars((*apart(cell), x, *_SIZES))]).strip()
+            named = [row["method"], row["merge"], *cell.particulars((*apart(cell), x, *_SIZES))]
+            label = " ".join(filter(None, named))
             found.setdefault(label, []).append((place, row[y]))
     return found
