@@ -14,7 +14,8 @@ import torch
 from factory import make_adapter, module_path, write_peft
 from lorashelf import Adapter, Factors, Modules
 from lorashelf.bench import page
-from lorashelf.bench.peers import PEERS, Kept, leading, nearest, ranged
+from lorashelf.bench.loraquant import leading, ranged
+from lorashelf.bench.peers import PEERS, Kept, nearest
 from lorashelf.bench.plot import _lines as points_of
 from lorashelf.bench.plot import drawn
 from lorashelf.bench.results import read_results
@@ -160,13 +161,10 @@ def test_its_bits_are_those_of_values_scales_and_zero_points(ratio: float, h: in
 
 
 def test_groups_that_its_released_code_does_not_take_are_refused() -> None:
-    adapter = make_adapter(0)
-    for descent, count in ((True, 12), (False, 12 * 3)):
-        with pytest.raises(
-            UsageError, match=f"groups of 7 do not divide the {count} values of a factor of model"
-        ) as no:
-            kept("loraquant", adapter, ratio=1.0, group=7, descent=descent)
-        assert "divisor of all widths" in (no.value.cure or "")
+    for descent, lengths in ((True, "8, 12, 16"), (False, "24, 36, 48")):
+        with pytest.raises(UsageError, match=f"groups of 7 do not divide {lengths} values in a row") as error:
+            kept("loraquant", make_adapter(0), ratio=1.0, group=7, descent=descent)
+        assert "divisor of all widths" in (error.value.cure or "")
 
 
 def test_an_untrained_module_stays_zero() -> None:

@@ -3,6 +3,7 @@
 suite.py        suite.toml → cells
 assignment.py   a cell → which adapter serves which task
 peers.py        other ways to put adapters in few bytes
+loraquant.py    the quantisers of one of them
 run.py          cells → measurements, resumable, shared by several processes
 results.py      the JSON document of a cell, and statistics over several
 page.py         tables in Markdown
