@@ -223,9 +223,12 @@ def merges(text: str) -> str:
             "|---|---|---|---|",
         ]
         for name, share in sorted(shares.items(), key=lambda item: -item[1][0]):
-            apart = [share - shares[other] if other in shares else None for other in ("`linear`", "`ties`")]
-            cells = ["not run" if x is None else _with_interval((x[0], *interval(x)), "+.1f") for x in apart]
-            lines.append(f"| {name} | {_with_interval((share[0], *interval(share)), '.1f')} | {' | '.join(cells)} |")
+            cells = [_with_interval((share[0], *interval(share)), ".1f")]
+            for other in ("`linear`", "`ties`"):
+                apart = share - shares.get(other, share)
+                stated = "–" if other == name else "not run"
+                cells.append(_with_interval((apart[0], *interval(apart)), "+.1f") if apart.any() else stated)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return replaced(text, "merges", "end merges", "\n".join(lines[:-1]))
 
