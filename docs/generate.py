@@ -387,7 +387,9 @@ def _measured(name: str) -> dict[tuple[str, str, str], dict[str, Any]]:
 
 def _row(method: str, merge: str, options: str) -> dict[str, Any] | None:
     """The row of the first suite of forty tasks that has measured these cells."""
-    found = (_measured(name).get((method, merge, options)) for name in ("d2c", "kmerge", "first_table", "frontier"))
+    found = (
+        _measured(name).get((method, merge, options)) for name in ("d2c", "kmerge", "first_table", "frontier", "merges")
+    )
     return next((row for row in found if row), None)
 
 
@@ -433,15 +435,15 @@ def guide(text: str) -> str:
         hand = None if options else _by_hand(text, method, merge)
         return f"{hand[2]} % (by hand)" if hand else "not run"
 
-    def worst(method: str) -> str:
-        row = _row(method, "linear", "")
+    def worst(method: str, merge: str = "linear") -> str:
+        row = _row(method, merge, "")
         return f"{100 * row['worst'][0]:.1f} % ({row['worst_task']})" if row else "not run"
 
     rows = [
         (
             "a number of bytes",
             "coded adapters, one per task: `init --bytes`, `pack`",
-            f"1 % of the bytes {kept('coded', '', 'percent=1')}; best merge at 12.5 % {kept('type', 'linear')}",
+            f"1 % of the bytes {kept('coded', '', 'percent=1')}; best merge at 12.5 % {kept('type', 'pico')}",
         ),
         (
             "K resident adapters, tasks arrive one by one",
@@ -463,8 +465,9 @@ def guide(text: str) -> str:
         ),
         (
             "known problem types, at most K",
-            "a slot per type; K-Merge++ where no task may fall far",
-            f"{kept('type', 'linear')}, but its worst task {worst('type')}; K-Merge++'s worst task {worst('kmerge++')}",
+            "a slot per type, merged by `pico`; K-Merge++ where no task may fall far",
+            f"{kept('type', 'pico')}, with `linear` {kept('type', 'linear')}, with `ties` {kept('type', 'ties')}, but "
+            f"its worst task {worst('type', 'pico')}; K-Merge++'s worst task {worst('kmerge++')}",
         ),
         (
             "one resident adapter",
