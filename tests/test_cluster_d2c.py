@@ -63,8 +63,8 @@ def test_the_document_and_the_shelf(house: Path, tmp_path: Path, capsys: pytest.
     cause = snapshot.manifest.cause
     assert (cause["method"], cause["seed"]) == ("d2c", 0)
     assert {name: document[name] for name in cause["search"]} == cause["search"]
-    options = ("iterations", "propose", "accept", "init", "restarts", "keep_best")
-    assert [cause["search"][name] for name in options] == [12, "uniform", "task", "random", 0, False]
+    options = ("iterations", "propose", "accept", "init", "restarts", "keep_best", "budget")
+    assert [cause["search"][name] for name in options] == [12, "uniform", "task", "random", 0, False, 0]
     assert cause["search"]["loss"].keys() == {"start", "search", "held_out"}
     assert cause["search"]["evaluations"] == document["evaluations"]
     assert cause["search"]["examples"].startswith("b2-")
@@ -211,11 +211,24 @@ def test_a_later_fold_into_a_ties_block_is_a_running_average(
 
 def test_a_guided_search_asks_for_less(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = run(capsys, house, tmp_path / "a", "--iterations", 100)[1]
-    code, guided, _ = run(capsys, house, tmp_path / "b", "--iterations", 100, "--propose", "guided", "--restarts", 1)
+    code, guided, _ = run(capsys, house, tmp_path / "b", "--iterations", 100, "--propose", "guided")
     assert code == 0
     assert 0 < guided["proposals"] < plain["proposals"] == 100
     assert guided["evaluations"] < plain["evaluations"]
     assert Shelf(tmp_path / "b").snapshot().manifest.cause["search"]["propose"] == "guided"
+
+
+def test_a_guided_start_needs_no_loss_and_a_budget_holds(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guided = ("--init", "guided", "--propose", "guided", "--iterations", 100)
+    start = run(capsys, house, tmp_path / "a", *guided)[1]
+    assert (start["proposals"], start["evaluations"]) == (0, 0)  # no further gain is expected
+    code, further, _ = run(capsys, house, tmp_path / "b", *guided, "--budget", 5)
+    assert code == 0
+    assert 0 < further["losses"]["distinct"] <= 5
+    assert further["loss"]["start"] == start["loss"]["search"]
+    assert Shelf(tmp_path / "b").snapshot().manifest.cause["search"]["budget"] == 5
 
 
 def test_the_defaults_of_the_command_are_those_of_the_method() -> None:
@@ -351,6 +364,7 @@ def test_adapters_of_another_size_are_refused_before_the_search(
         ("--init", "agglomerative"),
         ("--propose", "guided"),
         ("--restarts", "0"),
+        ("--budget", "9"),
         ("--keep-best",),
         ("--journal", "j"),
         ("--base", "x"),

@@ -3,41 +3,70 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
 from factory import make_adapter
-from lorashelf import Adapter, Clustering, MergeSpec, cluster_by_loss, combine, gram, inner, norm, partition
+from lorashelf import Adapter, Clustering, MergeSpec, cluster_by_loss, combine, gram, partition
+from lorashelf.lora.arrays import Cube, Square
 from lorashelf.placement.d2c import Change, Guided, both_fall, moved_falls, moving, search
 from lorashelf.placement.surrogate import Surrogate
 from test_d2c import Counting, sets_of
 from test_partition import losses_of, planted
 
 GROUPS = [i % 4 for i in range(24)]
+Inputs = dict[str, np.ndarray]
 
 
-def agreement(xs: Sequence[Adapter], blocks: Sequence[frozenset[int]]) -> float:
-    """Σ_t cos(ΔW_t, Σ ΔW of t's block), each cosine by itself."""
+def weighed(xs: Sequence[Adapter]) -> Surrogate:
+    """Every task weighs updates by their weights."""
+    return Surrogate(np.broadcast_to(gram(xs), (len(xs),) * 3))
+
+
+def by_inputs(xs: Sequence[Adapter]) -> tuple[list[Inputs], Cube]:
+    """Random inputs of every task's modules, and the inner products of the updates on them."""
+    rng = np.random.default_rng(len(xs))
+    inputs = [
+        {path: rng.standard_normal((3, shape.din)) for path, shape in xs[0].shapes.items()} for _ in range(len(xs))
+    ]
+    rows = [[on_inputs(x, seen) for x in xs] for seen in inputs]
+    return inputs, np.stack([np.array(row) @ np.array(row).T for row in rows])
+
+
+def on_inputs(x: Adapter, inputs: Inputs | None) -> np.ndarray:
+    """The outputs of an update on inputs; its entries without inputs."""
+    updates = {path: f.scale * f.b.astype("f8") @ f.a.astype("f8") for path, f in x.modules.items()}
+    if inputs is None:
+        return np.concatenate([update.ravel() for update in updates.values()])
+    return np.concatenate([(inputs[path] @ update.T).ravel() for path, update in updates.items()])
+
+
+def agreement(xs: Sequence[Adapter], blocks: Sequence[frozenset[int]], inputs: Sequence[Inputs | None]) -> float:
+    """Σ_t cos(ΔW_t, Σ ΔW of t's block) on t's inputs, each cosine by itself."""
     total = 0.0
     for block in filter(None, blocks):
-        whole = combine([xs[i] for i in sorted(block)], [1.0] * len(block))
-        total += sum(inner(xs[i], whole) / (norm(xs[i]) * norm(whole)) for i in block if norm(xs[i]))
+        for i in block:
+            own, whole = on_inputs(xs[i], inputs[i]), sum(on_inputs(xs[j], inputs[i]) for j in block)
+            size = np.linalg.norm(own) * np.linalg.norm(whole)
+            total += float(own @ whole / size) if size else 0.0
     return total
 
 
+@pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_expected_gains_are_those_of_every_move_and_swap(seed: int) -> None:
+def test_expected_gains_are_those_of_every_move_and_swap(seed: int, seen: bool) -> None:
     xs = [make_adapter(10 * seed + i, rank=1 + i % 3) for i in range(6)]
     xs[4] = combine([xs[4]], [0.0])  # untrained: like no other
+    inputs, grams = by_inputs(xs) if seen else ([None] * 6, np.broadcast_to(gram(xs), (6, 6, 6)))
     blocks = [frozenset({0, 1, 4}), frozenset({2, 3}), frozenset({5}), frozenset()]
-    moves, swaps = Surrogate(gram(xs)).gains(blocks)
-    now = agreement(xs, blocks)
+    moves, swaps = Surrogate(grams).gains(blocks)
+    now = agreement(xs, blocks, inputs)
 
     def after(change: Change[int]) -> float:
         changed = dict(zip(change.places, change.after))
-        return agreement(xs, [changed.get(place, block) for place, block in enumerate(blocks)]) - now
+        return agreement(xs, [changed.get(place, block) for place, block in enumerate(blocks)], inputs) - now
 
     home = {task: place for place, block in enumerate(blocks) for task in block}
     for task, place in itertools.product(range(6), range(4)):
@@ -55,7 +84,7 @@ def test_expected_gains_are_those_of_every_move_and_swap(seed: int) -> None:
 
 def test_the_most_promising_change_that_was_not_refused_is_proposed_until_none_is() -> None:
     xs, rng = planted(GROUPS[:8]), np.random.default_rng(0)
-    guided, surrogate = Guided(gram(xs)), Surrogate(gram(xs))
+    guided, surrogate = Guided(weighed(xs)), weighed(xs)
     blocks = [frozenset({0, 1, 4}), frozenset({5, 2}), frozenset({3, 6, 7}), frozenset[int]()]
     refused: set[Change[int]] = set()
     gains = []
@@ -99,10 +128,69 @@ def test_the_loss_decides_whatever_the_surrogate_promises() -> None:
         asked.extend(pairs)
         return [1.0] * len(pairs)
 
-    found = search(range(len(xs)), 4, unmoved, iterations=30, propose=Guided(gram(xs)))
+    found = search(range(len(xs)), 4, unmoved, iterations=30, propose=Guided(weighed(xs)))
     assert found.blocks == found.start
     assert (found.proposals, found.accepted) == (30, 0)
     assert len(set(asked)) > 30
+
+
+@pytest.mark.parametrize("budget", [1, 2, 7, 20])
+def test_a_budget_is_never_exceeded_and_goes_to_what_promises_most(budget: int) -> None:
+    xs = planted(GROUPS)
+    right = [[i for i, g in enumerate(GROUPS) if g == group] for group in range(4)]
+    asked: list[tuple[frozenset[int], int]] = []
+
+    def drawn(pairs: Sequence[tuple[frozenset[int], int]]) -> list[float]:
+        asked.extend(pairs)
+        return [hash((tuple(sorted(block)), task)) % 97 for block, task in pairs]
+
+    propose = Guided(weighed(xs), beyond=True)
+    found = search(range(24), 4, drawn, start=right, propose=propose, budget=budget, iterations=50)
+    assert (found.proposals > 0) == (budget > 1)  # every change here promises a loss
+    assert budget - 4 < len(set(asked)) <= budget
+
+
+def test_no_task_is_proposed_for_a_block_twice_beyond_the_expected_gains() -> None:
+    xs = planted(GROUPS[:8])
+    propose, rng = Guided(weighed(xs), beyond=True), np.random.default_rng(0)
+    blocks = [frozenset(i for i in range(8) if GROUPS[i] == c) for c in range(4)]
+    moves = []
+    while (change := propose(blocks, rng)) is not None:
+        moves.append(change)
+    assert len(moves) == len(set(moves)) == 8 * 3 + 8 * 6 // 2
+    assert propose([blocks[1], blocks[0], *blocks[2:]], rng) is not None  # those are other places
+
+
+def test_a_guided_start_measures_nothing_and_ends_where_no_gain_is_expected() -> None:
+    xs = planted(GROUPS)
+
+    def never(pairs: Sequence[tuple[frozenset[int], int]]) -> list[float]:
+        raise AssertionError
+
+    found = partition(xs, 4, method="d2c", losses=never, init="guided", propose="guided")
+    assert found == [[i for i, g in enumerate(GROUPS) if g == group] for group in range(4)]
+    for k in (1, 24):
+        assert len(partition(xs, k, method="d2c", losses=never, init="guided", propose="guided")) == k
+
+
+def test_what_a_model_shows_of_the_tasks_inputs_decides_what_promises() -> None:
+    """Adapters in planted groups, whose tasks read only what other groups share."""
+    adapters = dict(zip([f"t{i:02}" for i in range(len(GROUPS))], planted(GROUPS)))
+    others = [i // 6 for i in range(24)]
+
+    class Showing(Counting):
+        def effects(self, xs: Sequence[Adapter], sets: Sequence[object]) -> Iterator[Square]:
+            assert [list(adapters.values()).index(x) for x in xs] == list(range(24))
+            assert [each.task for each in sets] == list(adapters)
+            same = np.equal.outer(others, others)
+            return iter([same + np.eye(24)] * 24)
+
+    backend = Showing(adapters)
+    found = clustered(adapters, backend, "ties", 0, init="guided", propose="guided", iterations=0)
+    names = list(adapters)
+    assert set(found.blocks) == {tuple(names[6 * g : 6 * g + 6]) for g in range(4)}
+    plain = clustered(adapters, Counting(adapters), "ties", 0, init="guided", iterations=0)
+    assert set(plain.blocks) != set(found.blocks)
 
 
 def test_a_swap_is_one_proposal_of_two_moves() -> None:

@@ -24,6 +24,7 @@ from lorashelf import Adapter, BaseId, Factors, Modules, read_adapter, write_ada
 from lorashelf.errors import ModelError, OutOfMemory, ShapeMismatch, UsageError
 from lorashelf.models import base_model, hooks
 from lorashelf.models.base_model import open_base
+from lorashelf.models.effects import EffectSums
 from lorashelf.models.hf import HFBackend
 from lorashelf.models.hooks import AdapterPool
 from lorashelf.models.protocol import mean_loss
@@ -152,6 +153,58 @@ def test_an_adapter_of_some_modules_and_of_mixed_ranks(bases: dict[str, HFBacken
     [found] = backend.nll([(adapter, SET)])
     expected = by_transformers(backend, peft_model(backend, adapter, tmp_path / "a"), SET)
     np.testing.assert_allclose([loss.nll for loss in found], [nll for nll, _ in expected], rtol=2e-4)
+
+
+def test_effects_are_those_of_the_updates_on_inputs_that_predict_answers(bases: dict[str, HFBackend]) -> None:
+    """Against dense updates, example by example, with an adapter of other ranks and fewer modules."""
+    backend = bases["llama"]
+    whole = random_adapter(backend, seed=1)
+    cut = {p: Factors(f.a[:2], f.b[:, :2], 0.5) for p, f in list(whole.modules.items())[::2]}
+    adapters = [whole, random_adapter(backend, seed=2), whole.with_factors(cut)]
+    small = HFBackend(backend.base, batch=200)  # several batches, with padding
+    other = ExampleSet("other", "Say:", SET.examples[:3])
+    found = list(small.effects(adapters, [SET, other]))
+    for gram, examples in zip(found, (SET, other), strict=True):
+        np.testing.assert_allclose(gram, dense_effects(backend, adapters, examples), rtol=1e-4)
+    assert not any(module._forward_hooks for module in backend.base.model.modules())
+
+
+def dense_effects(backend: HFBackend, adapters: list[Adapter], examples: ExampleSet) -> np.ndarray:
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    layers = dict(backend.base.model.named_modules())
+    for example in examples.examples:
+        query, answer = backend.tokens(examples, example)
+        at = slice(len(query) - 1, len(query) + len(answer) - 1)
+        hooks = [
+            layers[path].register_forward_hook(
+                lambda _, x, y, path=path, at=at: seen.setdefault(path, []).append((x[0][0, at], y[0, at]))
+            )
+            for path in adapters[0].modules
+        ]
+        with torch.no_grad():
+            backend.base.model(input_ids=torch.tensor([query + answer]))
+        for hook in hooks:
+            hook.remove()
+    total = np.zeros((len(adapters), len(adapters)))
+    for path, pairs in seen.items():
+        x, y = (np.concatenate([pair[side].numpy() for pair in pairs]) for side in (0, 1))
+        rows = [
+            (x @ (f.scale * f.b @ f.a).T).ravel() if (f := one.modules.get(path)) else np.zeros(y.size)
+            for one in adapters
+        ]
+        total += np.array(rows) @ np.array(rows).T / np.square(y).sum()
+    return total
+
+
+def test_effects_of_modules_that_see_chosen_positions_or_none() -> None:
+    rng = np.random.default_rng(0)
+    a, b, x, y = (torch.tensor(rng.standard_normal(size)) for size in ((4, 2), (2, 3), (5, 4), (5, 3)))
+    sums = EffectSums([{"an.expert": (a, b), "idle": (a, b)}, {}])
+    everywhere = torch.tensor([0])
+    sums.at(everywhere, everywhere)["an.expert"](x, y)
+    expected = float((x @ a @ b).square().sum() / y.square().sum())
+    np.testing.assert_allclose(sums.gram(), [[expected, 0], [0, 0]], rtol=1e-5)
+    assert not sums.gram().any(), "the sums begin anew"
 
 
 # batches -------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lorashelf import ENGINES, Adapter, open_model
 from lorashelf.errors import MissingExtra, UnknownName, UsageError
 from lorashelf.models.hf import HFBackend
 from lorashelf.models.hooks import AdapterPool
-from lorashelf.models.protocol import Answers, Embeds, LanguageModel, Scores, capable
+from lorashelf.models.protocol import Answers, Effects, Embeds, LanguageModel, Scores, capable
 from lorashelf.models.quadratic import QuadraticBackend
 from lorashelf.tasks.folders import Example, ExampleSet
 from test_architecture import SOURCE, imports, loaded_after, module_name
@@ -109,6 +109,7 @@ def test_a_capability_that_an_engine_lacks_is_named(monkeypatch: pytest.MonkeyPa
     for capability, verbs in (
         (Answers, "answer texts"),
         (Embeds, "represent texts"),
+        (Effects, "show the inputs of its modules"),
         (LanguageModel, "answer texts or represent texts"),
     ):
         with pytest.raises(UsageError) as caught:

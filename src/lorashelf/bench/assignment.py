@@ -213,7 +213,7 @@ def _searched(cell: Cell, inputs: Inputs) -> Assignment:
         method=cell.method,
         journal=inputs.folder / f"search-{cell.id}.jsonl",
         watch=inputs.watch,
-        **{name: options[name] for name in PARTITIONERS[cell.method].parameters},
+        **{name: options[name] for name in PARTITIONERS[cell.method].parameters if name in options},
     )
     whole = not (options.get("restarts") or options.get("keep_best"))
     way: dict[str, Any] = (

@@ -86,7 +86,7 @@ unless `dtype` is set.
 """
 _ONLY_OF: Mapping[str, str] = {"alpha": DIRICHLET, "over": DIRICHLET, "result": BLOCKS_OF}
 """Option → the only clustering that has it."""
-_UNNAMED = ("similarity", "after", "restore_norm")
+_UNNAMED = ("similarity", "after", "restore_norm", "budget")
 """Options that a cell names only if they differ from the default, so that results from before them are still found."""
 OVER = ("type", "language")
 ORDERS = ("random", "worst", "name")

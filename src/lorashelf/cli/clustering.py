@@ -79,7 +79,8 @@ def cluster(
         str,
         typer.Option(
             "--propose",
-            help="d2c: moves drawn uniformly, or guided: moves and swaps that bring similar adapters together.",
+            help="d2c: moves drawn uniformly (uniform), or moves and swaps from which a forward pass per task promises "
+            "a gain (guided).",
         ),
     ] = "uniform",
     per_task: Annotated[
@@ -92,13 +93,21 @@ def cluster(
             "--accept", help="d2c: the loss that must fall: of the moved task (task), or of both blocks (both)."
         ),
     ] = "task",
-    init: Annotated[str, typer.Option("--init", help="d2c: the first partition: random or agglomerative.")] = "random",
+    init: Annotated[
+        str,
+        typer.Option(
+            "--init", help="d2c: the first partition: random, agglomerative, or guided: the one that promises most."
+        ),
+    ] = "random",
     restarts: Annotated[
         int, typer.Option("--restarts", help="d2c: further searches from random partitions; the best is kept.", min=0)
     ] = 0,
     keep_best: Annotated[
         bool, typer.Option("--keep-best", help="d2c: end at the lowest total loss found; measures more.")
     ] = False,
+    budget: Annotated[
+        int, typer.Option("--budget", help="d2c: the most losses that proposals may request; 0: no limit.", min=0)
+    ] = 0,
     journal: Annotated[
         Path | None,
         typer.Option("--journal", help="d2c: the file of measured losses; default: OUTPUT.d2c.jsonl until done."),

@@ -39,11 +39,13 @@ SideB = Float32[Array32, "dout rank"]
 Vector = Float64[Array64, "n"]
 Square = Float64[Array64, "n n"]
 Table = Float64[Array64, "n m"]
+Cube = Float64[Array64, "n n n"]
 
 __all__ = [
     "Array32",
     "Array64",
     "Bool",
+    "Cube",
     "Flags",
     "Float32",
     "Float64",

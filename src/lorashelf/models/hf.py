@@ -11,16 +11,17 @@ import numpy as np
 
 from ..digest import Json
 from ..lora.adapter import Adapter
-from ..lora.arrays import Array32, Float32
+from ..lora.arrays import Array32, Float32, Square
 from ..tasks.folders import Example, ExampleSet
 from ..tasks.template import Template
 from .base_model import BaseModel, open_base
 from .batching import cheapest_batches, largest_batches, padded
 from .decoding import greedy
+from .effects import EffectSums
 from .hooks import AdapterPool, head_at
 from .loading import fingerprint, libraries
 from .memory import sparing, within_memory
-from .protocol import Continues, LanguageModel, Loss, Pair
+from .protocol import Continues, Effects, LanguageModel, Loss, Pair
 from .rows import Rows
 from .tokens import Tokenisation, Tokens, faulty
 
@@ -33,7 +34,7 @@ DEPTH = 2 / 3  # of the layers: representations there separate tasks best (docs/
 HELD = 8  # adapters kept on the device
 
 
-class HFBackend(LanguageModel, Continues):
+class HFBackend(LanguageModel, Continues, Effects):
     """A base model that measures, answers and represents texts, with any adapter on it.
 
     `batch` is the most positions in one forward pass, `adapters` how many are kept on the base's device. Threads may
@@ -153,8 +154,7 @@ class HFBackend(LanguageModel, Continues):
         real = int(mask.sum())
         self.positions["tokens"] += real
         self.positions["padding"] += mask.numel() - real
-        rows = [(i, len(q) + j) for i, (q, a) in enumerate(batch) for j in range(len(a))]
-        row, column = torch.tensor(rows, device=ids.device).T
+        row, column = _answered(batch, ids.device)
         with head_at(model, row, column - 1):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         return row, torch.nn.functional.cross_entropy(logits.float(), ids[row, column], reduction="none")
@@ -163,6 +163,27 @@ class HFBackend(LanguageModel, Continues):
         """Return token losses summed by example, in float64."""
         sums = self._torch.zeros(count, dtype=self._torch.float64, device="cpu")
         return [float(x) for x in sums.index_add_(0, row.cpu(), losses.detach().cpu().double())]
+
+    # effects ------------------------------------------------------------------------------------------------------
+
+    def effects(self, adapters: Sequence[Adapter], sets: Sequence[ExampleSet]) -> Iterator[Square]:
+        """Yield G_uv = Σ_m Σ_x ⟨ΔW_u x, ΔW_v x⟩ / Σ_x ‖y‖² per example set, (n, n): one forward pass of the bare base.
+
+        Raises ShapeMismatch, ModelError for an example beyond the context, OutOfMemory.
+        """
+        sums = EffectSums([self.adapters.placed(x) for x in adapters])
+        for examples in sets:
+            tokens = self.text.measurable(examples)
+            with within_memory("out of memory", self.name, "free memory, or give fewer or shorter examples"):
+                for members in self.batches(tokens):
+                    self._observe(sums, [tokens[i] for i in members])
+                yield sums.gram()
+
+    def _observe(self, sums: EffectSums, batch: Sequence[Tokens]) -> None:
+        ids, mask = padded([query + answer for query, answer in batch], self.text.pad, self.base.model.device)
+        row, column = _answered(batch, ids.device)
+        with self.adapters.watched(sums.at(row, column - 1)), self._torch.inference_mode():
+            self.base.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
     # answers ------------------------------------------------------------------------------------------------------
 
@@ -254,3 +275,11 @@ class HFBackend(LanguageModel, Continues):
         for members in self.batches([(row, []) for row in rows]):
             means[members] = sparing(mean_states, [rows[i] for i in members], self.name)
         return means
+
+
+def _answered(batch: Sequence[Tokens], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return row and column of every answer token of a batch, in order."""
+    places = [(i, len(query) + j) for i, (query, answer) in enumerate(batch) for j in range(len(answer))]
+    torch, _ = libraries()
+    row, column = torch.tensor(places, device=device).T
+    return row, column

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 _PEFT = "serve it with PEFT, which converts it: PeftModel.from_pretrained(base, FOLDER); route prints a task's FOLDER"
-_Hook = Callable[["torch.nn.Module", tuple["torch.Tensor", ...], "torch.Tensor"], "torch.Tensor"]
+_Hook = Callable[["torch.nn.Module", tuple["torch.Tensor", ...], "torch.Tensor"], "torch.Tensor | None"]
 Placed = Mapping[str, tuple["torch.Tensor", "torch.Tensor"]]
 """An adapter on the base's device: module path → Aᵀ (din, r) and s Bᵀ (r, dout)."""
 _BARE: Placed = MappingProxyType({})
@@ -99,6 +99,15 @@ class AdapterPool:
                 parts.setdefault(path, []).append((slice(start, start + len(same)), *factors))
             start += len(same)
         with self._base.lock, self._hooked({path: _added_by_row(part, start) for path, part in parts.items()}):
+            yield
+
+    @contextmanager
+    def watched(self, seen: Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]]) -> Iterator[None]:
+        """Call the function of a module's path with its input and output whenever the bare base computes in the block.
+
+        Other threads that use the same base wait.
+        """
+        with self._base.lock, self._hooked({path: _seen(see) for path, see in seen.items()}):
             yield
 
     @contextmanager
@@ -178,6 +187,15 @@ def _added(a: torch.Tensor, b: torch.Tensor) -> _Hook:
     def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         x = inputs[0].reshape(-1, a.shape[0])
         return output.view(-1, b.shape[1]).addmm_(x @ a, b).view(output.shape)
+
+    return hook
+
+
+def _seen(see: Callable[[torch.Tensor, torch.Tensor], None]) -> _Hook:
+    """Return a hook that passes a layer's input and output on, and changes nothing."""
+
+    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        see(inputs[0], output)
 
     return hook
 

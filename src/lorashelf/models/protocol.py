@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from ..errors import ModelError, UsageError
 from ..lora.adapter import Adapter
-from ..lora.arrays import Array32, Float32
+from ..lora.arrays import Array32, Float32, Square
 from ..tasks.folders import ExampleSet
 from ..tasks.template import Template
 from .sampling import Sampler, Token
@@ -164,6 +164,17 @@ class Embeds(Model, Protocol):
 
 
 @runtime_checkable
+class Effects(Model, Protocol):
+    """A model that shows what adapters would add to the outputs of its modules."""
+
+    def effects(self, adapters: Sequence[Adapter], sets: Sequence[ExampleSet]) -> Iterator[Square]:
+        """Yield per example set G_uv = Σ_m Σ_x ⟨ΔW_u x, ΔW_v x⟩ / Σ_x ‖y‖², (n, n), over adapted modules m of the bare
+        base, their inputs x at the positions that predict the answers, and their outputs y.
+        """
+        ...
+
+
+@runtime_checkable
 class LanguageModel(Scores, Answers, Embeds, Protocol):
     """A model with every capability."""
 
@@ -174,6 +185,7 @@ _CAPABILITIES: Mapping[type, str] = {
     Answers: "answer texts",
     Continues: "continue texts side by side",
     Embeds: "represent texts",
+    Effects: "show the inputs of its modules",
 }
 
 

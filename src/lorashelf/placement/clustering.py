@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import UsageError, numbered
 from ..lora.adapter import Adapter
+from ..lora.arrays import Cube
 from ..merging.blocks import named
-from .partition_methods import Losses, Watch
+from .partition_methods import Losses, Watch, Weighed
 from .partitioners import partitioned
 
 
@@ -39,6 +40,21 @@ class Clustering:
         if len(self.blocks) > k:
             what = f"the clustering has {len(self.blocks)} blocks, the shelf {numbered(k, 'slot')}"
             raise UsageError(what, cure=f"cluster into {numbered(k, 'slot')}, or give the shelf more slots")
+
+
+@dataclass(frozen=True, slots=True)
+class _ByIndex:
+    """Losses by the indices of the names."""
+
+    losses: Losses[str]
+    names: Sequence[str]
+
+    def __call__(self, pairs: Sequence[tuple[frozenset[int], int]]) -> Sequence[float]:
+        return self.losses([(frozenset(self.names[i] for i in block), self.names[task]) for block, task in pairs])
+
+    def grams(self) -> Cube | None:
+        """Return those of the losses, whose tasks are sorted like the names."""
+        return self.losses.grams() if isinstance(self.losses, Weighed) else None
 
 
 def cluster(
@@ -73,11 +89,7 @@ def clustered(
     known = dict(sorted(named(adapters).items()))
     names = list(known)
 
-    def by_name(pairs: Sequence[tuple[frozenset[int], int]]) -> Sequence[float]:
-        assert losses is not None
-        return losses([(frozenset(names[i] for i in block), names[task]) for block, task in pairs])
-
-    of_indices = None if losses is None else by_name
+    of_indices = None if losses is None else _ByIndex(losses, names)
     found = partitioned(list(known.values()), k, method=method, seed=seed, losses=of_indices, watch=watch, **parameters)
     blocks, start = (
         tuple(tuple(names[i] for i in block) for block in each) for each in (found.blocks, found.start or found.blocks)

@@ -16,7 +16,6 @@ import numpy as np
 from ..errors import UsageError
 from ..lora.adapter import Adapter
 from ..lora.algebra import gram
-from ..lora.arrays import Square
 from ..merging.parameters import Within
 from .partition_methods import (
     Losses,
@@ -24,6 +23,7 @@ from .partition_methods import (
     Partitioned,
     Task,
     Watch,
+    Weighed,
     balanced,
     check_counts,
     partition,
@@ -34,7 +34,7 @@ from .surrogate import Surrogate
 ROUNDING = 1e-9  # times the number of tasks: expected gains up to this are rounding
 Block = frozenset[str]
 Accept = Literal["task", "both"]
-Init = Literal["random", "agglomerative"]
+Init = Literal["random", "agglomerative", "guided"]
 Propose = Literal["uniform", "guided"]
 
 
@@ -79,6 +79,12 @@ def moving(blocks: Sequence[frozenset[Task]], to: Mapping[Task, int]) -> Change[
     return Change(places, tuple(blocks[place] for place in places), tuple(after), tuple(to))
 
 
+def changed(blocks: Sequence[frozenset[Task]], change: Change[Task]) -> list[frozenset[Task]]:
+    """Return the blocks after a change."""
+    after = dict(zip(change.places, change.after, strict=True))
+    return [after.get(place, block) for place, block in enumerate(blocks)]
+
+
 def uniform_move(
     blocks: Sequence[frozenset[Task]], rng: np.random.Generator, refused: Container[Change[Task]] = ()
 ) -> Change[Task]:
@@ -94,11 +100,15 @@ def uniform_move(
 class Guided:
     """A proposer of the move or swap with the largest gain expected by the surrogate among those not refused; None once
     no gain is expected.
+
+    With `beyond`, changes from which a loss is expected follow, the smallest loss first; then no task is proposed for
+    the same block twice.
     """
 
-    def __init__(self, gram: Square) -> None:
-        """`gram` holds the adapters' inner products, (n, n); tasks are their indices."""
-        self._surrogate = Surrogate(gram)
+    def __init__(self, surrogate: Surrogate, *, beyond: bool = False) -> None:
+        """The tasks are the indices of the surrogate's adapters."""
+        self._surrogate, self._beyond = surrogate, beyond
+        self._tried: set[frozenset[tuple[int, int]]] = set()
 
     def __call__(
         self, blocks: Sequence[frozenset[int]], rng: np.random.Generator, refused: Container[Change[int]] = ()
@@ -108,7 +118,7 @@ class Guided:
         home = {task: place for place, block in enumerate(blocks) for task in block}
         gains = np.concatenate([moves.ravel(), swaps.ravel()])
         for index in np.argsort(-gains, kind="stable").tolist():
-            if gains[index] <= ROUNDING * len(moves):
+            if gains[index] <= (-np.inf if self._beyond else ROUNDING * len(moves)):
                 break
             if index < moves.size:
                 task, place = divmod(index, len(blocks))
@@ -116,8 +126,11 @@ class Guided:
             else:
                 task, other = divmod(index - moves.size, len(moves))
                 to = {task: home[other], other: home[task]}
-            if (change := moving(blocks, to)) not in refused:
-                return change
+            if (change := moving(blocks, to)) in refused or (tried := frozenset(to.items())) in self._tried:
+                continue
+            if self._beyond:
+                self._tried.add(tried)
+            return change
         return None
 
 
@@ -145,6 +158,10 @@ def _falls(values: Sequence[float]) -> bool:
 ACCEPTORS: Mapping[Accept, Acceptor[int]] = MappingProxyType({"task": moved_falls, "both": both_fall})
 
 
+class _Spent(Exception):
+    """A proposal would measure more losses than the search may."""
+
+
 def search(
     tasks: Sequence[Task],
     k: int,
@@ -156,9 +173,12 @@ def search(
     accept: Acceptor[Task] = moved_falls,
     start: Sequence[Sequence[Task]] | None = None,
     keep_best: bool = False,
+    budget: int = 0,
     watch: Watch = iter,
 ) -> Found[Task]:
     """Partition tasks into at most k blocks; iteration i draws from (seed, i), so equal losses give equal searches.
+
+    With a `budget` the search ends before proposals have requested more distinct losses than that.
 
     `start` replaces the random balanced partition. `keep_best` returns the partition of the lowest total loss
     Σ_t ℓ(block of t, t) seen, at the cost of measuring every task after each move. With n ≤ k every task is its own
@@ -176,16 +196,27 @@ def search(
     joined: list[Task | None] = []
     refused: set[Change[Task]] = set()
     proposals = 0
+    requested: set[tuple[frozenset[Task], Task]] = set()
+
+    def limited(pairs: Sequence[tuple[frozenset[Task], Task]]) -> Sequence[float]:
+        requested.update(pairs)
+        if budget and len(requested) > budget:
+            raise _Spent
+        return losses(pairs)
+
     for i in watch(range(iterations if k > 1 else 0)):
         change = propose(blocks, np.random.default_rng([*seeds, i]), refused)
         if change is None:
             break
+        try:
+            taken = accept(change, limited)
+        except _Spent:
+            break
         proposals += 1
-        if not accept(change, losses):
+        if not taken:
             refused.add(change)
             continue
-        changed = dict(zip(change.places, change.after, strict=True))
-        blocks = [changed.get(place, block) for place, block in enumerate(blocks)]
+        blocks = changed(blocks, change)
         moves += [(i, task) for task in change.moved]
         rests = [
             next(block for block in change.after if task in block).difference(change.moved) for task in change.moved
@@ -216,6 +247,14 @@ def replayed(
     return sorted(sorted(block) for block in blocks if block)
 
 
+def settled(surrogate: Surrogate, blocks: Sequence[frozenset[int]]) -> Partition:
+    """Make the most promising change until no gain is expected; no loss is measured."""
+    propose, rng = Guided(surrogate), np.random.default_rng(0)
+    while change := propose(blocks, rng):
+        blocks = changed(blocks, change)
+    return [sorted(block) for block in blocks]
+
+
 def total(blocks: Iterable[Iterable[Task]], losses: Losses[Task]) -> float:
     """Return Σ_t ℓ(block of t, t)."""
     return sum(losses([(frozenset(block), task) for block in blocks for task in sorted(block)]))
@@ -225,12 +264,23 @@ def _filled(blocks: Iterable[Iterable[Task]]) -> tuple[tuple[Task, ...], ...]:
     return tuple(sorted(tuple(sorted(block)) for block in blocks if block))
 
 
+def balanced_blocks(names: Sequence[Task], k: int, seed: int | Sequence[int]) -> list[frozenset[Task]]:
+    """Return a random partition into k blocks whose sizes differ by at most one."""
+    labels = balanced(len(names), k, seed)
+    return [frozenset(n for n, label in zip(names, labels, strict=True) if label == c) for c in range(k)]
+
+
+def _surrogate(xs: Sequence[Adapter], losses: Losses[int]) -> Surrogate:
+    """Return the surrogate of what updates add to outputs, or, if the model does not show that, of the weights."""
+    grams = losses.grams() if isinstance(losses, Weighed) else None
+    return Surrogate(np.broadcast_to(gram(xs), (len(xs),) * 3) if grams is None else grams)
+
+
 def _started(
     names: list[Task], k: int, seed: int | tuple[int, ...], start: Sequence[Sequence[Task]] | None
 ) -> list[frozenset[Task]]:
     if start is None:
-        labels = balanced(len(names), k, seed)
-        return [frozenset(n for n, label in zip(names, labels, strict=True) if label == c) for c in range(k)]
+        return balanced_blocks(names, k, seed)
     if sorted(name for block in start for name in block) != names or len(start) > k:
         what = f"the start is not a partition of the {len(names)} tasks into {k} blocks"
         raise UsageError(what, cure="give every task once, in at most that many blocks")
@@ -252,16 +302,21 @@ def d2c(
     init: Init = "random",
     restarts: Annotated[int, Within(0)] = 0,
     keep_best: bool = False,
+    budget: Annotated[int, Within(0)] = 0,
 ) -> Partitioned:
     """Run Algorithm 1 on the indices of the adapters; of several starts, keep the end with the lowest total loss.
 
-    `init` is the first start, restarts are random. `propose` "guided" measures only moves and swaps for which the
-    adapters' geometry predicts a gain, the most promising first.
+    `init` is the first start, restarts are random. "guided" proposals are moves and swaps from which the surrogate
+    expects a gain, the most promising first, and under a `budget` then all others; a "guided" start has all the changes
+    that the surrogate expects to gain. `budget` is the most losses that proposals may request, over all starts; 0 is no
+    limit.
     """
-    proposer: Proposer[int] = uniform_move if propose == "uniform" else Guided(gram(xs))
     starts: list[Partition | None] = [None] * (restarts + 1)
     if init == "agglomerative" and len(xs) > k:
         starts[0] = partition(xs, k, method=init)
+    surrogate = _surrogate(xs, losses) if "guided" in (propose, init) and len(xs) > k > 1 else None
+    if surrogate and init == "guided":
+        starts[0] = settled(surrogate, balanced_blocks(list(range(len(xs))), k, seed))
     found = [
         search(
             range(len(xs)),
@@ -269,10 +324,11 @@ def d2c(
             losses,
             iterations=iterations,
             seed=(seed, number) if number else seed,
-            propose=proposer,
+            propose=uniform_move if surrogate is None or propose == "uniform" else Guided(surrogate, beyond=budget > 0),
             accept=ACCEPTORS[accept],
             start=start,
             keep_best=keep_best,
+            budget=max(1, budget // len(starts)) if budget else 0,
             watch=watch,
         )
         for number, start in enumerate(starts)
@@ -285,6 +341,7 @@ def d2c(
         "init": init,
         "restarts": restarts,
         "keep_best": keep_best,
+        "budget": budget,
         "proposals": sum(each.proposals for each in found),
         "accepted": sum(each.accepted for each in found),
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from ..errors import UsageError, numbered
 from ..lora.adapter import Adapter
 from ..lora.algebra import trained
+from ..lora.arrays import Cube
 from ..lora.given import as_adapters
 from ..merging.parameters import Parameter, checked, parameters_of
 from ..registry import Registry
@@ -18,6 +19,19 @@ from ..registry import Registry
 Task = TypeVar("Task", int, str)
 Losses = Callable[[Sequence[tuple[frozenset[Task], Task]]], Sequence[float]]
 """The loss of each task with the merge of its block, in nats per token; tasks are names or indices of adapters."""
+
+
+@runtime_checkable
+class Weighed(Protocol):
+    """Losses whose tasks also weigh updates, by what these add to outputs on the tasks' examples."""
+
+    def grams(self) -> Cube | None:
+        """Return G, (task, adapter, adapter): the inner products of the updates, as each task weighs them; None if the
+        model does not show them.
+        """
+        ...
+
+
 Watch = Callable[[Sequence[int]], Iterable[int]]
 """Wraps the iterations of a search, to follow their progress."""
 Partition = list[list[int]]

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..digest import Json
 from ..errors import UsageError
 from ..lora.adapter import Adapter
-from ..models.protocol import Scores, mean_loss
+from ..lora.arrays import Cube
+from ..models.protocol import Effects, Scores, mean_loss
 from ..placement.d2c import Block
 from ..result_store import ResultStore
 from ..tasks.folders import ExampleSet
@@ -46,7 +49,7 @@ class BlockLoss:
         """
         self.asked = self.measured = 0
         self.known: dict[Key, float] = {}
-        self._examples, self._backend, self._merge = examples, backend, merge
+        self._adapters, self._examples, self._backend, self._merge = adapters, examples, backend, merge
         self._first = {x.digest: task for task, x in sorted(adapters.items(), reverse=True)}
         self._digests = {task: x.digest for task, x in adapters.items()}
         self._merges: dict[tuple[str, ...], Adapter] = {}
@@ -88,6 +91,15 @@ class BlockLoss:
             if held_out is not None:
                 others += (loss for _, loss in self._measured(self._key(pairs[0][0], block[0])[0], block, held_out))
         return sum(own) / len(own), sum(others) / len(others) if others else None
+
+    def grams(self) -> Cube | None:
+        """Return what tasks, sorted by name, make of the adapters: `Effects` on their examples, (n, n, n); None if the
+        backend does not show them. Raises what the backend raises.
+        """
+        if not isinstance(self._backend, Effects):
+            return None
+        xs = [self._adapters[task] for task in sorted(self._adapters)]
+        return np.stack(list(self._backend.effects(xs, [self._examples[task] for task in sorted(self._adapters)])))
 
     def _measured(
         self, block: tuple[str, ...], tasks: Sequence[str], examples: Mapping[str, ExampleSet]

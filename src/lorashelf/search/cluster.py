@@ -38,7 +38,7 @@ def cluster_by_loss(
 ) -> Clustering:
     """Cluster adapters (by task name) into at most k blocks by the loss of the examples with the blocks' merges.
 
-    D2C (arXiv 2601.17441) takes `iterations`, `propose`, `accept`, `init`, `restarts` and `keep_best`
+    D2C (arXiv 2601.17441) takes `iterations`, `propose`, `accept`, `init`, `restarts`, `keep_best` and `budget`
     (docs/methods.md). The search uses `examples`; `held_out` is only reported. A `journal` keeps every loss, and the
     same search resumes from it. The report has the mean loss over tasks in nats per token (`start`, `search` and
     `held_out`), how many losses were requested, distinct, and measured in this run (`evaluations`), and what they
