@@ -221,9 +221,10 @@ def test_a_guided_search_asks_for_less(house: Path, tmp_path: Path, capsys: pyte
 def test_a_guided_start_needs_no_loss_and_a_budget_holds(
     house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start = run(capsys, house, tmp_path / "a", "--init", "guided", "--propose", "guided")[1]
+    guided = ("--init", "guided", "--propose", "guided", "--iterations", 100)
+    start = run(capsys, house, tmp_path / "a", *guided)[1]
     assert (start["proposals"], start["evaluations"]) == (0, 0)  # no further gain is expected
-    code, further, _ = run(capsys, house, tmp_path / "b", "--init", "guided", "--budget", 5)
+    code, further, _ = run(capsys, house, tmp_path / "b", *guided, "--budget", 5)
     assert code == 0
     assert 0 < further["losses"]["distinct"] <= 5
     assert further["loss"]["start"] == start["loss"]["search"]

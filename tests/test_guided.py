@@ -135,16 +135,30 @@ def test_the_loss_decides_whatever_the_surrogate_promises() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 2, 7, 20])
-@pytest.mark.parametrize("propose", ["uniform", "guided"])
-def test_a_budget_is_used_up_and_never_exceeded(budget: int, propose: str) -> None:
-    asked: set[tuple[frozenset[int], int]] = set()
+def test_a_budget_is_never_exceeded_and_goes_to_what_promises_most(budget: int) -> None:
+    xs = planted(GROUPS)
+    right = [[i for i, g in enumerate(GROUPS) if g == group] for group in range(4)]
+    asked: list[tuple[frozenset[int], int]] = []
 
     def drawn(pairs: Sequence[tuple[frozenset[int], int]]) -> list[float]:
-        asked.update(pairs)
+        asked.extend(pairs)
         return [hash((tuple(sorted(block)), task)) % 97 for block, task in pairs]
 
-    partition(planted(GROUPS), 4, method="d2c", losses=drawn, propose=propose, budget=budget)
-    assert budget - 4 < len(asked) <= budget
+    propose = Guided(weighed(xs), beyond=True)
+    found = search(range(24), 4, drawn, start=right, propose=propose, budget=budget, iterations=50)
+    assert (found.proposals > 0) == (budget > 1)  # every change here promises a loss
+    assert budget - 4 < len(set(asked)) <= budget
+
+
+def test_no_task_is_proposed_for_a_block_twice_beyond_the_expected_gains() -> None:
+    xs = planted(GROUPS[:8])
+    propose, rng = Guided(weighed(xs), beyond=True), np.random.default_rng(0)
+    blocks = [frozenset(i for i in range(8) if GROUPS[i] == c) for c in range(4)]
+    moves = []
+    while (change := propose(blocks, rng)) is not None:
+        moves.append(change)
+    assert len(moves) == len(set(moves)) == 8 * 3 + 8 * 6 // 2
+    assert propose([blocks[1], blocks[0], *blocks[2:]], rng) is not None  # those are other places
 
 
 def test_a_guided_start_measures_nothing_and_ends_where_no_gain_is_expected() -> None:

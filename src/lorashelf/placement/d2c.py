@@ -100,11 +100,15 @@ def uniform_move(
 class Guided:
     """A proposer of the move or swap with the largest gain expected by the surrogate among those not refused; None once
     no gain is expected.
+
+    With `beyond`, changes from which a loss is expected follow, the smallest loss first; then no task is proposed for
+    the same block twice.
     """
 
-    def __init__(self, surrogate: Surrogate) -> None:
+    def __init__(self, surrogate: Surrogate, *, beyond: bool = False) -> None:
         """The tasks are the indices of the surrogate's adapters."""
-        self._surrogate = surrogate
+        self._surrogate, self._beyond = surrogate, beyond
+        self._tried: set[frozenset[tuple[int, int]]] = set()
 
     def __call__(
         self, blocks: Sequence[frozenset[int]], rng: np.random.Generator, refused: Container[Change[int]] = ()
@@ -114,7 +118,7 @@ class Guided:
         home = {task: place for place, block in enumerate(blocks) for task in block}
         gains = np.concatenate([moves.ravel(), swaps.ravel()])
         for index in np.argsort(-gains, kind="stable").tolist():
-            if gains[index] <= ROUNDING * len(moves):
+            if gains[index] <= (-np.inf if self._beyond else ROUNDING * len(moves)):
                 break
             if index < moves.size:
                 task, place = divmod(index, len(blocks))
@@ -122,8 +126,11 @@ class Guided:
             else:
                 task, other = divmod(index - moves.size, len(moves))
                 to = {task: home[other], other: home[task]}
-            if (change := moving(blocks, to)) not in refused:
-                return change
+            if (change := moving(blocks, to)) in refused or (tried := frozenset(to.items())) in self._tried:
+                continue
+            if self._beyond:
+                self._tried.add(tried)
+            return change
         return None
 
 
@@ -300,8 +307,9 @@ def d2c(
     """Run Algorithm 1 on the indices of the adapters; of several starts, keep the end with the lowest total loss.
 
     `init` is the first start, restarts are random. "guided" proposals are moves and swaps from which the surrogate
-    expects a gain, the most promising first; a "guided" start has all of these made, without a loss. `budget` is the
-    most losses that proposals may request, over all starts; 0 is no limit.
+    expects a gain, the most promising first, and under a `budget` then all others; a "guided" start has all the changes
+    that the surrogate expects to gain. `budget` is the most losses that proposals may request, over all starts; 0 is no
+    limit.
     """
     starts: list[Partition | None] = [None] * (restarts + 1)
     if init == "agglomerative" and len(xs) > k:
@@ -316,7 +324,7 @@ def d2c(
             losses,
             iterations=iterations,
             seed=(seed, number) if number else seed,
-            propose=uniform_move if surrogate is None or propose == "uniform" else Guided(surrogate),
+            propose=uniform_move if surrogate is None or propose == "uniform" else Guided(surrogate, beyond=budget > 0),
             accept=ACCEPTORS[accept],
             start=start,
             keep_best=keep_best,
