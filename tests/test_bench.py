@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 
 from factory import make_adapter
-from lorashelf import Adapter, Shelf, merge, new_settings, plan_add, read_adapter
+from lorashelf import Adapter, Factors, Shelf, merge, new_settings, plan_add, read_adapter
 from lorashelf.bench import page
 from lorashelf.bench.assignment import Inputs, arrival, assign, bytes_of
 from lorashelf.bench.plot import _lines as points_of
@@ -407,6 +408,33 @@ def test_codes_share_the_bytes_and_each_serves_its_own_task(tmp_path: Path) -> N
         gone = norm(combine([own, decoded], [1, -1])) ** 2 / norm(own) ** 2
         assert gone == pytest.approx(1 - found.coded[task]["energy_kept"], abs=0.02)
     assert found.coded["wide-en"]["bytes"] > max(found.coded[f"{i}-en"]["bytes"] for i in range(3))
+
+
+def test_gains_of_codes_are_fitted_to_training_examples_and_resumed(
+    world: tuple[dict[str, Adapter], dict[str, Task], HFBackend], tmp_path: Path
+) -> None:
+    adapters, tasks, backend = world
+    plain = Cell("code", "coded", {"percent": 90, "levels": 2}, ("loss",))
+    tasks = {name: replace(t, splits={**t.splits, "test": t.splits["train"]}) for name, t in tasks.items()}
+    fitted = replace(plain, options={**plain.options, "fit": 2})
+    inputs = Inputs(adapters, tasks, backend, tmp_path, partial(Interrupting(3), fitted))
+    with pytest.raises(KeyboardInterrupt):
+        assign(fitted, inputs)
+    (journal,) = tmp_path.glob("gains-*.jsonl")
+    begun = journal.read_bytes()
+    assert len(begun.splitlines()) == 3
+    found, before = (assign(cell, replace(inputs, watch=iter)) for cell in (fitted, plain))
+    assert journal.read_bytes().startswith(begun)
+    assert len(journal.read_bytes().splitlines()) == len(adapters)
+    gains = {line["unit"]["task"]: line["result"] for line in map(json.loads, journal.read_text().splitlines())}
+    assert any(factor != 1 for factors in gains.values() for factor in factors.values())
+    for task, served in found.serving.items():
+        wanted = before.serving[task]
+        assert served is not None
+        assert wanted is not None
+        scaled = {p: Factors(f.a, f.b, f.scale * gains[task][p]) for p, f in wanted.modules.items()}
+        assert norm(combine([served, wanted.with_factors(scaled)], [1, -1])) < 0.1 * norm(served)
+    assert found.bytes("f16") <= 0.9 * sum(2 * x.parameters for x in adapters.values())
 
 
 def test_a_codes_bytes_stand_beside_its_losses(measured: tuple[Suite, Path]) -> None:

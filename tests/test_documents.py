@@ -12,8 +12,10 @@ import pytest
 
 from command import Command
 from factory import make_adapter, write_peft
-from lorashelf import Factors, documents
+from lorashelf import Factors, HFBackend, documents
 from test_bytes import adapter
+from test_gains import loud_task, untuned
+from tiny_base import tiny_base
 
 CLI = Path(__file__).parent.parent / "docs" / "cli.md"
 
@@ -78,6 +80,11 @@ def test_commands_print_the_documents_that_are_declared(tmp_path: Path, made: Ca
     found["plan"] = [made("plan", *large[:2], "--coded", "--bytes", "20kB")]
     made("init", small, "--bytes", "3kB")
     found["add"].append(made("add", small, large[0]))
+    base = tiny_base(tmp_path / "base")
+    x = write_peft(tmp_path / "loud", untuned(HFBackend.open(str(base), device="cpu", dtype="f32")))
+    words = ("--percent", 90, "--examples", loud_task(tmp_path / "tasks" / "loud"), "--base", base, "--steps", 1)
+    found["compress"] = [made("compress", x, "-o", tmp_path / "loud.lsc", *words)]
+    found["extract"] = [made("extract", tmp_path / "loud.lsc", "-o", tmp_path / "extracted")]
     assert found.keys() == documents.DOCUMENTS.keys()
     met: set[tuple[type, str]] = set()
     for command, (kind, *_) in documents.DOCUMENTS.items():

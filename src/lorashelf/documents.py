@@ -280,6 +280,58 @@ class Curve(TypedDict):
     """all points, the smallest first"""
 
 
+class CodeLevel(TypedDict):
+    """An entry of `levels` of a coded file: the file up to a level."""
+
+    bytes: int
+    """the bytes up to this level"""
+    percent: float
+    """`bytes` as a percentage of the adapter in 16 bits"""
+    energy_kept: float
+    """the share of ‖ΔW‖² that is kept"""
+    predicted_quality: float
+    """the predicted share of the gain in loss that is kept"""
+    directions: int
+    """the number of directions that the level adds"""
+
+
+class Fit(TypedDict):
+    """`fit` of `compress --examples`: losses of the validation split, by which the step of the fit is chosen, in nats
+    per token.
+    """
+
+    examples: int
+    """their number"""
+    own: float
+    """with the adapter itself"""
+    as_coded: float
+    """with the code of the adapter"""
+    fitted: float
+    """with the code that is written"""
+
+
+class _CodeFile(TypedDict):
+    output: str
+    """what was written"""
+    bytes: int
+    """the bytes of all levels, and of the file that `compress` writes"""
+    percent: float
+    """`bytes` as a percentage of the adapter in 16 bits"""
+    energy_kept: float
+    """the share of ‖ΔW‖² that all levels keep, before gains are fitted"""
+    predicted_quality: float
+    """the predicted share of the gain in loss that is kept, without examples"""
+    levels: list[CodeLevel]
+    """the file up to each level"""
+
+
+class CodeFile(_CodeFile, total=False):
+    """The answer of `compress` and `extract`."""
+
+    fit: Fit
+    """of `compress --examples`"""
+
+
 class Compared(TypedDict):
     """The answer of `compare`."""
 
@@ -400,5 +452,7 @@ DOCUMENTS: Mapping[str, tuple[type, ...]] = {
     "compare": (Compared,),
     "plan": (Curve, CurvePoint),
     "export": (Exported, ExportedObject),
+    "compress": (CodeFile, CodeLevel, Fit),
+    "extract": (CodeFile, CodeLevel),
 }
 """Command → its document under `--json`, followed by documents inside it."""

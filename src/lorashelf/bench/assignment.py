@@ -17,10 +17,12 @@ from ..formats.peft import encode
 from ..lora.adapter import Adapter, in_16_bits
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
-from ..models.protocol import Scores
+from ..models.hf import HFBackend
+from ..models.protocol import Scores, capable
 from ..placement.clustering import cluster
 from ..placement.d2c import replayed
 from ..placement.partitioners import PARTITIONERS
+from ..result_store import ResultStore
 from ..search.cluster import cluster_by_loss, drawn
 from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
@@ -90,15 +92,44 @@ def _coded(cell: Cell, inputs: Inputs) -> Assignment:
     from ..formats.coded.encoder import Encoder
     from ..formats.coded.files import encode_together
 
-    encoders = {task: Encoder(x) for task, x in inputs.adapters.items()}
     size = int(in_16_bits(sum(x.parameters for x in inputs.adapters.values())) * cell.options["percent"] / 100)
-    files = encode_together(list(encoders.values()), size, cell.options["levels"])
+
+    def encoded(factors: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, Encoder], dict[str, Adapter]]:
+        encoders = {task: Encoder(x, factors.get(task)) for task, x in inputs.adapters.items()}
+        files = encode_together(list(encoders.values()), size, cell.options["levels"])
+        return encoders, {task: decode(levels) for task, levels in zip(encoders, files, strict=True)}
+
+    encoders, served = encoded({})
+    if cell.options.get("fit"):
+        encoders, served = encoded(_gains(cell, inputs, served))
     coded = {
         task: {"bytes": each.size, "levels": [len(level) for level in each.levels], "energy_kept": round(each.kept, 4)}
         for task, each in encoders.items()
     }
-    served = {task: decode(levels) for task, levels in zip(encoders, files, strict=True)}
     return Assignment(served, {}, coded, sum(each.size for each in encoders.values()))
+
+
+def _gains(cell: Cell, inputs: Inputs, coded: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+    """Fit the gains of the codes to `fit` examples of each train split, the step chosen by as many of the test split;
+    those fitted so far are in the folder.
+    """
+    from ..training.gains import fitted_gains  # only for fitted cells
+
+    backend = capable(inputs.backend, HFBackend)
+    sets, checks = (
+        drawn(inputs.tasks, coded, backend.fitting, split, cell.options["fit"], 0)[0] for split in ("train", "test")
+    )
+    kept = ResultStore(inputs.folder / f"gains-{cell.id}.jsonl")
+    found, tasks = {}, sorted(coded)
+    for place in inputs.watch(range(len(tasks))):
+        task = tasks[place]
+        unit = {"task": task, "code": coded[task].digest, "backend": backend.id}
+        unit |= {"examples": sets[task].digest, "check": checks[task].digest}
+        if (factors := kept.get(unit)) is None:
+            factors = fitted_gains(backend, coded[task], sets[task], checks[task])
+            kept.put(unit, factors)
+        found[task] = factors
+    return found
 
 
 def _by_a_peer(cell: Cell, inputs: Inputs) -> Assignment:

@@ -76,7 +76,7 @@ _COMMON: dict[str, Any] = {
 _SEARCH = {name: p for method in METHODS_OF["search"] for name, p in PARTITIONERS[method].parameters.items()}
 _OPTIONS: Mapping[How, Mapping[str, Any]] = {
     "serve": {},
-    "code": {"percent": None, "levels": LEVELS},
+    "code": {"percent": None, "levels": LEVELS, "fit": 0},
     "cluster": {**_COMMON, "alpha": 1, "over": "type", "result": None},
     "arrive": {**_COMMON, "order": "random", "threshold": "auto", "similarity": COSINE, "after": None},
     "search": {**_COMMON, **{name: p.default for name, p in _SEARCH.items()}, "examples_per_task": 10},
@@ -86,7 +86,7 @@ unless `dtype` is set.
 """
 _ONLY_OF: Mapping[str, str] = {"alpha": DIRICHLET, "over": DIRICHLET, "result": BLOCKS_OF}
 """Option → the only clustering that has it."""
-_UNNAMED = ("similarity", "after", "restore_norm", "budget")
+_UNNAMED = ("similarity", "after", "restore_norm", "budget", "fit")
 """Options that a cell names only if they differ from the default, so that results from before them are still found."""
 OVER = ("type", "language")
 ORDERS = ("random", "worst", "name")
@@ -323,5 +323,5 @@ def _fault(method: Any, name: str, value: Any) -> str | None:
         return None if number else f"alpha is {value!r}, not a positive number"
     if name in ("rank", "after") and value is None:
         return None
-    least = 0 if name == "seed" else 1
+    least = 0 if name in ("seed", "fit") else 1
     return None if type(value) is int and value >= least else f"{name} is {value!r}, not a whole number from {least}"

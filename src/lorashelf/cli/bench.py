@@ -118,11 +118,12 @@ def _inputs(suite: Suite, adapters: Path | None, data: Path | None) -> tuple[dic
 
 
 def _watch(cell: Cell, steps: Sequence[Any]) -> Iterable[Any]:
-    return counted(steps, lambda step: f"{cell.label}: {getattr(step, 'what', 'search')} {_task_of(step)}")
+    other = "search" if cell.how == "search" else "fit"
+    return counted(steps, lambda step: f"{cell.label}: {getattr(step, 'what', other)} {_task_of(step)}")
 
 
 def _task_of(step: Any) -> str:
-    return step.task.name if hasattr(step, "task") else f"move {step + 1}"
+    return step.task.name if hasattr(step, "task") else f"number {step + 1}"
 
 
 def _standing(document: dict[str, Any]) -> list[Any]:

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..atomic import check_output
-from ..errors import UsageError
+from ..documents import CodeFile, CodeLevel, Fit
+from ..errors import UsageError, numbered
 from ..formats.coded import LEVELS
 from ..formats.coded.decoder import decode, inspect
 from ..formats.coded.encoder import Encoder
 from ..formats.coded.files import encode_for, encode_within, read_levels, write_coded
 from ..formats.peft import write_adapter
-from ..lora.adapter import in_16_bits
+from ..lora.adapter import Adapter, in_16_bits
 from ..report.numbers import size
+from ..search.cluster import drawn
+from ..tasks.folders import ExampleSet, read_tasks
 from . import arguments as arg
-from .output import show, table
+from .output import counted, show, table
+
+if TYPE_CHECKING:
+    from ..models.hf import HFBackend
+
+
+FITTING = {
+    "limit": "--limit",
+    "steps": "--steps",
+    "seed": "--seed",
+    "base": "--base",
+    "device": "--device",
+    "model_dtype": "--model-dtype",
+    "template_arg": "--template-arg",
+}
 
 
 def compress(
+    context: typer.Context,
     adapter: arg.OneAdapter,
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)],
     budget: Annotated[
@@ -41,6 +60,23 @@ def compress(
             "--levels", help="Largest number of levels; every prefix of them is a coarser adapter.", min=1, max=255
         ),
     ] = LEVELS,
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            "--examples",
+            help="The task's folder, or a folder of task folders: gains are fitted to examples of its train split, "
+            "as long as that lowers the loss of its validation split. Needs the base model (extra llm).",
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", help="Number of examples of each split, drawn by --seed.", min=1)
+    ] = 24,
+    steps: Annotated[int, typer.Option("--steps", help="Largest number of steps of the fit.", min=1)] = 10,
+    seed: arg.Seed = 0,
+    base: arg.Base = None,
+    device: arg.Device = None,
+    model_dtype: arg.ModelDtype = None,
+    template_arg: arg.TemplateArgs = None,
     json: arg.Json = False,
 ) -> None:
     """Code an adapter in few bytes (docs/coded.md)."""
@@ -50,18 +86,59 @@ def compress(
         raise UsageError(f"--percent {percent:g} is not above 0 and at most 100", cure="for example --percent 5")
     if quality is not None and not 0 <= quality <= 1:
         raise UsageError(f"--quality {quality:g} is not between 0 and 1", cure="for example --quality 0.95")
+    if examples is None and (unread := arg.stated(context, FITTING)):
+        raise UsageError(f"{', '.join(unread)}: only for a fit to examples", cure="give --examples, or omit these")
     check_output(output, "file")
     read = arg.read_one(adapter)
     arg.note_adapters({arg.name_of(adapter): read})
     arg.note_untrained({arg.name_of(adapter): read})
-    encoder = Encoder(read)
-    if quality is not None:
-        coded = encode_for(encoder, quality, levels)
-    else:
+
+    def code(factors: Mapping[str, float] | None = None) -> list[bytes]:
+        encoder = Encoder(read, factors)
+        if quality is not None:
+            return encode_for(encoder, quality, levels)
         most = budget if budget is not None else int(in_16_bits(read.parameters) * (percent or 0) / 100)
-        coded = encode_within(encoder, most, levels)
+        return encode_within(encoder, most, levels)
+
+    coded, fit = code(), None
+    if examples is not None:
+        name, tasks = arg.name_of(adapter), read_tasks(examples)
+        model = _opened(base, device, model_dtype, template_arg)
+        sets = [drawn(tasks, [name], model.fitting, split, limit, seed)[0][name] for split in ("train", "validation")]
+        coded, fit = _fitted(model, read, coded, sets[0], sets[1], steps, code)
     write_coded(coded, output)
-    show({"output": str(output), **_document(coded, str(output))}, json, _listed)
+    show(_document(coded, str(output), str(output), fit), json, _listed)
+
+
+def _opened(name: str | None, device: str | None, dtype: str | None, template: Sequence[str] | None) -> HFBackend:
+    from ..models.hf import HFBackend
+    from .base import open_named
+
+    return open_named(name, HFBackend, device=device, dtype=dtype, template=template)
+
+
+def _fitted(
+    model: HFBackend,
+    read: Adapter,
+    coded: list[bytes],
+    examples: ExampleSet,
+    others: ExampleSet,
+    steps: int,
+    code: Callable[[Mapping[str, float]], list[bytes]],
+) -> tuple[list[bytes], Fit]:
+    """Code anew with gains fitted to the examples; also return the losses of the others before and after."""
+    from ..models.protocol import mean_loss
+    from ..training.gains import fitted_gains
+
+    def watch(each: range) -> Iterator[int]:
+        return counted(each, lambda step: f"fitting gains: step {step + 1} of {steps}")
+
+    before = decode(coded)
+    found = code(fitted_gains(model, before, examples, others, steps=steps, watch=watch))
+    own, as_coded, fitted = (
+        mean_loss(losses) for losses in model.nll([(x, others) for x in (read, before, decode(found))])
+    )
+    return found, {"examples": len(others.examples), "own": own, "as_coded": as_coded, "fitted": fitted}
 
 
 def extract(
@@ -75,30 +152,37 @@ def extract(
     coded = read_levels(file, levels)
     decoded = decode(coded, str(file))
     write_adapter(replace(decoded, dtype=dtype or decoded.dtype), output)
-    show({"output": str(output), **_document(coded, str(file))}, json, _listed)
+    show(_document(coded, str(file), str(output)), json, _listed)
 
 
-def _document(coded: list[bytes], where: str) -> dict[str, Any]:
+def _document(coded: list[bytes], where: str, output: str, fit: Fit | None = None) -> CodeFile:
+    """Return the document of levels read from, or written to, a file."""
     _, parameters, levels = inspect(coded, where)
-    total = sum(level.bytes for level in levels)
-    rows, so_far = [], 0
-    for level in levels:
-        so_far += level.bytes
-        rows.append(
-            {
-                "bytes": so_far,
-                "percent": 100 * so_far / in_16_bits(parameters),
-                "energy_kept": level.kept,
-                "predicted_quality": level.quality,
-                "directions": level.directions,
-            }
-        )
+    rows: list[CodeLevel] = []
+    for level, total in zip(levels, accumulate(level.bytes for level in levels), strict=True):
+        row: CodeLevel = {
+            "bytes": total,
+            "percent": 100 * total / in_16_bits(parameters),
+            "energy_kept": level.kept,
+            "predicted_quality": level.quality,
+            "directions": level.directions,
+        }
+        rows.append(row)
     last = rows[-1]
-    names = ("energy_kept", "predicted_quality")
-    return {"bytes": total, "percent": last["percent"], **{name: last[name] for name in names}, "levels": rows}
+    document: CodeFile = {
+        "output": output,
+        "bytes": last["bytes"],
+        "percent": last["percent"],
+        "energy_kept": last["energy_kept"],
+        "predicted_quality": last["predicted_quality"],
+        "levels": rows,
+    }
+    if fit is not None:
+        document["fit"] = fit
+    return document
 
 
-def _listed(document: dict[str, Any]) -> list[Any]:
+def _listed(document: CodeFile) -> list[Any]:
     columns = [">levels", ">size", ">of 16 bits", ">‖ΔW‖² kept", ">predicted quality"]
     rows = [
         (
@@ -110,7 +194,13 @@ def _listed(document: dict[str, Any]) -> list[Any]:
         )
         for place, level in enumerate(document["levels"], 1)
     ]
-    return [f"{document['output']}: {size(document['bytes'])}", table(columns, rows)]
+    shown = [f"{document['output']}: {size(document['bytes'])}", table(columns, rows)]
+    if fit := document.get("fit"):
+        shown.append(
+            f"loss on {numbered(fit['examples'], 'validation example')}, nats per token: own adapter {fit['own']:.4f}, "
+            f"as coded {fit['as_coded']:.4f}, gains fitted {fit['fitted']:.4f}"
+        )
+    return shown
 
 
 COMMANDS: Mapping[str, tuple[Callable[..., None], str]] = {

@@ -62,9 +62,14 @@ def shared(xs: Sequence[Adapter]) -> dict[str, int]:
 
 def respelled(x: Adapter, modules: Collection[str]) -> Adapter:
     """Return the adapter with the names of a base's modules, as far as rules map them."""
+    return _under(x, spelling(x, modules))
+
+
+def spelling(x: Adapter, modules: Collection[str]) -> dict[str, str]:
+    """Return the path of a module → its path in the base, for modules that rules rename."""
     ours, theirs = x.modules.keys() - set(modules), set(modules) - x.modules.keys()
     apart = _two_parts(x.modules) if ours else set()
-    return _under(x, _spelled(x.modules, {path for path in ours if cut(path)[0] not in apart}, theirs)) if ours else x
+    return _spelled(x.modules, {path for path in ours if cut(path)[0] not in apart}, theirs) if ours else {}
 
 
 def _renamed(xs: Sequence[Adapter], latest: bool) -> tuple[list[Adapter], list[str]]:

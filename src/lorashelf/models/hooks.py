@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import Fault, OutOfMemory, ShapeMismatch
 from ..faults import Faults
 from ..lora.adapter import Adapter
-from ..lora.alignment import respelled
+from ..lora.alignment import respelled, spelling
 from .fitting import check_all
 from .loading import libraries
 from .memory import within_memory
@@ -83,6 +83,20 @@ class AdapterPool:
         with self._base.lock:
             placed = self._found(adapter)
             with self._hooked({path: _added(*factors) for path, factors in placed.items()}):
+                yield
+
+    @contextmanager
+    def scaled(self, adapter: Adapter, factors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Put an adapter on the base for the block, the ΔW of each module times its factor, by the adapter's own paths:
+        outputs can be differentiated with respect to the factors.
+
+        Other threads that use the same base wait. Raises ShapeMismatch, OutOfMemory.
+        """
+        names = spelling(adapter, self._linear)
+        with self._base.lock:
+            placed = self._found(adapter)
+            paths = {path: names.get(path, path) for path in factors}
+            with self._hooked({paths[own]: _added_times(*placed[paths[own]], x) for own, x in factors.items()}):
                 yield
 
     @contextmanager
@@ -196,6 +210,15 @@ def _seen(see: Callable[[torch.Tensor, torch.Tensor], None]) -> _Hook:
 
     def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         see(inputs[0], output)
+
+    return hook
+
+
+def _added_times(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor) -> _Hook:
+    """Return a hook that adds (x a) b times a factor to a layer's output, in new memory."""
+
+    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + inputs[0] @ a @ b * factor.to(output.dtype)
 
     return hook
 

@@ -15,7 +15,7 @@ from .slot import Slot, record_faults
 
 Details = Mapping[str, Any]
 """What is stored with a task: type, digest of its adapter, and the content of --task-file."""
-MOST_PAGES = 4096  # decoded, and as many encoded, that stay in memory
+MOST_PAGES = 1024  # decoded, and as many encoded, that stay in memory
 T = TypeVar("T")
 
 

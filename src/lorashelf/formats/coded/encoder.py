@@ -24,6 +24,7 @@ from .frame import framed
 from .stream import StreamWriter
 
 _TRIES = 8
+_FINER = 30  # slopes to try for a quality, the last ones far below any that a level needs
 _SPARE = 0.9985  # share of the available bits to use: estimates are usually this exact
 _AS_CODED = 2**14
 _ANY = 1e-6  # a quality that any direction reaches
@@ -39,9 +40,12 @@ class _Trial(NamedTuple):
 
 
 class Encoder:
-    """An adapter and its levels so far; every further level refines them."""
+    """An adapter and its levels so far; every further level refines them.
 
-    def __init__(self, adapter: Adapter) -> None:
+    `factors` (module path → factor, default 1) multiply the ΔŴ of modules: the gains hold them.
+    """
+
+    def __init__(self, adapter: Adapter, factors: Mapping[str, float] | None = None) -> None:
         self.adapter = adapter
         self.directions = directions(adapter)
         self.levels: list[bytes] = []
@@ -52,7 +56,13 @@ class Encoder:
         self._owner = np.repeat(np.arange(len(self._spectra)), [len(m) for m in self._spectra]).tolist()
         self._x = [[row for m in self._spectra for row in getattr(m, name)] for name in "uv"]
         self._first = np.cumsum([0, *map(len, self._spectra)]).tolist()
-        roots = np.concatenate([np.sqrt(m.sigma) / (m.u.shape[1] * m.v.shape[1]) ** 0.25 for m in self._spectra])
+        self._factors = [(factors or {}).get(path, 1.0) for path in self.directions.modules]
+        roots = np.concatenate(
+            [
+                np.sqrt(factor * m.sigma) / (m.u.shape[1] * m.v.shape[1]) ** 0.25
+                for m, factor in zip(self._spectra, self._factors, strict=True)
+            ]
+        )
         self._top = float(np.float32(roots.max(initial=0.0)))
         below = np.rint(64 * np.log2(self._top / roots))
         self._gains = np.clip(below, 0, MOST_GAIN).astype(np.int64).tolist()
@@ -109,11 +119,11 @@ class Encoder:
     def _for(self, wanted: float) -> _Trial:
         options, share = self.options(), energy_for(wanted)
         slope = slope_keeping([options], share)
-        for attempt in range(_TRIES):
+        for attempt in range(_FINER):
             trial = self._trial(options.choose(slope)[0])
             if trial.kept >= share:
                 return trial
-            slope *= 1 - 1e-3 * 2**attempt  # the estimate was slightly too high
+            slope *= 1 - min(1e-3 * 2**attempt, 0.5)  # the estimate was slightly too high
         what = f"no level is fine enough for a predicted quality of {wanted}"
         raise UsageError(what, cure=f"give at most {quality(trial.kept):.4f}")
 
@@ -149,16 +159,16 @@ class Encoder:
         return _Trial(framed(self.levels, body), coding, found, kept)
 
     def _kept(self, found: Mapping[int, Direction]) -> float:
-        """Return 1 − ‖ΔW − ΔŴ‖² / ‖ΔW‖² of the decoded directions, without restoration."""
+        """Return 1 − ‖ΔW − ΔŴ‖² / ‖ΔW‖² of the decoded directions, without restoration and factors."""
         gained = 0.0
-        for module, (start, end) in zip(self._spectra, pairwise(self._first), strict=True):
+        for module, factor, (start, end) in zip(self._spectra, self._factors, pairwise(self._first), strict=True):
             coded = [found[d] for d in range(start, end) if d in found]
             if coded:
                 f = factors(coded, Shape(module.u.shape[1], len(coded), module.v.shape[1]), self._top, _AS_CODED)
                 a, b = f.a.astype(np.float64), f.b.astype(np.float64)
                 weight = module.sigma / math.sqrt(f.shape.dout * f.shape.din)
                 cross = np.sum(weight[:, None] * (module.u @ b) * (module.v @ a.T))
-                gained += float(2 * cross - np.sum((b.T @ b) * (a @ a.T)))
+                gained += float(2 * cross / factor - np.sum((b.T @ b) * (a @ a.T)) / factor**2)
         return gained / self.directions.total if self.directions.total else 1.0
 
 
