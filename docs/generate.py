@@ -374,6 +374,7 @@ PUBLISHED: dict[str, list[tuple[str, str, str, str, str]]] = {
     ],
 }
 """Paper → its figures: the average score on Llama 3.2 3B / Qwen 2.5 1.5B / StableLM 2 1.6B, or S on Llama 3.2 1B."""
+GUIDED = "propose=guided init=guided budget=30"
 BY_HAND = {"own": "own adapters", "base": "zero-shot"}
 
 
@@ -435,8 +436,8 @@ def guide(text: str) -> str:
         hand = None if options else _by_hand(text, method, merge)
         return f"{hand[2]} % (by hand)" if hand else "not run"
 
-    def worst(method: str, merge: str = "linear") -> str:
-        row = _row(method, merge, "")
+    def worst(method: str, merge: str = "linear", options: str = "") -> str:
+        row = _row(method, merge, options)
         return f"{100 * row['worst'][0]:.1f} % ({row['worst_task']})" if row else "not run"
 
     rows = [
@@ -459,9 +460,9 @@ def guide(text: str) -> str:
         ),
         (
             "K resident adapters, all at hand, 10 examples per task",
-            "D2C with `ties`, an hour of one core, or agglomerative without examples",
-            f"D2C {kept('d2c', 'ties')}, agglomerative {kept('agglomerative', 'ties')} under the same merge; "
-            f"D2C with `linear` {kept('d2c', 'linear')}",
+            "`cluster --method d2c --init guided --propose guided --budget 30` with `linear`, minutes of one core",
+            f"{kept('d2c', 'linear', GUIDED)} after 30 losses, its worst task {worst('d2c', options=GUIDED)}; plain "
+            f"D2C {kept('d2c', 'linear')} after 318, with `ties` {kept('d2c', 'ties')}",
         ),
         (
             "known problem types, at most K",
