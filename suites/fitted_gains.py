@@ -24,7 +24,6 @@ from lorashelf.formats.coded.files import encode_within
 from lorashelf.lora.adapter import Factors
 from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import Task
-from lorashelf.training.gains import fitted_gains
 
 EXAMPLES, LIMIT = 24, 20
 FACTORS = (0.9, 1.1)
@@ -51,7 +50,7 @@ def measured(backend: HFBackend, adapter: Adapter, task: Task, percent: float) -
 
     found = {"energy": energy, "as coded": kept(coded)}
     found |= {f"times {factor:g}": kept(times(coded, dict.fromkeys(coded.modules, factor))) for factor in FACTORS}
-    return found | {"fitted per module": kept(times(coded, fitted_gains(backend, coded, training, check)))}
+    return found | {"fitted per module": kept(times(coded, backend.fitted_gains(coded, training, check)))}
 
 
 def main() -> int:

@@ -19,10 +19,10 @@ from lorashelf.formats.coded.decoder import decode, inspect
 from lorashelf.formats.coded.encoder import Encoder
 from lorashelf.formats.coded.files import encode_within, read_levels
 from lorashelf.lora.algebra import combine
+from lorashelf.models.gains import LARGEST
 from lorashelf.models.hooks import sizes
 from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import ExampleSet
-from lorashelf.training.gains import LARGEST, fitted_gains
 from tiny_base import tiny_base
 
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
@@ -67,7 +67,7 @@ def times(x: Adapter, factors: dict[str, float]) -> Adapter:
 def test_fitted_gains_lower_the_loss_and_leave_the_base_alone(backend: HFBackend, examples: ExampleSet) -> None:
     x, model = untuned(backend), backend.base.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = fitted_gains(backend, x, examples, examples)
+    found = backend.fitted_gains(x, examples, examples)
     (fitted,), (plain,) = backend.nll([(times(x, found), examples)]), backend.nll([(x, examples)])
     assert mean_loss(fitted) < mean_loss(plain) - 0.01
     assert found.keys() == x.modules.keys()
@@ -79,9 +79,7 @@ def test_fitted_gains_lower_the_loss_and_leave_the_base_alone(backend: HFBackend
 
 def test_the_gradient_is_that_of_the_loss(backend: HFBackend, examples: ExampleSet) -> None:
     x, rate = untuned(backend), 1e-3
-    found = fitted_gains(
-        backend, x, examples, examples, steps=1, rate=rate
-    )  # Adam's first step: the sign of the gradient
+    found = backend.fitted_gains(x, examples, examples, steps=1, rate=rate)  # Adam's first step: the gradient's sign
     for path in list(x.modules)[:3]:
         up, down = (times(x, {**dict.fromkeys(x.modules, 1.0), path: math.exp(step)}) for step in (0.01, -0.01))
         slope = mean_loss(backend.nll([(up, examples)])[0]) - mean_loss(backend.nll([(down, examples)])[0])
@@ -92,21 +90,21 @@ def test_batches_add_up_to_one_gradient(backend: HFBackend, examples: ExampleSet
     small = HFBackend(backend.base, batch=40)
     assert len(small.batches(small.text.measurable(examples))) > 1
     x = untuned(backend)
-    assert fitted_gains(small, x, examples, examples, steps=3) == pytest.approx(
-        fitted_gains(backend, x, examples, examples, steps=3)
+    assert small.fitted_gains(x, examples, examples, steps=3) == pytest.approx(
+        backend.fitted_gains(x, examples, examples, steps=3)
     )
 
 
 def test_gains_are_named_as_the_adapter_names_its_modules(backend: HFBackend, examples: ExampleSet) -> None:
     x = untuned(backend)
     old = {path.replace("model.layers", "model.language_model.layers"): f for path, f in x.modules.items()}
-    found = fitted_gains(backend, Adapter(Modules(old), x.base), examples, examples, steps=2)
-    wanted = fitted_gains(backend, x, examples, examples, steps=2)
+    found = backend.fitted_gains(Adapter(Modules(old), x.base), examples, examples, steps=2)
+    wanted = backend.fitted_gains(x, examples, examples, steps=2)
     assert {path.replace("language_model.", ""): value for path, value in found.items()} == pytest.approx(wanted)
 
 
 def test_factors_stay_within_bounds(backend: HFBackend, examples: ExampleSet) -> None:
-    found = fitted_gains(backend, untuned(backend), examples, examples, steps=3, rate=10.0)
+    found = backend.fitted_gains(untuned(backend), examples, examples, steps=3, rate=10.0)
     assert {round(value, 6) for value in found.values()} <= {LARGEST, 1 / LARGEST, 1.0}
 
 
@@ -115,9 +113,9 @@ def test_the_step_with_the_least_loss_of_other_examples_is_taken(backend: HFBack
     half = replace(examples, examples=examples.examples[:3])
     losses = {}
     for steps in range(1, 7):
-        found = fitted_gains(backend, x, half, half, steps=steps, rate=0.5)  # too fast: the loss rises again
+        found = backend.fitted_gains(x, half, half, steps=steps, rate=0.5)  # too fast: the loss rises again
         losses[steps] = mean_loss(backend.nll([(times(x, found), others)])[0]), found
-    found = fitted_gains(backend, x, half, others, steps=6, rate=0.5)
+    found = backend.fitted_gains(x, half, others, steps=6, rate=0.5)
     loss = mean_loss(backend.nll([(times(x, found), others)])[0])
     assert loss <= min([mean_loss(backend.nll([(x, others)])[0]), *(each for each, _ in losses.values())]) + 1e-6
 
@@ -125,15 +123,15 @@ def test_the_step_with_the_least_loss_of_other_examples_is_taken(backend: HFBack
 def test_gains_that_help_no_other_example_are_left_at_one(backend: HFBackend, examples: ExampleSet) -> None:
     against = replace(examples, examples=tuple(replace(e, output="zzzzzzzz") for e in examples.examples))
     x = untuned(backend)
-    found = fitted_gains(backend, x, examples, examples, steps=1, rate=2.0)
+    found = backend.fitted_gains(x, examples, examples, steps=1, rate=2.0)
     fitted, plain = (mean_loss(backend.nll([(y, against)])[0]) for y in (times(x, found), x))
     assert fitted > plain  # so that the test can fail
-    assert set(fitted_gains(backend, x, examples, against, steps=1, rate=2.0).values()) == {1.0}
+    assert set(backend.fitted_gains(x, examples, against, steps=1, rate=2.0).values()) == {1.0}
 
 
 def test_an_adapter_of_another_base_is_refused(backend: HFBackend, examples: ExampleSet) -> None:
     with pytest.raises(ShapeMismatch):
-        fitted_gains(backend, read_adapter(ZOO / "gec-de"), examples, examples)
+        backend.fitted_gains(read_adapter(ZOO / "gec-de"), examples, examples)
 
 
 def test_an_encoder_s_factors_are_in_the_gains() -> None:

@@ -17,8 +17,7 @@ from ..formats.peft import encode
 from ..lora.adapter import Adapter, in_16_bits
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
-from ..models.hf import HFBackend
-from ..models.protocol import Scores, capable
+from ..models.protocol import FitsGains, Scores, capable
 from ..placement.clustering import cluster
 from ..placement.d2c import replayed
 from ..placement.partitioners import PARTITIONERS
@@ -113,9 +112,7 @@ def _gains(cell: Cell, inputs: Inputs, coded: Mapping[str, Adapter]) -> dict[str
     """Fit the gains of the codes to `fit` examples of each train split, the step chosen by as many of the test split;
     those fitted so far are in the folder.
     """
-    from ..training.gains import fitted_gains  # only for fitted cells
-
-    backend = capable(inputs.backend, HFBackend)
+    backend = capable(inputs.backend, FitsGains)
     sets, checks = (
         drawn(inputs.tasks, coded, backend.fitting, split, cell.options["fit"], 0)[0] for split in ("train", "test")
     )
@@ -126,7 +123,7 @@ def _gains(cell: Cell, inputs: Inputs, coded: Mapping[str, Adapter]) -> dict[str
         unit = {"task": task, "code": coded[task].digest, "backend": backend.id}
         unit |= {"examples": sets[task].digest, "check": checks[task].digest}
         if (factors := kept.get(unit)) is None:
-            factors = fitted_gains(backend, coded[task], sets[task], checks[task])
+            factors = backend.fitted_gains(coded[task], sets[task], checks[task])
             kept.put(unit, factors)
         found[task] = factors
     return found

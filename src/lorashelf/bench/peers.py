@@ -24,6 +24,7 @@ from ..formats.peft import write_adapter
 from ..lora.adapter import Adapter, Factors
 from ..lora.algebra import decomposed, relative_error
 from ..merging.parameters import Fraction, Parameter, Within, parameters_of
+from ..models.loading import libraries
 from ..registry import Registry
 from .loraquant import Vectors, descended, leading, rounded, signs
 
@@ -196,9 +197,9 @@ def vlora(adapters: Mapping[str, Adapter], *, k: Count = 8) -> Kept:
     if k > len(adapters):
         raise UsageError(f"k is {k}, but vlora finds at most {len(adapters)} components", cure="give a smaller k")
     with _package("vlora", "vlora-dev"):
-        import torch
         from vlora import SharedSubspace
         from vlora.io import load_adapter
+    torch, _ = libraries()
     with _folders("vlora", adapters) as (folders, files):
         given = [load_adapter(folder) for folder in folders.values()]
         made = SharedSubspace.from_adapters(given, task_ids=list(folders), num_components=k)
@@ -219,9 +220,10 @@ def lorashare(adapters: Mapping[str, Adapter], *, k: Count = 32) -> Kept:
     half of its own bytes. Raises UsageError if the package is not installed or cannot take the adapters.
     """
     with _package("lorashare", "lorashare"):
-        import torch
         from lorashare.io import load_share_checkpoint, save_share_checkpoint
         from lorashare.model import SHAREModel
+
+    torch, _ = libraries()
 
     def cast(tensors: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}

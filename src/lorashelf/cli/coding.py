@@ -26,7 +26,7 @@ from . import arguments as arg
 from .output import counted, show, table
 
 if TYPE_CHECKING:
-    from ..models.hf import HFBackend
+    from ..models.protocol import FitsGains
 
 
 FITTING = {
@@ -110,15 +110,15 @@ def compress(
     show(_document(coded, str(output), str(output), fit), json, _listed)
 
 
-def _opened(name: str | None, device: str | None, dtype: str | None, template: Sequence[str] | None) -> HFBackend:
-    from ..models.hf import HFBackend
+def _opened(name: str | None, device: str | None, dtype: str | None, template: Sequence[str] | None) -> FitsGains:
+    from ..models.protocol import FitsGains
     from .base import open_named
 
-    return open_named(name, HFBackend, device=device, dtype=dtype, template=template)
+    return open_named(name, FitsGains, device=device, dtype=dtype, template=template)
 
 
 def _fitted(
-    model: HFBackend,
+    model: FitsGains,
     read: Adapter,
     coded: list[bytes],
     examples: ExampleSet,
@@ -128,13 +128,12 @@ def _fitted(
 ) -> tuple[list[bytes], Fit]:
     """Code anew with gains fitted to the examples; also return the losses of the others before and after."""
     from ..models.protocol import mean_loss
-    from ..training.gains import fitted_gains
 
     def watch(each: range) -> Iterator[int]:
         return counted(each, lambda step: f"fitting gains: step {step + 1} of {steps}")
 
     before = decode(coded)
-    found = code(fitted_gains(model, before, examples, others, steps=steps, watch=watch))
+    found = code(model.fitted_gains(before, examples, others, steps=steps, watch=watch))
     own, as_coded, fitted = (
         mean_loss(losses) for losses in model.nll([(x, others) for x in (read, before, decode(found))])
     )

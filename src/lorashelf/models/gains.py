@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from ..lora.adapter import Adapter
-from ..models.hf import HFBackend
-from ..models.loading import libraries
-from ..models.memory import within_memory
-from ..models.tokens import Tokens
 from ..tasks.folders import ExampleSet
+from .loading import libraries
+from .memory import within_memory
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     import torch
 
-STEPS, RATE = 10, 0.04
+    from .hf import HFBackend
+
 LARGEST = 4.0  # the most that a module is scaled up, or down
 
 
@@ -27,17 +27,11 @@ def fitted_gains(
     examples: ExampleSet,
     held_out: ExampleSet,
     *,
-    steps: int = STEPS,
-    rate: float = RATE,
-    watch: Callable[[range], Iterable[int]] = iter,
+    steps: int,
+    rate: float,
+    watch: Callable[[range], Iterable[int]],
 ) -> dict[str, float]:
-    """Return a factor φ per module path, in [1/4, 4], such that the loss is lower with φ ΔW in place of ΔW.
-
-    Up to `steps` steps of Adam on log φ from 0, at the learning rate `rate`, lower the loss of the examples. The
-    factors are those of the step with the least loss of the examples `held_out`: all 1 if no step lowers it. The loss
-    is that of evaluation, Σ NLL / Σ tokens over the answers. `watch` wraps the numbers of the steps. Raises
-    ShapeMismatch, OutOfMemory, and ModelError for a loss that is not finite.
-    """
+    """Return the factors of `FitsGains.fitted_gains`."""
     torch, _ = libraries()
     tokens, others = backend.text.measurable(examples), backend.text.measurable(held_out)
     device = backend.base.model.device
