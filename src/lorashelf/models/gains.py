@@ -4,25 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ModelError
 from ..lora.adapter import Adapter
 from ..tasks.folders import ExampleSet
+from .base_model import BaseModel
+from .hooks import AdapterPool
 from .loading import libraries
 from .memory import within_memory
-from .tokens import Tokens
+from .tokens import Tokenisation, Tokens
 
 if TYPE_CHECKING:
     import torch
 
-    from .hf import HFBackend
-
 LARGEST = 4.0  # the most that a module is scaled up, or down
 
 
+class Differentiable(Protocol):
+    """A base in memory whose losses can be differentiated; see `HFBackend`."""
+
+    base: BaseModel
+    adapters: AdapterPool
+
+    @property
+    def name(self) -> str:
+        """The name that the base model is known by."""
+        ...
+
+    @property
+    def text(self) -> Tokenisation:
+        """Text to tokens and back."""
+        ...
+
+    def batches(self, tokens: Sequence[Tokens]) -> list[list[int]]:
+        """Return indices in batches of similar length."""
+        ...
+
+    def token_losses(self, batch: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return, for every answer token of a batch, its example's index and its −log p."""
+        ...
+
+
 def fitted_gains(
-    backend: HFBackend,
+    backend: Differentiable,
     adapter: Adapter,
     examples: ExampleSet,
     held_out: ExampleSet,
@@ -51,7 +76,7 @@ def fitted_gains(
 
 
 def _loss(
-    backend: HFBackend,
+    backend: Differentiable,
     adapter: Adapter,
     logarithms: Mapping[str, torch.Tensor],
     tokens: Sequence[Tokens],
