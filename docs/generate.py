@@ -98,19 +98,19 @@ def keys_of(document: Any) -> str:
     rows = ["| key | meaning |", "|---|---|"]
     for key in document.__annotations__:
         rare = "" if key in document.__required_keys__ else "may be absent; "
-        rows.append(f"| `{key}` | {rare}{meanings(document.__name__)[key]} |")
+        rows.append(f"| `{key}` | {rare}{meanings(document.__module__, document.__name__)[key]} |")
     return f"\n{document.__doc__}\n\n" + "\n".join(rows) + "\n"
 
 
 @cache
-def meanings(name: str) -> dict[str, str]:
+def meanings(module: str, name: str) -> dict[str, str]:
     """Key → the text below its declaration, those of the base classes included."""
-    tree = ast.parse(inspect.getsource(documents))
+    tree = ast.parse(inspect.getsource(import_module(module)))
     classes = {each.name: each for each in tree.body if isinstance(each, ast.ClassDef)}
     found: dict[str, str] = {}
     for base in classes[name].bases:
         if isinstance(base, ast.Name) and base.id in classes:
-            found |= meanings(base.id)
+            found |= meanings(module, base.id)
     for declared, text in itertools.pairwise(classes[name].body):
         if isinstance(declared, ast.AnnAssign) and isinstance(declared.target, ast.Name):
             found[declared.target.id] = ast.literal_eval(ast.unparse(text))

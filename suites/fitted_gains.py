@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from lorashelf import Adapter, HFBackend, read_adapter, read_tasks
@@ -21,17 +20,12 @@ from lorashelf.formats.coded import LEVELS
 from lorashelf.formats.coded.decoder import decode
 from lorashelf.formats.coded.encoder import Encoder
 from lorashelf.formats.coded.files import encode_within
-from lorashelf.lora.adapter import Factors
 from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import Task
+from lorashelf.training.gains import fitted_gains, scaled
 
 EXAMPLES, LIMIT = 24, 20
 FACTORS = (0.9, 1.1)
-
-
-def times(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
-    """The adapter with the ΔW of each module multiplied by its factor."""
-    return adapter.with_factors({p: Factors(f.a, f.b, f.scale * factors[p]) for p, f in adapter.modules.items()})
 
 
 def measured(backend: HFBackend, adapter: Adapter, task: Task, percent: float) -> dict[str, float]:
@@ -45,12 +39,12 @@ def measured(backend: HFBackend, adapter: Adapter, task: Task, percent: float) -
         energy = encoder.kept
     base, own = (mean_loss(losses) for losses in backend.nll([(None, others), (adapter, others)]))
 
-    def kept(scaled: Adapter) -> float:
-        return (base - mean_loss(backend.nll([(scaled, others)])[0])) / (base - own)
+    def kept(x: Adapter) -> float:
+        return (base - mean_loss(backend.nll([(x, others)])[0])) / (base - own)
 
     found = {"energy": energy, "as coded": kept(coded)}
-    found |= {f"times {factor:g}": kept(times(coded, dict.fromkeys(coded.modules, factor))) for factor in FACTORS}
-    return found | {"fitted per module": kept(times(coded, backend.fitted_gains(coded, training, check)))}
+    found |= {f"times {factor:g}": kept(scaled(coded, dict.fromkeys(coded.modules, factor))) for factor in FACTORS}
+    return found | {"fitted per module": kept(scaled(coded, fitted_gains(backend, coded, training, check)))}
 
 
 def main() -> int:

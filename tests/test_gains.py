@@ -19,10 +19,10 @@ from lorashelf.formats.coded.decoder import decode, inspect
 from lorashelf.formats.coded.encoder import Encoder
 from lorashelf.formats.coded.files import encode_within, read_levels
 from lorashelf.lora.algebra import combine
-from lorashelf.models.gains import LARGEST
 from lorashelf.models.hooks import sizes
 from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import ExampleSet
+from lorashelf.training.gains import LARGEST, fitted_gains, scaled
 from tiny_base import tiny_base
 
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
@@ -60,15 +60,11 @@ def examples(tmp_path: Path) -> ExampleSet:
     return read_tasks(loud_task(tmp_path / "loud"))["loud"].examples("train")
 
 
-def times(x: Adapter, factors: dict[str, float]) -> Adapter:
-    return x.with_factors({p: Factors(f.a, f.b, f.scale * factors[p]) for p, f in x.modules.items()})
-
-
 def test_fitted_gains_lower_the_loss_and_leave_the_base_alone(backend: HFBackend, examples: ExampleSet) -> None:
     x, model = untuned(backend), backend.base.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = backend.fitted_gains(x, examples, examples)
-    (fitted,), (plain,) = backend.nll([(times(x, found), examples)]), backend.nll([(x, examples)])
+    found = fitted_gains(backend, x, examples, examples)
+    (fitted,), (plain,) = backend.nll([(scaled(x, found), examples)]), backend.nll([(x, examples)])
     assert mean_loss(fitted) < mean_loss(plain) - 0.01
     assert found.keys() == x.modules.keys()
     assert len(set(found.values())) == len(found)
@@ -79,9 +75,9 @@ def test_fitted_gains_lower_the_loss_and_leave_the_base_alone(backend: HFBackend
 
 def test_the_gradient_is_that_of_the_loss(backend: HFBackend, examples: ExampleSet) -> None:
     x, rate = untuned(backend), 1e-3
-    found = backend.fitted_gains(x, examples, examples, steps=1, rate=rate)  # Adam's first step: the gradient's sign
+    found = fitted_gains(backend, x, examples, examples, steps=1, rate=rate)  # Adam's first step: the gradient's sign
     for path in list(x.modules)[:3]:
-        up, down = (times(x, {**dict.fromkeys(x.modules, 1.0), path: math.exp(step)}) for step in (0.01, -0.01))
+        up, down = (scaled(x, {**dict.fromkeys(x.modules, 1.0), path: math.exp(step)}) for step in (0.01, -0.01))
         slope = mean_loss(backend.nll([(up, examples)])[0]) - mean_loss(backend.nll([(down, examples)])[0])
         assert math.log(found[path]) == pytest.approx(-math.copysign(rate, slope), rel=0.01)
 
@@ -90,21 +86,21 @@ def test_batches_add_up_to_one_gradient(backend: HFBackend, examples: ExampleSet
     small = HFBackend(backend.base, batch=40)
     assert len(small.batches(small.text.measurable(examples))) > 1
     x = untuned(backend)
-    assert small.fitted_gains(x, examples, examples, steps=3) == pytest.approx(
-        backend.fitted_gains(x, examples, examples, steps=3)
+    assert fitted_gains(small, x, examples, examples, steps=3) == pytest.approx(
+        fitted_gains(backend, x, examples, examples, steps=3)
     )
 
 
 def test_gains_are_named_as_the_adapter_names_its_modules(backend: HFBackend, examples: ExampleSet) -> None:
     x = untuned(backend)
     old = {path.replace("model.layers", "model.language_model.layers"): f for path, f in x.modules.items()}
-    found = backend.fitted_gains(Adapter(Modules(old), x.base), examples, examples, steps=2)
-    wanted = backend.fitted_gains(x, examples, examples, steps=2)
+    found = fitted_gains(backend, Adapter(Modules(old), x.base), examples, examples, steps=2)
+    wanted = fitted_gains(backend, x, examples, examples, steps=2)
     assert {path.replace("language_model.", ""): value for path, value in found.items()} == pytest.approx(wanted)
 
 
 def test_factors_stay_within_bounds(backend: HFBackend, examples: ExampleSet) -> None:
-    found = backend.fitted_gains(untuned(backend), examples, examples, steps=3, rate=10.0)
+    found = fitted_gains(backend, untuned(backend), examples, examples, steps=3, rate=10.0)
     assert {round(value, 6) for value in found.values()} <= {LARGEST, 1 / LARGEST, 1.0}
 
 
@@ -113,37 +109,37 @@ def test_the_step_with_the_least_loss_of_other_examples_is_taken(backend: HFBack
     half = replace(examples, examples=examples.examples[:3])
     losses = {}
     for steps in range(1, 7):
-        found = backend.fitted_gains(x, half, half, steps=steps, rate=0.5)  # too fast: the loss rises again
-        losses[steps] = mean_loss(backend.nll([(times(x, found), others)])[0]), found
-    found = backend.fitted_gains(x, half, others, steps=6, rate=0.5)
-    loss = mean_loss(backend.nll([(times(x, found), others)])[0])
+        found = fitted_gains(backend, x, half, half, steps=steps, rate=0.5)  # too fast: the loss rises again
+        losses[steps] = mean_loss(backend.nll([(scaled(x, found), others)])[0]), found
+    found = fitted_gains(backend, x, half, others, steps=6, rate=0.5)
+    loss = mean_loss(backend.nll([(scaled(x, found), others)])[0])
     assert loss <= min([mean_loss(backend.nll([(x, others)])[0]), *(each for each, _ in losses.values())]) + 1e-6
 
 
 def test_gains_that_help_no_other_example_are_left_at_one(backend: HFBackend, examples: ExampleSet) -> None:
     against = replace(examples, examples=tuple(replace(e, output="zzzzzzzz") for e in examples.examples))
     x = untuned(backend)
-    found = backend.fitted_gains(x, examples, examples, steps=1, rate=2.0)
-    fitted, plain = (mean_loss(backend.nll([(y, against)])[0]) for y in (times(x, found), x))
+    found = fitted_gains(backend, x, examples, examples, steps=1, rate=2.0)
+    fitted, plain = (mean_loss(backend.nll([(y, against)])[0]) for y in (scaled(x, found), x))
     assert fitted > plain  # so that the test can fail
-    assert set(backend.fitted_gains(x, examples, against, steps=1, rate=2.0).values()) == {1.0}
+    assert set(fitted_gains(backend, x, examples, against, steps=1, rate=2.0).values()) == {1.0}
 
 
 def test_an_adapter_of_another_base_is_refused(backend: HFBackend, examples: ExampleSet) -> None:
     with pytest.raises(ShapeMismatch):
-        backend.fitted_gains(read_adapter(ZOO / "gec-de"), examples, examples)
+        fitted_gains(backend, read_adapter(ZOO / "gec-de"), examples, examples)
 
 
 def test_an_encoder_s_factors_are_in_the_gains() -> None:
     x = read_adapter(ZOO / "gec-de")
     rng = np.random.default_rng(0)
     factors = {path: float(np.exp(0.3 * rng.standard_normal())) for path in x.modules}
-    plain, scaled = Encoder(x), Encoder(x, factors)
-    for encoder in (plain, scaled):
+    plain, fitted = Encoder(x), Encoder(x, factors)
+    for encoder in (plain, fitted):
         encode_within(encoder, 12_000, 3)
-    assert abs(plain.size - scaled.size) < 0.02 * plain.size
-    assert scaled.kept == pytest.approx(plain.kept, abs=2e-3)
-    wanted, found = times(decode(plain.levels), factors), decode(scaled.levels)
+    assert abs(plain.size - fitted.size) < 0.02 * plain.size
+    assert fitted.kept == pytest.approx(plain.kept, abs=2e-3)
+    wanted, found = scaled(decode(plain.levels), factors), decode(fitted.levels)
     assert norm(combine([wanted, found], [1, -1])) < 0.05 * norm(wanted)
     assert norm(combine([decode(plain.levels), found], [1, -1])) > 0.2 * norm(wanted)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,10 @@ from lorashelf.lora.algebra import relative_error
 from lorashelf.models.hf import HFBackend
 from lorashelf.tasks.folders import Example, Task
 from test_evaluation import tiny_adapter
+from test_shared_bases import needs
 from tiny_base import tiny_base
 
 PACKAGES = ("vlora", "lorashare")
-needs = pytest.mark.skipif(
-    any(find_spec(name) is None for name in PACKAGES), reason="vlora and lorashare are not installed"
-)
 
 
 def kept(name: str, *adapters: Adapter, **parameters: object) -> Kept:

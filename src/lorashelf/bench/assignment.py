@@ -17,7 +17,7 @@ from ..formats.peft import encode
 from ..lora.adapter import Adapter, in_16_bits
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
-from ..models.protocol import FitsGains, Scores, capable
+from ..models.protocol import GainGradients, Scores, capable
 from ..placement.clustering import cluster
 from ..placement.d2c import replayed
 from ..placement.partitioners import PARTITIONERS
@@ -27,6 +27,7 @@ from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import Task
+from ..training.gains import fitted_gains
 from .peers import PEERS
 from .suite import BLOCKS_OF, BY_TYPE, DIRICHLET, Cell
 
@@ -112,7 +113,7 @@ def _gains(cell: Cell, inputs: Inputs, coded: Mapping[str, Adapter]) -> dict[str
     """Fit the gains of the codes to `fit` examples of each train split, the step chosen by as many of the test split;
     those fitted so far are in the folder.
     """
-    backend = capable(inputs.backend, FitsGains)
+    backend = capable(inputs.backend, GainGradients)
     sets, checks = (
         drawn(inputs.tasks, coded, backend.fitting, split, cell.options["fit"], 0)[0] for split in ("train", "test")
     )
@@ -123,7 +124,7 @@ def _gains(cell: Cell, inputs: Inputs, coded: Mapping[str, Adapter]) -> dict[str
         unit = {"task": task, "code": coded[task].digest, "backend": backend.id}
         unit |= {"examples": sets[task].digest, "check": checks[task].digest}
         if (factors := kept.get(unit)) is None:
-            factors = backend.fitted_gains(coded[task], sets[task], checks[task])
+            factors = fitted_gains(backend, coded[task], sets[task], checks[task])
             kept.put(unit, factors)
         found[task] = factors
     return found

@@ -12,7 +12,8 @@ import numpy as np
 import typer
 
 from ..atomic import check_output
-from ..documents import Compared, Curve, CurvePoint
+from ..documents import Compared
+from ..documents.coded import Curve, CurvePoint
 from ..errors import UsageError, numbered
 from ..formats.peft import write_adapter
 from ..lora.adapter import in_16_bits

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..atomic import check_output
-from ..documents import CodeFile, CodeLevel, Fit
+from ..documents.coded import CodeFile, CodeLevel, Fit
 from ..errors import UsageError, numbered
 from ..formats.coded import LEVELS
 from ..formats.coded.decoder import decode, inspect
@@ -22,11 +22,12 @@ from ..lora.adapter import Adapter, in_16_bits
 from ..report.numbers import size
 from ..search.cluster import drawn
 from ..tasks.folders import ExampleSet, read_tasks
+from ..training.gains import fitted_gains
 from . import arguments as arg
 from .output import counted, show, table
 
 if TYPE_CHECKING:
-    from ..models.protocol import FitsGains
+    from ..models.protocol import GainGradients
 
 
 FITTING = {
@@ -110,15 +111,15 @@ def compress(
     show(_document(coded, str(output), str(output), fit), json, _listed)
 
 
-def _opened(name: str | None, device: str | None, dtype: str | None, template: Sequence[str] | None) -> FitsGains:
-    from ..models.protocol import FitsGains
+def _opened(name: str | None, device: str | None, dtype: str | None, template: Sequence[str] | None) -> GainGradients:
+    from ..models.protocol import GainGradients
     from .base import open_named
 
-    return open_named(name, FitsGains, device=device, dtype=dtype, template=template)
+    return open_named(name, GainGradients, device=device, dtype=dtype, template=template)
 
 
 def _fitted(
-    model: FitsGains,
+    model: GainGradients,
     read: Adapter,
     coded: list[bytes],
     examples: ExampleSet,
@@ -133,7 +134,7 @@ def _fitted(
         return counted(each, lambda step: f"fitting gains: step {step + 1} of {steps}")
 
     before = decode(coded)
-    found = code(model.fitted_gains(before, examples, others, steps=steps, watch=watch))
+    found = code(fitted_gains(model, before, examples, others, steps=steps, watch=watch))
     own, as_coded, fitted = (
         mean_loss(losses) for losses in model.nll([(x, others) for x in (read, before, decode(found))])
     )

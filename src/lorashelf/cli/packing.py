@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..documents import Packed
+from ..documents.coded import Packed
 from ..errors import UsageError, numbered
 from ..lora.quality import summary
 from ..placement.policies import BYTES

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..documents import Summary
+from ..documents.coded import Summary
 from .arrays import Vector
 
 MEASURED = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,11 +18,10 @@ from .base_model import BaseModel, open_base
 from .batching import cheapest_batches, largest_batches, padded
 from .decoding import greedy
 from .effects import EffectSums
-from .gains import fitted_gains
 from .hooks import AdapterPool, head_at
 from .loading import fingerprint, libraries
 from .memory import sparing, within_memory
-from .protocol import Continues, Effects, FitsGains, LanguageModel, Loss, Pair
+from .protocol import Continues, Effects, GainGradients, LanguageModel, Loss, Pair
 from .rows import Rows
 from .tokens import Tokenisation, Tokens, faulty
 
@@ -35,7 +34,7 @@ DEPTH = 2 / 3  # of the layers: representations there separate tasks best (docs/
 HELD = 8  # adapters kept on the device
 
 
-class HFBackend(LanguageModel, Continues, Effects, FitsGains):
+class HFBackend(LanguageModel, Continues, Effects, GainGradients):
     """A base model that measures, answers and represents texts, with any adapter on it.
 
     `batch` is the most positions in one forward pass, `adapters` how many are kept on the base's device. Threads may
@@ -186,18 +185,24 @@ class HFBackend(LanguageModel, Continues, Effects, FitsGains):
         with self.adapters.watched(sums.at(row, column - 1)), self._torch.inference_mode():
             self.base.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
-    def fitted_gains(
-        self,
-        adapter: Adapter,
-        examples: ExampleSet,
-        held_out: ExampleSet,
-        *,
-        steps: int = 10,
-        rate: float = 0.04,
-        watch: Callable[[range], Iterable[int]] = iter,
-    ) -> dict[str, float]:
-        """Return the factors of `FitsGains.fitted_gains`."""
-        return fitted_gains(self, adapter, examples, held_out, steps=steps, rate=rate, watch=watch)
+    def gain_gradient(self, adapter: Adapter, examples: ExampleSet) -> dict[str, float]:
+        """Return ∂ loss / ∂ log φ at φ = 1 by module path, with φ ΔW in place of ΔW, a batch at a time.
+
+        Raises ShapeMismatch, OutOfMemory, and ModelError for an example beyond the context.
+        """
+        self.adapters.check(adapter)
+        tokens = self.text.measurable(examples)
+        count = sum(len(answer) for _, answer in tokens)
+        ones = self._torch.ones(len(adapter.modules), device=self.base.model.device, requires_grad=True)
+        total = self._torch.zeros(len(ones), dtype=self._torch.float64)
+        for members in self.batches(tokens):
+            with (
+                within_memory("out of memory", self.name, "give fewer or shorter examples, or free memory"),
+                self.adapters.scaled(adapter, dict(zip(adapter.modules, ones, strict=True))),
+            ):
+                loss = self.token_losses([tokens[i] for i in members])[1].sum() / count
+                total += self._torch.autograd.grad(loss, ones)[0].cpu()
+        return dict(zip(adapter.modules, total.tolist(), strict=True))
 
     # answers ------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -175,25 +175,13 @@ class Effects(Model, Protocol):
 
 
 @runtime_checkable
-class FitsGains(Scores, Protocol):
-    """A model that fits the gains of an adapter's modules to examples."""
+class GainGradients(Scores, Protocol):
+    """A model that differentiates its loss with respect to the gains of an adapter's modules."""
 
-    def fitted_gains(
-        self,
-        adapter: Adapter,
-        examples: ExampleSet,
-        held_out: ExampleSet,
-        *,
-        steps: int = 10,
-        rate: float = 0.04,
-        watch: Callable[[range], Iterable[int]] = iter,
-    ) -> dict[str, float]:
-        """Return a factor φ per module path, in [1/4, 4], such that the loss is lower with φ ΔW in place of ΔW.
+    def gain_gradient(self, adapter: Adapter, examples: ExampleSet) -> Mapping[str, float]:
+        """Return ∂ loss / ∂ log φ at φ = 1 by module path, with φ ΔW in place of ΔW.
 
-        Up to `steps` steps of Adam on log φ from 0, at the learning rate `rate`, lower the loss of the examples. The
-        factors are those of the step with the least loss of the examples `held_out`: all 1 if no step lowers it. The
-        loss is that of evaluation, Σ NLL / Σ tokens over the answers. `watch` wraps the numbers of the steps. Raises
-        ShapeMismatch, OutOfMemory, and ModelError for a loss that is not finite.
+        The loss is Σ NLL / Σ tokens of the answers, in nats per token. Raises ShapeMismatch, OutOfMemory, ModelError.
         """
         ...
 
@@ -210,7 +198,7 @@ _CAPABILITIES: Mapping[type, str] = {
     Continues: "continue texts side by side",
     Embeds: "represent texts",
     Effects: "show the inputs of its modules",
-    FitsGains: "fit gains",
+    GainGradients: "differentiate losses",
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..documents import Coded, ListedSlot
+from ..documents import ListedSlot
+from ..documents.coded import Coded
 from .numbers import score, size
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..atomic import replace_file
-from ..documents import CurvePoint
+from ..documents.coded import CurvePoint
 from ..formats.codecs import CODECS
 from ..lora.adapter import Adapter, in_16_bits
 from ..lora.quality import MOST_QUALITY, summary

@@ -9,7 +9,7 @@ from matplotlib import rc_context, style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from ..documents import CurvePoint
+from ..documents.coded import CurvePoint
 from .formats import UNDATED
 
 INK, PALE, BLUE = "#222222", "#666666", "#1f77b4"

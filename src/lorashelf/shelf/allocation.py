@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
-from ..documents import Coarser, Coded
+from ..documents.coded import Coarser, Coded
 from ..errors import OverBudget, UsageError
 from ..formats.codec import Codec, LevelRate
 from ..lora.adapter import in_16_bits
