@@ -500,6 +500,7 @@ def test_a_request_whose_adapter_is_deleted_while_it_waits_is_answered_by_the_ne
 ) -> None:
     monkeypatch.setattr("lorashelf.formats.safetensors._HELD", threading.Semaphore(0))  # files are opened when read
     shelf = shelf_of(tmp_path / "a.shelf", "mend", "talk")
+    shelf.commit(plan_update(shelf.snapshot(), "talk", adapter(20)))  # one that no other test has left in the pool
     with serving(shelf.path, model, rows=1) as made:
         gate = made.held(monkeypatch)
         first = raw(made, LONG | {"max_tokens": 300})
