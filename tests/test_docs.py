@@ -27,7 +27,7 @@ def test_links_lead_to_files(document: Path) -> None:
 
 
 def test_a_lost_marker_of_a_generated_part_is_named() -> None:
-    replaced = runpy.run_path(str(ROOT / "docs" / "generate.py"))["replaced"]
+    replaced = runpy.run_path(str(ROOT / "docs" / "tables.py"))["replaced"]
     text = "a\n<!-- generated: layers -->\nold\n<!-- end layers -->\nb"
     assert replaced(text, "layers", "end layers", "new") == text.replace("old", "new")
     for lost in ("<!-- generated: layers -->", "<!-- end layers -->"):

@@ -1,0 +1,461 @@
+"""Tables and pictures of measured suites: each function returns a document with its part written anew."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorashelf.bench import page
+from lorashelf.bench.calibration import calibration
+from lorashelf.bench.peers import PEERS
+from lorashelf.bench.plot import drawn
+from lorashelf.bench.results import (
+    Sample,
+    Vector,
+    interval,
+    mean_over_tasks,
+    read_results,
+    sampled,
+    shares_kept,
+)
+from lorashelf.bench.suite import Cell, Suite, read_suite
+from lorashelf.evaluation.metrics.kept import LEAST_SCORE
+from lorashelf.lora.quality import MEASURED
+
+HERE = Path(__file__).parent
+AIMS = {
+    12.5: (0.998, 0.97),
+    5: (0.995, 0.96),
+    2.5: (0.985, 0.93),
+    1: (0.96, 0.86),
+    0.5: (0.87, 0.66),
+    0.25: (0.74, 0.48),
+}
+"""Percent of the bytes → the loss kept that coded adapters should reach: mean and worst task."""
+SCORE_AIMS = {12.5: 0.99, 5: 0.96, 1: 0.92}
+"""Percent of the bytes → the S that coded adapters should reach on the tasks where the own adapter clearly helps."""
+
+
+def replaced(text: str, name: str, end: str, content: str) -> str:
+    """The text with this content between the marker of a generated part and its end."""
+    begin, close = f"<!-- generated: {name} -->", f"<!-- {end} -->"
+    before, found, rest = text.partition(begin)
+    inside, closed, after = rest.partition(close)
+    if not (found and closed) or "<!-- generated" in inside:
+        sys.exit(f"a document that has the generated part {name} lacks {begin} … {close}")
+    return f"{before}{begin}\n{content}\n{close}{after}"
+
+
+SUITES = ("small", "first_table", "frontier", "scores", "longer", "d2c", "kmerge", "merges")
+
+
+@cache
+def _results(name: str) -> tuple[Suite, dict[str, dict[str, Any]]]:
+    suite = read_suite(HERE.parent / "suites" / f"{name}.toml")
+    return suite, read_results(suite, suite.folder)
+
+
+def results(text: str) -> str:
+    """docs/results.md with the tables of the suites whose results are committed, and what of them was not run."""
+    for name in SUITES:
+        suite, found = _results(name)
+        count = f"{len(found)} of {len(suite.cells)} cells are measured. " if len(found) < len(suite.cells) else ""
+        table = page.table(suite, found, page.rows(suite, found))
+        left = page.unmeasured(suite, found)
+        text = replaced(text, f"suite {name}", "end suite", "\n\n".join([count + table, left] if left else [table]))
+    return text
+
+
+def _frontier() -> tuple[Suite, dict[str, dict[str, Any]]]:
+    return _results("frontier")
+
+
+@cache
+def _frontier_rows() -> dict[str | float, dict[str, Any]]:
+    """A cell's label, for coded adapters the percentage → the row of the page, coded ones from the most bytes to the
+    fewest.
+    """
+    rows = sorted(page.rows(*_frontier()), key=lambda row: -(row["percent"] or 0))
+    return {row["percent"] or f"{row['method']} {row['options']}".strip(): row for row in rows}
+
+
+@cache
+def _shares() -> dict[str | float, dict[str, Vector]]:
+    """As `_frontier_rows` → task → loss kept, on all examples and on every resample."""
+    suite, found = _frontier()
+    measured = {cell.options.get("percent", cell.label): found[cell.id] for cell in suite.cells if cell.id in found}
+    losses = {key: sampled([result]).losses for key, result in measured.items()}
+    return {key: shares_kept(each, losses["own"], losses["base"]) for key, each in losses.items()}
+
+
+def merges(text: str) -> str:
+    """docs/results.md with its table of merge methods on the same blocks, each against `linear` and `ties`."""
+    suite, found = _results("merges")
+    by_method: dict[str, dict[str, Any]] = {}
+    for cell in suite.cells:
+        if cell.id in found:
+            more = " ".join(cell.particulars(("merge", "slots", "result")))
+            by_method.setdefault(f"`{cell.options.get('merge', cell.method)}` {more}".strip(), {})[cell.method] = found[
+                cell.id
+            ]
+    own, zero = (sampled([by_method[f"`{name}`"][name]]).losses for name in ("own", "base"))
+
+    def kept(result: dict[str, Any]) -> Vector:
+        mean = mean_over_tasks(shares_kept(sampled([result]).losses, own, zero))
+        assert mean is not None
+        return 100 * mean
+
+    lines = []
+    for title, blocks in (("the five types", ("type",)), ("D2C", ("d2c", "blocks_of"))):
+        shares = {name: kept(results[how]) for name, results in by_method.items() for how in blocks if how in results}
+        lines += [
+            f"| blocks of {title}: merge | loss kept % | − `linear` | − `ties` |",
+            "|---|---|---|---|",
+        ]
+        for name, share in sorted(shares.items(), key=lambda item: -item[1][0]):
+            cells = [_with_interval((share[0], *interval(share)), ".1f")]
+            for other in ("`linear`", "`ties`"):
+                apart = share - shares.get(other, share)
+                stated = "–" if other == name else "not run"
+                cells.append(_with_interval((apart[0], *interval(apart)), "+.1f") if apart.any() else stated)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return replaced(text, "merges", "end merges", "\n".join(lines[:-1]))
+
+
+def _with_interval(stated: tuple[float, ...], form: str = ".3f") -> str:
+    value, low, high = stated
+    return f"{value:{form}} ({low:{form}} … {high:{form}})"
+
+
+def _against(value: float, aim: float) -> str:
+    return f"≥ {aim:.3f}: " + ("reached" if value >= aim else f"missed by {aim - value:.3f}")
+
+
+def frontier(text: str) -> str:
+    """docs/results.md with its table of coded adapters beside the best merge and what was aimed at."""
+    rows, tasks = _frontier_rows(), len(_shares()["own"])
+    merges = [key for key, row in rows.items() if row["merge"]]
+    best = max(merges, key=lambda method: rows[method]["loss_kept"][0])
+    lines = [
+        f"| bytes | kB per adapter | loss kept, mean | aim | worst task | aim | mean − {best} in five slots |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for percent, (mean, worst) in AIMS.items():
+        row, size = rows[percent], rows[percent]["storage"] * _own_bytes() / tasks
+        apart = mean_over_tasks({task: kept - _shares()[best][task] for task, kept in _shares()[percent].items()})
+        assert apart is not None
+        lines.append(
+            f"| {percent:g} % | {size / 1000:.1f} | {_with_interval(row['loss_kept'])} "
+            f"| {_against(row['loss_kept'][0], mean)} | {row['worst_task']} {_with_interval(row['worst'])} "
+            f"| {_against(row['worst'][0], worst)} | {_with_interval((apart[0], *interval(apart)), '+.3f')} |"
+        )
+    return replaced(text, "frontier", "end frontier", "\n".join(lines))
+
+
+def _coded_at(share: float) -> dict[str, Vector]:
+    """Task → loss kept by coded adapters in this share of the bytes: between two measured rates linear in the logarithm
+    of the bytes, beyond them that of the last.
+    """
+    rates = sorted(AIMS)
+    sizes = [math.log(_frontier_rows()[percent]["storage"]) for percent in rates]
+    place = float(np.interp(math.log(share), sizes, np.arange(len(rates))))
+    below, above = rates[math.floor(place)], rates[math.ceil(place)]
+    return {task: kept + place % 1 * (_shares()[above][task] - kept) for task, kept in _shares()[below].items()}
+
+
+def peers(text: str) -> str:
+    """docs/results.md with its table of other codes beside coded adapters in the same bytes."""
+    suite, found = _frontier()
+    lines = [
+        "| code | options | bytes | loss kept, mean | worst task | coded in these bytes | coded − other |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ahead = []
+    measured = [cell for cell in suite.cells if cell.method in PEERS and cell.id in found]
+    order = list(PEERS)
+    for cell in sorted(measured, key=lambda c: (order.index(c.method), -_frontier_rows()[c.label]["storage"])):
+        row, shares = _frontier_rows()[cell.label], _shares()[cell.label]
+        coded = _coded_at(row["storage"])
+        apart = mean_over_tasks({task: coded[task] - kept for task, kept in shares.items()})
+        mean = mean_over_tasks(coded)
+        assert apart is not None
+        assert mean is not None
+        options = ", ".join(f"{name} {str(value).lower()}" for name, value in cell.options.items())
+        lines.append(
+            f"| `{cell.method}` | {options} | {100 * row['storage']:.2f} % | {_with_interval(row['loss_kept'])} "
+            f"| {row['worst_task']} {_with_interval(row['worst'])} | {mean[0]:.3f} "
+            f"| {_with_interval((apart[0], *interval(apart)), '+.3f')} |"
+        )
+        ahead += [f"{cell.method} with {options}"] if interval(apart)[1] < 0 else []
+    lines += ["", f"Above the curve of coded adapters by more than the paired interval: {'; '.join(ahead) or 'none'}."]
+    return replaced(text, "peers", "end peers", "\n".join(lines))
+
+
+def _stated(values: Vector, form: str = ".3f") -> str:
+    return _with_interval((values[0], *interval(values)), form)
+
+
+@cache
+def _samples(name: str) -> dict[str, tuple[Cell, dict[str, Any], Sample]]:
+    """A cell's label → cell, result and sample of what a suite has measured; nothing without own adapters and base."""
+    suite, found = _results(name)
+    measured = {c.label: (c, found[c.id], sampled([found[c.id]])) for c in suite.cells if c.id in found}
+    return measured if {"own", "base"} <= set(measured) else {}
+
+
+def _mean(values: Mapping[str, Vector], tasks: Iterable[str]) -> Vector:
+    return np.asarray(np.mean([values[task] for task in tasks], axis=0))
+
+
+def scores(text: str) -> str:
+    """docs/results.md with scores of answers: S beside the ratio of mean scores, over the tasks whose own adapter has a
+    higher score than the bare base beyond the paired interval.
+    """
+    measured = _samples("scores")
+    if not measured:
+        return replaced(text, "scores", "end scores", "Nothing has been measured yet.")
+    own, zero = measured["own"][2], measured["base"][2]
+    clear = [task for task, score in own.scores.items() if interval(score - zero.scores[task])[0] > 0]
+    s = {
+        label: _mean({task: sample.scores[task] / np.maximum(own.scores[task], LEAST_SCORE) for task in clear}, clear)
+        for label, (_, _, sample) in measured.items()
+    }
+    best = max((s[label] for label, (cell, *_) in measured.items() if cell.how == "cluster"), key=lambda v: float(v[0]))
+    lines = [
+        f"{len(clear)} of {len(own.scores)} tasks: {', '.join(clear)}.",
+        "",
+        "| what serves them | bytes | mean score | ratio of mean scores | S | aim | S − best merge | loss kept |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label in sorted(measured, key=lambda label: -s[label][0]):
+        cell, result, sample = measured[label]
+        score, aim = _mean(sample.scores, clear), SCORE_AIMS.get(cell.options.get("percent", 0))
+        cells = [
+            f"`{label}`",
+            f"{100 * result['bytes'] / result['own_bytes']:.3g} %",
+            f"{score[0]:.1f}",
+            _stated(score / _mean(own.scores, clear)),
+            _stated(s[label]),
+            _against(float(s[label][0]), aim) if aim else "–",
+            _stated(s[label] - best, "+.3f") if aim else "–",
+            _stated(_mean(shares_kept(sample.losses, own.losses, zero.losses), clear)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return replaced(text, "scores", "end scores", "\n".join(lines))
+
+
+def longer(text: str) -> str:
+    """docs/results.md with quality against bytes of adapters that were trained longer, beside those of the frontier."""
+    measured = _samples("longer")
+    if not measured:
+        return replaced(text, "longer", "end longer", "Nothing has been measured yet.")
+    own, zero = (measured[name][2].losses for name in ("own", "base"))
+    whole = measured["own"][1]["own_bytes"]
+    served = {
+        f"`{label}`": (result["bytes"] if label != "own" else whole, sample.losses)
+        for label, (_, result, sample) in measured.items()
+    }
+    short = _samples("frontier")["own"]
+    served["`own` of the frontier, rank 8"] = _own_bytes() * len(own) // len(short[2].losses), short[2].losses
+    lines = [
+        "| what serves the five tasks | bytes | kB per adapter | mean loss | loss kept, mean | worst task |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (size, losses) in sorted(served.items(), key=lambda item: float(_mean(item[1][1], own)[0])):
+        kept = shares_kept({task: losses[task] for task in own}, own, zero)
+        worst = min(kept, key=lambda task: float(kept[task][0]))
+        cells = [name, f"{100 * size / whole:.3g} %", f"{size / len(own) / 1000:.1f}", _stated(_mean(losses, own))]
+        cells += [_stated(_mean(kept, kept)), f"{worst} {_stated(kept[worst])}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return replaced(text, "longer", "end longer", "\n".join(lines))
+
+
+def _own_bytes() -> int:
+    return int(next(iter(_frontier()[1].values()))["own_bytes"])
+
+
+def proof(text: str) -> str:
+    """README.md with its table of what serves the forty tasks."""
+    shown: dict[str | float, str] = {
+        "own": "each task's own adapter",
+        12.5: "the same, coded",
+        1: "the same, coded",
+        "kmerge++": "five slots by K-Merge++",
+        "random": "five slots of random tasks",
+        "base": "the bare base model",
+    }
+    lines = [
+        "| what serves the forty tasks | share of the bytes | mean loss, nats per token | gain in loss kept |",
+        "|---|---|---|---|",
+    ]
+    for key, name in shown.items():
+        row = _frontier_rows()[key]
+        kept = f"{100 * row['loss_kept'][0]:.1f} %"
+        lines.append(f"| {name} | {100 * row['storage']:.3g} % | {row['loss'][0]:.3f} | {kept} |")
+    return replaced(text, "proof", "end proof", "\n".join(lines))
+
+
+def predicted(text: str) -> str:
+    """docs/coded.md with its table of predicted and measured qualities."""
+    results = {each["cell"].get("percent", each["cell"]["method"]): each for each in _frontier()[1].values()}
+    found = calibration([results[percent] for percent in AIMS], results["own"], results["base"])
+    if found.points != MEASURED:
+        sys.exit(f"lora/quality.py does not hold the measured points: {found.points}")
+    rows = [
+        "| bytes | energy kept | loss kept, mean | worst | tenth percentile "
+        "| predicted for a task left out: off by, root mean square | 90 % within |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    columns = zip(reversed(AIMS), found.energy, found.kept, found.left_out(), strict=True)
+    for percent, energy, kept, off in reversed(list(columns)):
+        rows.append(
+            f"| {percent:g} % | {energy.mean():.3f} | {kept.mean():.3f} | {kept.min():.3f} "
+            f"| {np.percentile(kept, 10):.3f} | {np.sqrt((off**2).mean()):.3f} | {np.percentile(abs(off), 90):.3f} |"
+        )
+    return replaced(text, "predicted", "end predicted", "\n".join(rows))
+
+
+PUBLISHED: dict[str, list[tuple[str, str, str, str, str]]] = {
+    "D2C": [  # row, published, method, merge and options of ours
+        ("zero-shot", "14.7 / 15.2 / 6.5", "base", "", ""),
+        ("separate adapters", "32.9 / 31.7 / 29.0", "own", "", ""),
+        ("random", "21.5 ± 1.0 / 22.5 ± 1.3 / 15.2 ± 0.3", "random", "ties", ""),
+        ("K-Means", "20.4 ± 0.1 / 21.9 ± 0.1 / 15.5 ± 0.1", "kmeans", "ties", ""),
+        ("K-Means on SVD features", "22.3 ± 1.2 / 22.4 ± 0.9 / 16.1 ± 0.2", "kmeans_svd", "ties", ""),
+        ("D2C", "26.0 ± 0.7 / 24.6 ± 1.1 / 17.3 ± 0.3", "d2c", "ties", ""),
+        ("all in one adapter", "18.7 / – / –", "single", "ties", ""),
+        ("random, linear merging", "22.1 / – / –", "random", "linear", ""),
+        ("D2C, linear merging", "24.8 / – / –", "d2c", "linear", ""),
+        ("blocks by type, alpha 0.1 (type helps)", "above random", "dirichlet", "ties", "alpha=0.1"),
+        ("blocks by language, alpha 0.1 (no help)", "as random", "dirichlet", "ties", "alpha=0.1 over=language"),
+        ("D2C with 2 examples per task", "flat in n", "d2c", "ties", "examples_per_task=2"),
+        ("D2C with 20 examples per task", "flat in n", "d2c", "ties", "examples_per_task=20"),
+    ],
+    "K-Merge": [
+        ("K-Merge, random order", "0.80", "kmerge", "linear", ""),
+        ("linear, ½ and ½, random order", "0.79", "half", "linear", ""),
+        ("K-Merge++, worst order", "0.80", "kmerge++", "linear", "order=worst"),
+        ("K-Merge, worst order", "0.75", "kmerge", "linear", "order=worst"),
+        ("linear, ½ and ½, worst order", "0.69", "half", "linear", "order=worst"),
+        ("K-Merge, K = 8", "0.80 to 0.90", "kmerge", "linear", "slots=8"),
+        ("K-Merge++, K = 8", "0.80 to 0.90", "kmerge++", "linear", "slots=8"),
+    ],
+}
+"""Paper → its figures: the average score on Llama 3.2 3B / Qwen 2.5 1.5B / StableLM 2 1.6B, or S on Llama 3.2 1B."""
+GUIDED = "propose=guided init=guided budget=30"
+BY_HAND = {"own": "own adapters", "base": "zero-shot"}
+
+
+@cache
+def _measured(name: str) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """(method, merge, options) → the row of a suite's page."""
+    rows = page.rows(*_results(name))
+    return {(row["method"], row["merge"], row["options"]): row for row in rows}
+
+
+def _row(method: str, merge: str, options: str) -> dict[str, Any] | None:
+    """The row of the first suite of forty tasks that has measured these cells."""
+    found = (
+        _measured(name).get((method, merge, options)) for name in ("d2c", "kmerge", "first_table", "frontier", "merges")
+    )
+    return next((row for row in found if row), None)
+
+
+def _by_hand(text: str, method: str, merge: str) -> list[str] | None:
+    """The score, S and loss kept of a row of the table that was measured before results were stored."""
+    section = text.partition("\n## Forty tasks in five slots\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    wanted = [BY_HAND.get(method, method), merge or "–"]
+    return next(([row[6], row[7], row[4]] for row in rows if row[:2] == wanted and len(row) == 8), None)
+
+
+def published(text: str) -> str:
+    """docs/results.md with the papers' figures beside those measured here."""
+    parts = []
+    for paper, figures in PUBLISHED.items():
+        lines = [
+            f"| {paper} | published | score here | S here | loss kept % here | repetitions | source |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, figure, method, merge, options in figures:
+            row, hand = _row(method, merge, options), None if options else _by_hand(text, method, merge)
+            if row:
+                cells = [f"{row['score'][0]:.1f}" if row["score"] else "not run"]
+                cells += [f"{row['S'][0]:.3f}" if row["S"] and row["score"] else "not run"]
+                cells += [_with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f"), str(row["seeds"])]
+                lines.append(f"| {name} | {figure} | {' | '.join(cells)} | committed results |")
+            if hand:
+                cells = ["not run" if cell == "–" else cell for cell in hand]
+                lines.append(f"| {name} | {figure} | {' | '.join(cells)} | see its table | measured by hand |")
+            if not (row or hand):
+                lines.append(f"| {name} | {figure} | not run | not run | not run | – | – |")
+        parts.append("\n".join(lines))
+    return replaced(text, "published", "end published", "\n\n".join(parts))
+
+
+def guide(text: str) -> str:
+    """docs/results.md with the decision guide, whose figures are those of the tables below it."""
+
+    def kept(method: str, merge: str, options: str = "") -> str:
+        row = _row(method, merge, options)
+        if row:
+            return _with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f") + " %"
+        hand = None if options else _by_hand(text, method, merge)
+        return f"{hand[2]} % (by hand)" if hand else "not run"
+
+    def worst(method: str, merge: str = "linear", options: str = "") -> str:
+        row = _row(method, merge, options)
+        return f"{100 * row['worst'][0]:.1f} % ({row['worst_task']})" if row else "not run"
+
+    rows = [
+        (
+            "a number of bytes",
+            "coded adapters, one per task: `init --bytes`, `pack`",
+            f"1 % of the bytes {kept('coded', '', 'percent=1')}; best merge at 12.5 % {kept('type', 'pico')}",
+        ),
+        (
+            "K resident adapters, tasks arrive one by one",
+            "K-Merge++ with `linear`: `init --slots K`",
+            f"{kept('kmerge++', 'linear')}, random blocks {kept('random', 'linear')}; with `ties` "
+            f"{kept('kmerge++', 'ties')}; the worst order {kept('kmerge++', 'linear', 'order=worst')}",
+        ),
+        (
+            "K resident adapters, all at hand, no examples",
+            "`cluster --method agglomerative` with `linear`",
+            f"{kept('agglomerative', 'linear')}; K-Means {kept('kmeans', 'linear')}, "
+            f"on SVD features {kept('kmeans_svd', 'linear')}",
+        ),
+        (
+            "K resident adapters, all at hand, 10 examples per task",
+            "`cluster --method d2c --init guided --propose guided --budget 30` with `linear`, minutes of one core",
+            f"{kept('d2c', 'linear', GUIDED)} after 30 losses, its worst task {worst('d2c', options=GUIDED)}; plain "
+            f"D2C {kept('d2c', 'linear')} after 318, with `ties` {kept('d2c', 'ties')}",
+        ),
+        (
+            "known problem types, at most K",
+            "a slot per type, merged by `pico`; K-Merge++ where no task may fall far",
+            f"{kept('type', 'pico')}, with `linear` {kept('type', 'linear')}, with `ties` {kept('type', 'ties')}, but "
+            f"its worst task {worst('type', 'pico')}; K-Merge++'s worst task {worst('kmerge++')}",
+        ),
+        (
+            "one resident adapter",
+            "no merge: code the adapters instead",
+            f"one merge of all {kept('single', 'linear')}",
+        ),
+    ]
+    lines = ["| what is given | what to use | evidence: loss kept |", "|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return replaced(text, "guide", "end guide", "\n".join(lines))
+
+
+def pictures() -> dict[Path, str]:
+    """File → the picture of quality against bytes, for a light and a dark page."""
+    files = (("frontier.svg", False), ("frontier-dark.svg", True))
+    return {HERE / name: drawn(*_frontier(), "svg", dark=dark).decode() for name, dark in files}
