@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,18 @@ def replaced(text: str, name: str, end: str, content: str) -> str:
     return f"{before}{begin}\n{content}\n{close}{after}"
 
 
-SUITES = ("small", "first_table", "frontier", "scores", "longer", "d2c", "kmerge", "merges")
+SUITES = (
+    "small",
+    "first_table",
+    "frontier",
+    "scores",
+    "longer",
+    "d2c",
+    "d2c_scores",
+    "kmerge",
+    "kmerge_scores",
+    "merges",
+)
 
 
 @cache
@@ -360,11 +371,13 @@ def _measured(name: str) -> dict[tuple[str, str, str], dict[str, Any]]:
     return {(row["method"], row["merge"], row["options"]): row for row in rows}
 
 
-def _row(method: str, merge: str, options: str) -> dict[str, Any] | None:
+LOSSES = ("d2c", "kmerge", "first_table", "frontier", "merges")
+SCORES = ("d2c_scores", "kmerge_scores")
+
+
+def _row(method: str, merge: str, options: str, suites: Sequence[str] = LOSSES) -> dict[str, Any] | None:
     """The row of the first suite of forty tasks that has measured these cells."""
-    found = (
-        _measured(name).get((method, merge, options)) for name in ("d2c", "kmerge", "first_table", "frontier", "merges")
-    )
+    found = (_measured(name).get((method, merge, options)) for name in suites)
     return next((row for row in found if row), None)
 
 
@@ -386,15 +399,20 @@ def published(text: str) -> str:
         ]
         for name, figure, method, merge, options in figures:
             row, hand = _row(method, merge, options), None if options else _by_hand(text, method, merge)
-            if row:
-                cells = [f"{row['score'][0]:.1f}" if row["score"] else "not run"]
-                cells += [f"{row['S'][0]:.3f}" if row["S"] and row["score"] else "not run"]
-                cells += [_with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f"), str(row["seeds"])]
+            answered = _row(method, merge, options, SCORES)
+            if row or answered:
+                cells = (
+                    [_with_interval(answered[key], form) for key, form in (("score", ".1f"), ("S", ".3f"))]
+                    if answered and answered["S"]
+                    else ["not run"] * 2
+                )
+                cells += [_with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f") if row else "not run"]
+                cells += [str((answered or row or {})["seeds"])]
                 lines.append(f"| {name} | {figure} | {' | '.join(cells)} | committed results |")
             if hand:
                 cells = ["not run" if cell == "–" else cell for cell in hand]
                 lines.append(f"| {name} | {figure} | {' | '.join(cells)} | see its table | measured by hand |")
-            if not (row or hand):
+            if not (row or answered or hand):
                 lines.append(f"| {name} | {figure} | not run | not run | not run | – | – |")
         parts.append("\n".join(lines))
     return replaced(text, "published", "end published", "\n\n".join(parts))

@@ -237,17 +237,15 @@ def test_options_that_came_later_leave_the_names_of_older_results_as_they_are() 
         }
 
 
-@pytest.mark.parametrize("name", ["d2c", "kmerge"])
+@pytest.mark.parametrize("name", ["d2c", "d2c_scores", "kmerge", "kmerge_scores"])
 def test_the_head_of_a_suite_states_the_hours_of_its_priorities(name: str) -> None:
     path = ROOT / "suites" / f"{name}.toml"
     hours: Counter[int] = Counter()
     for cell in read_suite(path).cells:
         assert cell.hours is not None, cell.label
         hours[cell.priority] += cell.hours
-    stated = re.findall(r"^# priority (\d+) \((\d+) h\): ", path.read_text(), re.MULTILINE)
-    assert [(int(number), int(total)) for number, total in stated] == [
-        (number, round(total)) for number, total in sorted(hours.items())
-    ]
+    stated = re.findall(r"^# priority (\d+) \((\d+\.\d) h\): ", path.read_text(), re.MULTILINE)
+    assert stated == [(str(number), f"{total:.1f}") for number, total in sorted(hours.items())]
 
 
 # assignments --------------------------------------------------------------------------------------------------------
