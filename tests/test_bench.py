@@ -574,6 +574,30 @@ merge = "ties"
     assert sorted(counted.values(), key=str) == [losses["distinct"], None, None]
 
 
+def test_a_search_of_a_shared_suite_serves_a_suite_of_other_examples(world: Any, tmp_path: Path) -> None:
+    adapters, tasks, backend = world
+    text = """
+format = 1
+[[cells]]
+search = "d2c"
+slots = 2
+iterations = 4
+examples_per_task = 2
+"""
+    first = written(tmp_path, text)
+    ((_, searched),) = run(first, adapters, tasks, backend, first.folder)
+    path = tmp_path / "answers.toml"
+    more = 'shares = ["five"]\nsplit = "train"\nlimit = 1\n[[cells]]\nmeasure = ["loss", "answers"]\n'
+    path.write_text(text.replace("[[cells]]\n", more))
+    second = read_suite(path)
+    ((_, taken),) = run(second, adapters, tasks, backend, second.folder)
+    assert taken["provenance"] == {"blocks": searched["provenance"]["blocks"], "replayed": 4}
+    assert taken["tasks"]["a-de"]["statistics"]
+    assert len(taken["tasks"]["a-de"]["nll"]) == 1 < len(searched["tasks"]["a-de"]["nll"])
+    ((_, anew),) = run(replace(second, model_dtype="bf16"), adapters, tasks, backend, second.folder)  # another model
+    assert "search" in anew["provenance"]
+
+
 def test_every_kind_of_cell_of_the_papers_runs_and_what_is_left_is_listed(world: Any, tmp_path: Path) -> None:
     adapters, tasks, backend = world
     text = """

@@ -116,21 +116,29 @@ def write_result(result: Mapping[str, Any], path: Path) -> None:
     atomic.replace_file(path, text.encode(), path.parent)
 
 
-def read_results(suite: Suite, folder: Path) -> dict[str, dict[str, Any]]:
-    """Read cell id → document of the suite's cells that were measured under its conditions, here or in a folder that
-    the suite shares.
+EXAMPLES = ("split", "limit", "seed")
+"""The conditions that determine which examples are measured; adapters are assigned alike under any."""
+
+
+def read_results(suite: Suite, folder: Path, any_of: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Read cell id → document of the suite's cells that were measured under its conditions, except those in `any_of`,
+    here or in a folder that the suite shares.
 
     Raises UsageError for a file that is not a result.
     """
+
+    def wanted(stated: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in stated.items() if name not in any_of}
+
     found: dict[str, dict[str, Any]] = {}
     for cell, path in ((cell, path_of(cell, each)) for cell in suite.cells for each in (folder, *suite.shared)):
         if cell.id in found or not path.exists():
             continue
         try:
             result = json.loads(atomic.read_file(path))
-            sound = result["format"] == FORMAT and result["conditions"] == conditions(suite)
-            measured = set(cell.measure) <= set(result["cell"]["measure"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            sound = result["format"] == FORMAT and wanted(result["conditions"]) == wanted(conditions(suite))
+            measured = bool(any_of) or set(cell.measure) <= set(result["cell"]["measure"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"this is not a result: {error!r}", where=str(path), cure="delete it") from error
         if sound and measured:
             found[cell.id] = result

@@ -26,7 +26,7 @@ from ..models.protocol import Scores
 from ..result_store import ResultStore
 from ..tasks.folders import Task
 from .assignment import Inputs, assign, bytes_of
-from .results import document, path_of, read_results, write_result
+from .results import EXAMPLES, document, path_of, read_results, write_result
 from .suite import Cell, Suite
 
 MEASURED, CLAIMS = "measured", "claims"
@@ -57,7 +57,8 @@ def run(
                 if not free or cell.id in done:
                     continue
                 started = time.monotonic()
-                inputs = Inputs(adapters, tasks, backend, folder, partial(watch, cell), done)
+                assigned = read_results(suite, folder, any_of=EXAMPLES)
+                inputs = Inputs(adapters, tasks, backend, folder, partial(watch, cell), assigned)
                 assignment = assign(cell, inputs)
                 options: dict[str, Any] = {"split": suite.split, "limit": suite.limit, "seed": suite.seed}
                 loss_only = "answers" not in cell.measure
