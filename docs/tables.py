@@ -63,6 +63,7 @@ SUITES = (
     "kmerge",
     "kmerge_scores",
     "merges",
+    "next",
 )
 
 

@@ -31,7 +31,7 @@ from lorashelf.bench.run import CLAIMS, MEASURED, run, status
 from lorashelf.bench.suite import Cell, Suite, read_suite
 from lorashelf.cli import main
 from lorashelf.errors import UsageError
-from lorashelf.lora.algebra import combine, norm
+from lorashelf.lora.algebra import combine, compress, norm
 from lorashelf.models.hf import HFBackend
 from lorashelf.result_store import sole
 from lorashelf.tasks.folders import Example, Task
@@ -237,7 +237,7 @@ def test_options_that_came_later_leave_the_names_of_older_results_as_they_are() 
         }
 
 
-@pytest.mark.parametrize("name", ["d2c", "d2c_scores", "kmerge", "kmerge_scores"])
+@pytest.mark.parametrize("name", ["d2c", "d2c_scores", "kmerge", "kmerge_scores", "next", "seeds"])
 def test_the_head_of_a_suite_states_the_hours_of_its_priorities(name: str) -> None:
     path = ROOT / "suites" / f"{name}.toml"
     hours: Counter[int] = Counter()
@@ -293,6 +293,31 @@ def test_sizes_are_compared_at_the_dtype_of_the_own_adapters(tmp_path: Path) -> 
     distinct = {x.digest: x for x in merged.serving.values() if x}.values()
     values = 2 * sum(x.parameters for x in distinct)
     assert merged.bytes("f32") - merged.bytes("f16") == pytest.approx(values, abs=64)  # offsets have more digits
+
+
+def test_adapters_are_truncated_before_they_are_served_or_merged(tmp_path: Path) -> None:
+    adapters = {name: make_adapter(i, rank=4) for i, name in enumerate(["a-en", "b-en"])}
+    inputs = Inputs(adapters, {name: Task(name, "p", "any") for name in adapters}, None, tmp_path)
+    cut = {name: compress(x, 1)[0] for name, x in adapters.items()}
+    own = assign(Cell("serve", "own", {"adapter_rank": 1}, ("loss",)), inputs)
+    assert {name: x.digest for name, x in own.serving.items() if x} == {name: x.digest for name, x in cut.items()}
+    chosen = cell("cluster", "single", slots=1)
+    merged = assign(replace(chosen, options={**chosen.options, "adapter_rank": 1}), inputs)
+    wanted = assign(chosen, replace(inputs, adapters=cut))
+    whole = assign(chosen, inputs)
+    assert merged.serving["a-en"] is not None
+    assert merged.serving["a-en"].digest == wanted.serving["a-en"].digest != whole.serving["a-en"].digest
+    options = {**COMMON, "adapter_rank": 1, "order": "name", "threshold": "auto"}
+    arrived = assign(Cell("arrive", "kmerge", options, ("loss",)), inputs)
+    assert arrived.serving["a-en"] is not None
+    assert arrived.serving["a-en"].digest == cut["a-en"].digest
+
+
+def test_blocks_by_language_are_those_of_the_tasks(tmp_path: Path) -> None:
+    adapters = {name: make_adapter(i) for i, name in enumerate(["a-de", "a-en", "b-de"])}
+    tasks = {name: Task(name, "p", name[0], name[2:]) for name in adapters}
+    found = assign(cell("cluster", "language"), Inputs(adapters, tasks, None, tmp_path))
+    assert found.provenance["blocks"] == [["a-de", "b-de"], ["a-en"]]
 
 
 def test_blocks_by_type_are_those_of_the_tasks(tmp_path: Path) -> None:

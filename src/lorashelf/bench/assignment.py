@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import UsageError
 from ..formats.peft import encode
 from ..lora.adapter import Adapter, in_16_bits
+from ..lora.algebra import compress
 from ..merging.blocks import merger
 from ..merging.spec import MergeSpec
 from ..models.protocol import GainGradients, Scores, capable
@@ -29,7 +30,7 @@ from ..shelf.shelf import Shelf
 from ..tasks.folders import Task
 from ..training.gains import fitted_gains
 from .peers import PEERS
-from .suite import BLOCKS_OF, BY_TYPE, DIRICHLET, Cell
+from .suite import BLOCKS_OF, BY, DIRICHLET, Cell
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def bytes_of(adapters: Iterable[Adapter], dtype: str) -> int:
 
 def assign(cell: Cell, inputs: Inputs) -> Assignment:
     """Compute the assignment of a cell. Raises what merging, placing and searching raise."""
+    if rank := cell.options.get("adapter_rank"):
+        inputs = replace(inputs, adapters={task: compress(x, rank)[0] for task, x in inputs.adapters.items()})
     adapters = inputs.adapters
     if cell.how == "serve":
         own = cell.method == "own"
@@ -157,9 +160,10 @@ def _spec(cell: Cell) -> MergeSpec:
 
 def _clustered(cell: Cell, inputs: Inputs) -> list[list[str]]:
     names = sorted(inputs.adapters)
-    if cell.method == BY_TYPE:
-        by_type = sorted(names, key=lambda name: (inputs.tasks[name].type, name))
-        return [list(group) for _, group in itertools.groupby(by_type, key=lambda name: inputs.tasks[name].type)]
+    if cell.method in BY:
+        groups = {name: getattr(inputs.tasks[name], cell.method) for name in names}
+        ordered = sorted(names, key=lambda name: (groups[name], name))
+        return [list(group) for _, group in itertools.groupby(ordered, key=groups.__getitem__)]
     if cell.method == DIRICHLET:
         over = {name: getattr(inputs.tasks[name], cell.options["over"]) for name in names}
         return dirichlet_blocks(over, cell.options["slots"], cell.options["alpha"], cell.options["seed"])
@@ -211,6 +215,7 @@ def _arrived(cell: Cell, inputs: Inputs) -> Assignment:
     types = {name: inputs.tasks[name].type for name in inputs.adapters}
     order = arrival(cell, types)
     options.pop("order")
+    options.pop("adapter_rank", None)
     order = order[: options.pop("after", None)]
     with TemporaryDirectory() as folder:
         settings = new_settings(options.pop("slots"), policy=cell.method, **options)

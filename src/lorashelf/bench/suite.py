@@ -51,8 +51,8 @@ else:
 FORMAT = 1
 How = Literal["serve", "code", "cluster", "arrive", "search"]
 MEASURES = ("loss", "answers")
-BY_TYPE = "type"
-"""The clustering with one block per problem type, as an oracle would know."""
+BY = ("type", "language")
+"""The clusterings with one block per problem type, as an oracle would know, or per language, as metadata may state."""
 DIRICHLET = "dirichlet"
 """The clustering whose blocks each draw shares of the problem types or languages from a Dirichlet distribution."""
 BLOCKS_OF = "blocks_of"
@@ -60,7 +60,7 @@ BLOCKS_OF = "blocks_of"
 METHODS_OF: Mapping[How, Sequence[str]] = {
     "serve": ("base", "own"),
     "code": ("coded", *PEERS),
-    "cluster": (BY_TYPE, DIRICHLET, BLOCKS_OF, *(name for name, method in PARTITIONERS.items() if not method.by_loss)),
+    "cluster": (*BY, DIRICHLET, BLOCKS_OF, *(name for name, method in PARTITIONERS.items() if not method.by_loss)),
     "arrive": tuple(POLICIES),
     "search": tuple(name for name, method in PARTITIONERS.items() if method.by_loss),
 }
@@ -72,10 +72,11 @@ _COMMON: dict[str, Any] = {
     "dtype": "f32",
     "seed": 0,
     "restore_norm": False,
+    "adapter_rank": None,
 }
 _SEARCH = {name: p for method in METHODS_OF["search"] for name, p in PARTITIONERS[method].parameters.items()}
 _OPTIONS: Mapping[How, Mapping[str, Any]] = {
-    "serve": {},
+    "serve": {"adapter_rank": None},
     "code": {"percent": None, "levels": LEVELS, "fit": 0},
     "cluster": {**_COMMON, "alpha": 1, "over": "type", "result": None},
     "arrive": {**_COMMON, "order": "random", "threshold": "auto", "similarity": COSINE, "after": None},
@@ -86,7 +87,7 @@ unless `dtype` is set.
 """
 _ONLY_OF: Mapping[str, str] = {"alpha": DIRICHLET, "over": DIRICHLET, "result": BLOCKS_OF}
 """Option → the only clustering that has it."""
-_UNNAMED = ("similarity", "after", "restore_norm", "budget", "fit")
+_UNNAMED = ("similarity", "after", "restore_norm", "budget", "fit", "adapter_rank")
 """Options that a cell names only if they differ from the default, so that results from before them are still found."""
 OVER = ("type", "language")
 ORDERS = ("random", "worst", "name")
@@ -287,7 +288,8 @@ def _defaults(how: How, method: Any) -> Mapping[str, Any]:
     if how == "code" and method in PEERS:
         return {name: p.default for name, p in PEERS[method].parameters.items()}
     absent = {name for name, only in _ONLY_OF.items() if method != only}
-    absent |= {"slots"} if method in (BY_TYPE, BLOCKS_OF) else set()  # as many blocks as types, or as the result has
+    absent |= {"adapter_rank"} if method == "base" else set()
+    absent |= {"slots"} if method in (*BY, BLOCKS_OF) else set()  # as many blocks as types, or as the result has
     return {name: default for name, default in _OPTIONS[how].items() if name not in absent}
 
 
@@ -321,7 +323,7 @@ def _fault(method: Any, name: str, value: Any) -> str | None:
     if name == "alpha":
         number = type(value) in (int, float) and 0 < value < math.inf
         return None if number else f"alpha is {value!r}, not a positive number"
-    if name in ("rank", "after") and value is None:
+    if name in ("rank", "after", "adapter_rank") and value is None:
         return None
     least = 0 if name in ("seed", "fit") else 1
     return None if type(value) is int and value >= least else f"{name} is {value!r}, not a whole number from {least}"
