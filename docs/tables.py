@@ -107,36 +107,29 @@ def _shares() -> dict[str | float, dict[str, Vector]]:
 
 
 def merges(text: str) -> str:
-    """docs/results.md with its table of merge methods on the same blocks, each against `linear` and `ties`."""
+    """docs/results.md with its tables of merge methods on the same blocks, each against `linear` and `ties`."""
     suite, found = _results("merges")
-    by_method: dict[str, dict[str, Any]] = {}
+    samples = {cell.method: sampled([found[cell.id]]).losses for cell in suite.cells if cell.method in ("own", "base")}
+    titles, kept = {"type": "the five types"}, dict[str, dict[str, Vector]]()
     for cell in suite.cells:
-        if cell.id in found:
-            more = " ".join(cell.particulars(("merge", "slots", "result")))
-            by_method.setdefault(f"`{cell.options.get('merge', cell.method)}` {more}".strip(), {})[cell.method] = found[
-                cell.id
-            ]
-    own, zero = (sampled([by_method[f"`{name}`"][name]]).losses for name in ("own", "base"))
-
-    def kept(result: dict[str, Any]) -> Vector:
-        mean = mean_over_tasks(shares_kept(sampled([result]).losses, own, zero))
-        assert mean is not None
-        return 100 * mean
-
+        if cell.id not in found or cell.method in samples:
+            continue
+        if cell.how == "search":
+            guided = cell.options["propose"] == "guided"
+            titles[f"{cell.method}-{cell.id}"] = "guided D2C" if guided else "D2C"
+        blocks = cell.options.get("result") or ("type" if cell.method == "type" else f"{cell.method}-{cell.id}")
+        more = "restore_norm" if cell.options.get("restore_norm") else ""
+        shares = shares_kept(sampled([found[cell.id]]).losses, samples["own"], samples["base"])
+        kept.setdefault(blocks, {})[f"`{cell.options['merge']}` {more}".strip()] = 100 * _mean(shares, shares)
     lines = []
-    for title, blocks in (("the five types", ("type",)), ("D2C", ("d2c", "blocks_of"))):
-        shares = {name: kept(results[how]) for name, results in by_method.items() for how in blocks if how in results}
-        lines += [
-            f"| blocks of {title}: merge | loss kept % | − `linear` | − `ties` |",
-            "|---|---|---|---|",
-        ]
-        for name, share in sorted(shares.items(), key=lambda item: -item[1][0]):
-            cells = [_with_interval((share[0], *interval(share)), ".1f")]
-            for other in ("`linear`", "`ties`"):
-                apart = share - shares.get(other, share)
-                stated = "–" if other == name else "not run"
-                cells.append(_with_interval((apart[0], *interval(apart)), "+.1f") if apart.any() else stated)
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    for blocks, by_merge in kept.items():
+        lines += [f"| blocks of {titles[blocks]}: merge | loss kept % | − `linear` | − `ties` |", "|---|---|---|---|"]
+        for name, share in sorted(by_merge.items(), key=lambda item: -item[1][0]):
+            others = (("–" if other == name else by_merge.get(other)) for other in ("`linear`", "`ties`"))
+            apart = (
+                "not run" if x is None else x if isinstance(x, str) else _stated(share - x, "+.1f") for x in others
+            )
+            lines.append(f"| {name} | {_stated(share, '.1f')} | {' | '.join(apart)} |")
         lines.append("")
     return replaced(text, "merges", "end merges", "\n".join(lines[:-1]))
 
