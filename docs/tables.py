@@ -355,6 +355,7 @@ PUBLISHED: dict[str, list[tuple[str, str, str, str, str]]] = {
 }
 """Paper → its figures: the average score on Llama 3.2 3B / Qwen 2.5 1.5B / StableLM 2 1.6B, or S on Llama 3.2 1B."""
 GUIDED = "propose=guided init=guided budget=30"
+RESTORED = "restore_norm=True"
 BY_HAND = {"own": "own adapters", "base": "zero-shot"}
 
 
@@ -430,7 +431,8 @@ def guide(text: str) -> str:
         (
             "a number of bytes",
             "coded adapters, one per task: `init --bytes`, `pack`",
-            f"1 % of the bytes {kept('coded', '', 'percent=1')}; best merge at 12.5 % {kept('type', 'pico')}",
+            f"1 % of the bytes {kept('coded', '', 'percent=1')}; "
+            f"best merge at 12.5 % {kept('type', 'tsv_m', RESTORED)}",
         ),
         (
             "K resident adapters, tasks arrive one by one",
@@ -452,9 +454,10 @@ def guide(text: str) -> str:
         ),
         (
             "known problem types, at most K",
-            "a slot per type, merged by `pico`; K-Merge++ where no task may fall far",
-            f"{kept('type', 'pico')}, with `linear` {kept('type', 'linear')}, with `ties` {kept('type', 'ties')}, but "
-            f"its worst task {worst('type', 'pico')}; K-Merge++'s worst task {worst('kmerge++')}",
+            "a slot per type, merged by `tsv_m` with `--restore-norm`; K-Merge++ where no task may fall far",
+            f"{kept('type', 'tsv_m', RESTORED)}, with `pico` {kept('type', 'pico')}, with `linear` "
+            f"{kept('type', 'linear')}, with `ties` {kept('type', 'ties')}, but its worst task "
+            f"{worst('type', 'tsv_m', RESTORED)}; K-Merge++'s worst task {worst('kmerge++')}",
         ),
         (
             "one resident adapter",
