@@ -454,10 +454,12 @@ def guide(text: str) -> str:
         ),
         (
             "known problem types, at most K",
-            "a slot per type, merged by `pico`, or by `tsv_m` with `--restore-norm`; K-Merge++ where no task may fall far",
+            "a slot per type, merged by `pico`, or by `tsv_m` with `--restore-norm`; "
+            "K-Merge++ where no task may fall far",
             f"`tsv_m` {kept('type', 'tsv_m', RESTORED)}, `pico` {kept('type', 'pico')}, with `linear` "
             f"{kept('type', 'linear')}, with `ties` {kept('type', 'ties')}, but the worst task "
-            f"{worst('type', 'tsv_m', RESTORED)} and {worst('type', 'pico')}; K-Merge++'s worst task {worst('kmerge++')}",
+            f"{worst('type', 'tsv_m', RESTORED)} and {worst('type', 'pico')}; "
+            f"K-Merge++'s worst task {worst('kmerge++')}",
         ),
         (
             "one resident adapter",
