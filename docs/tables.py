@@ -56,6 +56,7 @@ SUITES = (
     "small",
     "first_table",
     "frontier",
+    "own",
     "scores",
     "longer",
     "d2c",
@@ -223,18 +224,21 @@ def scores(text: str) -> str:
     """docs/results.md with scores of answers: S beside the ratio of mean scores, over the tasks whose own adapter has a
     higher score than the bare base beyond the paired interval.
     """
-    measured = _samples("scores")
+    every, measured = _samples("own"), _samples("scores")
+    lead = {task: score - every["base"][2].scores[task] for task, score in every["own"][2].scores.items()}
+    clear = [task for task in lead if interval(lead[task])[0] > 0]
+    if clear != sorted(_results("scores")[0].measured_tasks or ()):
+        sys.exit(f"suites/scores.toml should measure these tasks: {', '.join(clear)}")
     if not measured:
         return replaced(text, "scores", "end scores", "Nothing has been measured yet.")
     own, zero = measured["own"][2], measured["base"][2]
-    clear = [task for task, score in own.scores.items() if interval(score - zero.scores[task])[0] > 0]
     s = {
         label: _mean({task: sample.scores[task] / np.maximum(own.scores[task], LEAST_SCORE) for task in clear}, clear)
         for label, (_, _, sample) in measured.items()
     }
     best = max((s[label] for label, (cell, *_) in measured.items() if cell.how == "cluster"), key=lambda v: float(v[0]))
     lines = [
-        f"{len(clear)} of {len(own.scores)} tasks: {', '.join(clear)}.",
+        f"{len(clear)} of {len(lead)} tasks: {', '.join(clear)}.",
         "",
         "| what serves them | bytes | mean score | ratio of mean scores | S | aim | S − best merge | loss kept |",
         "|---|---|---|---|---|---|---|---|",

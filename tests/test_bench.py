@@ -599,6 +599,26 @@ merge = "ties"
     assert sorted(counted.values(), key=str) == [losses["distinct"], None, None]
 
 
+def test_some_tasks_are_measured_while_adapters_are_assigned_to_all(world: Any, tmp_path: Path) -> None:
+    adapters, tasks, backend = world
+    text = """
+format = 1
+measured_tasks = ["a-de", "b-fr"]
+[[cells]]
+cluster = "single"
+slots = 1
+"""
+    suite = written(tmp_path, text)
+    ((_, result),) = run(suite, adapters, tasks, backend, suite.folder)
+    assert set(result["tasks"]) == {"a-de", "b-fr"}
+    assert result["provenance"]["blocks"] == [sorted(adapters)]
+    whole = replace(suite, measured_tasks=None)
+    assert read_results(whole, suite.folder) == {}  # other conditions
+    ((_, both),) = run(whole, adapters, tasks, backend, tmp_path / "whole")
+    assert {name: both["tasks"][name] for name in result["tasks"]} == result["tasks"]
+    assert both["bytes"] == result["bytes"]
+
+
 def test_a_search_of_a_shared_suite_serves_a_suite_of_other_examples(world: Any, tmp_path: Path) -> None:
     adapters, tasks, backend = world
     text = """

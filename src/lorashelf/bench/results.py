@@ -47,6 +47,7 @@ def conditions(suite: Suite) -> dict[str, Any]:
         "limit": suite.limit,
         "seed": suite.seed,
         "tasks": None if suite.tasks is None else list(suite.tasks),
+        **({"measured_tasks": list(suite.measured_tasks)} if suite.measured_tasks else {}),
     }
 
 
@@ -116,7 +117,7 @@ def write_result(result: Mapping[str, Any], path: Path) -> None:
     atomic.replace_file(path, text.encode(), path.parent)
 
 
-EXAMPLES = ("split", "limit", "seed")
+EXAMPLES = ("split", "limit", "seed", "measured_tasks")
 """The conditions that determine which examples are measured; adapters are assigned alike under any."""
 
 

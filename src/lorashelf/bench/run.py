@@ -62,7 +62,9 @@ def run(
                 assignment = assign(cell, inputs)
                 options: dict[str, Any] = {"split": suite.split, "limit": suite.limit, "seed": suite.seed}
                 loss_only = "answers" not in cell.measure
-                ready = prepare(backend, assignment.serving, tasks, **options, loss_only=loss_only)
+                chosen = suite.measured_tasks or assignment.serving
+                serving = {task: x for task, x in assignment.serving.items() if task in chosen}
+                ready = prepare(backend, serving, tasks, **options, loss_only=loss_only)
                 beside = [path for each in (folder, *suite.shared) for path in _files(each / MEASURED)]
                 journal = ResultStore(kept, beside=beside)
                 measured = ready.measured(backend, journal, partial(watch, cell))

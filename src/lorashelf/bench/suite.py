@@ -144,6 +144,8 @@ class Suite:
     limit: int | None
     seed: int
     cells: tuple[Cell, ...]
+    measured_tasks: tuple[str, ...] | None = None
+    """The tasks that are measured, if not all that adapters are assigned to."""
     shared: tuple[Path, ...] = ()
     """The folders of results of other suites, in which cells of this one may already be measured."""
 
@@ -162,6 +164,7 @@ class Suite:
         """Identifies what the suite measures; the title and the order of cells do not count."""
         fields: dict[str, Any] = {"tasks": self.tasks, "base": self.base, "model_dtype": self.model_dtype}
         fields |= {"split": self.split, "limit": self.limit, "seed": self.seed}
+        fields |= {"measured_tasks": self.measured_tasks} if self.measured_tasks else {}
         cells = sorted((cell.document() for cell in self.cells), key=canonical_json)
         return digest([canonical_json({**fields, "cells": cells})])
 
@@ -205,6 +208,7 @@ _KEYS: Mapping[str, tuple[type, Any]] = {
     "adapters": (str, None),
     "data": (str, None),
     "tasks": (list, None),
+    "measured_tasks": (list, None),
     "base": (str, None),
     "model_dtype": (str, "f32"),
     "split": (str, "validation"),
@@ -222,11 +226,12 @@ def _fields(document: dict[str, Any], faults: list[str]) -> dict[str, Any]:
     for name, (kind, default) in _KEYS.items():
         if found[name] != default and type(found[name]) is not kind:
             faults.append(f"{name} is {found[name]!r}, not {'a whole number' if kind is int else f'a {kind.__name__}'}")
-    tasks: Any = found["tasks"]
-    if isinstance(tasks, list):
-        found["tasks"] = tuple(tasks)
-        if not tasks or not all(isinstance(task, str) for task in tasks):
-            faults.append("tasks is not a list of names")
+    for name in ("tasks", "measured_tasks"):
+        tasks: Any = found[name]
+        if isinstance(tasks, list):
+            found[name] = tuple(tasks)
+            if not tasks or not all(isinstance(task, str) for task in tasks):
+                faults.append(f"{name} is not a list of names")
     if not isinstance(found["shares"], list) or not all(isinstance(name, str) for name in found["shares"]):
         faults.append("shares is not a list of names of suites")
         found["shares"] = []
