@@ -114,6 +114,8 @@ format = 2
 limit = 0
 colour = "red"
 shares = [1]
+tasks = ["a-en", 1]
+measured_tasks = ["b-en"]
 [[cells]]
 cluster = ["random", "rnadom"]
 slots = 0
@@ -166,6 +168,8 @@ k = 3
         "format is 2",
         "limit is 0",
         "unknown key 'colour'",
+        "tasks is not a list of names",
+        "measured_tasks has 'b-en', which tasks lacks",
         "cluster is 'rnadom'",
         "slots is 0",
         "serve has no option 'slots'",
@@ -852,6 +856,15 @@ def test_what_cannot_be_drawn_is_refused(
         assert stopped.value.code == 2
         assert "cure" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_measured_task_without_adapter_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = written(tmp_path, 'format = 1\nmeasured_tasks = ["gec-xx"]\n[[cells]]\nserve = "own"\n')
+    folders = ["--adapters", str(ROOT / "examples" / "zoo"), "--data", str(ROOT / "examples" / "fewshot")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "run", str(suite.path), *folders])
+    assert stopped.value.code == 2
+    assert "no adapter or no examples for gec-xx" in capsys.readouterr().err
 
 
 def test_a_damaged_result_is_named(measured: tuple[Suite, Path], tmp_path: Path) -> None:

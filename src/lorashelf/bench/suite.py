@@ -229,9 +229,12 @@ def _fields(document: dict[str, Any], faults: list[str]) -> dict[str, Any]:
     for name in ("tasks", "measured_tasks"):
         tasks: Any = found[name]
         if isinstance(tasks, list):
-            found[name] = tuple(tasks)
-            if not tasks or not all(isinstance(task, str) for task in tasks):
+            found[name] = tuple(task for task in tasks if isinstance(task, str))
+            if not tasks or len(found[name]) < len(tasks):
                 faults.append(f"{name} is not a list of names")
+    if isinstance(found["tasks"], tuple) and isinstance(found["measured_tasks"], tuple):
+        beyond = sorted({*found["measured_tasks"]} - {*found["tasks"]})
+        faults += [f"measured_tasks has {task!r}, which tasks lacks" for task in beyond]
     if not isinstance(found["shares"], list) or not all(isinstance(name, str) for name in found["shares"]):
         faults.append("shares is not a list of names of suites")
         found["shares"] = []

@@ -109,7 +109,7 @@ def _inputs(suite: Suite, adapters: Path | None, data: Path | None) -> tuple[dic
     tasks = read_tasks(examples)
     both = sorted(name for name in tasks if (folder / name / CONFIG_FILE).exists())
     wanted = suite.tasks or tuple(both)
-    absent = sorted(set(wanted) - set(both))
+    absent = sorted({*wanted, *(suite.measured_tasks or ())} - set(both))
     if absent or not wanted:
         what = f"no adapter or no examples for {', '.join(absent) or 'any task'}"
         raise UsageError(what, where=f"{folder}, {examples}", cure="name each adapter's folder after its task")
