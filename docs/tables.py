@@ -236,7 +236,8 @@ def scores(text: str) -> str:
         label: _mean({task: sample.scores[task] / np.maximum(own.scores[task], LEAST_SCORE) for task in clear}, clear)
         for label, (_, _, sample) in measured.items()
     }
-    best = max((s[label] for label, (cell, *_) in measured.items() if cell.how == "cluster"), key=lambda v: float(v[0]))
+    merged = [s[label] for label, (cell, *_) in measured.items() if cell.how == "cluster"]
+    best = max(merged, key=lambda v: float(v[0]), default=None)
     lines = [
         f"{len(clear)} of {len(lead)} tasks: {', '.join(clear)}.",
         "",
@@ -253,7 +254,7 @@ def scores(text: str) -> str:
             _stated(score / _mean(own.scores, clear)),
             _stated(s[label]),
             _against(float(s[label][0]), aim) if aim else "–",
-            _stated(s[label] - best, "+.3f") if aim else "–",
+            _stated(s[label] - best, "+.3f") if aim and best is not None else "–",
             _stated(_mean(shares_kept(sample.losses, own.losses, zero.losses), clear)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
