@@ -220,26 +220,42 @@ def _mean(values: Mapping[str, Vector], tasks: Iterable[str]) -> Vector:
     return np.asarray(np.mean([values[task] for task in tasks], axis=0))
 
 
+@cache
+def _clear() -> dict[str, bool]:
+    """Task → whether the own adapter has a higher score than the bare base beyond the paired interval."""
+    every = _samples("own")
+    zero = every["base"][2].scores
+    found = {task: interval(score - zero[task])[0] > 0 for task, score in every["own"][2].scores.items()}
+    clear = [task for task, leads in found.items() if leads]
+    if clear != sorted(_results("scores")[0].measured_tasks or ()):
+        sys.exit(f"suites/scores.toml should measure these tasks: {', '.join(clear)}")
+    return found
+
+
+@cache
+def _s() -> dict[str, Vector]:
+    """A label of the suite `scores` → S: the mean over its tasks of score / own score."""
+    measured = _samples("scores")
+    own = measured["own"][2].scores if measured else {}
+    return {
+        label: _mean({task: sample.scores[task] / np.maximum(own[task], LEAST_SCORE) for task in own}, own)
+        for label, (_, _, sample) in measured.items()
+    }
+
+
 def scores(text: str) -> str:
     """docs/results.md with scores of answers: S beside the ratio of mean scores, over the tasks whose own adapter has a
     higher score than the bare base beyond the paired interval.
     """
-    every, measured = _samples("own"), _samples("scores")
-    lead = {task: score - every["base"][2].scores[task] for task, score in every["own"][2].scores.items()}
-    clear = [task for task in lead if interval(lead[task])[0] > 0]
-    if clear != sorted(_results("scores")[0].measured_tasks or ()):
-        sys.exit(f"suites/scores.toml should measure these tasks: {', '.join(clear)}")
+    measured, s = _samples("scores"), _s()
     if not measured:
         return replaced(text, "scores", "end scores", "Nothing has been measured yet.")
+    clear = [task for task, leads in _clear().items() if leads]
     own, zero = measured["own"][2], measured["base"][2]
-    s = {
-        label: _mean({task: sample.scores[task] / np.maximum(own.scores[task], LEAST_SCORE) for task in clear}, clear)
-        for label, (_, _, sample) in measured.items()
-    }
     merged = [s[label] for label, (cell, *_) in measured.items() if cell.how == "cluster"]
     best = max(merged, key=lambda v: float(v[0]), default=None)
     lines = [
-        f"{len(clear)} of {len(lead)} tasks: {', '.join(clear)}.",
+        f"{len(clear)} of {len(_clear())} tasks: {', '.join(clear)}.",
         "",
         "| what serves them | bytes | mean score | ratio of mean scores | S | aim | S − best merge | loss kept |",
         "|---|---|---|---|---|---|---|---|",
@@ -293,22 +309,26 @@ def _own_bytes() -> int:
 
 def proof(text: str) -> str:
     """README.md with its table of what serves the forty tasks."""
-    shown: dict[str | float, str] = {
-        "own": "each task's own adapter",
-        12.5: "the same, coded",
-        1: "the same, coded",
-        "kmerge++": "five slots by K-Merge++",
-        "random": "five slots of random tasks",
-        "base": "the bare base model",
+    best = ("type", "tsv_m", RESTORED)
+    rows: dict[Any, dict[str, Any]] = {**_frontier_rows(), best: _measured("merges")[best]}
+    shown: dict[Any, tuple[str, str]] = {  # row → its name here, and its label in the suite of scores
+        "own": ("each task's own adapter", "own"),
+        12.5: ("the same, coded", "coded percent=12.5"),
+        1: ("the same, coded", "coded percent=1"),
+        best: ("five slots, one per problem type, the best merge", f"type merge=tsv_m {RESTORED}"),
+        "kmerge++": ("five slots by K-Merge++", "kmerge++"),
+        "random": ("five slots of random tasks", "random"),
+        "base": ("the bare base model", "base"),
     }
     lines = [
-        "| what serves the forty tasks | share of the bytes | mean loss, nats per token | gain in loss kept |",
-        "|---|---|---|---|",
+        "| what serves the forty tasks | share of the bytes | mean loss, nats per token | gain in loss kept "
+        f"| score of answers, own = 1 ({sum(_clear().values())} tasks) |",
+        "|---|---|---|---|---|",
     ]
-    for key, name in shown.items():
-        row = _frontier_rows()[key]
+    for key, (name, label) in shown.items():
+        row, score = rows[key], f"{_s()[label][0]:.2f}" if label in _s() else "–"
         kept = f"{100 * row['loss_kept'][0]:.1f} %"
-        lines.append(f"| {name} | {100 * row['storage']:.3g} % | {row['loss'][0]:.3f} | {kept} |")
+        lines.append(f"| {name} | {100 * row['storage']:.3g} % | {row['loss'][0]:.3f} | {kept} | {score} |")
     return replaced(text, "proof", "end proof", "\n".join(lines))
 
 
