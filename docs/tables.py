@@ -20,12 +20,12 @@ from lorashelf.bench.results import (
     Vector,
     interval,
     mean_over_tasks,
+    normalised_score,
     read_results,
     sampled,
     shares_kept,
 )
 from lorashelf.bench.suite import Cell, Suite, read_suite
-from lorashelf.evaluation.metrics.kept import LEAST_SCORE
 from lorashelf.lora.quality import MEASURED
 
 HERE = Path(__file__).parent
@@ -140,6 +140,10 @@ def _with_interval(stated: tuple[float, ...], form: str = ".3f") -> str:
     return f"{value:{form}} ({low:{form}} … {high:{form}})"
 
 
+def _stated(values: Vector, form: str = ".3f") -> str:
+    return _with_interval((values[0], *interval(values)), form)
+
+
 def _against(value: float, aim: float) -> str:
     return f"≥ {aim:.3f}: " + ("reached" if value >= aim else f"missed by {aim - value:.3f}")
 
@@ -160,7 +164,7 @@ def frontier(text: str) -> str:
         lines.append(
             f"| {percent:g} % | {size / 1000:.1f} | {_with_interval(row['loss_kept'])} "
             f"| {_against(row['loss_kept'][0], mean)} | {row['worst_task']} {_with_interval(row['worst'])} "
-            f"| {_against(row['worst'][0], worst)} | {_with_interval((apart[0], *interval(apart)), '+.3f')} |"
+            f"| {_against(row['worst'][0], worst)} | {_stated(apart, '+.3f')} |"
         )
     return replaced(text, "frontier", "end frontier", "\n".join(lines))
 
@@ -197,15 +201,11 @@ def peers(text: str) -> str:
         lines.append(
             f"| `{cell.method}` | {options} | {100 * row['storage']:.2f} % | {_with_interval(row['loss_kept'])} "
             f"| {row['worst_task']} {_with_interval(row['worst'])} | {mean[0]:.3f} "
-            f"| {_with_interval((apart[0], *interval(apart)), '+.3f')} |"
+            f"| {_stated(apart, '+.3f')} |"
         )
         ahead += [f"{cell.method} with {options}"] if interval(apart)[1] < 0 else []
     lines += ["", f"Above the curve of coded adapters by more than the paired interval: {'; '.join(ahead) or 'none'}."]
     return replaced(text, "peers", "end peers", "\n".join(lines))
-
-
-def _stated(values: Vector, form: str = ".3f") -> str:
-    return _with_interval((values[0], *interval(values)), form)
 
 
 @cache
@@ -236,11 +236,8 @@ def _clear() -> dict[str, bool]:
 def _s() -> dict[str, Vector]:
     """A label of the suite `scores` → S: the mean over its tasks of score / own score."""
     measured = _samples("scores")
-    own = measured["own"][2].scores if measured else {}
-    return {
-        label: _mean({task: sample.scores[task] / np.maximum(own[task], LEAST_SCORE) for task in own}, own)
-        for label, (_, _, sample) in measured.items()
-    }
+    found = {label: normalised_score(x.scores, measured["own"][2].scores) for label, (_, _, x) in measured.items()}
+    return {label: s for label, s in found.items() if s is not None}
 
 
 def scores(text: str) -> str:

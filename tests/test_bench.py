@@ -645,6 +645,8 @@ examples_per_task = 2
     assert len(taken["tasks"]["a-de"]["nll"]) == 1 < len(searched["tasks"]["a-de"]["nll"])
     ((_, anew),) = run(replace(second, model_dtype="bf16"), adapters, tasks, backend, second.folder)  # another model
     assert "search" in anew["provenance"]
+    ((_, own),) = run(replace(first, limit=1), adapters, tasks, backend, first.folder)  # would lose its own search
+    assert "search" in own["provenance"]
 
 
 def test_every_kind_of_cell_of_the_papers_runs_and_what_is_left_is_listed(world: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ..result_store import ResultStore
 from ..tasks.folders import Task
 from .assignment import Inputs, assign, bytes_of
 from .results import EXAMPLES, document, path_of, read_results, write_result
-from .suite import Cell, Suite
+from .suite import BLOCKS_OF, Cell, Suite
 
 MEASURED, CLAIMS = "measured", "claims"
 Watch = Callable[[Cell, Sequence[Any]], Iterable[Any]]
@@ -57,8 +58,8 @@ def run(
                 if not free or cell.id in done:
                     continue
                 started = time.monotonic()
-                assigned = read_results(suite, folder, any_of=EXAMPLES)
-                inputs = Inputs(adapters, tasks, backend, folder, partial(watch, cell), assigned)
+                earlier = _earlier(suite, done) if cell.how == "search" or cell.method == BLOCKS_OF else {}
+                inputs = Inputs(adapters, tasks, backend, folder, partial(watch, cell), earlier)
                 assignment = assign(cell, inputs)
                 options: dict[str, Any] = {"split": suite.split, "limit": suite.limit, "seed": suite.seed}
                 loss_only = "answers" not in cell.measure
@@ -73,6 +74,15 @@ def run(
                 write_result(result, path_of(cell, folder))
                 atomic.remove(folder / f"search-{cell.id}.jsonl")
                 yield cell, result
+
+
+def _earlier(suite: Suite, done: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the results whose blocks a cell may take: those done, and those of shared suites, whatever examples they
+    measured.
+    """
+    alone = replace(suite, shared=())
+    shared = [read_results(alone, each, any_of=EXAMPLES) for each in suite.shared]
+    return {cell: result for results in (*shared, done) for cell, result in results.items()}
 
 
 def _files(folder: Path) -> list[Path]:
