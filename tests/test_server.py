@@ -367,9 +367,9 @@ def test_without_a_key_no_other_name_is_answered(standing: Served) -> None:
 
 
 def raw(made: Served, body: dict[str, Any], *, size: int | None = None, buffer: int | None = None) -> socket.socket:
-    """A connection on which a request was sent, by hand."""
+    """A connection on which a request was sent, by hand; closed with the server at the latest."""
     host, port = made.url.removeprefix("http://").split(":")
-    connection = socket.socket()
+    connection = made.clients.enter_context(socket.socket())
     if buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     connection.connect((host, int(port)))
@@ -503,7 +503,7 @@ def test_a_request_whose_adapter_is_deleted_while_it_waits_is_answered_by_the_ne
     shelf.commit(plan_update(shelf.snapshot(), "talk", adapter(20)))  # one that no other test has left in the pool
     with serving(shelf.path, model, rows=1) as made:
         gate = made.held(monkeypatch)
-        first = raw(made, LONG | {"max_tokens": 300})
+        raw(made, LONG | {"max_tokens": 300})
         until(lambda: made.scheduler.running == 1)
         second = raw(made, {"model": "talk", "messages": USER})
         until(lambda: made.scheduler.waiting == 1)
@@ -515,8 +515,6 @@ def test_a_request_whose_adapter_is_deleted_while_it_waits_is_answered_by_the_ne
             received += second.recv(9000)
         found = json.loads(received[received.index(b"\r\n\r\n") :])
         assert found["choices"][0]["message"]["content"] == answer(model, shelf.snapshot(), "talk", TEXT)
-        first.close()
-        second.close()
 
 
 def test_a_locked_shelf_is_served(tmp_path: Path, model: HFBackend) -> None:

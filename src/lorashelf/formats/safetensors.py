@@ -186,13 +186,13 @@ def _held(owner: TensorFile, path: Path) -> int:
     except OSError:
         _HELD.release()
         raise
-    weakref.finalize(owner, _let_go, handle)
+    weakref.finalize(owner, _let_go, handle, _HELD)
     return handle
 
 
-def _let_go(handle: int) -> None:
+def _let_go(handle: int, places: threading.Semaphore) -> None:
     os.close(handle)
-    _HELD.release()
+    places.release()
 
 
 def _settled(handle: int) -> os.stat_result:
