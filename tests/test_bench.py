@@ -462,6 +462,16 @@ def test_gains_of_codes_are_fitted_to_training_examples_and_resumed(
         scaled = {p: Factors(f.a, f.b, f.scale * gains[task][p]) for p, f in wanted.modules.items()}
         assert norm(combine([served, wanted.with_factors(scaled)], [1, -1])) < 0.1 * norm(served)
     assert found.bytes("f16") <= 0.9 * sum(2 * x.parameters for x in adapters.values())
+    some = sorted(adapters)[:2]
+    (tmp_path / "b").mkdir()
+    assign(fitted, replace(inputs, folder=tmp_path / "b", watch=iter, split="test", measured_tasks=some))
+    (other,) = (tmp_path / "b").glob("gains-*.jsonl")
+    units = {line["unit"]["task"]: line["unit"] for line in map(json.loads, other.read_text().splitlines())}
+    first = {line["unit"]["task"]: line["unit"] for line in map(json.loads, journal.read_text().splitlines())}
+    assert sorted(units) == some
+    for task, unit in units.items():
+        assert unit["check"] == backend.fitting(tasks[task].examples("validation"))[0].drawn(2, 0).digest
+        assert unit["check"] != first[task]["check"]
 
 
 def test_a_codes_bytes_stand_beside_its_losses(measured: tuple[Suite, Path]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,6 +65,10 @@ class Inputs:
     watch: Callable[[Sequence[int]], Iterable[int]] = iter
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The results measured so far, by the cell's id: a search may be the beginning of a longer one."""
+    split: str = "validation"
+    """The split that is measured."""
+    measured_tasks: Collection[str] | None = None
+    """The tasks that are measured; None: all."""
 
 
 def bytes_of(adapters: Iterable[Adapter], dtype: str) -> int:
@@ -113,12 +117,15 @@ def _coded(cell: Cell, inputs: Inputs) -> Assignment:
 
 
 def _gains(cell: Cell, inputs: Inputs, coded: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
-    """Fit the gains of the codes to `fit` examples of each train split, the step chosen by as many of the test split;
-    those fitted so far are in the folder.
+    """Fit the gains of the measured tasks' codes to `fit` examples of each train split, the step chosen by as many of
+    the split that is not measured, validation or test; those fitted so far are in the folder.
     """
     backend = capable(inputs.backend, GainGradients)
+    if inputs.measured_tasks is not None:
+        coded = {task: x for task, x in coded.items() if task in inputs.measured_tasks}
+    check = "test" if inputs.split == "validation" else "validation"
     sets, checks = (
-        drawn(inputs.tasks, coded, backend.fitting, split, cell.options["fit"], 0)[0] for split in ("train", "test")
+        drawn(inputs.tasks, coded, backend.fitting, split, cell.options["fit"], 0)[0] for split in ("train", check)
     )
     kept = ResultStore(inputs.folder / f"gains-{cell.id}.jsonl")
     found, tasks = {}, sorted(coded)

@@ -59,11 +59,11 @@ def run(
                     continue
                 started = time.monotonic()
                 earlier = _earlier(suite, done) if cell.how == "search" or cell.method == BLOCKS_OF else {}
-                inputs = Inputs(adapters, tasks, backend, folder, partial(watch, cell), earlier)
+                chosen = suite.measured_tasks or tuple(adapters)
+                inputs = Inputs(adapters, tasks, backend, folder, partial(watch, cell), earlier, suite.split, chosen)
                 assignment = assign(cell, inputs)
                 options: dict[str, Any] = {"split": suite.split, "limit": suite.limit, "seed": suite.seed}
                 loss_only = "answers" not in cell.measure
-                chosen = suite.measured_tasks or assignment.serving
                 serving = {task: x for task, x in assignment.serving.items() if task in chosen}
                 ready = prepare(backend, serving, tasks, **options, loss_only=loss_only)
                 beside = [path for each in (folder, *suite.shared) for path in _files(each / MEASURED)]
