@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,8 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from lorashelf import Adapter, BaseId, Factors, Modules, read_adapter, write_adapter
 from lorashelf.errors import ModelError, OutOfMemory, ShapeMismatch, UsageError
-from lorashelf.models import base_model, hooks
+from lorashelf.models import base_model, decoding, hooks
 from lorashelf.models.base_model import open_base
+from lorashelf.models.decoding import next_logits
 from lorashelf.models.effects import EffectSums
 from lorashelf.models.hf import HFBackend
 from lorashelf.models.hooks import AdapterPool
@@ -595,6 +597,31 @@ def test_answers_are_those_of_peft_one_by_one(bases: dict[str, HFBackend], archi
             pad_token_id=backend.text.pad,
         )
         assert answer == backend.text.decoded(written[0, ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_that_have_ended_leave_the_batch_and_the_others_answer_as_alone(
+    bases: dict[str, HFBackend], architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, rows = bases[architecture], []
+    queries = [base.text.encoded(text) for text in ("a", "a longer one " * 7, "bb", "another")]  # one beyond the window
+
+    def counted(model: Any, read: torch.Tensor, *rest: Any) -> Any:
+        rows.append(len(read))
+        return next_logits(model, read, *rest)
+
+    monkeypatch.setattr(decoding, "next_logits", counted)
+
+    def written(some: list[list[int]]) -> list[list[int]]:
+        steps = decoding.greedy(
+            base.base.model, some, 30, lambda row: len(row) > row[0] % 7, base.text.pad, nullcontext
+        )
+        return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+
+    together = written(queries)
+    assert rows == [sum(len(row) > step for row in together) for step in range(max(map(len, together)))]
+    assert min(map(len, together)) < max(map(len, together))
+    assert together == [written([query])[0] for query in queries]
 
 
 # the real model ------------------------------------------------------------------------------------------------------

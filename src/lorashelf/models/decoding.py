@@ -43,22 +43,31 @@ def greedy(
 ) -> Iterator[list[int | None]]:
     """Yield the likeliest next token of every query, at most `count` times; None where an answer has ended.
 
-    `ended` takes the tokens generated for a query and returns whether the last one ends the answer. Every forward pass
-    runs inside a block of `step`, which is left before the tokens are yielded.
+    `ended` takes the tokens generated for a query and returns whether the last one ends the answer. Ended rows leave
+    the batch if the model's cache can drop them. Every forward pass runs inside a block of `step`, which is left before
+    the tokens are yielded.
     """
     torch, _ = libraries()
     read, mask = padded(queries, pad, model.device, left=True)
     rows: list[list[int]] = [[] for _ in queries]
-    unended, everyone, cache = set(range(len(queries))), list(range(len(queries))), None
+    computed, cache = list(range(len(queries))), None
+    unended = set(computed)
     for _ in range(count):
         logits, cache = next_logits(model, read, mask, cache, step)
         likeliest = logits.argmax(-1)
-        tokens = likeliest.tolist()
-        for i in unended:
-            rows[i].append(tokens[i])
-        yield [tokens[i] if i in unended else None for i in everyone]
+        found: list[int | None] = [None] * len(queries)
+        for i, token in zip(computed, likeliest.tolist(), strict=True):
+            if i in unended:
+                found[i] = token
+                rows[i].append(token)
+        yield found
         unended = {i for i in unended if not ended(rows[i])}
         if not unended:
             return
         read = likeliest[:, None]
         mask = torch.cat([mask, torch.ones_like(read)], dim=1)
+        if len(unended) < len(computed) and hasattr(cache, "reorder_cache"):
+            stay = [place for place, i in enumerate(computed) if i in unended]
+            chosen = torch.tensor(stay, device=model.device)
+            read, mask, computed = read[chosen], mask[chosen], [computed[place] for place in stay]
+            cache.reorder_cache(chosen)
