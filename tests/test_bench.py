@@ -858,6 +858,18 @@ def test_the_rates_of_a_code_are_one_line_with_the_worst_task_below_the_mean(mea
         assert low[0] <= mean[0]
 
 
+def test_against_an_option_single_points_are_left_out_beside_longer_lines(measured: tuple[Suite, Path]) -> None:
+    suite, folder = measured
+    results = read_results(suite, folder)
+    (cell,) = (cell for cell in suite.cells if cell.method == "kmerge")
+    more = replace(cell, options={**cell.options, "slots": 3})
+    longer, other = replace(suite, cells=(*suite.cells, more)), {**results, more.id: results[cell.id]}
+    alone, beside = (points_of(s, r, page.rows(s, r), "slots", "loss") for s, r in ((suite, results), (longer, other)))
+    assert len(alone) > 1
+    assert {len(points) for points in alone.values()} == {1}
+    assert {label: [place for place, _ in points] for label, points in beside.items()} == {"kmerge linear": [2, 3]}
+
+
 def test_what_cannot_be_drawn_is_refused(
     measured: tuple[Suite, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SIZES = ("slots", "percent", "rank", "bits", "ratio", "k")
-"""Options that distinguish the points of a line."""
+"""Options that distinguish the points of a line against storage."""
 _DARK = "#0d1117"  # the background of GitHub's dark pages
 _MARKS = "os^Dvp*Xh<>"
 _DASHES = ("-", "--", "-.", (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
@@ -38,8 +38,8 @@ def drawn(
 ) -> bytes:
     """Draw y against x, one line per method and merge, as a png, svg or pdf file, the same bytes every time.
 
-    `x` is storage or a numeric option; `y` is loss, loss_kept, score or S. Raises UsageError if there is nothing
-    to draw, MissingExtra (`report`).
+    `x` is storage or a numeric option; against an option, single points are left out where there are longer lines. `y`
+    is loss, loss_kept, score or S. Raises UsageError if there is nothing to draw, MissingExtra (`report`).
     """
     found = rows(suite, results)
     lines = _lines(suite, results, found, x, y)
@@ -88,14 +88,18 @@ def _draw(axes: Axes, label: str, points: Points, worst: Points | None, number: 
 def _lines(
     suite: Suite, results: Mapping[str, dict[str, Any]], stated: Sequence[Mapping[str, Any]], x: str, y: str
 ) -> dict[str, Points]:
-    """Return label → points (x, (value, low, high)); the bare base, which stores nothing, is left out of storage."""
+    """Return label → points (x, (value, low, high)), and of options only the longer lines, if there are any; the bare
+    base, which stores nothing, is left out of storage.
+    """
     cells = groups(suite, results)
     found: dict[str, Points] = {}
     for row in stated:
         cell = cells[row["method"], row["merge"], row["options"]][0]
         place = 100 * row["storage"] or None if x == "storage" else cell.options.get(x)
         if isinstance(place, int | float) and not isinstance(place, bool) and row[y] is not None:
-            named = [row["method"], row["merge"], *cell.particulars((*apart(cell), x, *_SIZES))]
+            along = _SIZES if x == "storage" else (x,)
+            named = [row["method"], row["merge"], *cell.particulars((*apart(cell), *along))]
             label = " ".join(filter(None, named))
             found.setdefault(label, []).append((place, row[y]))
-    return found
+    longer = {label: points for label, points in found.items() if len(points) > 1}
+    return longer if longer and x != "storage" else found
