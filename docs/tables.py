@@ -107,23 +107,32 @@ def _shares() -> dict[str | float, dict[str, Vector]]:
     return {key: shares_kept(each, losses["own"], losses["base"]) for key, each in losses.items()}
 
 
+SEARCHED = "guided, each under its merge"
+
+
 def merges(text: str) -> str:
     """docs/results.md with its tables of merge methods on the same blocks, each against `linear` and `ties`."""
     suite, found = _results("merges")
     samples = {cell.method: sampled([found[cell.id]]).losses for cell in suite.cells if cell.method in ("own", "base")}
-    titles, kept = {"type": "the five types"}, dict[str, dict[str, Vector]]()
+    titles = {"type": "the five types", SEARCHED: "guided D2C under the merge itself"}
+    kept: dict[str, dict[str, Vector]] = {}
     for cell in suite.cells:
         if cell.id not in found or cell.method in samples:
             continue
+        more = "restore_norm" if cell.options.get("restore_norm") else ""
+        name = f"`{cell.options['merge']}` {more}".strip()
+        shares = shares_kept(sampled([found[cell.id]]).losses, samples["own"], samples["base"])
+        on = [cell.options.get("result") or ("type" if cell.method == "type" else f"{cell.method}-{cell.id}")]
         if cell.how == "search":
             guided = cell.options["propose"] == "guided"
-            titles[f"{cell.method}-{cell.id}"] = "guided D2C" if guided else "D2C"
-        blocks = cell.options.get("result") or ("type" if cell.method == "type" else f"{cell.method}-{cell.id}")
-        more = "restore_norm" if cell.options.get("restore_norm") else ""
-        shares = shares_kept(sampled([found[cell.id]]).losses, samples["own"], samples["base"])
-        kept.setdefault(blocks, {})[f"`{cell.options['merge']}` {more}".strip()] = 100 * _mean(shares, shares)
+            titles[on[0]] = "guided D2C under `linear`" if guided else "D2C under `linear`"
+            on = [*(on if cell.options["merge"] == "linear" else []), *([SEARCHED] if guided else [])]
+        for blocks in on:
+            kept.setdefault(blocks, {})[name] = 100 * _mean(shares, shares)
     lines = []
     for blocks, by_merge in kept.items():
+        if len(by_merge) == 1:
+            continue
         lines += [f"| blocks of {titles[blocks]}: merge | loss kept % | − `linear` | − `ties` |", "|---|---|---|---|"]
         for name, share in sorted(by_merge.items(), key=lambda item: -item[1][0]):
             others = (("–" if other == name else by_merge.get(other)) for other in ("`linear`", "`ties`"))
