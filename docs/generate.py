@@ -141,6 +141,7 @@ PARTS = {
         tables.scores,
         tables.longer,
         tables.peers,
+        tables.bases,
         tables.published,
         tables.guide,
     ],

@@ -65,6 +65,8 @@ SUITES = (
     "kmerge_scores",
     "merges",
     "next",
+    "gemma",
+    "gemma_smollm2",
 )
 
 
@@ -307,6 +309,26 @@ def longer(text: str) -> str:
         cells += [_stated(_mean(kept, kept)), f"{worst} {_stated(kept[worst])}"]
         lines.append(f"| {' | '.join(cells)} |")
     return replaced(text, "longer", "end longer", "\n".join(lines))
+
+
+def bases(text: str) -> str:
+    """docs/results.md with what the same cells keep on two bases, in the order of the first."""
+    first, second = _measured("gemma"), _measured("gemma_smollm2")
+    both = [key for key in first if key in second and "base" not in key]
+    if not both:
+        return replaced(text, "bases", "end bases", "Nothing has been measured yet.")
+    lines = [
+        "| method | merge | options | bytes | Gemma-3-270M: loss kept % | worst task "
+        "| SmolLM2-135M: loss kept % | worst task |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key in sorted(both, key=lambda key: -first[key]["loss_kept"][0]):
+        cells = [*(name or "–" for name in key), f"{100 * first[key]['storage']:.3g} %"]
+        for row in (first[key], second[key]):
+            worst = f"{row['worst_task']} {_with_interval(tuple(100 * x for x in row['worst']), '.1f')}"
+            cells += [_with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f"), worst]
+        lines.append(f"| {' | '.join(cells)} |")
+    return replaced(text, "bases", "end bases", "\n".join(lines))
 
 
 def _own_bytes() -> int:
