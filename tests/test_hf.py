@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorashelf import Adapter, BaseId, Factors, Modules, read_adapter, write_adapter
 from lorashelf.errors import ModelError, OutOfMemory, ShapeMismatch, UsageError
@@ -622,6 +622,16 @@ def test_rows_that_have_ended_leave_the_batch_and_the_others_answer_as_alone(
     assert rows == [sum(len(row) > step for row in together) for step in range(max(map(len, together)))]
     assert min(map(len, together)) < max(map(len, together))
     assert together == [written([query])[0] for query in queries]
+
+
+def test_a_cache_of_the_models_own_keeps_its_rows() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kinds = {"num_key_value_heads": 1, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("minimax", vocab_size=50, **sizes, **kinds)).eval()
+    queries = [[4, 5], [6], [7, 8, 9]]
+    steps = list(decoding.greedy(model, queries, 9, lambda row: len(row) > row[0] % 7, 0, nullcontext))
+    assert 0 < steps[-1].count(None) < 3  # after some have ended, others went on
 
 
 # the real model ------------------------------------------------------------------------------------------------------

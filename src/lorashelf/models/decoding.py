@@ -44,10 +44,10 @@ def greedy(
     """Yield the likeliest next token of every query, at most `count` times; None where an answer has ended.
 
     `ended` takes the tokens generated for a query and returns whether the last one ends the answer. Ended rows leave
-    the batch if the model's cache can drop them. Every forward pass runs inside a block of `step`, which is left before
-    the tokens are yielded.
+    the batch if the cache is transformers' own: those of some models cannot drop them. Every forward pass runs inside a
+    block of `step`, which is left before the tokens are yielded.
     """
-    torch, _ = libraries()
+    torch, transformers = libraries()
     read, mask = padded(queries, pad, model.device, left=True)
     rows: list[list[int]] = [[] for _ in queries]
     computed, cache = list(range(len(queries))), None
@@ -66,7 +66,7 @@ def greedy(
             return
         read = likeliest[:, None]
         mask = torch.cat([mask, torch.ones_like(read)], dim=1)
-        if len(unended) < len(computed) and hasattr(cache, "reorder_cache"):
+        if len(unended) < len(computed) and type(cache) is transformers.DynamicCache:
             stay = [place for place, i in enumerate(computed) if i in unended]
             chosen = torch.tensor(stay, device=model.device)
             read, mask, computed = read[chosen], mask[chosen], [computed[place] for place in stay]
