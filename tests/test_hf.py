@@ -634,6 +634,16 @@ def test_a_cache_of_the_models_own_keeps_its_rows() -> None:
     assert 0 < steps[-1].count(None) < 3  # after some have ended, others went on
 
 
+def test_a_base_without_keys_and_values_measures_losses_and_cannot_answer(tmp_path: Path) -> None:
+    folder = tiny_base(tmp_path / "base")
+    config = AutoConfig.for_model("mamba", vocab_size=261, hidden_size=16, state_size=4, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    backend = HFBackend.open(str(folder), device="cpu", dtype="f32")
+    assert all(math.isfinite(loss.nll) for loss in backend.nll([(None, SET)])[0])
+    with pytest.raises(ModelError, match="no keys and values"):
+        backend.answers(None, "Mend:", ["a"], max_new_tokens=3)
+
+
 # the real model ------------------------------------------------------------------------------------------------------
 
 

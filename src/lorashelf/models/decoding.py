@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ModelError
 from .batching import padded
 from .hooks import head_at
 from .loading import libraries
@@ -22,7 +23,7 @@ def next_logits(model: Any, read: torch.Tensor, mask: torch.Tensor, cache: Any, 
     """Return (rows, vocabulary) logits after the last column of `read`, and the cache with `read` added.
 
     `mask` covers what is in the cache, too; rows are padded on the left. The forward pass runs inside a block of
-    `step`.
+    `step`. Raises ModelError for a model that returns no keys and values.
     """
     torch, _ = libraries()
     rows = len(read)
@@ -30,6 +31,9 @@ def next_logits(model: Any, read: torch.Tensor, mask: torch.Tensor, cache: Any, 
     places = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -read.shape[1] :]} if placed else {}
     with step(), torch.inference_mode(), head_at(model, list(range(rows)), [-1] * rows):
         seen = model(input_ids=read, attention_mask=mask, past_key_values=cache, use_cache=True, **places)
+    if "past_key_values" not in seen:
+        what = "the base returns no keys and values, so its answers cannot be continued token by token"
+        raise ModelError(what, where=model.name_or_path, cure="measure losses only, or choose a base with attention")
     return seen.logits[0], seen.past_key_values
 
 
