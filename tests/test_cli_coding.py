@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from command import Command
 from factory import make_adapter, tree, write_peft
-from lorashelf import norm, read_adapter
+from lorashelf import BaseId, Factors, Shelf, norm, read_adapter
+from lorashelf.formats.codecs import CODECS
+from lorashelf.formats.coded.decoder import decode, inspect
+from lorashelf.formats.coded.encoder import Encoder
+from lorashelf.formats.coded.files import encode_within, read_coded, read_levels, write_coded
 from lorashelf.lora.algebra import combine
+from lorashelf.lora.quality import quality
 
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 
@@ -117,3 +125,96 @@ def test_people_get_a_table(tmp_path: Path, run: Command) -> None:
     code, text = run("compress", ZOO / "gec-de", "-o", tmp_path / "a.lsc", "--quality", 0.9, as_json=False)
     assert code == 0
     assert "predicted quality" in text
+
+
+# a coded file as an adapter -------------------------------------------------------------------------------------------
+
+
+def stored(shelf: Path) -> list[bytes]:
+    return sorted(path.read_bytes() for path in (shelf / "objects").iterdir())
+
+
+def test_a_coded_file_is_stored_as_it_is(coded: Path, tmp_path: Path, run: Command) -> None:
+    shelf = tmp_path / "a.shelf"
+    written = run("extract", coded, "-o", tmp_path / "back")[1]
+    assert run("init", shelf, "--bytes", "1MB")[0] == 0
+    code, document = run("add", shelf, coded)
+    assert code == 0
+    assert [added["task"] for added in document["added"]] == ["a"]
+    assert stored(shelf) == sorted(read_levels(coded))
+    (slot,) = run("ls", shelf)[1]["slots"]
+    assert (slot["percent"], slot["predicted_quality"]) == pytest.approx(
+        (written["percent"], written["predicted_quality"])
+    )
+    assert Shelf(shelf).snapshot().adapter("a").digest == read_coded(coded).digest
+    assert run("verify", shelf)[0] == 0
+
+
+def test_fitted_gains_reach_the_shelf(tmp_path: Path, run: Command) -> None:
+    x = read_adapter(ZOO / "gec-de")
+    gains = dict.fromkeys(list(x.modules)[::2], 1.3)
+    write_coded(encode_within(Encoder(x, gains), 100_000), tmp_path / "gec-de.lsc")
+    assert run("init", tmp_path / "a.shelf", "--bytes", "1MB")[0] == 0
+    assert run("add", tmp_path / "a.shelf", tmp_path / "gec-de.lsc")[0] == 0
+    served = Shelf(tmp_path / "a.shelf").snapshot().adapter("gec-de")
+    plain = decode(encode_within(Encoder(x), 100_000))
+    for number, path in enumerate(list(x.modules)[:4]):
+        factor = inner(served.modules[path], plain.modules[path]) / inner(plain.modules[path], plain.modules[path])
+        assert factor == pytest.approx(1 if number % 2 else 1.3, rel=0.02)
+
+
+def inner(x: Factors, y: Factors) -> float:
+    return float(np.sum(x.delta() * y.delta()))
+
+
+def test_a_coded_file_of_more_quality_than_asked_gives_its_first_levels(coded: Path) -> None:
+    levels = read_levels(coded)
+    qualities = [level.quality for level in inspect(levels)[2]]
+    for count, wanted in enumerate(qualities, 1):
+        found, error = CODECS["coded"].round_trip(decode(levels), wanted)
+        assert CODECS["coded"].encode(found).levels == tuple(levels[:count])
+        assert quality(1 - error**2) == pytest.approx(wanted)
+    found, _ = CODECS["coded"].round_trip(decode(levels), 0.9999)
+    assert CODECS["coded"].encode(found).levels == tuple(levels)
+
+
+@pytest.mark.parametrize("change", [{"base": BaseId("other")}, {"dtype": "f32"}, {"config": {}}])
+def test_what_the_levels_do_not_state_is_coded_anew(coded: Path, change: dict[str, Any]) -> None:
+    given = replace(decode(read_levels(coded)), **change)
+    found, _ = CODECS["coded"].round_trip(given, 0.9)
+    assert {name: getattr(found, name) for name in change} == change
+    assert not set(CODECS["coded"].encode(found).levels) & set(read_levels(coded))
+
+
+def test_a_coded_file_is_an_adapter_like_any_other(coded: Path, tmp_path: Path, run: Command) -> None:
+    shelf = tmp_path / "a.shelf"
+    assert run("init", shelf, "--slots", "3")[0] == 0
+    (tmp_path / "README").write_text("nothing to add")
+    code, document = run("add", shelf, coded, f"other={ZOO / 'qa-en'}", tmp_path / "README")
+    assert code == 0
+    assert [added["task"] for added in document["added"]] == ["a", "other"]
+    off = norm(combine([Shelf(shelf).snapshot().adapter("a"), read_coded(coded)], [1, -1]))
+    assert off < 1e-3 * norm(read_coded(coded))  # rounded to f16
+    assert run("update", shelf, "other", coded)[0] == 0
+    assert run("show", coded)[1]["parameters"] == read_coded(coded).parameters
+    code, document = run("compress", coded, "-o", tmp_path / "b.lsc", "--percent", 1)
+    assert code == 2
+    assert "a coded file already" in document["error"]["message"]
+    coded.rename(tmp_path / "named")  # without the suffix, the first bytes tell
+    assert run("show", tmp_path / "named")[0] == 0
+
+
+def test_a_damaged_coded_file_is_named_and_nothing_is_added(coded: Path, tmp_path: Path, run: Command) -> None:
+    shelf, content = tmp_path / "a.shelf", coded.read_bytes()
+    assert run("init", shelf, "--bytes", "1MB")[0] == 0
+    before = tree(shelf)
+    (tmp_path / "cut.lsc").write_bytes(content[:-100])
+    (tmp_path / "text.lsc").write_text("no level")
+    (tmp_path / "empty.lsc").write_bytes(b"")
+    code, document = run("add", shelf, coded, *(tmp_path / f"{name}.lsc" for name in ("cut", "text", "empty")))
+    assert code == 3
+    faults = document["error"]["faults"]
+    assert [fault.partition(":")[0] for fault in faults] == ["cut", "text", "empty"]
+    assert "truncated" in faults[0]
+    assert "this is not a level" in faults[1]
+    assert tree(shelf) == before

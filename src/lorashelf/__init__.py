@@ -16,6 +16,7 @@ if typing.TYPE_CHECKING:
     from .evaluation.measure import evaluate
     from .export.driver import export_shelf
     from .export.formats import FORMATS
+    from .formats.coded.files import read_coded
     from .formats.peft import read_adapter, write_adapter
     from .lora.adapter import Adapter, BaseId, Factors, Modules
     from .lora.algebra import combine, compress, gram, inner, norm
@@ -46,6 +47,7 @@ _NAMES = {  # module → the names imported from it on first use
     "evaluation.measure": ("evaluate",),
     "export.driver": ("export_shelf",),
     "export.formats": ("FORMATS",),
+    "formats.coded.files": ("read_coded",),
     "formats.peft": ("read_adapter", "write_adapter"),
     "lora.adapter": ("Adapter", "BaseId", "Factors", "Modules"),
     "lora.algebra": ("combine", "compress", "gram", "inner", "norm"),
@@ -122,6 +124,7 @@ __all__ = [
     "plan_update",
     "policy",
     "read_adapter",
+    "read_coded",
     "read_tasks",
     "route",
     "routes",

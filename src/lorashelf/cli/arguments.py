@@ -27,13 +27,16 @@ ShelfPath = Annotated[Path, typer.Argument(help="The shelf's folder.", metavar="
 Adapters = Annotated[
     list[str],
     typer.Argument(
-        help="PEFT folders, or hub ids in the local cache; NAME=ADAPTER gives the task's name.",
+        help="PEFT folders, hub ids in the local cache, or files of `compress`; NAME=ADAPTER gives the task's name.",
         metavar="ADAPTER...",
         show_default=False,
     ),
 ]
 OneAdapter = Annotated[
-    str, typer.Argument(help="A PEFT folder, or a hub id in the cache.", metavar="ADAPTER", show_default=False)
+    str,
+    typer.Argument(
+        help="A PEFT folder, a hub id in the cache, or a file of `compress`.", metavar="ADAPTER", show_default=False
+    ),
 ]
 Originals = Annotated[
     list[str] | None,
@@ -154,31 +157,48 @@ def named(text: str) -> tuple[str | None, str]:
 
 
 def name_of(text: str, default: str | None = None) -> str:
-    """Return the task name of an ADAPTER argument: NAME, else `default`, else the folder's (a link's own), else the
-    last part of the hub id, without its revision.
+    """Return the task name of an ADAPTER argument: NAME, else `default`, else the folder's (a link's own) or the coded
+    file's without its suffix, else the last part of the hub id, without its revision.
     """
     name, rest = named(text)
     place = rest if os.path.lexists(expanded(rest)) else rest.partition("@")[0]
     own = os.path.basename(os.path.abspath(expanded(place)))
+    if _coded(rest):
+        own = os.path.splitext(own)[0]
     return next(each for each in (name, default, own) if each is not None)
 
 
 def read_one(text: str) -> Adapter:
     """Read the adapter of an ADAPTER argument."""
-    return read_adapter(named(text)[1])
+    place = named(text)[1]
+    if _coded(place):
+        from ..formats.coded.files import read_coded
+
+        return read_coded(place)
+    return read_adapter(place)
+
+
+def _coded(place: str) -> bool:
+    """Return whether a place is a file of `compress`."""
+    path = expanded(place)
+    if not path.is_file():
+        return False
+    from ..formats.coded.files import is_coded
+
+    return is_coded(path)
 
 
 def read_each(texts: Sequence[str], task: str | None = None) -> list[tuple[str, Adapter]]:
-    """Read the task name and adapter of every ADAPTER argument; plain files among folders (a README in adapters/*) are
+    """Read the task name and adapter of every ADAPTER argument; other files among adapters (a README in adapters/*) are
     ignored with a notice. Raises AdapterFormatError with the faults of all.
     """
-    folders = [text for text in texts if not expanded(text).is_file()]
-    for text in texts if folders else ():
-        if text not in folders:
-            note(f"{text}: ignored: a file, not an adapter's folder")
+    given = [text for text in texts if not expanded(text).is_file() or _coded(text)]
+    for text in texts if given else ():
+        if text not in given:
+            note(f"{text}: ignored: a file, not an adapter")
     found: list[tuple[str, Adapter]] = []
     faults: list[Fault] = []
-    for text in folders or texts:
+    for text in given or texts:
         name = name_of(text, task)
         try:
             found.append((name, read_one(text)))

@@ -20,6 +20,11 @@ WIDTHS: Mapping[str, int] = MappingProxyType({"f32": 4, "f16": 2, "bf16": 2})
 """Storage dtype → bytes per value."""
 
 
+def parameters(shapes: Mapping[str, Shape]) -> int:
+    """Return the number of values of modules of these shapes, Σ r (dout + din)."""
+    return sum(shape.rank * (shape.dout + shape.din) for shape in shapes.values())
+
+
 def in_16_bits(parameters: int) -> int:
     """Return the bytes of this many values in half precision, of which rates are percentages."""
     return WIDTHS["f16"] * parameters
@@ -136,6 +141,11 @@ class Modules(Mapping[str, Factors]):
         return {path: factors.shape for path, factors in self._factors.items()}
 
     @property
+    def original_shapes(self) -> Mapping[str, Shape]:
+        """Module path → the (dout, r, din) that was coded, of modules decoded from a code; else `shapes`."""
+        return self.shapes
+
+    @property
     def scales(self) -> Mapping[str, float]:
         """Module path → the factor s of ΔW = s B A."""
         return {path: factors.scale for path, factors in self._factors.items()}
@@ -199,7 +209,7 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """The number of values stored, Σ r (dout + din)."""
-        return sum(shape.rank * (shape.dout + shape.din) for shape in self.shapes.values())
+        return parameters(self.shapes)
 
     @cached_property
     def digest(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import AdapterFormatError, NotReversible
 from ..formats.codecs import CODECS
-from ..lora.adapter import Adapter, BaseId, Factors, wider
+from ..lora.adapter import Adapter, BaseId, Factors, parameters, wider
 from ..lora.algebra import compress, norm
 from ..lora.alignment import Renamed, aligned
 from ..lora.kernels import squared_norms
@@ -120,7 +120,9 @@ def source(task: str, kind: str, adapter: Adapter) -> Source:
         raise AdapterFormatError(
             [f"{task}: ‖ΔW‖ is {size:.1e}"], cure="no trained adapter has such a norm: train it again"
         )
-    return Source(task, kind, adapter.digest, 1.0, adapter.rank, adapter.parameters, adapter.dtype, size)
+    shapes = adapter.modules.original_shapes
+    rank = max(shape.rank for shape in shapes.values())
+    return Source(task, kind, adapter.digest, 1.0, rank, parameters(shapes), adapter.dtype, size)
 
 
 def alone(adapter: Adapter, record: Source, spec: MergeSpec) -> Average:

@@ -12,6 +12,7 @@ from ... import atomic
 from ...digest import digest
 from ...errors import AdapterFormatError, NotStorable
 from ...lora.adapter import Adapter
+from ...lora.quality import energy_for
 from ..codec import Codec, LevelRate
 from ..objects import Stored, StoredFile, length
 from ..safetensors import DAMAGED, Lost
@@ -95,10 +96,19 @@ class Coded(Codec):
         return decode(_of_levels(adapter).levels[:count])
 
     def round_trip(self, adapter: Adapter, quality: float) -> tuple[Adapter, float]:
-        """Code the adapter for a predicted quality and decode it. Raises UsageError if no level is that fine."""
-        from .decoder import decode
+        """Code the adapter for a predicted quality and decode it. Raises UsageError if no level is that fine.
+
+        An adapter decoded from levels keeps them: the fewest that have the quality, or all. The error is that of the
+        adapter they were coded from.
+        """
+        from .decoder import CodedModules, decode
         from .encoder import Encoder
         from .ladder import ladder
+
+        if isinstance(adapter.modules, CodedModules) and adapter.modules.of(adapter):
+            kept = [rate.kept for rate in adapter.modules.rates]
+            count = 1 + sum(share < energy_for(quality) for share in kept[:-1])
+            return self.coarser(adapter, count), math.sqrt(max(1.0 - kept[count - 1], 0.0))
 
         encoder = Encoder(adapter)
         decoded = decode(list(ladder(encoder, quality)))

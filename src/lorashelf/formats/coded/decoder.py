@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import AdapterFormatError
-from ...lora.adapter import Adapter, Factors, Modules, Shape
+from ...lora.adapter import Adapter, Factors, Modules, Shape, parameters
 from ...lora.quality import quality
 from ...lora.quantiser import RATIOS
 from ..codec import LevelRate
 from .body import MOST_GAIN, NONE, Additions, Coded, Direction, Head, Side, read_elements, read_lists
-from .description import Description, parameters
+from .description import Description
 from .elements import Chain, checked, values
 from .frame import bodies, reference
 from .stream import Scanner, StreamReader, malformed
@@ -148,10 +148,20 @@ class CodedModules(Modules):
         """The rate of each level."""
         return [LevelRate(level.bytes, level.kept) for level in self._outline.levels]
 
+    def of(self, adapter: Adapter) -> bool:
+        """Return whether the levels describe the adapter as it is: its base, dtype and fields."""
+        found = self._outline.description
+        return (found.base, found.dtype, found.config) == (adapter.base, adapter.dtype, adapter.config)
+
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """Module path → (dout, directions coded, din)."""
         return self._shapes
+
+    @property
+    def original_shapes(self) -> Mapping[str, Shape]:
+        """Module path → the shape that was coded."""
+        return self._outline.description.shapes
 
     @property
     def scales(self) -> Mapping[str, float]:

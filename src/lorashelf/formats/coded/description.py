@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -138,8 +137,3 @@ def _paths(template: str, numbers: str) -> Iterator[str]:
             raise malformed(f"more than {_MOST_MODULES} modules")
         for number in range(first, last + 1):
             yield template.replace("*", str(number), 1)
-
-
-def parameters(shapes: Mapping[str, Shape]) -> int:
-    """Return the number of values of the adapter that was coded, Σ r (dout + din)."""
-    return sum(math.prod((shape.rank, shape.dout + shape.din)) for shape in shapes.values())

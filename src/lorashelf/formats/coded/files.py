@@ -7,9 +7,13 @@ from pathlib import Path
 
 from ... import atomic
 from ...errors import AdapterFormatError, UsageError
+from ...lora.adapter import Adapter
 from . import LEVELS
+from .decoder import decode
 from .encoder import Encoder, add_together
-from .frame import divided
+from .frame import MAGIC, divided
+
+SUFFIX = ".lsc"
 
 
 def _ladder(encoders: Sequence[Encoder], size: int, levels: int) -> list[int]:
@@ -53,6 +57,25 @@ def write_coded(levels: Sequence[bytes], path: Path) -> None:
         atomic.write_file(staged / "levels", levels)
         atomic.publish(staged / "levels", path)
         atomic.remove(staged)
+
+
+def is_coded(path: Path) -> bool:
+    """Return whether a path is a file of levels: by its name, NAME.lsc, or by its first bytes."""
+    if not path.is_file() or path.suffix == SUFFIX:
+        return path.is_file()
+    try:
+        with open(atomic.open_file(path), "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def read_coded(path: str | Path) -> Adapter:
+    """Read the adapter in a file of `lorashelf compress`; values are decoded when they are used. A shelf that stores it
+    coded keeps its levels. Raises AdapterFormatError for a file that is unreadable, damaged or something else.
+    """
+    place = atomic.expanded(path)
+    return decode(read_levels(place), str(place))
 
 
 def read_levels(path: Path, count: int | None = None) -> list[bytes]:
