@@ -512,7 +512,8 @@ def guide(text: str) -> str:
             f"`tsv_m` {kept('type', 'tsv_m', RESTORED)}, `pico` {kept('type', 'pico')}, with `linear` "
             f"{kept('type', 'linear')}, with `ties` {kept('type', 'ties')}, but the worst task "
             f"{worst('type', 'tsv_m', RESTORED)} and {worst('type', 'pico')}; "
-            f"K-Merge++'s worst task {worst('kmerge++')}",
+            f"K-Merge++'s worst task {worst('kmerge++')}; on [Gemma-3-270M](#a-second-base-gemma-3-270m) neither leads "
+            "`linear`",
         ),
         (
             "one resident adapter",
