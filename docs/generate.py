@@ -35,7 +35,7 @@ CLI_HEAD = """# Command line
 
 Generated from the commands' own help by `docs/generate.py`. ADAPTER is a PEFT folder, a hub id in the local cache
 (owner/name or owner/name@revision), a file of `compress`, or NAME=one of these; a task's name is NAME, else `--task`,
-else the name of the folder, or of the file without its suffix.
+else the name of the folder, or of the file without `.lsc`.
 `--json` prints one JSON document on stdout; progress and notices go to stderr.
 
 Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or bad task name · 3 adapter refused ·

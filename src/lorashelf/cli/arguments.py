@@ -158,13 +158,13 @@ def named(text: str) -> tuple[str | None, str]:
 
 def name_of(text: str, default: str | None = None) -> str:
     """Return the task name of an ADAPTER argument: NAME, else `default`, else the folder's (a link's own) or the coded
-    file's without its suffix, else the last part of the hub id, without its revision.
+    file's without `.lsc`, else the last part of the hub id, without its revision.
     """
     name, rest = named(text)
     place = rest if os.path.lexists(expanded(rest)) else rest.partition("@")[0]
     own = os.path.basename(os.path.abspath(expanded(place)))
     if _coded(rest):
-        own = os.path.splitext(own)[0]
+        own = own.removesuffix(".lsc")
     return next(each for each in (name, default, own) if each is not None)
 
 
