@@ -140,6 +140,7 @@ def test_a_coded_file_is_stored_as_it_is(coded: Path, tmp_path: Path, run: Comma
     assert run("init", shelf, "--bytes", "1MB")[0] == 0
     code, document = run("add", shelf, coded)
     assert code == 0
+    assert "untrained" not in run.stderr  # modules of which nothing is coded are not
     assert [added["task"] for added in document["added"]] == ["a"]
     assert stored(shelf) == sorted(read_levels(coded))
     (slot,) = run("ls", shelf)[1]["slots"]

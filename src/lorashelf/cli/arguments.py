@@ -263,7 +263,7 @@ def note_untrained(adapters: Mapping[str, Adapter]) -> None:
         idle = sum(not squared for squared in squared_norms(adapter).values())
         if idle == len(adapter.modules):
             note(f"{name}: untrained (ΔW is 0 in every module): without effect, and left out of averages")
-        elif idle:
+        elif idle and not adapter.modules.coded:
             note(f"{name}: {idle} of {len(adapter.modules)} modules are untrained (ΔW is 0) and left out of averages")
 
 

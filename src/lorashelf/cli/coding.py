@@ -14,7 +14,7 @@ from ..atomic import check_output
 from ..documents.coded import CodeFile, CodeLevel, Fit
 from ..errors import UsageError, numbered
 from ..formats.coded import LEVELS
-from ..formats.coded.decoder import CodedModules, decode, inspect
+from ..formats.coded.decoder import decode, inspect
 from ..formats.coded.encoder import Encoder
 from ..formats.coded.files import encode_for, encode_within, read_levels, write_coded
 from ..formats.peft import write_adapter
@@ -91,7 +91,7 @@ def compress(
         raise UsageError(f"{', '.join(unread)}: only for a fit to examples", cure="give --examples, or omit these")
     check_output(output, "file")
     read = arg.read_one(adapter)
-    if isinstance(read.modules, CodedModules):
+    if read.modules.coded:
         cure = "give the adapter it was coded from; lorashelf extract --levels N takes its first levels"
         raise UsageError("this is a coded file already", where=adapter, cure=cure)
     arg.note_adapters({arg.name_of(adapter): read})

@@ -131,6 +131,8 @@ class Modules(Mapping[str, Factors]):
 
     squared_norms: Mapping[str, float] | None = None
     """Module path → ‖ΔW‖² once known: cached here by `kernels.squared_norms` and by a shelf that has stored it."""
+    coded = False
+    """Whether these are decoded from a code, which may leave out what a module has learnt."""
 
     def __init__(self, factors: Mapping[str, Factors]) -> None:
         self._factors = dict(sorted(factors.items()))

@@ -132,6 +132,8 @@ class Outline:
 class CodedModules(Modules):
     """Modules of levels: decoded on first access, each converted to float32 factors on access."""
 
+    coded = True
+
     def __init__(self, outline: Outline) -> None:
         self._outline = outline
         counts = {path: max(len(found), 1) for path, found in outline.coded.items()}
