@@ -13,6 +13,7 @@ import typer
 
 from ..atomic import expanded
 from ..errors import AdapterError, AdapterFormatError, Fault, TaskNameError, UsageError, numbered
+from ..formats.coded import SUFFIX
 from ..formats.objects import CONFIG_FILE
 from ..formats.peft import read_adapter
 from ..lora.adapter import Adapter
@@ -164,7 +165,7 @@ def name_of(text: str, default: str | None = None) -> str:
     place = rest if os.path.lexists(expanded(rest)) else rest.partition("@")[0]
     own = os.path.basename(os.path.abspath(expanded(place)))
     if _coded(rest):
-        own = own.removesuffix(".lsc")
+        own = own.removesuffix(SUFFIX)
     return next(each for each in (name, default, own) if each is not None)
 
 

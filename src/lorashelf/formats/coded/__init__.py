@@ -6,3 +6,5 @@ from the first n, `decoder.inspect` describes each level without decoding values
 
 LEVELS = 6
 """The largest number of levels of a file unless another one is asked for."""
+SUFFIX = ".lsc"
+"""What the names of files of levels end with."""

@@ -16,6 +16,7 @@ from ...lora.quality import energy_for
 from ..codec import Codec, LevelRate
 from ..objects import Stored, StoredFile, length
 from ..safetensors import DAMAGED, Lost
+from . import SUFFIX
 from .frame import reference
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Levels:
 
 
 def _name(level: bytes) -> str:
-    return f"{reference(level).hex()}.lsc"
+    return f"{reference(level).hex()}{SUFFIX}"
 
 
 def _content(path: Path) -> bytes | None:
@@ -106,8 +107,8 @@ class Coded(Codec):
         from .ladder import ladder
 
         if isinstance(adapter.modules, CodedModules) and adapter.modules.of(adapter):
-            kept = [rate.kept for rate in adapter.modules.rates]
-            count = 1 + sum(share < energy_for(quality) for share in kept[:-1])
+            kept, wanted = [rate.kept for rate in adapter.modules.rates], energy_for(quality)
+            count = 1 + sum(share < wanted for share in kept[:-1])
             return self.coarser(adapter, count), math.sqrt(max(1.0 - kept[count - 1], 0.0))
 
         encoder = Encoder(adapter)

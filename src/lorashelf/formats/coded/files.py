@@ -8,12 +8,10 @@ from pathlib import Path
 from ... import atomic
 from ...errors import AdapterFormatError, UsageError
 from ...lora.adapter import Adapter
-from . import LEVELS
+from . import LEVELS, SUFFIX
 from .decoder import decode
 from .encoder import Encoder, add_together
 from .frame import MAGIC, divided
-
-SUFFIX = ".lsc"
 
 
 def _ladder(encoders: Sequence[Encoder], size: int, levels: int) -> list[int]:
@@ -60,9 +58,9 @@ def write_coded(levels: Sequence[bytes], path: Path) -> None:
 
 
 def is_coded(path: Path) -> bool:
-    """Return whether a path is a file of levels: by its name, NAME.lsc, or by its first bytes."""
-    if not path.is_file() or path.suffix == SUFFIX:
-        return path.is_file()
+    """Return whether a file is one of levels: by its name, NAME.lsc, or by its first bytes."""
+    if path.suffix == SUFFIX:
+        return True
     try:
         with open(atomic.open_file(path), "rb") as file:
             return file.read(len(MAGIC)) == MAGIC
