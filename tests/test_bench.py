@@ -659,6 +659,22 @@ examples_per_task = 2
     assert "search" in own["provenance"]
 
 
+def test_a_cell_may_name_a_result_of_a_shared_suite_measured_under_other_conditions(world: Any, tmp_path: Path) -> None:
+    adapters, tasks, backend = world
+    first = written(tmp_path, 'format = 1\n[[cells]]\ncluster = "random"\nslots = 2\n')
+    ((drawn, result),) = run(first, adapters, tasks, backend, first.folder)
+    path = tmp_path / "second.toml"
+    name = path_of(drawn, first.folder).stem
+    text = f'shares = ["five"]\nlimit = 1\nmodel_dtype = "bf16"\n[[cells]]\ncluster = "blocks_of"\nresult = "{name}"\n'
+    path.write_text("format = 1\n" + text)
+    second = read_suite(path)
+    ((_, named),) = run(second, adapters, tasks, backend, second.folder)
+    assert named["provenance"] == {"blocks": result["provenance"]["blocks"]}
+    path_of(drawn, first.folder).write_text("[]")
+    with pytest.raises(UsageError, match="this is not a result"):
+        list(run(second, adapters, tasks, backend, tmp_path / "again"))
+
+
 def test_every_kind_of_cell_of_the_papers_runs_and_what_is_left_is_listed(world: Any, tmp_path: Path) -> None:
     adapters, tasks, backend = world
     text = """

@@ -181,11 +181,11 @@ def _clustered(cell: Cell, inputs: Inputs) -> list[list[str]]:
 
 
 def _blocks_of(name: str, inputs: Inputs) -> list[list[str]]:
-    """Return the blocks of a result METHOD-ID of the suite. Raises UsageError without it, or if it has other tasks."""
+    """Return the blocks of a result METHOD-ID. Raises UsageError without it, or if it has other tasks."""
     result = inputs.results.get(name.rpartition("-")[2])
     blocks: list[list[str]] = result["provenance"].get("blocks", []) if result else []
     if sorted(itertools.chain(*blocks)) != sorted(inputs.adapters):
-        what = f"{name} has blocks of other tasks" if blocks else f"the suite has no result {name} with blocks"
+        what = f"{name} has blocks of other tasks" if blocks else f"there is no result {name} with blocks"
         raise UsageError(what, cure="list its cell with a lower priority, or share a suite that has measured the cell")
     return blocks
 

@@ -6,10 +6,11 @@ of its score), so that means, ratios and paired intervals follow from committed 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -135,15 +136,35 @@ def read_results(suite: Suite, folder: Path, any_of: Sequence[str] = ()) -> dict
     for cell, path in ((cell, path_of(cell, each)) for cell in suite.cells for each in (folder, *suite.shared)):
         if cell.id in found or not path.exists():
             continue
-        try:
+        with _as_result(path):
             result = json.loads(atomic.read_file(path))
             sound = result["format"] == FORMAT and wanted(result["conditions"]) == wanted(conditions(suite))
             measured = bool(any_of) or set(cell.measure) <= set(result["cell"]["measure"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"this is not a result: {error!r}", where=str(path), cure="delete it") from error
         if sound and measured:
             found[cell.id] = result
     return found
+
+
+def read_named(name: str, folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Read the result METHOD-ID from the first folder that has it, as cell id → document; empty if none has.
+
+    Raises UsageError for a file that is not a result.
+    """
+    for path in (each / f"{name}.json" for each in folders):
+        if path.exists():
+            with _as_result(path):
+                result = json.loads(atomic.read_file(path))
+                if result["format"] == FORMAT and isinstance(result["provenance"], dict):
+                    return {name.rpartition("-")[2]: result}
+    return {}
+
+
+@contextlib.contextmanager
+def _as_result(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"this is not a result: {error!r}", where=str(path), cure="delete it") from error
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ..models.protocol import Scores
 from ..result_store import ResultStore
 from ..tasks.folders import Task
 from .assignment import Inputs, assign, bytes_of
-from .results import EXAMPLES, document, path_of, read_results, write_result
+from .results import EXAMPLES, document, path_of, read_named, read_results, write_result
 from .suite import BLOCKS_OF, Cell, Suite
 
 MEASURED, CLAIMS = "measured", "claims"
@@ -58,7 +58,7 @@ def run(
                 if not free or cell.id in done:
                     continue
                 started = time.monotonic()
-                earlier = _earlier(suite, done) if cell.how == "search" or cell.method == BLOCKS_OF else {}
+                earlier = _earlier(cell, suite, folder, done)
                 chosen = suite.measured_tasks or tuple(adapters)
                 inputs = Inputs(adapters, tasks, backend, folder, partial(watch, cell), earlier, suite.split, chosen)
                 assignment = assign(cell, inputs)
@@ -76,10 +76,16 @@ def run(
                 yield cell, result
 
 
-def _earlier(suite: Suite, done: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _earlier(
+    cell: Cell, suite: Suite, folder: Path, done: Mapping[str, dict[str, Any]]
+) -> Mapping[str, dict[str, Any]]:
     """Return the results whose blocks a cell may take: those done, and those of shared suites, whatever examples they
-    measured.
+    measured; for a cell that names a result that one, under whatever conditions.
     """
+    if cell.method == BLOCKS_OF:
+        return read_named(cell.options["result"], (folder, *suite.shared))
+    if cell.how != "search":
+        return {}
     alone = replace(suite, shared=())
     shared = [read_results(alone, each, any_of=EXAMPLES) for each in suite.shared]
     return {cell: result for results in (*shared, done) for cell, result in results.items()}
