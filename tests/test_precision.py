@@ -58,9 +58,25 @@ def test_nothing_is_measured_where_the_answer_is_known(tmp_path: Path, monkeypat
     base = str(tiny_base(tmp_path / "base"))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     assert open_base(base, device="cpu").model.dtype == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
         assert open_base(base, device="cpu", dtype=name).model.dtype == dtype
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert open_base(base, device="cpu", dtype="f32").model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("gain", "warning"), [(0.125, "bf16 takes 8.0 times as long as f32"), (0.9, ""), (2.0, "")])
+def test_a_named_bfloat16_that_is_slow_here_is_reported(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_tiles: None,
+    caplog: pytest.LogCaptureFixture,
+    gain: float,
+    warning: str,
+) -> None:
+    monkeypatch.setattr(precision, "bfloat16_gain", lambda hidden, inner: gain)
+    assert open_base(str(tiny_base(tmp_path / "base")), device="cpu", dtype="bf16").model.dtype == torch.bfloat16
+    assert warning in caplog.text
+    assert ("times as long" in caplog.text) == bool(warning)
 
 
 @pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from functools import partial
@@ -10,6 +11,8 @@ from typing import Any
 
 from ..errors import UsageError
 from .loading import libraries
+
+_logger = logging.getLogger("lorashelf")
 
 TOKENS = 128  # per forward pass in the measurement
 LARGEST = 2048  # cap on a layer's sizes in the measurement, which then takes well under a second
@@ -29,25 +32,34 @@ def device_of(wanted: str | None) -> str:
 def dtype_of(wanted: str | None, device: str, folder: Path) -> Any:
     """Return the named dtype, else the fastest that is safe: bfloat16 on CUDA and on CPUs where it pays, else float32.
 
-    `folder` is the base's folder or hub id. Raises UsageError.
+    `folder` is the base's folder or hub id. A warning reports how slow a named bfloat16 is on a CPU without its
+    instructions. Raises UsageError.
     """
     torch, _ = libraries()
     dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
     if wanted is not None and wanted not in dtypes:
         raise UsageError(f"dtype {wanted!r} is unknown", cure=f"choose from {', '.join(dtypes)}")
+    if wanted == "bf16" and device == "cpu" and (gain := _gain_on_cpu(folder)) < 1 / GAIN:
+        _logger.warning("on this CPU, bf16 takes %.1f times as long as f32", 1 / gain)
     native = partial(torch.cuda.is_bf16_supported, including_emulation=False)
     pays = {"cuda": native, "cpu": partial(_pays_on_cpu, folder)}.get(device.partition(":")[0])
     return dtypes[wanted or ("bf16" if pays is not None and pays() else "f32")]
 
 
 def _pays_on_cpu(folder: Path) -> bool:
-    """Return whether bfloat16 is worth it: yes on a CPU with tile units, elsewhere by measurement."""
+    return _gain_on_cpu(folder) >= GAIN
+
+
+def _gain_on_cpu(folder: Path) -> float:
+    """Return the speed-up of bfloat16 in a base's widest layers: unbounded on a CPU with tile units, else measured; 1
+    if the configuration has no sizes.
+    """
     torch, _ = libraries()
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # no public name
     if tiles is not None and tiles():
-        return True
+        return math.inf
     sizes = _sizes(folder)
-    return sizes is not None and bfloat16_gain(*sizes) >= GAIN
+    return 1.0 if sizes is None else bfloat16_gain(*sizes)
 
 
 def _sizes(folder: Path) -> tuple[int, int] | None:
