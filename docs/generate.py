@@ -42,11 +42,11 @@ Exit codes: 0 done · 1 a bug · 2 usage, unknown name, missing extra, taken or 
 4 shelf (refused, stale, locked, corrupt, over budget, newer format), disk, output that cannot be written · 5 model ·
 6 the format of an export cannot hold an adapter ·
 128 + the signal's number when interrupted (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP; what was committed stays) ·
-141 whoever reads stdout went away.
+141 the reader of stdout closed the pipe.
 Under `--json` an error prints `{"error": {"kind", "message", "where", "cure"}}`: what happened, the file or folder (or
 null), and what helps (or null), a line for each cure. That of a refused adapter has its `faults` too, and the cure of
-each in `cures`. What a command prints else is below its help: these keys stay, and more may be added. The document of
-`eval` is in [evaluation](evaluation.md#the-json-document).
+each in `cures`. Where a document has a table below its command's help, those keys stay, and more may be added; a
+document without a table may change. The document of `eval` is in [evaluation](evaluation.md#the-json-document).
 `--bytes` takes `1600000`, `1.6MB` (kB, MB, GB, TB are powers of 1000) or `1.5MiB` (KiB, MiB, GiB, TiB: of 1024); sizes
 are printed in powers of 1000. `~` is replaced in every path.
 """

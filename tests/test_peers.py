@@ -1,4 +1,4 @@
-"""Other ways to put adapters in few bytes: their rules by hand and against other code, their bytes, their cells."""
+"""Other codes of adapters: their rules by hand and against other code, their bytes, their cells."""
 
 from __future__ import annotations
 

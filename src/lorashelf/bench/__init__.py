@@ -2,7 +2,7 @@
 
 suite.py        suite.toml → cells
 assignment.py   a cell → which adapter serves which task
-peers.py        other ways to put adapters in few bytes
+peers.py        other codes of adapters
 loraquant.py    the quantisers of one of them
 run.py          cells → measurements, resumable, shared by several processes
 results.py      the JSON document of a cell, and statistics over several

@@ -1,4 +1,4 @@
-"""Other ways to put adapters in few bytes, to compare coded adapters with: registered functions of all own adapters.
+"""Other codes of adapters, to compare coded adapters with: registered functions of all own adapters.
 
 rank_bits   the best rank of every ΔW, its factors in a few bits
 loraquant   LoRAQuant: two precisions by singular value

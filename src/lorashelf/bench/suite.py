@@ -11,7 +11,7 @@ shares = ["first_table"]                  # cells that this suite beside it has 
 [[cells]]
 serve = ["base", "own"]                   # the bare base, and each task's own adapter
 [[cells]]
-code = "coded"                            # each task's own adapter, in few bytes; or another code: peers.py
+code = "coded"                            # each task's own adapter, compressed; or another code: peers.py
 percent = [12.5, 1]                       # of the bytes of all adapters in 16 bits
 [[cells]]
 cluster = ["random", "agglomerative"]     # or arrive = policies, search = "d2c"

@@ -72,7 +72,7 @@ SUMMARIES: Mapping[str, str] = MappingProxyType(
         "plan": "Print what K slots, or bytes of coded objects, would cost and keep; write nothing.",
         "threshold": "Print a threshold for K-Merge++: the median pairwise similarity of held-out adapters.",
         "merge": "Merge adapters into one PEFT folder.",
-        "compress": "Code an adapter in few bytes (docs/coded.md).",
+        "compress": "Compress an adapter to a small file (docs/coded.md).",
         "extract": "Decode a coded adapter into a PEFT folder.",
         "train": "Train a LoRA adapter for every task, on the answers only. After an interrupt, run it again to "
         "resume.",

@@ -101,7 +101,7 @@ TaskFile = Annotated[
 ]
 Encoding = Annotated[
     str,
-    typer.Option("--encoding", help="How slots are stored: peft, or coded (few bytes; `route` writes PEFT folders)."),
+    typer.Option("--encoding", help="How slots are stored: peft, or coded (compressed; `route` writes PEFT folders)."),
 ]
 Quality = Annotated[
     float, typer.Option("--quality", help="With --encoding coded: the predicted share of each adapter that is kept.")

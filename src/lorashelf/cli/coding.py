@@ -80,7 +80,7 @@ def compress(
     template_arg: arg.TemplateArgs = None,
     json: arg.Json = False,
 ) -> None:
-    """Code an adapter in few bytes (docs/coded.md)."""
+    """Compress an adapter to a small file (docs/coded.md)."""
     if sum(value is not None for value in (budget, percent, quality)) != 1:
         raise UsageError("one of --bytes, --percent and --quality is needed", cure="for example --percent 5")
     if percent is not None and not 0 < percent <= 100:

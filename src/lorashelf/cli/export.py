@@ -48,7 +48,8 @@ def export(
         typer.Option("--outtype", help=f"{_readers('outtype')}: f32, f16, q8_0, or auto, the default: f16 if exact."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help=f"{_readers('dtype')}: f32, f16 or bf16; default: as stored.")
+        str | None,
+        typer.Option("--dtype", help=f"{_readers('dtype')}: f32, f16 or bf16 (not onnx); default: as stored."),
     ] = None,
     served_base: Annotated[
         str | None,

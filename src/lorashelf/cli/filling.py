@@ -61,7 +61,7 @@ def init(
         str | None,
         typer.Option(
             "--encoding",
-            help="How slots are stored: peft (default), or coded (few bytes; `route` writes PEFT folders).",
+            help="How slots are stored: peft (default), or coded (compressed; `route` writes PEFT folders).",
             show_default=False,
         ),
     ] = None,
@@ -78,8 +78,7 @@ def init(
 ) -> None:
     """Create an empty shelf of K slots, or of a number of bytes.
 
-    With --bytes and without --slots, every task has a coded object of its own, and objects get coarser as space runs
-    out.
+    With --bytes and without --slots, every task has a coded object of its own; objects get coarser as space runs out.
     """
     policy = policy or (BYTES if slots is None else "kmerge++")
     if slots is None and (bytes is None or policy != BYTES):

@@ -93,9 +93,7 @@ class CodeLevel(TypedDict):
 
 
 class Fit(TypedDict):
-    """`fit` of `compress --examples`: losses of the validation split, by which the step of the fit is chosen, in nats
-    per token.
-    """
+    """`fit` of `compress --examples`: losses of the validation split, in nats per token; they choose the fit's step."""
 
     examples: int
     """their number"""

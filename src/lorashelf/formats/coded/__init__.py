@@ -1,4 +1,4 @@
-"""The encoding `coded`: adapters in few bytes, as levels that refine one another; docs/coded.md is normative.
+"""The encoding `coded`: compressed adapters, as levels that refine one another; docs/coded.md is normative.
 
 `encoder.Encoder` makes levels one by one (at a slope, within a size, for a quality), `decoder.decode` makes an adapter
 from the first n, `decoder.inspect` describes each level without decoding values, `files` writes levels to a file.

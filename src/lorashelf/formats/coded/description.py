@@ -1,4 +1,4 @@
-"""A coded adapter's metadata in few bytes: base, dtype, PEFT fields, module paths and shapes."""
+"""A coded adapter's metadata in a few bytes: base, dtype, PEFT fields, module paths and shapes."""
 
 from __future__ import annotations
 

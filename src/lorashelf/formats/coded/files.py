@@ -39,7 +39,7 @@ def encode_together(encoders: Sequence[Encoder], size: int, levels: int = LEVELS
 
 
 def encode_for(encoder: Encoder, wanted: float, levels: int = LEVELS) -> list[bytes]:
-    """Code up to `levels` levels with at least a predicted quality, in few bytes. Raises UsageError."""
+    """Code up to `levels` levels with at least a predicted quality, in the fewest bytes. Raises UsageError."""
     for each in _ladder([encoder], encoder.size_for(wanted), levels)[:-1]:
         encoder.add_within(each)
     encoder.add_for(wanted)
