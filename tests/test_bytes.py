@@ -197,6 +197,13 @@ def test_an_add_that_needs_room_is_undone_to_the_bit(tmp_path: Path, adapters: S
     assert {task: shelf.snapshot().adapter(task).digest for task in before} == before
 
 
+def test_a_dry_run_holds_no_more_adapters_than_slots(tmp_path: Path) -> None:
+    snapshot = Shelf.create(tmp_path / "s", new_settings(2, bytes=10**7, policy="kmerge")).snapshot()
+    for i in range(6):
+        snapshot = snapshot.after(plan_add(snapshot, adapter(i), f"task-{i}"))
+    assert len(snapshot._known) <= 2
+
+
 def test_a_dry_run_of_several_adds_decides_as_they_do(tmp_path: Path, adapters: Sequence[Adapter]) -> None:
     shelf = Shelf.create(tmp_path / "s", new_settings(None, bytes=3 * FINEST + 20_000, keep=0))
     snapshot, planned = shelf.snapshot(), []
@@ -750,6 +757,7 @@ def test_an_empty_shelf_is_converted_into_an_empty_one(tmp_path: Path, run: Comm
         ({"slots": 3, "bytes": 10**7}, ("--slots", 4), (4, 10**7), {"policy": "kmerge++", "threshold": "auto"}),
         ({"slots": 3, "threshold": 0.2}, ("--slots", 4, "--bytes", 70_000), (4, 70_000), {"threshold": 0.2}),
         ({"slots": 3, "encoding": "coded", "quality": 0.95}, (), (3, None), {"quality": 0.95}),
+        ({"slots": 3, "threshold": 0.6, "similarity": "l2"}, (), (3, None), {"threshold": 0.6, "similarity": "l2"}),
         ({"bytes": 70_000, "floor": 0.9}, (), (None, 70_000), {"policy": "bytes", "floor": 0.9, "quality": 0.997}),
         ({"bytes": 70_000, "floor": 0.9}, ("--floor", 0.7), (None, 70_000), {"floor": 0.7}),
         ({"bytes": 70_000, "quality": 0.95}, ("--bytes", 60_000), (None, 60_000), {"floor": 0.8, "quality": 0.95}),

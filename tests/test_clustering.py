@@ -22,6 +22,12 @@ def test_names_are_clustered_as_their_adapters(method: str) -> None:
     )
 
 
+def test_no_adapters_are_refused(tmp_path: Path) -> None:
+    snapshot = Shelf.create(tmp_path / "s", new_settings(2, bytes=10**6)).snapshot()
+    with pytest.raises(UsageError, match="no adapters are given"):
+        plan_cluster(snapshot, {}, Clustering([], "by hand"))
+
+
 def test_a_clustering_by_hand_is_stored_with_its_report(tmp_path: Path) -> None:
     by_hand = Clustering((("d", "c"), ("b", "a")), "by hand", report={"reason": "languages"})
     made, plan = Shelf.create_with(tmp_path / "s", new_settings(2), lambda s: plan_cluster(s, NAMED, by_hand))

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +20,16 @@ import second_decoder
 from factory import BASE, make_adapter
 from lorashelf import Adapter, BaseId, Factors, Modules, norm, read_adapter
 from lorashelf.errors import AdapterFormatError, UsageError
+from lorashelf.formats.coded import decoder
 from lorashelf.formats.coded.decoder import decode, inspect
 from lorashelf.formats.coded.description import DICTIONARY, packed, unpacked
 from lorashelf.formats.coded.encoder import Encoder
 from lorashelf.formats.coded.files import divided, encode_for, encode_together, encode_within, read_levels, write_coded
 from lorashelf.formats.coded.frame import MAGIC, framed
+from lorashelf.formats.coded.ladder import ladder
 from lorashelf.formats.coded.stream import StreamReader, StreamWriter, varint
 from lorashelf.lora.algebra import combine
-from lorashelf.lora.allocation import slope_within, slopes_within
+from lorashelf.lora.allocation import SLOPES, slope_within, slopes_within
 from lorashelf.lora.quality import MEASURED, energy_for, quality, restoration, worth
 from lorashelf.lora.quantiser import RATIOS, STARTS, TOTAL, quantiser, start_table
 
@@ -407,6 +410,27 @@ def test_an_untrained_adapter_takes_its_description_alone() -> None:
     assert encode_for(Encoder(x), 0.5)
 
 
+@pytest.mark.parametrize("df", [1.5, 2.0, 2.5, 3.0])
+@pytest.mark.parametrize("wanted", [0.95, 0.997])
+def test_levels_of_heavy_tailed_sides_end_and_come_back(df: float, wanted: float) -> None:
+    rng = np.random.default_rng(3)
+    b, a = rng.standard_t(df, size=(4000, 4)), rng.normal(size=(4, 64))
+    encoder = Encoder(Adapter(Modules({"lm_head": Factors(a.astype(np.float32), b.astype(np.float32))})))
+    levels = list(ladder(encoder, wanted))
+    assert 1 <= len(levels) <= 24
+    assert encoder.kept >= energy_for(wanted)
+    decoded, exact = decode(levels).modules["lm_head"], b @ a
+    error = np.square(exact - decoded.scale * decoded.b @ decoded.a).sum() / np.square(exact).sum()
+    assert error < 1.25 * (1 - encoder.kept)  # a coarse code is scaled up, which adds error
+
+
+def test_no_quantiser_is_finer_than_a_reader_takes() -> None:
+    encoder = Encoder(make_adapter(3, rank=2))
+    for _ in range(30):
+        encoder.add(SLOPES[0])
+    assert decode(encoder.levels).digest
+
+
 def test_an_outlier_is_kept_through_refinements() -> None:
     x = hard("sparse")
     for levels in (levels_of(x, 1e-3), levels_of(x, 1e-3, 1e-5, 1e-7)):
@@ -504,6 +528,11 @@ def lists(*values: list[int]) -> Callable[[StreamWriter], None]:
         (described(["h.*.q", "0-99999", 9999, 9999, 9999]), lists([9999] * 100000), "need more bits than there are"),
         (described(["h.q", "", 2**40, 1, 8]), lists([0]), "a module has shape"),
         (described(["h.*.q", "0-99999999", 8, 1, 8]), lists([0]), "more than 131072 modules"),
+        (
+            described(["h.*." + 30_000 * "q", "0-131071", 8, 1, 8]),
+            lists([0]),
+            "paths have more than 16777216 characters",
+        ),
         (described(["h.q", "", 8, 2, 8]), lists([300], [0] * 300), "has 300 directions, but rank 2"),
         (described(["h.q", "", 8, 8, 8]), lists([1], [0], [0], [40], [0]), "a start quantiser is unknown"),
         (described(["h.q", "", 8, 8, 8]), lists([1], [200], [0], [0], [0]), "a gain is too small"),
@@ -558,6 +587,29 @@ def test_a_description_that_inflates_without_end_is_refused() -> None:
 
 
 # files ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [MemoryError, KeyboardInterrupt])
+def test_modules_are_read_whole_after_an_interrupted_read(stop: type[BaseException], monkeypatch: Any) -> None:
+    levels, digests = golden()
+    decoded, read, calls = decode(levels), decoder.read_elements, []
+
+    def interrupted(*given: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise stop
+        read(*given)
+
+    monkeypatch.setattr(decoder, "read_elements", interrupted)
+    with pytest.raises(stop):
+        _ = decoded.digest
+    assert decoded.digest == digests[-1]
+
+
+def test_a_file_of_many_levels_is_divided_in_one_pass() -> None:
+    """A copy of the rest for each of 50,000 levels would take 50 GB of copying."""
+    level = framed([], b"")
+    assert sum(1 for _ in divided(level * 50_000)) == 50_000
 
 
 def test_a_file_is_divided_into_its_levels(tmp_path: Path) -> None:

@@ -115,6 +115,14 @@ def test_answers_are_greedy_whatever_penalties_the_base_comes_with(tmp_path: Pat
     assert ["".join(backend.stream(None, PROMPT, text, max_new_tokens=30)) for text in texts] == plain
 
 
+def test_an_adapter_whose_values_overflow_is_an_error_not_an_empty_answer(base: Path) -> None:
+    half, huge = HFBackend.open(str(base), dtype="f16"), adapter(3, size=6e4)
+    with pytest.raises(ModelError, match="no finite logits"):
+        half.answers(huge, PROMPT, [TEXT, TEXT], max_new_tokens=4)
+    with pytest.raises(ModelError, match="no finite logits"):
+        list(half.stream(huge, PROMPT, TEXT, max_new_tokens=4))
+
+
 def test_pieces_come_as_the_model_writes(shelf: Shelf, tiny: HFBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 

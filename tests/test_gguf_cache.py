@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lorashelf import atomic, base_folder
-from lorashelf.cache_folder import cache_folder
+from lorashelf.cache_folder import cache_folder, keep_latest
 from lorashelf.models import gguf_cache
 from lorashelf.models.gguf_cache import CONTENTS, DIGESTS, cached, dequantised, source_digest
 from tiny_gguf import tiny_gguf
@@ -189,6 +189,23 @@ def test_two_fine_tunes_of_one_size_are_kept_apart(cache: Path, tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the places of Linux")
+def test_an_entry_that_another_process_deletes_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(4):
+        (tmp_path / f"entry-{i}").write_text("x")
+        os.utime(tmp_path / f"entry-{i}", (i, i))
+    iterdir = Path.iterdir
+
+    def listed(path: Path) -> Iterator[Path]:
+        found = sorted(iterdir(path))
+        found[3].unlink()
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    keep_latest(tmp_path, 2)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["entry-1", "entry-2"]
+
+
 @pytest.mark.parametrize(
     ("variables", "folder"),
     [

@@ -12,6 +12,7 @@ import pytest
 from factory import dense, make_adapter
 from lorashelf import Adapter, merge
 from lorashelf.errors import UsageError
+from lorashelf.merging.driver import merge_measured
 
 SAME = 1e-5
 WEIGHTS = [1.0, 0.5, -2.0]
@@ -100,6 +101,16 @@ def test_iso_c_gives_all_directions_of_the_sum_the_mean_singular_value() -> None
 
     assert_merged(expected, adapters(), "iso_c")
     assert_merged(lambda *given: expected(*given, rank=2), adapters(), "iso_c", rank=2)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "ctm_ties"])
+def test_the_error_of_a_subspace_merge_is_the_share_of_the_sum_outside_the_subspace(method: str) -> None:
+    """What the rule makes of the values inside does not count."""
+    xs = [make_adapter(i, rank=4) for i in range(3)]
+    plain = {"iso_c": "svd", "ctm_ties": "ctm_linear"}[method]
+    found, expected = (merge_measured(xs, method=each, rank=4)[1] for each in (method, plain))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert 0.05 < found < 0.9
 
 
 def calibrated(deltas: Sequence[Matrix], sides: Any) -> list[Matrix]:

@@ -45,7 +45,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "an update that is a vector": lambda: algebra.truncate_dense(singles(12), 2),
     "factors of two ranks": lambda: algebra._canonical(doubles(3, 8), doubles(6, 4)),
     "masses of one table": lambda: quantiser.frequencies(np.ones(4, np.int64)),
-    "fewer sums than counts": lambda: directions.Sides(singles(4, 385), singles(3, 385), doubles(4)),
+    "fewer sums than counts": lambda: directions.Sides(singles(4, 385), singles(3, 385), doubles(4), doubles(4)),
     "a choice for too few directions": lambda: allocation._best(doubles(4), [(doubles(4, 2), doubles(3, 2))] * 2, 1, 0),
     "a table of weights": lambda: rules.linear([singles(2, 8)], singles(1, 1), np.random.default_rng),
     "weights of another dtype": lambda: rules.agree([singles(2, 8)], doubles(1), "total"),

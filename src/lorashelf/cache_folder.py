@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -22,6 +23,10 @@ def cache_folder() -> Path:
 
 def keep_latest(folder: Path, most: int) -> None:
     """Delete all but the most recently used entries of a folder of the cache; others' unfinished ones stay."""
-    entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    for old in sorted(entries, key=lambda path: -path.stat().st_mtime)[most:]:
+    used = []
+    for path in folder.iterdir():
+        if not path.name.startswith("."):
+            with contextlib.suppress(FileNotFoundError):  # another process deletes as well
+                used.append((-path.stat().st_mtime, path))
+    for _, old in sorted(used)[most:]:
         atomic.remove(old)

@@ -28,7 +28,7 @@ from ..shelf.arrival import plan_add
 from ..shelf.settings import new_settings
 from ..shelf.shelf import Shelf
 from ..tasks.folders import Task
-from ..training.gains import fitted_gains
+from ..training.gains import RATE, STEPS, fitted_gains
 from .peers import PEERS
 from .suite import BLOCKS_OF, BY, DIRICHLET, Cell
 
@@ -132,7 +132,7 @@ def _gains(cell: Cell, inputs: Inputs, coded: Mapping[str, Adapter]) -> dict[str
     for place in inputs.watch(range(len(tasks))):
         task = tasks[place]
         unit = {"task": task, "code": coded[task].digest, "backend": backend.id}
-        unit |= {"examples": sets[task].digest, "check": checks[task].digest}
+        unit |= {"examples": sets[task].digest, "check": checks[task].digest, "by": f"{STEPS} steps at {RATE}"}
         if (factors := kept.get(unit)) is None:
             factors = fitted_gains(backend, coded[task], sets[task], checks[task])
             kept.put(unit, factors)

@@ -2,7 +2,7 @@
 
 FOLDER/METHOD-ID.json       the result of a cell: commit these files
 FOLDER/measured/N.jsonl     losses and answers by adapter, examples and model; one file per process, read by all
-FOLDER/search-ID.jsonl      the losses of a search until its cell is done
+FOLDER/search-ID.jsonl      the losses of a search until its cell is done; gains-ID.jsonl: the gains fitted so far
 FOLDER/claims/ID            locked while a process measures the cell
 """
 
@@ -72,7 +72,8 @@ def run(
                 sizes = {"bytes": assignment.bytes(dtype), "own_bytes": own_bytes}
                 result = document(suite, cell, assignment, measured, sizes, time.monotonic() - started)
                 write_result(result, path_of(cell, folder))
-                atomic.remove(folder / f"search-{cell.id}.jsonl")
+                for steps in ("search", "gains"):
+                    atomic.remove(folder / f"{steps}-{cell.id}.jsonl")
                 yield cell, result
 
 

@@ -24,7 +24,7 @@ from ..search.cluster import drawn
 from ..tasks.folders import ExampleSet, read_tasks
 from ..training.gains import fitted_gains
 from . import arguments as arg
-from .output import counted, show, table
+from .output import counted, note, show, table
 
 if TYPE_CHECKING:
     from ..models.protocol import GainGradients
@@ -104,12 +104,16 @@ def compress(
         most = budget if budget is not None else int(in_16_bits(read.parameters) * (percent or 0) / 100)
         return encode_within(encoder, most, levels)
 
-    coded, fit = code(), None
-    if examples is not None:
+    if examples is None:
+        coded, fit = code(), None
+    else:
         name, tasks = arg.name_of(adapter), read_tasks(examples)
         model = _opened(base, device, model_dtype, template_arg)
-        sets = [drawn(tasks, [name], model.fitting, split, limit, seed)[0][name] for split in ("train", "validation")]
-        coded, fit = _fitted(model, read, coded, sets[0], sets[1], steps, code)
+        both = [drawn(tasks, [name], model.fitting, split, limit, seed) for split in ("train", "validation")]
+        (examples_of, held_out), dropped = [sets[name] for sets, _ in both], sum(count for _, count in both)
+        if dropped:
+            note(f"{dropped} examples are longer than the model's context and were left out")
+        coded, fit = _fitted(model, read, code(), examples_of, held_out, steps, code)
     write_coded(coded, output)
     show(_document(coded, str(output), str(output), fit), json, _listed)
 

@@ -137,7 +137,11 @@ def _converted(
     if by_bytes:
         options |= {"policy": BYTES, "floor": placement.floor if floor is None else floor}
     elif not placement.by_bytes:
-        options |= {"policy": placement.policy, "threshold": placement.threshold}
+        options |= {
+            "policy": placement.policy,
+            "threshold": placement.threshold,
+            "similarity": placement.similarity,
+        }
     if quality is None and by_bytes == placement.by_bytes:
         options["quality"] = before.merge.quality
     return new_settings(

@@ -78,7 +78,10 @@ def route(
     ] = None,
     json: arg.Json = False,
 ) -> None:
-    """Print the PEFT folder that serves a task; for a coded slot it is written to a cache or to --output."""
+    """Print the PEFT folder that serves a task; that of a coded slot is written to --output, or to a cache.
+
+    The cache keeps the 64 folders used last.
+    """
     if task is not None:
         answer = Shelf(shelf).read(lambda s: routing.materialised(s, task, output, verify=verify))
         show(answer, json, lambda d: d["path"])

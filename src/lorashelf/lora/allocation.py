@@ -19,14 +19,15 @@ import numpy as np
 
 from .arrays import Bool, Flags, Int, Positions, Table, Vector
 from .directions import Directions, Sides
-from .quantiser import RATIOS, STARTS
+from .quantiser import MOST_BINS, RATIOS, STARTS, quantiser
 
 Chain = tuple[int, ...]
 Worth = Callable[[Vector], Vector]
 _DIRECTION_BITS = 12.0  # of a direction's gain and the ids of its quantisers
 _STEPS = 50  # the most trials of λ; usually 10 to 15
 _TURNS = 3
-_SLOPES = 1e-12, 1.0
+SLOPES = 1e-12, 1.0
+"""The least and the largest λ tried."""
 _COARSE, _ROUNDS = 24, 5  # initial points of a curve, and how often one is added
 
 
@@ -103,6 +104,9 @@ def _refined(side: Sides, chains: Sequence[Chain], rows: Int[Positions, " n"]) -
         these = rows[members]
         kept[members, 0] = side.estimate(chain, these)[1]
         for i, ratio in enumerate(RATIOS[1:], 1):
+            if quantiser(chain).bins * ratio >= MOST_BINS:
+                kept[members, i] = -1.0  # never the best
+                continue
             bits[members, i], kept[members, i] = side.estimate((*chain, ratio), these)
     return bits, kept
 
@@ -137,7 +141,7 @@ def slope_keeping(options: Sequence[Options], kept: float) -> float:
 
 def _turn(options: Sequence[Options], measure: Callable[[float, float], float], goal: float) -> tuple[float, float]:
     """Return two close λ: the measure of the summed bits and shares of ‖ΔW‖² exceeds the goal at the first only."""
-    (low, high), (above, below) = map(math.log, _SLOPES), (math.inf, 0.0)
+    (low, high), (above, below) = map(math.log, SLOPES), (math.inf, 0.0)
     for step in range(_STEPS):
         share = 0.5 if step % 2 or below <= 0 or math.isinf(above) else math.log(above / goal) / math.log(above / below)
         middle = low + (high - low) * min(max(share, 0.02), 0.98)
@@ -158,7 +162,7 @@ class _Curve:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._points: dict[float, tuple[float, float]] = {}
-        low, high = map(math.log, _SLOPES)
+        low, high = map(math.log, SLOPES)
         for logarithm in np.linspace(low, high, _COARSE).tolist():
             self.measure(logarithm)
 
@@ -183,7 +187,7 @@ def slopes_within(options: Sequence[Options], bits: float, worth: Worth) -> list
     curves = [_Curve(each) for each in options]
     logarithms: list[float] = []
     for _ in range(_ROUNDS):
-        low, high = (math.log(slope) for slope in (_SLOPES[0], 1e3 * _SLOPES[1]))
+        low, high = (math.log(slope) for slope in (SLOPES[0], 1e3 * SLOPES[1]))
         for _ in range(_STEPS):
             middle = (low + high) / 2
             added = sum(curve.at(middle, worth)[1] for curve in curves)

@@ -41,30 +41,33 @@ def spectrum(f: Factors) -> Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """Histograms of n sides, to estimate rates and distortions: the number and sum of magnitudes in each cell."""
+    """Histograms of n sides, to estimate rates and distortions: the number and sum of magnitudes in each cell, and the
+    sum of squares of those beyond all cells, whose own size is coded.
+    """
 
     counts: Float32[Array32, "n cells"]
     sums: Float32[Array32, "n cells"]
+    beyond: Vector
     lengths: Vector
 
     def estimate(self, chain: tuple[int, ...], rows: Int[Positions, " n"] | None = None) -> tuple[Vector, Vector]:
         """Estimate the bits with the chain's start quantiser or last refinement, and cos² between sides and their coded
         values; (n,) each, for all sides or for `rows`.
         """
-        counts, sums = (x if rows is None else x[rows] for x in (self.counts, self.sums))
-        lengths = self.lengths if rows is None else self.lengths[rows]
+        stored = (self.counts, self.sums, self.beyond, self.lengths)
+        counts, sums, beyond, lengths = (x if rows is None else x[rows] for x in stored)
         bits, centres = _per_cell(chain)
-        cross, square = sums @ centres, counts @ centres**2
+        cross, square = sums @ centres + beyond, counts @ centres**2 + beyond
         kept = np.divide(cross**2, square * lengths, out=np.zeros(len(cross)), where=square > 0)
         return (counts @ bits).astype(np.float64), np.minimum(kept, 1.0)
 
 
 @cache
 def _per_cell(chain: tuple[int, ...]) -> tuple[Float32[Array32, " cells"], Float32[Array32, " cells"]]:
-    """Return the bits and the centre of a magnitude in each cell."""
+    """Return the bits and the centre of a magnitude in each cell, 0 beyond all cells."""
     q, middles = quantiser(chain), (np.arange(CELLS) * 2 + 1) * (LIMIT // CELLS // 2)
     bins = np.searchsorted(q.edges, middles, side="right")
-    centres = np.append(q.centres[bins], LIMIT * 5 // 4) / UNIT
+    centres = np.append(q.centres[bins], 0) / UNIT
     if len(chain) == 1:
         bits = -np.log2(start_table(chain) / TOTAL)
         per_bin = np.append(bits[0], bits[1:-2:2])
@@ -76,7 +79,7 @@ def _per_cell(chain: tuple[int, ...]) -> tuple[Float32[Array32, " cells"], Float
 
 def histogram(sides: Sequence[Float32[Array32, "_n _d"]]) -> Sides:
     """Return the concatenated histograms of sides, (n, d) per module."""
-    counts, sums = [], []
+    counts, sums, beyond = [], [], []
     for x in sides:
         magnitudes = np.abs(x)
         cells = np.minimum(magnitudes * np.float32(CELLS / 6), CELLS).astype(np.intp)
@@ -84,9 +87,14 @@ def histogram(sides: Sequence[Float32[Array32, "_n _d"]]) -> Sides:
         size = len(x) * (CELLS + 1)
         counts.append(np.bincount(cells.ravel(), minlength=size).reshape(len(x), CELLS + 1))
         sums.append(np.bincount(cells.ravel(), magnitudes.ravel(), minlength=size).reshape(len(x), CELLS + 1))
+        far = magnitudes >= LIMIT / UNIT
+        beyond.append(np.sum(np.square(magnitudes, dtype=np.float64), axis=1, where=far))
     lengths = np.concatenate([np.full(len(x), x.shape[1]) for x in sides])
     return Sides(
-        np.concatenate(counts).astype(np.float32), np.concatenate(sums).astype(np.float32), lengths.astype(np.float64)
+        np.concatenate(counts).astype(np.float32),
+        np.concatenate(sums).astype(np.float32),
+        np.concatenate(beyond),
+        lengths.astype(np.float64),
     )
 
 

@@ -51,8 +51,8 @@ def summary(qualities: Mapping[str, float]) -> Summary:
 def restoration(kept: float) -> float:
     """Return the factor that scales up what is kept: kept^(−p/2), p = (0.965 − kept) / 0.5 between 0 and 1.
 
-    1 / √kept would restore the norm lost with the dropped directions. A fine code is not scaled; at half of ‖ΔW‖² and
-    below, the full norm is restored.
+    1 / √kept would restore the norm lost with the dropped directions. A fine code is not scaled; between 1/64 and 0.465
+    of ‖ΔW‖² the full norm is restored. The factor is at most 8.
     """
     power = min(max((0.965 - kept) / 0.5, 0.0), 1.0)
     return float(max(kept, 1 / 64) ** (-power / 2))

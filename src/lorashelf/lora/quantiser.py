@@ -21,6 +21,8 @@ TOTAL = 2**24
 """The sum of a table's frequencies."""
 LIMIT = 6 * UNIT
 """The bins of a start quantiser reach up to this magnitude."""
+MOST_BINS = 2**14
+"""The most bins besides bin 0."""
 RATIOS = (1, 2, 3)
 """Into how many bins a refinement cuts one; 1 leaves the quantiser unchanged."""
 _NODE = UNIT // 64  # the density is linear between multiples of 1/64

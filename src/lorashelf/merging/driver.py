@@ -16,7 +16,7 @@ from ..digest import canonical_json
 from ..errors import UsageError, numbered
 from ..execution import WORKERS, each
 from ..lora.adapter import Adapter, Factors
-from ..lora.algebra import assemble, norm, trained, truncate, truncate_dense, union
+from ..lora.algebra import assemble, module_squared_norm, trained, truncate, truncate_dense, union
 from ..lora.alignment import fitting
 from ..lora.given import as_adapters, as_numbers
 from . import rules
@@ -90,15 +90,17 @@ def merge_measured(
         values.update({path: s.rank * (s.dout + s.din) for path, s in x.shapes.items()})
     workers = WORKERS if chosen.mean_power is None and max(values.values(), default=0) >= _LARGE else 1
     modules: dict[str, Factors] = {}
+    whole: list[str] = []  # modules that were not cut
     dropped = kept = 0.0
     with contextlib.closing(each(merged, paths, workers)) as results:
         for path, found in zip(watch(paths), results, strict=True):
             modules[path], lost, left = found
             dropped += lost
             kept += left
-    result = assemble(xs, modules if len(xs) == 1 else one_alpha(modules))
+            whole += [] if left else [path]
     if dropped:
-        kept = norm(result) ** 2
+        kept += sum(module_squared_norm(modules[path]) for path in whole)
+    result = assemble(xs, modules if len(xs) == 1 else one_alpha(modules))
     return result, math.sqrt(dropped / (dropped + kept)) if dropped else 0.0
 
 

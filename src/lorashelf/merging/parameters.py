@@ -13,7 +13,7 @@ from ..errors import UsageError
 
 Value = bool | int | float | str
 """What a parameter of a method may be given."""
-RESERVED = frozenset({"xs", "weights", "method", "rank", "seed", "watch"})
+RESERVED = frozenset({"xs", "weights", "method", "rank", "seed", "averages", "watch"})
 """Names of arguments of `merge`: a parameter of such a name could never be given."""
 _KINDS: Mapping[type, str] = MappingProxyType(
     {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}

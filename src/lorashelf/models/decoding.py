@@ -11,6 +11,7 @@ from ..errors import ModelError
 from .batching import padded
 from .hooks import head_at
 from .loading import libraries
+from .sampling import no_next_token
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ def greedy(
 
     `ended` takes the tokens generated for a query and returns whether the last one ends the answer. Ended rows leave
     the batch if the cache is transformers' own: those of some models cannot drop them. Every forward pass runs inside a
-    block of `step`, which is left before the tokens are yielded.
+    block of `step`, which is left before the tokens are yielded. Raises ModelError where no logit is finite.
     """
     torch, transformers = libraries()
     read, mask = padded(queries, pad, model.device, left=True)
@@ -58,10 +59,12 @@ def greedy(
     unended = set(computed)
     for _ in range(count):
         logits, cache = next_logits(model, read, mask, cache, step)
-        likeliest = logits.argmax(-1)
+        best, likeliest = logits.max(-1)
         found: list[int | None] = [None] * len(queries)
-        for i, token in zip(computed, likeliest.tolist(), strict=True):
+        for i, token, finite in zip(computed, likeliest.tolist(), torch.isfinite(best).tolist(), strict=True):
             if i in unended:
+                if not finite:
+                    raise no_next_token()
                 found[i] = token
                 rows[i].append(token)
         yield found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -66,9 +67,10 @@ class LlamaAdapters:
         key = [adapter.digest, base.architecture, base.heads, base.kv_heads, TYPE]
         folder, name = cache_folder() / "gguf", digest([canonical_json(key)]).removeprefix("b2-")[:32]
         for file in folder.glob(f"{name}.*"):
-            if object_digest([file]) == file.suffix.removeprefix("."):
-                os.utime(file)
-                return file
+            with contextlib.suppress(FileNotFoundError):  # another process deletes old ones
+                if object_digest([file]) == file.suffix.removeprefix("."):
+                    os.utime(file)
+                    return file
             atomic.remove(file)
         atomic.make_parents(folder / name)
         atomic.sweep_staging(folder)

@@ -197,6 +197,8 @@ class LlamaCppBackend(Scores, Answers):
             with self._lock:
                 logits = self._next(adapter, [*query, *row], len(query) + count, reader)
                 token = int(logits.argmax())
+                if not np.isfinite(logits[token]):
+                    raise no_next_token()
             row.append(token)
             yield token
 

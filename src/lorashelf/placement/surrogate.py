@@ -27,7 +27,7 @@ class Surrogate:
 
     def gains(self, blocks: Sequence[frozenset[int]]) -> tuple[Float64[Array64, "n k"], Square]:
         """Return the gain of Σ_B f(B) from moving task t to block c, (n, K), and from swapping t and u, (n, n) with
-        t < u; −∞ where nothing would change. Time O(n³ / K).
+        t < u; −∞ where nothing would change. Time O(n³).
         """
         n = len(self._own)
         moves, swaps = np.zeros((n, len(blocks))), np.zeros((n, n))

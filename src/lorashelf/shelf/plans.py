@@ -280,8 +280,10 @@ def together(
 ) -> tuple[dict[str, Adapter], BaseId | None]:
     """Return the adapters by their stored names, and the base that all agree on; refuses what it can before a search.
 
-    Raises TaskNameError, BaseMismatch, ShapeMismatch.
+    Raises TaskNameError, BaseMismatch, ShapeMismatch, UsageError without adapters.
     """
+    if not adapters:
+        raise UsageError("no adapters are given", cure="give at least one")
     found = named(adapters)
     return found, common_base(settings, None, found, [], assume_base)
 

@@ -15,7 +15,8 @@ from .allocation import rate
 from .slot import Slot
 from .snapshot import Snapshot
 
-MOST_KEPT = 16  # PEFT folders of coded slots in the cache
+MOST_KEPT = 64
+"""PEFT folders of coded slots in the cache."""
 
 
 def route(snapshot: Snapshot, task: str, *, verify: bool = True) -> Route:
@@ -46,9 +47,10 @@ def materialised(snapshot: Snapshot, task: str, output: Path | None = None, *, v
     slot, _ = snapshot.located(task)
     folder = cache_folder() / "routes"
     for kept in folder.glob(f"{slot.object.id}.*"):
-        if is_whole(kept, kept.suffix.removeprefix(".")):
-            os.utime(kept)
-            return {**answer, "path": str(kept)}
+        with contextlib.suppress(FileNotFoundError):  # another process deletes old ones
+            if is_whole(kept, kept.suffix.removeprefix(".")):
+                os.utime(kept)
+                return {**answer, "path": str(kept)}
         atomic.remove(kept)
     path = folder / f"{slot.object.id}.{encode(snapshot.adapter(task)).stored().identity}"
     with contextlib.suppress(UsageError):  # another process was faster

@@ -244,13 +244,15 @@ class Snapshot:
         if plan.refused is not None:
             return self
         manifest = plan.sealed(self._hashed(plan), PENDING_TIME) if hashed else plan.manifest
+        pending = {**self.pending, **plan.writes}
         return replace(
             self,
             head=f"b2-{plan.manifest.sequence:064d}",  # no manifest's id, but as long as one
             manifest=manifest,
             kept={self.head: self.manifest, **self.kept},
-            pending={**self.pending, **plan.writes},
+            pending=pending,
             _served={},
+            _known={x: self._known[x] for x in pending.values() if x in self._known},
         )
 
     @property

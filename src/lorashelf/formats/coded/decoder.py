@@ -57,13 +57,18 @@ class Outline:
         """Raise AdapterFormatError with `where` for levels that are damaged, incomplete in sequence or malformed."""
         self._where = where
         self.stored = tuple(levels)
-        self._pending: list[_Pending] = []
         self._lock = threading.Lock()
         self._failed: AdapterFormatError | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Read the lists of all levels."""
+        self._begun = False  # whether elements have been read, which cannot be read again
+        self._pending: list[_Pending] = []
         self.levels: list[Level] = []
-        for place, body in enumerate(bodies(levels, where)):
+        for place, body in enumerate(bodies(self.stored, self._where)):
             with self._named(place):
-                self._take(Scanner(body), levels[place], place == 0)
+                self._take(Scanner(body), self.stored[place], place == 0)
 
     @contextmanager
     def _named(self, place: int) -> Iterator[None]:
@@ -118,14 +123,17 @@ class Outline:
         with self._lock:
             if self._failed is not None:
                 raise self._failed
+            if self._begun:  # the first call was interrupted, or memory ran out
+                self._begin()
+            self._begun = bool(self._pending)
             try:
                 for place, level in enumerate(self._pending):
                     with self._named(place):
                         read_elements(level.reader, level.fresh, level.refined)
             except AdapterFormatError as error:
-                self._failed = error  # some elements have been read and cannot be read again
+                self._failed = error
                 raise
-            self._pending = []
+            self._pending, self._begun = [], False
         return self.coded
 
 

@@ -17,6 +17,7 @@ LONGEST = 2**22
 LARGEST = 2**24
 """The largest dimension of a module."""
 _MOST_MODULES = 2**17
+_MOST_CHARACTERS = 2**24
 DICTIONARY = (
     b'"Qwen/Qwen2.5-0.5B-Instruct""google/gemma-3-1b-it""meta-llama/Llama-3.2-1B-Instruct""bf16""f32","embed_tokens"'
     b'"lm_head""fc1","fc2""c_attn""query_key_value","dense_h_to_4h","dense_4h_to_h""out_proj""gate_proj","up_proj",'
@@ -114,6 +115,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _shapes(families: Any) -> Iterator[tuple[str, Shape]]:
     seen: set[str] = set()
+    characters = 0
     for template, numbers, dout, rank, din in families:
         shape = Shape(dout, rank, din)
         whole = all(type(n) is int for n in shape) and min(shape) >= 1 and max(shape) <= LARGEST
@@ -122,6 +124,9 @@ def _shapes(families: Any) -> Iterator[tuple[str, Shape]]:
         for path in _paths(template, numbers):
             if path in seen or len(seen) >= _MOST_MODULES:
                 raise malformed("a module is listed twice" if path in seen else f"more than {_MOST_MODULES} modules")
+            characters += len(path)
+            if characters > _MOST_CHARACTERS:
+                raise malformed(f"the modules' paths have more than {_MOST_CHARACTERS} characters")
             seen.add(path)
             yield path, shape
 

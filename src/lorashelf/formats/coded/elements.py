@@ -11,18 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...lora.arrays import Integers
-from ...lora.quantiser import UNIT, quantiser, refining_tables, start_table
+from ...lora.quantiser import MOST_BINS, UNIT, quantiser, refining_tables, start_table
 from .stream import UNIFORM, StreamReader, StreamWriter, malformed
 
 Indices = NDArray[np.int16]
 Chain = tuple[int, ...]
 OUTLIER = 32767
-_MOST_BINS = 2**14  # besides bin 0
 
 
 def checked(chain: Chain) -> Chain:
     """Return a chain that was read. Raises AdapterFormatError if its quantiser is too fine for an index."""
-    if 1 + quantiser(chain[:-1]).bins * chain[-1] > _MOST_BINS:
+    if 1 + quantiser(chain[:-1]).bins * chain[-1] > MOST_BINS:
         raise malformed("a quantiser has more than 2^14 bins")
     return chain
 

@@ -13,6 +13,7 @@ MAGIC = b"LSC"
 VERSION = 1
 _REFERENCE = 8  # bytes of a level's digest in the next one
 _SUM = 4
+_HEAD = 3 + 2 + 10  # the most bytes up to the size of the body
 _AGAIN = "copy the file again, or code the adapter again"
 
 
@@ -81,8 +82,10 @@ def _extent(level: bytes) -> tuple[int | None, int]:
 
 def divided(data: bytes) -> Iterator[bytes]:
     """Yield the levels of a file in order; a remainder that cannot be divided is the last."""
-    while data:
-        size, _ = _extent(data) if data[:3] == MAGIC else (None, 0)
-        cut = len(data) if size is None else size
-        yield data[:cut]
-        data = data[cut:]
+    start = 0
+    while start < len(data):
+        head = data[start : start + _HEAD]
+        size, _ = _extent(head) if head[:3] == MAGIC else (None, 0)
+        end = len(data) if size is None else start + size
+        yield data[start:end]
+        start = end

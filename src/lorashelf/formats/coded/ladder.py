@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ...lora.allocation import slope_keeping
+from ...lora.allocation import SLOPES, slope_keeping
 from ...lora.quality import energy_for
 from .encoder import Encoder
 
@@ -29,9 +29,11 @@ def ladder(encoder: Encoder, wanted: float) -> Iterator[bytes]:
     options, share = encoder.options(), energy_for(wanted)
     base = slope_keeping([options], energy_for(min(BASE_QUALITY, wanted)))
     number = math.ceil(-math.log(base) / math.log(STEP))
-    while (found := options.choose(STEP**-number))[2] < share:
+    while STEP**-number > SLOPES[0] and (found := options.choose(STEP**-number))[2] < share:
         if found[1]:  # else this slope adds nothing
             yield encoder.add(STEP**-number, options)
+            if encoder.kept >= share:  # the estimate was too low
+                return
             options = encoder.options()
         number += 1
     yield encoder.add_for(wanted)
