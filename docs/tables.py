@@ -65,6 +65,7 @@ SUITES = (
     "kmerge_scores",
     "merges",
     "next",
+    "types",
     "gemma",
     "gemma_smollm2",
 )
@@ -80,10 +81,13 @@ def results(text: str) -> str:
     """docs/results.md with the tables of the suites whose results are committed, and what of them was not run."""
     for name in SUITES:
         suite, found = _results(name)
-        count = f"{len(found)} of {len(suite.cells)} cells are measured. " if len(found) < len(suite.cells) else ""
-        table = page.table(suite, found, page.rows(suite, found))
-        left = page.unmeasured(suite, found)
-        text = replaced(text, f"suite {name}", "end suite", "\n\n".join([count + table, left] if left else [table]))
+        parts = []
+        if found:
+            count = f"{len(found)} of {len(suite.cells)} cells are measured. " if len(found) < len(suite.cells) else ""
+            parts.append(count + page.table(suite, found, page.rows(suite, found)))
+        if left := page.unmeasured(suite, found):
+            parts.append(left)
+        text = replaced(text, f"suite {name}", "end suite", "\n\n".join(parts))
     return text
 
 
