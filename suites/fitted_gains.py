@@ -20,9 +20,10 @@ from lorashelf.formats.coded import LEVELS
 from lorashelf.formats.coded.decoder import decode
 from lorashelf.formats.coded.encoder import Encoder
 from lorashelf.formats.coded.files import encode_within
+from lorashelf.lora.algebra import scaled
 from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import Task
-from lorashelf.training.gains import fitted_gains, scaled
+from lorashelf.training.gains import fitted_gains
 
 EXAMPLES, LIMIT = 24, 20
 FACTORS = (0.9, 1.1)

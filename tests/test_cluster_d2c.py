@@ -15,7 +15,7 @@ from factory import assert_same_delta, tree
 from lorashelf import PARTITIONERS, BaseId, Shelf, merge, plan_add, plan_set, read_adapter, write_adapter
 from lorashelf.cli import clustering, main, output
 from lorashelf.locks import sole
-from lorashelf.merging.average import scaled
+from lorashelf.lora.algebra import scaled
 from lorashelf.models.hf import HFBackend
 from test_hf import random_adapter
 from tiny_base import tiny_base

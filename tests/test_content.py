@@ -28,8 +28,8 @@ from lorashelf import (
 from lorashelf.errors import NotReversible
 from lorashelf.formats.peft import rounded
 from lorashelf.lora.adapter import WIDTHS
-from lorashelf.lora.algebra import trained
-from lorashelf.merging.average import Average, History, Source, alone, block, fold, one_base, scaled, source, without
+from lorashelf.lora.algebra import scaled, trained
+from lorashelf.merging.average import Average, History, Source, alone, block, fold, one_base, source, without
 from lorashelf.merging.average import _restored as restored
 from lorashelf.merging.spec import MergeSpec
 from lorashelf.shelf.slot import PENDING, Slot

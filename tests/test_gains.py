@@ -18,11 +18,11 @@ from lorashelf.errors import ShapeMismatch
 from lorashelf.formats.coded.decoder import decode, inspect
 from lorashelf.formats.coded.encoder import Encoder
 from lorashelf.formats.coded.files import encode_within, read_levels
-from lorashelf.lora.algebra import combine
+from lorashelf.lora.algebra import combine, scaled
 from lorashelf.models.hooks import sizes
 from lorashelf.models.protocol import mean_loss
 from lorashelf.tasks.folders import ExampleSet
-from lorashelf.training.gains import LARGEST, fitted_gains, scaled
+from lorashelf.training.gains import LARGEST, fitted_gains
 from tiny_base import tiny_base
 
 ZOO = Path(__file__).parent.parent / "examples" / "zoo"

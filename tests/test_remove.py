@@ -15,7 +15,7 @@ from lorashelf import Adapter, BaseId, Shelf, new_settings, norm, plan_add, plan
 from lorashelf.cli.arguments import slot_range
 from lorashelf.errors import BaseMismatch, NotReversible, UsageError
 from lorashelf.formats.peft import rounded
-from lorashelf.merging.average import scaled
+from lorashelf.lora.algebra import scaled
 from lorashelf.merging.spec import MergeSpec
 from lorashelf.report.preview import forecast
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -35,6 +36,15 @@ def inner(x: Adapter, y: Adapter) -> float:
 def norm(x: Adapter) -> float:
     """Return the Frobenius norm √Σ_m ‖ΔW_m‖²."""
     return math.sqrt(sum(map(module_squared_norm, x.modules.values())))
+
+
+def scaled(x: Adapter, factor: float | Mapping[str, float]) -> Adapter:
+    """Return the adapter with φ ΔW in place of ΔW, in the scales: one φ for all modules, or module path → φ."""
+
+    def of(path: str) -> float:
+        return factor[path] if isinstance(factor, Mapping) else factor
+
+    return x.with_factors({path: replace(f, scale=f.scale * of(path)) for path, f in x.modules.items()})
 
 
 def gram(xs: Sequence[Adapter]) -> Square:

@@ -19,9 +19,8 @@ import numpy as np
 
 from .arrays import Bool, Flags, Int, Positions, Table, Vector
 from .directions import Directions, Sides
-from .quantiser import MOST_BINS, RATIOS, STARTS, quantiser
+from .quantiser import MOST_BINS, RATIOS, STARTS, Chain, quantiser
 
-Chain = tuple[int, ...]
 Worth = Callable[[Vector], Vector]
 _DIRECTION_BITS = 12.0  # of a direction's gain and the ids of its quantisers
 _STEPS = 50  # the most trials of λ; usually 10 to 15

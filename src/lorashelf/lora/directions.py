@@ -11,7 +11,7 @@ import numpy as np
 from .adapter import Adapter, Factors
 from .algebra import decomposed
 from .arrays import Array32, Float32, Int, Positions, Vector
-from .quantiser import LIMIT, TOTAL, UNIT, quantiser, refining_tables, start_table
+from .quantiser import LIMIT, TOTAL, UNIT, Chain, quantiser, refining_tables, start_table
 
 CELLS = 384
 """Cells of a side's histogram, each 1/64 wide; one more holds larger values."""
@@ -50,7 +50,7 @@ class Sides:
     beyond: Vector
     lengths: Vector
 
-    def estimate(self, chain: tuple[int, ...], rows: Int[Positions, " n"] | None = None) -> tuple[Vector, Vector]:
+    def estimate(self, chain: Chain, rows: Int[Positions, " n"] | None = None) -> tuple[Vector, Vector]:
         """Estimate the bits with the chain's start quantiser or last refinement, and cos² between sides and their coded
         values; (n,) each, for all sides or for `rows`.
         """
@@ -63,7 +63,7 @@ class Sides:
 
 
 @cache
-def _per_cell(chain: tuple[int, ...]) -> tuple[Float32[Array32, " cells"], Float32[Array32, " cells"]]:
+def _per_cell(chain: Chain) -> tuple[Float32[Array32, " cells"], Float32[Array32, " cells"]]:
     """Return the bits and the centre of a magnitude in each cell, 0 beyond all cells."""
     q, middles = quantiser(chain), (np.arange(CELLS) * 2 + 1) * (LIMIT // CELLS // 2)
     bins = np.searchsorted(q.edges, middles, side="right")

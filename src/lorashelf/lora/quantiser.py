@@ -15,6 +15,8 @@ import numpy as np
 
 from .arrays import Int64, Integers
 
+Chain = tuple[int, ...]
+"""A start quantiser's id, then the ratios of its refinements."""
 UNIT = 2**16
 """One standard deviation, in the unit of edges and centres."""
 TOTAL = 2**24
@@ -120,8 +122,8 @@ class Quantiser:
 
 
 @cache
-def quantiser(chain: tuple[int, ...]) -> Quantiser:
-    """Return the quantiser of a chain: the index of its start, then the ratios of its refinements."""
+def quantiser(chain: Chain) -> Quantiser:
+    """Return the quantiser of a chain."""
     if len(chain) > 1:
         return quantiser(chain[:-1]).refined(chain[-1])
     step, zero = STARTS[chain[0]]
@@ -129,12 +131,12 @@ def quantiser(chain: tuple[int, ...]) -> Quantiser:
 
 
 @cache
-def start_table(chain: tuple[int, ...]) -> Int64[Integers, " symbols"]:
+def start_table(chain: Chain) -> Int64[Integers, " symbols"]:
     """Return `start_frequencies` of a chain's quantiser."""
     return quantiser(chain).start_frequencies()
 
 
 @cache
-def refining_tables(chain: tuple[int, ...]) -> tuple[Int64[Integers, " 3"], Int64[Integers, "bins {chain[-1]}"]]:
+def refining_tables(chain: Chain) -> tuple[Int64[Integers, " 3"], Int64[Integers, "bins {chain[-1]}"]]:
     """Return `refining_frequencies` of a chain's last ratio."""
     return quantiser(chain[:-1]).refining_frequencies(chain[-1])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..errors import AdapterFormatError, NotReversible
 from ..formats.codecs import CODECS
-from ..lora.adapter import Adapter, BaseId, Factors, parameters, wider
-from ..lora.algebra import compress, norm
+from ..lora.adapter import Adapter, BaseId, parameters, wider
+from ..lora.algebra import compress, norm, scaled
 from ..lora.alignment import Renamed, aligned
 from ..lora.kernels import squared_norms
 from .driver import merge_measured
@@ -326,9 +326,3 @@ def _restored(average: Average, spec: MergeSpec) -> Average:
     if not 0.0 < factor < math.inf:  # nothing to restore, or not possible
         return average
     return Average(scaled(average.adapter, factor), replace(average.history, restored=factor))
-
-
-def scaled(adapter: Adapter, factor: float) -> Adapter:
-    """Return the adapter with every ΔW multiplied by `factor`, in the scales."""
-    modules: Mapping[str, Factors] = adapter.modules
-    return adapter.with_factors({path: Factors(f.a, f.b, f.scale * factor) for path, f in modules.items()})

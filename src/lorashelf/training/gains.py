@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 
 from ..lora.adapter import Adapter
+from ..lora.algebra import scaled
 from ..models.loading import libraries
 from ..models.protocol import GainGradients, mean_loss
 from ..tasks.folders import ExampleSet
@@ -46,10 +46,3 @@ def fitted_gains(
         if loss < least:
             least, best = loss, factors
     return best
-
-
-def scaled(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
-    """Return the adapter with φ ΔW in place of ΔW: module path → φ."""
-    return adapter.with_factors(
-        {path: replace(f, scale=f.scale * factors[path]) for path, f in adapter.modules.items()}
-    )

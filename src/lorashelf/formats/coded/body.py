@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...lora.adapter import Shape
-from ...lora.quantiser import RATIOS, STARTS
+from ...lora.quantiser import RATIOS, STARTS, Chain
 from .description import Description, unpacked
-from .elements import OUTLIER, Chain, Indices, read_refined, read_started, write_refined, write_started
+from .elements import OUTLIER, Indices, read_refined, read_started, write_refined, write_started
 from .stream import Scanner, StreamReader, StreamWriter, malformed, varint
 
 MOST_GAIN = 2**12 - 1

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from ...errors import AdapterFormatError
 from ...lora.adapter import Adapter, Factors, Modules, Shape, parameters
 from ...lora.quality import quality
-from ...lora.quantiser import RATIOS
+from ...lora.quantiser import RATIOS, Chain
 from ..codec import LevelRate
 from .body import MOST_GAIN, NONE, Additions, Coded, Direction, Head, Side, read_elements, read_lists
 from .description import Description
-from .elements import Chain, checked, values
+from .elements import checked, values
 from .frame import bodies, reference
 from .stream import Scanner, StreamReader, malformed
 

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...lora.arrays import Integers
-from ...lora.quantiser import MOST_BINS, UNIT, quantiser, refining_tables, start_table
+from ...lora.quantiser import MOST_BINS, UNIT, Chain, quantiser, refining_tables, start_table
 from .stream import UNIFORM, StreamReader, StreamWriter, malformed
 
 Indices = NDArray[np.int16]
-Chain = tuple[int, ...]
 OUTLIER = 32767
 
 

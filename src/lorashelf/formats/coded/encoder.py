@@ -15,11 +15,11 @@ from ...lora.adapter import Adapter, Shape
 from ...lora.allocation import Coding, Options, slope_keeping, slope_within, slopes_within
 from ...lora.directions import directions
 from ...lora.quality import energy_for, quality, restoration, worth
-from ...lora.quantiser import RATIOS
+from ...lora.quantiser import RATIOS, Chain
 from .body import MOST_GAIN, NONE, Additions, Direction, Side, grouped, head, write_elements, write_lists
 from .decoder import factors
 from .description import packed
-from .elements import OUTLIER, Chain, indices, outlier_codes, outlier_values
+from .elements import OUTLIER, indices, outlier_codes, outlier_values
 from .frame import framed
 from .stream import StreamWriter
 
