@@ -83,17 +83,17 @@ def histogram(sides: Sequence[Float32[Array32, "_n _d"]]) -> Sides:
     for x in sides:
         magnitudes = np.abs(x)
         cells = np.minimum(magnitudes * np.float32(CELLS / 6), CELLS).astype(np.intp)
+        far = cells == CELLS
+        beyond.append(np.bincount(np.nonzero(far)[0], magnitudes[far].astype(np.float64) ** 2, minlength=len(x)))
         cells += np.arange(len(x))[:, None] * (CELLS + 1)
         size = len(x) * (CELLS + 1)
         counts.append(np.bincount(cells.ravel(), minlength=size).reshape(len(x), CELLS + 1))
         sums.append(np.bincount(cells.ravel(), magnitudes.ravel(), minlength=size).reshape(len(x), CELLS + 1))
-        far = magnitudes >= LIMIT / UNIT
-        beyond.append(np.sum(np.square(magnitudes, dtype=np.float64), axis=1, where=far))
     lengths = np.concatenate([np.full(len(x), x.shape[1]) for x in sides])
     return Sides(
         np.concatenate(counts).astype(np.float32),
         np.concatenate(sums).astype(np.float32),
-        np.concatenate(beyond),
+        np.concatenate(beyond).astype(np.float64),
         lengths.astype(np.float64),
     )
 

@@ -63,12 +63,13 @@ class Outline:
 
     def _begin(self) -> None:
         """Read the lists of all levels."""
-        self._begun = False  # whether elements have been read, which cannot be read again
+        self._begun = True  # what is read from here on cannot be read again
         self._pending: list[_Pending] = []
         self.levels: list[Level] = []
         for place, body in enumerate(bodies(self.stored, self._where)):
             with self._named(place):
                 self._take(Scanner(body), self.stored[place], place == 0)
+        self._begun = False
 
     @contextmanager
     def _named(self, place: int) -> Iterator[None]:
