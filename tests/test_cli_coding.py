@@ -219,3 +219,66 @@ def test_a_damaged_coded_file_is_named_and_nothing_is_added(coded: Path, tmp_pat
     assert "truncated" in faults[0]
     assert "this is not a level" in faults[1]
     assert tree(shelf) == before
+
+
+@pytest.mark.parametrize(
+    "options", [["--bytes", "200kB", "--dtype", "bf16"], ["--slots", 2, "--encoding", "coded", "--dtype", "bf16"]]
+)
+def test_a_coded_file_that_is_coded_anew_states_what_it_keeps_of_the_first_original(
+    options: list[Any], tmp_path: Path, run: Command
+) -> None:
+    low = run("compress", ZOO / "gec-de", "-o", tmp_path / "a.lsc", "--percent", 1)[1]["predicted_quality"]
+    run("init", tmp_path / "s", *options, *(["--floor", 0.5] if "200kB" in options else []))
+    assert run("add", tmp_path / "s", f"t={tmp_path / 'a.lsc'}")[0] == 0
+    (slot,) = run("ls", tmp_path / "s")[1]["slots"]
+    assert 0.9 * low < slot["predicted_quality"] <= low
+
+
+def test_a_coded_file_below_the_floor_is_refused_with_its_quality(tmp_path: Path, run: Command) -> None:
+    low = run("compress", ZOO / "gec-de", "-o", tmp_path / "a.lsc", "--percent", 1)[1]["predicted_quality"]
+    run("init", tmp_path / "s", "--bytes", "200kB", "--floor", 0.9)
+    before = {name: content for name, content in tree(tmp_path / "s").items() if name != "lock"}
+    code, document = run("add", tmp_path / "s", f"t={tmp_path / 'a.lsc'}")
+    assert code == 4
+    assert f"below the floor of 0.9: t {low:.3f}" in document["error"]["message"]
+    assert {name: content for name, content in tree(tmp_path / "s").items() if name != "lock"} == before
+    assert run("pack", f"t={tmp_path / 'a.lsc'}", "-o", tmp_path / "p", "--bytes", "200kB", "--floor", 0.9)[0] == 4
+
+
+def test_a_plan_states_shares_of_what_was_coded(coded: Path, run: Command) -> None:
+    points = run("plan", f"t={coded}", "--coded")[1]["curve"]
+    assert max(point["percent"] for point in points) == pytest.approx(5, rel=0.1)
+
+
+def test_the_cure_of_a_quality_that_is_too_high_works(tmp_path: Path, run: Command) -> None:
+    code, document = run("compress", ZOO / "gec-de", "-o", tmp_path / "a.lsc", "--quality", 1)
+    assert code == 2
+    most = document["error"]["cure"].removeprefix("give at most ")
+    assert run("compress", ZOO / "gec-de", "-o", tmp_path / "a.lsc", "--quality", most)[0] == 0
+
+
+def test_a_damaged_level_is_one_fault(coded: Path, run: Command) -> None:
+    content = bytearray(coded.read_bytes())
+    content[200] ^= 1
+    coded.write_bytes(content)
+    code, document = run("show", coded)
+    assert code == 3
+    assert "level 0: the bytes have changed" in document["error"]["message"]
+    assert "level 1" not in document["error"]["message"]
+
+
+def test_a_path_that_is_too_long_is_a_refused_adapter(run: Command) -> None:
+    code, document = run("show", "a" * 300)
+    assert code == 3
+    assert "File name too long" in document["error"]["message"]
+
+
+def test_readmes_beside_adapters_of_two_folders_do_not_share_a_task(tmp_path: Path, run: Command) -> None:
+    run("init", tmp_path / "s", "--slots", 2)
+    for i, group in enumerate(("a", "b")):
+        write_peft(tmp_path / group / f"t-{i}", make_adapter(i))
+        (tmp_path / group / "README.md").write_text("two groups")
+    given = [path for group in ("a", "b") for path in sorted((tmp_path / group).iterdir())]
+    code, document = run("add", tmp_path / "s", *given)
+    assert code == 0, document
+    assert [each["task"] for each in document["added"]] == ["t-0", "t-1"]

@@ -142,7 +142,7 @@ def test_ctrl_c_while_importing_is_one_line_and_130(tmp_path: Path, module: str,
     begun.send_signal(signal.SIGINT)
     out, err = begun.communicate(timeout=30)
     assert (begun.returncode, err) == (130, "lorashelf: interrupted before anything was done\n")
-    assert json.loads(out)["error"]["kind"] == "interrupted" if options else out == ""
+    assert set(json.loads(out)["error"]) == {"kind", "message", "where", "cure"} if options else out == ""
 
 
 def test_who_imports_the_library_keeps_their_own_ctrl_c() -> None:

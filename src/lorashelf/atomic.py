@@ -108,12 +108,12 @@ def settle_file(path: Path) -> None:
 def is_vacant(path: Path) -> bool:
     """Return whether a new folder can take this path, which must be free or an empty folder. Raises DiskError."""
     with refusals(path, "read"):
-        return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+        return not os.path.lexists(path) or (os.path.isdir(path) and not any(path.iterdir()))
 
 
 def check_output(path: Path, noun: str = "folder") -> None:
     """Raise UsageError unless a new folder, or a new file, can take this path."""
-    if not is_vacant(path) or (noun == "file" and path.is_dir()):
+    if not is_vacant(path) or (noun == "file" and os.path.isdir(path)):
         raise UsageError("the output already exists", where=str(path), cure=f"choose another {noun} or delete it")
 
 

@@ -15,7 +15,7 @@ MESSAGE = "interrupted before anything was done"
 
 def stop(signum: int, _: object) -> None:
     """Print one line, with `--json` also a document, and end the process: nothing is open yet."""
-    document = f'{{"error": {{"kind": "interrupted", "message": "{MESSAGE}", "cure": null}}}}\n'
+    document = f'{{"error": {{"kind": "interrupted", "message": "{MESSAGE}", "where": null, "cure": null}}}}\n'
     for stream, text in ((2, f"lorashelf: {MESSAGE}\n"), (1, document if "--json" in sys.argv else "")):
         with contextlib.suppress(OSError):
             os.write(stream, text.encode())

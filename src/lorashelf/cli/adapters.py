@@ -16,7 +16,7 @@ from ..documents import Compared
 from ..documents.coded import Curve, CurvePoint
 from ..errors import UsageError, numbered
 from ..formats.peft import write_adapter
-from ..lora.adapter import in_16_bits
+from ..lora.adapter import in_16_bits, parameters
 from ..lora.algebra import norm
 from ..lora.alignment import fitting, shared
 from ..lora.similarity import similarity
@@ -113,7 +113,7 @@ def _plan_coded(adapters: list[str], size_wanted: int | None, plot: Path | None,
     fitting(one_base(xs) if assume_base else xs, list(named))
     rows = rate_curve(named, watch=coding)
     arg.note_untrained(named)
-    whole = in_16_bits(sum(x.parameters for x in named.values()))
+    whole = in_16_bits(sum(parameters(x.modules.original_shapes) for x in named.values()))
     wanted = {round(whole * percent / 100) for percent in PERCENTS} | ({size_wanted} if size_wanted else set())
     found = {at: within(rows, at) for at in sorted(wanted)}
     best = found.get(size_wanted) if size_wanted else None

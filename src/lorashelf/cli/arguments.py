@@ -182,24 +182,29 @@ def read_one(text: str) -> Adapter:
 def _coded(place: str) -> bool:
     """Return whether a place is a file of `compress`."""
     path = expanded(place)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return False
     from ..formats.coded.files import is_coded
 
     return is_coded(path)
 
 
+def without_files(texts: Sequence[str]) -> Sequence[str]:
+    """Return the ADAPTER arguments without other files among adapters; all if there is no adapter."""
+    return [text for text in texts if not os.path.isfile(expanded(text)) or _coded(text)] or texts
+
+
 def read_each(texts: Sequence[str], task: str | None = None) -> list[tuple[str, Adapter]]:
     """Read the task name and adapter of every ADAPTER argument; other files among adapters (a README in adapters/*) are
     ignored with a notice. Raises AdapterFormatError with the faults of all.
     """
-    given = [text for text in texts if not expanded(text).is_file() or _coded(text)]
-    for text in texts if given else ():
+    given = without_files(texts)
+    for text in texts:
         if text not in given:
             note(f"{text}: ignored: a file, not an adapter")
     found: list[tuple[str, Adapter]] = []
     faults: list[Fault] = []
-    for text in given or texts:
+    for text in given:
         name = name_of(text, task)
         try:
             found.append((name, read_one(text)))
@@ -270,7 +275,7 @@ def note_untrained(adapters: Mapping[str, Adapter]) -> None:
 
 def adapters_in(folder: Path) -> dict[str, Adapter]:
     """Read the adapters in the subfolders of a folder, by name."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError("no such folder", where=str(folder), cure="give a folder of PEFT folders")
     found = sorted(child for child in folder.iterdir() if (child / CONFIG_FILE).exists())
     if len(found) < 2:

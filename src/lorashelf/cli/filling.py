@@ -174,7 +174,7 @@ def _check_names(texts: Sequence[str], task: str | None) -> None:
         raise UsageError(f"--task is for one adapter, not {len(texts)}", cure="name each: NAME=ADAPTER")
     if task is not None and arg.named(texts[0])[0] is not None:
         raise UsageError(f"--task and a name in {texts[0]!r} exclude each other", cure="give one of them")
-    names = [task_name(arg.name_of(text, task)) for text in texts]
+    names = [task_name(arg.name_of(text, task)) for text in arg.without_files(texts)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise TaskNameError(f"several adapters are named {', '.join(map(repr, twice))}", cure="name them: NAME=ADAPTER")

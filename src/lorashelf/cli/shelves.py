@@ -24,7 +24,7 @@ Task = Annotated[str, typer.Argument(help="A task on the shelf.", metavar="TASK"
 def update(
     shelf: arg.ShelfPath,
     task: Task,
-    adapter: Annotated[str, typer.Argument(help="The new PEFT folder.", metavar="ADAPTER", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help="The new adapter.", metavar="ADAPTER", show_default=False)],
     was: Annotated[
         str | None,
         typer.Option("--was", help="The adapter to replace (needed in a shared slot).", metavar="OLD_ADAPTER"),

@@ -20,7 +20,7 @@ from ..faults import Faults
 from ..lora.adapter import WIDTHS, Adapter, BaseId, Factors, Modules, Shape, Stack
 from .codec import Codec
 from .objects import CONFIG_FILE, TENSOR_FILE, Stored, StoredFile, length, object_digest
-from .peft_config import carried, config_faults, resolved_scales, training_only, unmatched
+from .peft_config import carried, config_faults, encodable, resolved_scales, training_only, unmatched
 from .peft_folder import adapter_folder, not_a_folder, not_the_file, prompt_notices, something_else, trained_beside
 from .peft_tensors import factor_shapes, paired, value_faults
 from .safetensors import SPELLED, STORED, Guard, Lost, TensorFile, encode_header, stored_values
@@ -297,7 +297,7 @@ def _read_config(folder: Path, faults: Faults, *, stored: bool = False) -> dict[
     if not isinstance(config, dict):
         faults.append(f"{CONFIG_FILE} is not a JSON object", mend)
         return None
-    if not _encodable(config):
+    if not encodable(config):
         faults.append(f"{CONFIG_FILE} contains text that is not Unicode (a lone surrogate)", mend)
         return None
     faults.extend(config_faults(config, stored=stored))
@@ -310,14 +310,6 @@ def _config_sum(folder: Path) -> int:
         return crc32(atomic.read_file(folder / CONFIG_FILE))
     except OSError as error:
         raise AdapterFormatError([f"{CONFIG_FILE} cannot be read: {error.strerror}"], where=str(folder)) from error
-
-
-def _encodable(document: object) -> bool:
-    try:
-        json.dumps(document, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_tensors(folder: Path, faults: Faults, guard: Guard | None) -> TensorFile | None:

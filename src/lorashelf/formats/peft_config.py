@@ -7,6 +7,7 @@ Fields that make ΔW anything but s B A are refused by name, and so is an unknow
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -101,6 +102,15 @@ def config_faults(config: Mapping[str, Any], *, stored: bool = False) -> Iterato
 
     if not stored:
         yield from _unknown(config)
+
+
+def encodable(document: object) -> bool:
+    """Return whether a JSON document can be written as UTF-8: it has no lone surrogate."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unknown(config: Mapping[str, Any]) -> Iterator[Fault]:

@@ -65,11 +65,11 @@ def adapter_folder(path: str | Path) -> Path:
 def not_a_folder(path: Path, error: OSError) -> Fault:
     """Return the fault of a path that cannot be read as a folder."""
     what = f"cannot be read: {error.strerror}"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return Fault(what, _GIVE)
     if found := not_the_file(path.name, path):
         return found
-    if (path.parent / CONFIG_FILE).exists():
+    if os.path.exists(path.parent / CONFIG_FILE):
         return Fault(f"{what} (it is a file)", f"give its folder: {path.parent}")
     return Fault(f"{what} (it is a file)", _GIVE)
 

@@ -134,6 +134,11 @@ class Modules(Mapping[str, Factors]):
     coded = False
     """Whether these are decoded from a code, which may leave out what a module has learnt."""
 
+    @property
+    def kept(self) -> float:
+        """The share of ‖ΔW‖² that modules decoded from a code keep of what was coded; else 1."""
+        return 1.0
+
     def __init__(self, factors: Mapping[str, Factors]) -> None:
         self._factors = dict(sorted(factors.items()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +25,8 @@ def format_of(path: Path, figure: str, needed: Mapping[str, str] = MATPLOTLIB) -
     if ending not in FORMATS:
         written = f"a {path.suffix} file" if path.suffix else "a file without an extension"
         raise UsageError(f"cannot draw {written}", where=str(path), cure=f"end its name in .{', .'.join(FORMATS)}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = f"the {figure}'s path is a folder" if path.is_dir() else f"the {figure}'s folder does not exist"
+    if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
+        what = f"the {figure}'s path is a folder" if os.path.isdir(path) else f"the {figure}'s folder does not exist"
         raise UsageError(what, where=str(path), cure="choose another path, or create the folder first")
     missing = [name for module, name in needed.items() if find_spec(module) is None]
     if missing:

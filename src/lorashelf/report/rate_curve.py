@@ -8,7 +8,7 @@ from pathlib import Path
 from ..atomic import replace_file
 from ..documents.coded import CurvePoint
 from ..formats.codecs import CODECS
-from ..lora.adapter import Adapter, in_16_bits
+from ..lora.adapter import Adapter, in_16_bits, parameters
 from ..lora.quality import MOST_QUALITY, summary
 from ..merging.average import Average, History
 from ..placement.rates import Rate, steps
@@ -28,7 +28,7 @@ def rate_curve(
     codec, names = CODECS["coded"], sorted(adapters)
     coded = [codec.round_trip(adapters[name], MOST_QUALITY) for name in watch(names)]
     curves = [curve(Average(x, History((), error)), codec) for x, error in coded]
-    whole = in_16_bits(sum(x.parameters for x in adapters.values()))
+    whole = in_16_bits(sum(parameters(x.modules.original_shapes) for x in adapters.values()))
     counts = [len(curve) for curve in curves]
     rows = [_row(names, curves, counts, whole)]
     for step in steps(curves, [0.0] * len(curves)):

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from ..documents.coded import Coarser, Coded
-from ..errors import OverBudget, UsageError
+from ..errors import OverBudget, Refused, UsageError
 from ..formats.codec import Codec, LevelRate
 from ..lora.adapter import in_16_bits
 from ..lora.quality import quality
@@ -27,7 +27,8 @@ def fitted(snapshot: Snapshot, plan: Plan) -> Plan:
     `plan` has its new objects at their finest. Levels are left out of them, and dropped from stored objects, in the
     order of `placement.rates.steps`, until the shelf fits and can be changed again after the plan. The cause and the
     report get `coarser`: task → {levels, bytes, predicted_quality}, each [before, after], of stored objects. Raises
-    OverBudget, which names a sufficient budget, if a task would fall below its floor; UsageError for a shelf with
+    OverBudget, which names a sufficient budget, if a task would fall below its floor; Refused for a coded file that
+    is below; UsageError for a shelf with
     slots in another encoding; CorruptShelf.
     """
     if not snapshot.settings.placement.by_bytes:
@@ -89,7 +90,8 @@ class _Allocation:
         return steps(self.curves, [floor * len(slot.members) for slot in self.slots])
 
     def plan(self) -> Plan:
-        """Return the finest plan that fits. Raises OverBudget."""
+        """Return the finest plan that fits. Raises OverBudget, Refused."""
+        self._check_floor()
         limit = self.snapshot.settings.budget.bytes or 0
         for own in self._cuts:
             taken = self._fewest(own, limit)
@@ -98,6 +100,21 @@ class _Allocation:
             if self._now(taken, own) <= limit:
                 return self._settled(self._counts(taken, own))
         raise self._over(limit)
+
+    def _check_floor(self) -> None:
+        """Raise Refused naming every task whose new object is below the floor at its finest: it came coded."""
+        floor = self.snapshot.settings.placement.floor
+        low = {
+            task: curve[-1].quality / len(slot.members)
+            for slot, curve in zip(self.slots, self.curves, strict=True)
+            for task in slot.members
+            if slot.id in self.finest.writes and curve[-1].quality < floor * len(slot.members)
+        }
+        if low:
+            named = ", ".join(f"{task} {quality:.3f}" for task, quality in sorted(low.items()))
+            what = f"the predicted quality of what is given is below the floor of {floor:g}: {named}"
+            cure = "give finer files or the original adapters, or a lower --floor"
+            raise Refused(what, where=str(self.snapshot.path), cure=cure)
 
     @cached_property
     def _cuts(self) -> Sequence[int]:

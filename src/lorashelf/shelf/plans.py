@@ -209,7 +209,7 @@ def _copies(snapshot: Snapshot, slot: Slot, task: str) -> list[str]:
 def another(task: str, adapter: Adapter, digest: str) -> NotReversible:
     """Return the error for an adapter that is not the one recorded for a task."""
     what = f"this is not the adapter of {task!r}: its digest is {adapter.digest[:15]}…, recorded is {digest[:15]}…"
-    return NotReversible(what, cure="give the folder that was added")
+    return NotReversible(what, cure="give the adapter that was added")
 
 
 def plan_cluster(

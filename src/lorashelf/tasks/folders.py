@@ -142,7 +142,7 @@ def fields_for(path: str | Path, task: str) -> dict[str, Any]:
     Raises UsageError.
     """
     path = expanded(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return read_task_file(path)
     found = next((file for file in (path / FILE, path / task / FILE) if file.exists()), None)
     return read_task_file(found) if found else {}

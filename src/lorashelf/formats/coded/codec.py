@@ -113,7 +113,7 @@ class Coded(Codec):
 
         encoder = Encoder(adapter)
         decoded = decode(list(ladder(encoder, quality)))
-        return decoded, math.sqrt(max(1.0 - encoder.kept, 0.0))
+        return decoded, math.sqrt(max(1.0 - encoder.before * encoder.kept, 0.0))
 
     def open(self, paths: Sequence[Path], sums: Sequence[int], lost: Lost, member: str | None = None) -> Adapter:
         """Open the adapter from files of levels. Raises AdapterFormatError naming every damaged file."""

@@ -159,6 +159,11 @@ class CodedModules(Modules):
         """The rate of each level."""
         return [LevelRate(level.bytes, level.kept) for level in self._outline.levels]
 
+    @property
+    def kept(self) -> float:
+        """The share of ‖ΔW‖² that the levels keep."""
+        return self._outline.levels[-1].kept
+
     def of(self, adapter: Adapter) -> bool:
         """Return whether the levels describe the adapter as it is: its base, dtype and fields."""
         found = self._outline.description

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ...digest import canonical_json
+from ...errors import AdapterFormatError
 from ...lora.adapter import WIDTHS, Adapter, BaseId, Shape
+from ..peft_config import config_faults, encodable
 from .stream import malformed
 
 LONGEST = 2**22
@@ -80,6 +82,13 @@ def unpacked(data: bytes) -> Description:
     sound = isinstance(found.base.name, str) and isinstance(found.base.revision, str | None)
     if not sound or found.dtype not in WIDTHS or not isinstance(found.config, dict) or not found.shapes:
         raise malformed("a field of the description is missing or mistyped")
+    if not all(path and path.isprintable() for path in found.shapes):
+        raise malformed("a module's path is empty or not printable")
+    names = {"base_model_name_or_path": found.base.name, "revision": found.base.revision}
+    if faults := list(config_faults({**found.config, **names}, stored=True)):
+        raise AdapterFormatError(faults)
+    if not encodable(found.config):
+        raise malformed("a field of the description is not Unicode (a lone surrogate)")
     return found
 
 

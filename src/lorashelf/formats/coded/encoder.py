@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...errors import UsageError
 from ...lora.adapter import Adapter, Shape
-from ...lora.allocation import Coding, Options, slope_keeping, slope_within, slopes_within
+from ...lora.allocation import SLOPES, Coding, Options, slope_keeping, slope_within, slopes_within
 from ...lora.directions import directions
 from ...lora.quality import energy_for, quality, restoration, worth
 from ...lora.quantiser import RATIOS, Chain
@@ -50,7 +50,9 @@ class Encoder:
         self.directions = directions(adapter)
         self.levels: list[bytes] = []
         self.kept = 0.0
-        """The share of ‖ΔW‖² that the levels keep."""
+        """The share of the adapter's ‖ΔW‖² that the levels keep."""
+        self.before = adapter.modules.kept
+        """The share that the adapter itself keeps, if it was decoded from a code; levels state the product."""
         self._description = packed(adapter)
         self._spectra = list(self.directions.modules.values())
         self._owner = np.repeat(np.arange(len(self._spectra)), [len(m) for m in self._spectra]).tolist()
@@ -124,8 +126,11 @@ class Encoder:
             if trial.kept >= share:
                 return trial
             slope *= 1 - min(1e-3 * 2**attempt, 0.5)  # the estimate was slightly too high
+        finest = self._trial(options.choose(SLOPES[0])[0])
+        if finest.kept >= share:
+            return finest
         what = f"no level is fine enough for a predicted quality of {wanted}"
-        raise UsageError(what, cure=f"give at most {quality(trial.kept):.4f}")
+        raise UsageError(what, cure=f"give at most {math.floor(1e3 * quality(finest.kept)) / 1e3:g}")
 
     def _worth_writing(self, trial: _Trial) -> _Trial:
         """Return the trial, or the least level with a direction if this one has none of a trained adapter."""
@@ -155,7 +160,7 @@ class Encoder:
         write_elements(writer, new, [(now, was.indices) for side in moved for was, now in side if now is not was])
         kept = self.kept if self.levels and coding is self._coding else self._kept(found)
         base = None if self.levels else (self._top, self._description)
-        body = head(kept, round(math.sqrt(restoration(kept)) * _AS_CODED), base) + writer.finished()
+        body = head(self.before * kept, round(math.sqrt(restoration(kept)) * _AS_CODED), base) + writer.finished()
         return _Trial(framed(self.levels, body), coding, found, kept)
 
     def _kept(self, found: Mapping[int, Direction]) -> float:

@@ -34,10 +34,12 @@ def bodies(levels: Sequence[bytes], where: str | None = None) -> list[bytes]:
     Raises AdapterFormatError with the faults of all.
     """
     found, faults = [], []
+    parent: bytes | None = b""
     for place, level in enumerate(levels):
-        body, fault = _body(level, place, reference(levels[place - 1]) if place else b"")
+        body, fault = _body(level, place, parent)
         found.append(body)
         faults += [fault.at(f"level {place}")] if fault else []
+        parent = None if fault else reference(level)
     if not levels:
         faults.append(Fault("there are no levels", "give the base level first"))
     if faults:
@@ -45,7 +47,8 @@ def bodies(levels: Sequence[bytes], where: str | None = None) -> list[bytes]:
     return found
 
 
-def _body(level: bytes, place: int, parent: bytes) -> tuple[bytes, Fault | None]:
+def _body(level: bytes, place: int, parent: bytes | None) -> tuple[bytes, Fault | None]:
+    """Return the body of a level, or its fault; `parent` is None after a faulty level."""
     if level[:3] != MAGIC:
         return b"", Fault("this is not a level", "give the output of lorashelf compress")
     if len(level) > 3 and level[3] > VERSION:
@@ -62,7 +65,7 @@ def _body(level: bytes, place: int, parent: bytes) -> tuple[bytes, Fault | None]
     if level[4] != place:
         what = f"this is level {level[4]} of its adapter; level {place} is needed here"
         return b"", Fault(what, "give all levels before it, in order")
-    if place and level[start - _REFERENCE : start] != parent:
+    if place and parent is not None and level[start - _REFERENCE : start] != parent:
         what = "it does not follow the level before it, which belongs to another adapter or another coding"
         return b"", Fault(what, "give levels of one coding")
     return level[start : size - _SUM], None
