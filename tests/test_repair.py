@@ -11,6 +11,7 @@ import random
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from crash.disk import in_memory, watched
 from factory import make_adapter, write_peft
 from lorashelf import (
     Adapter,
+    BaseId,
     Clustering,
     Shelf,
     new_settings,
@@ -32,6 +34,7 @@ from lorashelf import (
 from lorashelf.digest import digest
 from lorashelf.errors import CorruptShelf, DiskError, NewerFormat, NotReversible, ShelfNotFound
 from lorashelf.shelf import pages
+from lorashelf.shelf.packing import plan_pack
 from lorashelf.shelf.repair import repair
 from manifests import forged, manifest, page, page_of, put, written
 from test_attacks import command, state
@@ -112,6 +115,19 @@ def test_a_slot_is_restored_to_the_bit_from_all_its_originals(
     assert how(report) == [("rewritten", members, [])]
     assert files(shelf) == before
     assert repair(shelf) == {"head": report["head"], "files": [], "slots": [], "states": [], "unused": []}
+
+
+def test_an_object_that_took_the_others_base_is_restored_to_the_bit(tmp_path: Path) -> None:
+    originals = {"a": make_adapter(0), "b": replace(make_adapter(1), base=BaseId())}
+    settings = new_settings(None, bytes=10**6, floor=0.1)
+    Shelf.create_with(tmp_path / "s", settings, lambda snapshot: plan_pack(snapshot, originals))
+    shelf = Shelf(tmp_path / "s")
+    before = {path: path.read_bytes() for path in (shelf.path / "objects").rglob("*") if path.is_file()}
+    for path in before:
+        os.truncate(path, 20)
+    report = repair(shelf, originals)
+    assert {entry["how"] for entry in report["slots"]} == {"rewritten"}
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_slot_is_restored_to_the_bit_from_a_kept_state_and_what_was_folded_in_since(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ FITTING = {
 
 def compress(
     context: typer.Context,
-    adapter: arg.OneAdapter,
+    adapter: Annotated[
+        str, typer.Argument(help="A PEFT folder, or a hub id in the cache.", metavar="ADAPTER", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)],
     budget: Annotated[
         int | None,

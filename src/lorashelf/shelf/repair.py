@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 from ..errors import LorashelfError, NotReversible
@@ -166,13 +167,28 @@ def _options(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given:
         ]:
             starts.append((state, snapshot.average(other)))
     specs = _specs(snapshot, slot)
-    merged = [made for spec in specs for made in _from_originals(slot.history.merged, starts, given, spec)]
+    merged = [
+        made
+        for spec in specs
+        for originals in _with_bases(snapshot, damaged, given)
+        for made in _from_originals(slot.history.merged, starts, originals, spec)
+    ]
     complete = [
         option for option in merged if option.new and len(option.new.history.merged) == len(slot.history.merged)
     ]
     yield from complete
     yield from (Mended("earlier", kept=other, state=state) for state, other in kept)
     yield from (option for option in merged if option not in complete)
+
+
+def _with_bases(snapshot: Snapshot, damaged: Mapping[str, Slot], given: Given) -> Iterator[Given]:
+    """Yield the originals; then, if some name no base, with the base of the others, as a clustering stores them."""
+    yield given
+    sound = (s for s in snapshot.manifest.slots if s.readable and s.object.id not in damaged)
+    bases = chain((x.base for x in given.values()), (snapshot.glanced(slot).base for slot in sound))
+    base = next((base for base in bases if base.name), None)
+    if base is not None and not all(x.base.name for x in given.values()):
+        yield {digest: x if x.base.name else replace(x, base=base) for digest, x in given.items()}
 
 
 def _specs(snapshot: Snapshot, slot: Slot) -> list[MergeSpec]:
