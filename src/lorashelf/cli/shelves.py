@@ -78,7 +78,7 @@ def route(
     ] = None,
     json: arg.Json = False,
 ) -> None:
-    """Print the PEFT folder that serves a task; that of a coded slot is written to --output, or to a cache.
+    """Print the PEFT folder that serves a task; for a coded slot it is written to a cache or to --output.
 
     The cache keeps the 64 folders used last.
     """
