@@ -28,8 +28,7 @@ def fitted(snapshot: Snapshot, plan: Plan) -> Plan:
     order of `placement.rates.steps`, until the shelf fits and can be changed again after the plan. The cause and the
     report get `coarser`: task → {levels, bytes, predicted_quality}, each [before, after], of stored objects. Raises
     OverBudget, which names a sufficient budget, if a task would fall below its floor; Refused for a coded file that
-    is below; UsageError for a shelf with
-    slots in another encoding; CorruptShelf.
+    is below it already; UsageError for a shelf with slots in another encoding; CorruptShelf.
     """
     if not snapshot.settings.placement.by_bytes:
         return plan

@@ -166,11 +166,11 @@ def _options(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given:
             m.digest for m in slot.history.merged[: len(other.history.merged)]
         ]:
             starts.append((state, snapshot.average(other)))
-    specs = _specs(snapshot, slot)
+    specs, sets = _specs(snapshot, slot), list(_with_bases(snapshot, damaged, given))
     merged = [
         made
         for spec in specs
-        for originals in _with_bases(snapshot, damaged, given)
+        for originals in sets
         for made in _from_originals(slot.history.merged, starts, originals, spec)
     ]
     complete = [
@@ -184,10 +184,12 @@ def _options(snapshot: Snapshot, slot: Slot, damaged: Mapping[str, Slot], given:
 def _with_bases(snapshot: Snapshot, damaged: Mapping[str, Slot], given: Given) -> Iterator[Given]:
     """Yield the originals; then, if some name no base, with the base of the others, as a clustering stores them."""
     yield given
+    if all(x.base.name for x in given.values()):
+        return
     sound = (s for s in snapshot.manifest.slots if s.readable and s.object.id not in damaged)
     bases = chain((x.base for x in given.values()), (snapshot.glanced(slot).base for slot in sound))
     base = next((base for base in bases if base.name), None)
-    if base is not None and not all(x.base.name for x in given.values()):
+    if base is not None:
         yield {digest: x if x.base.name else replace(x, base=base) for digest, x in given.items()}
 
 
