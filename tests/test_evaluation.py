@@ -29,7 +29,7 @@ from lorashelf.evaluation.metrics import loss_kept, metric, normalised, scored
 from lorashelf.formats.peft import encode
 from lorashelf.models.base_model import EMBEDDED
 from lorashelf.models.hf import HFBackend
-from lorashelf.models.protocol import Answers, Loss
+from lorashelf.models.protocol import Answers, Loss, Question
 from lorashelf.models.quadratic import QuadraticBackend
 from lorashelf.result_store import ResultStore, opened
 from lorashelf.shelf.routing import storage
@@ -122,9 +122,12 @@ class Counting:
         self._count("loss", pairs[0][1].task)
         return self._backend.nll(pairs)
 
-    def answers(self, adapter: Any, instruction: str, texts: Any, **options: Any) -> Any:
-        self._count("answers", instruction)
-        return self._backend.answers(adapter, instruction, texts, **options)
+    def answered(self, adapter: Any, questions: Any) -> Any:
+        self._count("answers", questions[0].instruction)
+        return self._backend.answered(adapter, questions)
+
+    def answers(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("an evaluation answers several tasks at once")
 
 
 @pytest.fixture
@@ -269,8 +272,8 @@ def test_losses_need_no_model_that_answers() -> None:
 class Quadratic(QuadraticBackend, Answers):
     """The model without a model, with answers that repeat the question."""
 
-    def answers(self, adapter: Any, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
-        return list(texts)
+    def answered(self, adapter: Any, questions: Sequence[Question]) -> list[str]:
+        return [question.text for question in questions]
 
     def stream(self, adapter: Any, instruction: str, text: str, *, max_new_tokens: int = 64) -> Iterator[str]:
         yield text
@@ -477,6 +480,35 @@ def test_an_interrupted_run_goes_on_without_measuring_again(world: World, tmp_pa
         assert len(rest.calls) == 5 - done
         assert rest.calls == whole.calls[done:]
         assert resumed.document() == reference.document()
+
+
+@pytest.mark.parametrize(("most", "calls"), [(128, 4), (4, 5)])
+def test_tasks_of_one_adapter_are_answered_together_and_as_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch, most: int, calls: int
+) -> None:
+    """Instructions and lengths of answers differ in one batch."""
+    monkeypatch.setattr("lorashelf.evaluation.measure._TOGETHER", most)
+    shared = dict.fromkeys(METRICS, tiny_adapter(9, str(world.base)))
+    tasks = world.tasks | {"b-en": replace(world.tasks["b-en"], max_new_tokens=3)}
+    backend = Counting(world.backend)
+    together = evaluate(backend, shared, tasks)
+    assert len(backend.calls) == calls  # three losses, and the answers of two tasks
+    for name, task in tasks.items():
+        alone = evaluate(world.backend, {name: shared[name]}, {name: task}).tasks[name]
+        assert together.tasks[name].answers == alone.answers
+        assert together.tasks[name].losses == alone.losses
+
+
+def test_an_interruption_does_not_change_what_is_answered_together(world: World, tmp_path: Path) -> None:
+    shared = dict.fromkeys(METRICS, tiny_adapter(9, str(world.base)))
+    whole = Counting(world.backend)
+    evaluate(whole, shared, world.tasks)
+    with opened(tmp_path) as journal, pytest.raises(KeyboardInterrupt):
+        evaluate(Counting(world.backend, stop_at=1), shared, world.tasks, journal=journal)
+    rest = Counting(world.backend)
+    with opened(tmp_path) as journal:
+        evaluate(rest, shared, world.tasks, journal=journal)
+    assert rest.calls == whole.calls[1:]
 
 
 def changed(world: World, what: str) -> tuple[Any, dict[str, Adapter], dict[str, Task]]:

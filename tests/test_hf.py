@@ -614,7 +614,7 @@ def test_rows_that_have_ended_leave_the_batch_and_the_others_answer_as_alone(
 
     def written(some: list[list[int]]) -> list[list[int]]:
         steps = decoding.greedy(
-            base.base.model, some, 30, lambda row: len(row) > row[0] % 7, base.text.pad, nullcontext
+            base.base.model, some, [30] * len(some), lambda row: len(row) > row[0] % 7, base.text.pad, nullcontext
         )
         return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
@@ -630,7 +630,7 @@ def test_a_cache_of_the_models_own_keeps_its_rows() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("minimax", vocab_size=50, **sizes, **kinds)).eval()
     queries = [[4, 5], [6], [7, 8, 9]]
-    steps = list(decoding.greedy(model, queries, 9, lambda row: len(row) > row[0] % 7, 0, nullcontext))
+    steps = list(decoding.greedy(model, queries, [9] * 3, lambda row: len(row) > row[0] % 7, 0, nullcontext))
     assert 0 < steps[-1].count(None) < 3  # after some have ended, others went on
 
 

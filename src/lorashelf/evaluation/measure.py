@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from ..errors import MissingExtra, TaskNameError, UnknownName, UsageError
 from ..lora.adapter import Adapter
-from ..models.protocol import Answers, Loss, Scores, capable
+from ..models.protocol import Answers, Loss, Question, Scores, capable
 from ..names import task_name
 from ..result_store import ResultStore
 from ..shelf.settings import LARGEST
 from ..tasks.folders import ExampleSet, Task
 from .compare import Evaluation, Measured
 from .metrics import Metric, metric, scored
+
+_TOGETHER = 128  # answers that are generated together, at least, where an adapter serves several tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,10 @@ class Unit:
             return all(isinstance(answer, str) for answer in result)
         return all(isinstance(loss, list) and len(loss) == 2 and _is_loss(*loss) for loss in result)
 
-    def measured(self, backend: Scores) -> list[Any]:
-        """Measure [nll, tokens] or the answer of each example."""
-        if self.what == "loss":
-            return [list(loss) for loss in backend.nll([(self.adapter, self.examples)])[0]]
-        texts = [example.input for example in self.examples.examples]
-        most, instruction = self.task.max_new_tokens, self.examples.instruction
-        return capable(backend, Answers).answers(self.adapter, instruction, texts, max_new_tokens=most)
+    def questions(self) -> list[Question]:
+        """Return what is to be answered."""
+        instruction, most = self.examples.instruction, self.task.max_new_tokens
+        return [Question(instruction, example.input, most) for example in self.examples.examples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,17 @@ class Prepared:
     ) -> Evaluation:
         """Measure; see `evaluate`."""
         journal = ResultStore() if journal is None else journal
-        missing = [unit for r in self.ready for unit in r.units() if journal.get(unit.key(backend), unit.fits) is None]
+        groups = _groups(self.ready)
+
+        def lacking(units: Iterable[Unit]) -> list[Unit]:
+            return [unit for unit in units if journal.get(unit.key(backend), unit.fits) is None]
+
+        missing = lacking(unit for r in self.ready for unit in r.units())
         for unit in missing if watch is None else watch(missing):
-            journal.put(unit.key(backend), unit.measured(backend))
+            if lacking([unit]):
+                group = lacking(groups[unit.what, unit.task.name])
+                for member, result in zip(group, _results(backend, group), strict=True):
+                    journal.put(member.key(backend), result)
         tasks, notes = {}, []
         for r in sorted(self.ready, key=lambda r: r.task.name):
             name, count = r.task.name, len(r.task.splits[self.settings["split"]])
@@ -208,6 +216,32 @@ def evaluate(
 def _identity(adapter: Adapter | None) -> Hashable:
     """Return a key that is equal for tasks of one adapter, even if the adapter was read several times."""
     return None if adapter is None else (adapter.digest, adapter.base)
+
+
+def _groups(ready: Iterable[Ready]) -> dict[tuple[str, str], list[Unit]]:
+    """Return, by kind and task, the units that are measured together: answers with the same adapter, in one batch.
+
+    They depend on the evaluation alone, not on what a journal holds: an answer in bf16 depends on its batch.
+    """
+    groups: dict[tuple[str, str], list[Unit]] = {}
+    last: list[Unit] = []
+    for unit in (unit for r in ready for unit in r.units()):
+        if unit.what == "answers":
+            full = sum(len(other.examples.examples) for other in last) >= _TOGETHER
+            last = [] if full or not last or _identity(last[0].adapter) != _identity(unit.adapter) else last
+            last.append(unit)
+        groups[unit.what, unit.task.name] = last if unit.what == "answers" else [unit]
+    return groups
+
+
+def _results(backend: Scores, group: Sequence[Unit]) -> list[list[Any]]:
+    """Measure [nll, tokens] or the answer of each example of units with the same adapter."""
+    adapter = group[0].adapter
+    if group[0].what == "loss":
+        return [[list(loss) for loss in losses] for losses in backend.nll([(adapter, u.examples) for u in group])]
+    questions = [unit.questions() for unit in group]
+    found = iter(capable(backend, Answers).answered(adapter, [question for some in questions for question in some]))
+    return [list(islice(found, len(some))) for some in questions]
 
 
 def _measured(ready: Ready, results: Sequence[Any], seed: int) -> Measured:

@@ -41,12 +41,12 @@ def next_logits(model: Any, read: torch.Tensor, mask: torch.Tensor, cache: Any, 
 def greedy(
     model: Any,
     queries: Sequence[Sequence[int]],
-    count: int,
+    counts: Sequence[int],
     ended: Ended,
     pad: int,
     step: Step,
 ) -> Iterator[list[int | None]]:
-    """Yield the likeliest next token of every query, at most `count` times; None where an answer has ended.
+    """Yield the likeliest next token of every query; None where an answer has ended, or has as many tokens as `counts`.
 
     `ended` takes the tokens generated for a query and returns whether the last one ends the answer. Ended rows leave
     the batch if the cache is transformers' own: those of some models cannot drop them. Every forward pass runs inside a
@@ -57,7 +57,7 @@ def greedy(
     rows: list[list[int]] = [[] for _ in queries]
     computed, cache = list(range(len(queries))), None
     unended = set(computed)
-    for _ in range(count):
+    for _ in range(max(counts)):
         logits, cache = next_logits(model, read, mask, cache, step)
         best, likeliest = logits.max(-1)
         found: list[int | None] = [None] * len(queries)
@@ -68,7 +68,7 @@ def greedy(
                 found[i] = token
                 rows[i].append(token)
         yield found
-        unended = {i for i in unended if not ended(rows[i])}
+        unended = {i for i in unended if len(rows[i]) < counts[i] and not ended(rows[i])}
         if not unended:
             return
         read = likeliest[:, None]

@@ -21,7 +21,7 @@ from .effects import EffectSums
 from .hooks import AdapterPool, head_at
 from .loading import fingerprint, libraries
 from .memory import sparing, within_memory
-from .protocol import Continues, Effects, GainGradients, LanguageModel, Loss, Pair
+from .protocol import Continues, Effects, GainGradients, LanguageModel, Loss, Pair, Question
 from .rows import Rows
 from .tokens import Tokenisation, Tokens, faulty
 
@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     import torch
 
 LOGIT_BYTES = 2**28  # a batch's logits at its labels stay below this, in float32
-_ANSWERED = 4  # a batch of answers has this many times `batch` positions: it needs logits at one position per row only
+_ANSWERED = 8  # a batch of answers has this many times `batch` positions: it needs logits at one position per row only
+_MOST_ANSWERED = 2**16  # and no more: the keys and values of all its positions are in memory
 DEPTH = 2 / 3  # of the layers: representations there separate tasks best (docs/results.md)
 HELD = 8  # adapters kept on the device
+_Asked = tuple[Sequence[int], int]
+"""The tokens of a query, and the most that its answer may have."""
 
 
 class HFBackend(LanguageModel, Continues, Effects, GainGradients):
@@ -206,21 +209,22 @@ class HFBackend(LanguageModel, Continues, Effects, GainGradients):
 
     # answers ------------------------------------------------------------------------------------------------------
 
-    def answers(
-        self, adapter: Adapter | None, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64
-    ) -> list[str]:
-        """Return the greedy answers to texts under one instruction, up to the end of the turn or of the context."""
+    def answered(self, adapter: Adapter | None, questions: Sequence[Question]) -> list[str]:
+        """Return the greedy answer to each question, up to the end of the turn or of the context.
+
+        Questions are answered in batches of similar length. Raises ShapeMismatch, OutOfMemory, ModelError.
+        """
         self.adapters.check(adapter)
-        queries = [self.text.query(instruction, text) for text in texts]
-        rooms = [self.text.room(query, max_new_tokens) for query in queries]
-        whole = [i for i, room in enumerate(rooms) if room == max_new_tokens > 0]
-        lengths = [len(queries[i]) + max_new_tokens for i in whole]
-        together = [[whole[j] for j in batch] for batch in largest_batches(lengths, _ANSWERED * self.batch)]
-        alone = [[i] for i, room in enumerate(rooms) if 0 < room < max_new_tokens]
-        answers = [""] * len(texts)
+        queries = [self.text.query(instruction, text) for instruction, text, _ in questions]
+        rooms = [self.text.room(query, asked.max_new_tokens) for query, asked in zip(queries, questions, strict=True)]
+        whole = [i for i, asked in enumerate(questions) if rooms[i] == asked.max_new_tokens > 0]
+        lengths = [len(queries[i]) + rooms[i] for i in whole]
+        positions = min(_ANSWERED * self.batch, _MOST_ANSWERED)
+        together = [[whole[j] for j in batch] for batch in largest_batches(lengths, positions)]
+        alone = [[i] for i, asked in enumerate(questions) if 0 < rooms[i] < asked.max_new_tokens]
+        answers = [""] * len(questions)
         for members in [*together, *alone]:
-            written = partial(self._written, adapter, rooms[members[0]])
-            rows = sparing(written, [queries[i] for i in members], self.name)
+            rows = sparing(partial(self._written, adapter), [(queries[i], rooms[i]) for i in members], self.name)
             for index, row in zip(members, rows, strict=True):
                 answers[index] = self.text.decoded(row)
         return answers
@@ -239,23 +243,22 @@ class HFBackend(LanguageModel, Continues, Effects, GainGradients):
     def _one_by_one(self, adapter: Adapter | None, count: int, query: Sequence[int]) -> Iterator[int]:
         """Yield the tokens of one answer as they are generated. Raises OutOfMemory."""
         with within_memory("out of memory", self.name, "shorten the text"):
-            for (token,) in self._steps(adapter, count, [query]):
+            for (token,) in self._steps(adapter, [(query, count)]):
                 if token is not None:
                     yield token
 
-    def _written(self, adapter: Adapter | None, count: int, queries: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _written(self, adapter: Adapter | None, batch: Sequence[_Asked]) -> list[list[int]]:
         """Return the tokens of each query's answer."""
-        rows: list[list[int]] = [[] for _ in queries]
-        for step in self._steps(adapter, count, queries):
+        rows: list[list[int]] = [[] for _ in batch]
+        for step in self._steps(adapter, batch):
             for row, token in zip(rows, step, strict=True):
                 row.extend([] if token is None else [token])
         return rows
 
-    def _steps(
-        self, adapter: Adapter | None, count: int, queries: Sequence[Sequence[int]]
-    ) -> Iterator[list[int | None]]:
+    def _steps(self, adapter: Adapter | None, batch: Sequence[_Asked]) -> Iterator[list[int | None]]:
+        queries, counts = zip(*batch, strict=True)
         on_base = partial(self.adapters.on_base, adapter)
-        return greedy(self.base.model, queries, count, self.text.ended, self.text.pad, on_base)
+        return greedy(self.base.model, queries, counts, self.text.ended, self.text.pad, on_base)
 
     def decoding(self, most: int) -> Rows:
         """Return an empty batch of at most `most` rows, each with an adapter of its own; one row if the base keeps

@@ -25,7 +25,7 @@ from .gguf_cache import source_digest
 from .gguf_chat import GgufChat
 from .llama_adapters import LlamaAdapters
 from .llama_library import TOGETHER, LlamaModel, library
-from .protocol import Answers, Decoding, Loss, Pair, Row, Scores
+from .protocol import Answers, Decoding, Loss, Pair, Question, Row, Scores
 from .sampling import Token, no_next_token
 from .tokens import Tokenisation, faulty
 
@@ -155,15 +155,13 @@ class LlamaCppBackend(Scores, Answers):
 
     # answers ------------------------------------------------------------------------------------------------------
 
-    def answers(
-        self, adapter: Adapter | None, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64
-    ) -> list[str]:
-        """Return the greedy answers to texts under one instruction, up to the end of the turn or of the context."""
+    def answered(self, adapter: Adapter | None, questions: Sequence[Question]) -> list[str]:
+        """Return the greedy answer to each question, up to the end of the turn or of the context."""
         self.adapters.check(adapter)
         answers = []
-        for text in texts:
+        for instruction, text, most in questions:
             query = self.text.query(instruction, text)
-            room = self.text.room(query, max_new_tokens)
+            room = self.text.room(query, most)
             answers.append(self.text.decoded(list(self._greedy(adapter, query, room))))
         return answers
 

@@ -86,15 +86,27 @@ class Scores(Model, Protocol):
         ...
 
 
+class Question(NamedTuple):
+    """A text to answer, under its instruction, and the most tokens that the answer may have."""
+
+    instruction: str
+    text: str
+    max_new_tokens: int = 64
+
+
 @runtime_checkable
 class Answers(Model, Protocol):
     """A model that answers texts by greedy decoding."""
+
+    def answered(self, adapter: Adapter | None, questions: Sequence[Question]) -> list[str]:
+        """Return the answer to each question, whatever their instructions."""
+        ...
 
     def answers(
         self, adapter: Adapter | None, instruction: str, texts: Sequence[str], *, max_new_tokens: int = 64
     ) -> list[str]:
         """Return the answers to texts under one instruction."""
-        ...
+        return self.answered(adapter, [Question(instruction, text, max_new_tokens) for text in texts])
 
     def stream(
         self, adapter: Adapter | None, instruction: str, text: str, *, max_new_tokens: int = 64
