@@ -531,6 +531,16 @@ def test_an_interrupted_run_goes_on_and_measures_nothing_twice(world: Any, tmp_p
     assert list(run(suite, adapters, tasks, backend, folder)) == []
 
 
+def test_a_run_up_to_a_priority_leaves_the_cells_after_it(world: Any, tmp_path: Path) -> None:
+    adapters, tasks, backend = world
+    suite = written(tmp_path)
+    cells = tuple(replace(cell, priority=1 + i // 2) for i, cell in enumerate(suite.cells[:6]))
+    suite = replace(suite, cells=cells)
+    first = [c.id for c, _ in run(suite, adapters, tasks, backend, tmp_path / "out", priority=2)]
+    assert first == [cell.id for cell in cells[:4]]
+    assert [c.id for c, _ in run(suite, adapters, tasks, backend, tmp_path / "out")] == [cell.id for cell in cells[4:]]
+
+
 def test_a_cell_that_another_process_measures_is_passed_over(world: Any, tmp_path: Path) -> None:
     adapters, tasks, backend = world
     suite, folder = written(tmp_path), tmp_path / "out"
@@ -905,6 +915,13 @@ def test_a_measured_task_without_adapter_is_named(tmp_path: Path, capsys: pytest
         main(["bench", "run", str(suite.path), *folders])
     assert stopped.value.code == 2
     assert "no adapter or no examples for gec-xx" in capsys.readouterr().err
+
+
+def test_a_priority_that_no_cell_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "run", str(ROOT / "suites" / "small.toml"), "-o", str(tmp_path), "--priority", "0"])
+    assert stopped.value.code == 2
+    assert "no cell has a priority up to 0" in capsys.readouterr().err
 
 
 def test_a_damaged_result_is_named(measured: tuple[Suite, Path], tmp_path: Path) -> None:

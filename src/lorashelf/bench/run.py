@@ -9,6 +9,7 @@ FOLDER/claims/ID            locked while a process measures the cell
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -42,8 +43,9 @@ def run(
     backend: Scores,
     folder: Path,
     watch: Watch = lambda _, steps: steps,
+    priority: float = math.inf,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Measure the remaining cells; yields each cell with its result when done.
+    """Measure the remaining cells up to a priority; yields each cell with its result when done.
 
     A cell that another process is measuring is skipped. Raises what evaluation and searches raise, DiskError.
     """
@@ -52,7 +54,7 @@ def run(
     dtype = wider([x.dtype for x in adapters.values()])  # sizes are compared at this dtype
     own_bytes = bytes_of(adapters.values(), dtype)
     with _journal(folder / MEASURED) as kept:
-        for cell in suite.cells:
+        for cell in (cell for cell in suite.cells if cell.priority <= priority):
             with _claimed(cell, suite, folder) as free:
                 done = read_results(suite, folder)
                 if not free or cell.id in done:

@@ -42,6 +42,9 @@ def run(
         Path | None, typer.Option("--data", help="Folder with a task folder per task; default: the suite's.")
     ] = None,
     output: Output = None,
+    priority: Annotated[
+        int | None, typer.Option("--priority", help="Measure the cells up to this priority only; default: all.")
+    ] = None,
     device: arg.Device = None,
     json: arg.Json = False,
 ) -> None:
@@ -50,11 +53,16 @@ def run(
     from . import base
 
     opened = _opened(suite, output)
+    numbers = sorted({cell.priority for cell in opened.cells})
+    if priority is not None and priority < numbers[0]:
+        listed = ", ".join(map(str, numbers))
+        raise UsageError(f"no cell has a priority up to {priority}", where=str(suite), cure=f"choose from {listed}")
+    most = numbers[-1] if priority is None else priority
     own, tasks = _inputs(opened, adapters, data)
     model = base.open_named(opened.base, Scores, device=device, dtype=opened.model_dtype, template=None)
     model.fits(own)
     done = []
-    for cell, result in measure(opened, own, tasks, model, output or opened.folder, _watch):
+    for cell, result in measure(opened, own, tasks, model, output or opened.folder, _watch, most):
         note(f"{cell.label}: measured in {duration(result['seconds'])}")
         done.append(cell.id)
     document = {**standing(opened, output or opened.folder), "measured": done}
