@@ -243,6 +243,17 @@ def test_the_originals_are_named_once_and_only_where_they_help(
         assert (slot["average"] is not None, document["removed"]) == ((True, "average") if times else (False, "route"))
 
 
+@pytest.mark.parametrize("room", [["--bytes", "1MB"], ["--slots", 1, "--policy", "kmerge"]])
+def test_of_an_adapter_that_is_only_routed_no_original_is_needed(
+    tmp_path: Path, zoo: dict[str, Path], run: Command, room: list[object]
+) -> None:
+    run("init", tmp_path / "s", *room)
+    run("add", tmp_path / "s", zoo["a-x"])
+    document = run("add", tmp_path / "s", f"again={zoo['a-x']}")[1]
+    assert [d["decision"] for d in document["added"]] == ["fold"]
+    assert "keep the original adapters" not in run.stderr
+
+
 def test_plain_files_among_the_folders_are_passed_over(
     shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:

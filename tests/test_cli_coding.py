@@ -112,6 +112,12 @@ def test_levels_that_are_not_there_are_refused(count: int, coded: Path, tmp_path
     assert "give 1 to" in document["error"]["cure"]
 
 
+def test_extract_refuses_a_dtype_that_is_not_stored(coded: Path, tmp_path: Path, run: Command) -> None:
+    code, document = run("extract", coded, "-o", tmp_path / "x", "--dtype", "f8")
+    assert (code, document["error"]["cure"]) == (2, "choose from f32, f16, bf16")
+    assert not (tmp_path / "x").exists()
+
+
 def test_extract_names_a_file_that_is_something_else(tmp_path: Path, run: Command) -> None:
     code, document = run("extract", ZOO / "gec-de" / "adapter_config.json", "-o", tmp_path / "back")
     assert code == 3

@@ -216,7 +216,7 @@ def _described(document: dict[str, Any]) -> list[Any]:
     head = [
         ("base", document["base"] or "(unknown)"),
         ("digest", document["digest"]),
-        ("stored", f"{document['dtype']}, {size(document['bytes'])}, {document['parameters']:,} parameters"),
+        ("as PEFT", f"{document['dtype']}, {size(document['bytes'])}, {document['parameters']:,} parameters"),
         ("norm", f"{document['norm']:.4g}"),
         ("‖ΔW‖² kept", "  ".join(f"rank {rank}: {100 * kept:.1f} %" for rank, kept in document["energy"].items())),
     ]

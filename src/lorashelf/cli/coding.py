@@ -18,7 +18,7 @@ from ..formats.coded.decoder import decode, inspect
 from ..formats.coded.encoder import Encoder
 from ..formats.coded.files import encode_for, encode_within, read_levels, write_coded
 from ..formats.peft import write_adapter
-from ..lora.adapter import Adapter, in_16_bits
+from ..lora.adapter import WIDTHS, Adapter, in_16_bits
 from ..report.numbers import size
 from ..search.cluster import drawn
 from ..tasks.folders import ExampleSet, read_tasks
@@ -158,6 +158,8 @@ def extract(
     json: arg.Json = False,
 ) -> None:
     """Decode a coded adapter into a PEFT folder."""
+    if dtype is not None and dtype not in WIDTHS:
+        raise UsageError(f"--dtype is {dtype!r}", cure=f"choose from {', '.join(WIDTHS)}")
     coded = read_levels(file, levels)
     decoded = decode(coded, str(file))
     write_adapter(replace(decoded, dtype=dtype or decoded.dtype), output)

@@ -229,8 +229,9 @@ def _complete(report: dict[str, Any], path: Path, dry_run: bool) -> None:
 
 def _note_originals(report: Mapping[str, Any]) -> None:
     """Print, once per command, that an averaged adapter can be removed again given its original, if that is true."""
-    folded = {d["slot"]: d["reversible"] for d in report["added"] if d["decision"] == "fold"}
-    if any(folded.values()):  # after each slot's last fold
+    folds = [d for d in report["added"] if d["decision"] == "fold"]
+    after = {d["slot"]: d["reversible"] for d in folds}
+    if any(d["merged"] and after[d["slot"]] for d in folds):
         note("keep the original adapters: in a shared slot `update` and an exact `remove` need them")
 
 
