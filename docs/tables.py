@@ -453,15 +453,16 @@ def published(text: str) -> str:
             row, hand = _row(method, merge, options), None if options else _by_hand(text, method, merge)
             answered = _row(method, merge, options, SCORES)
             if row or answered:
-                cells = (
-                    [_with_interval(answered[key], form) for key, form in (("score", ".1f"), ("S", ".3f"))]
-                    if answered and answered["S"]
-                    else ["not run"] * 2
-                )
-                cells += [_with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f") if row else "not run"]
+                cells = ["not run"] * 3
+                if answered and answered["S"]:
+                    cells[0] = _with_interval(answered["score"], ".1f") + page.over(answered["spread"]["score"])
+                    cells[1] = _with_interval(answered["S"])
+                if row:
+                    kept = _with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f")
+                    cells[2] = kept + page.over(row["spread"]["loss_kept"], 100)
                 cells += [str((answered or row or {})["seeds"])]
                 lines.append(f"| {name} | {figure} | {' | '.join(cells)} | committed results |")
-            if hand:
+            if hand and not (row and answered):
                 cells = ["not run" if cell == "–" else cell for cell in hand]
                 lines.append(f"| {name} | {figure} | {' | '.join(cells)} | see its table | measured by hand |")
             if not (row or answered or hand):

@@ -840,7 +840,15 @@ def test_the_table_has_a_row_per_method_with_the_figures_of_the_results(measured
     (base,) = [results[c.id] for c in suite.cells if c.method == "base"]
     by_task = [sum(task["nll"]) / sum(task["tokens"]) for task in base["tasks"].values()]
     assert rows["base"]["loss"][0] == pytest.approx(np.mean(by_task), rel=1e-4)
+    kept = []
+    for seed in (0, 1):
+        few = {c.id: results[c.id] for c in suite.cells if c.method != "random" or c.options["seed"] == seed}
+        kept.append(next(row for row in page.rows(suite, few) if row["method"] == "random")["loss_kept"][0])
+    assert rows["random"]["spread"]["loss_kept"] == pytest.approx(abs(kept[0] - kept[1]) / 2**0.5)
+    assert rows["type"]["spread"]["score"] is None
+    assert rows["own"]["spread"] == {"loss_kept": None, "score": None}
     text = page.table(suite, results, page.rows(suite, results))
+    assert f" ± {100 * rows['random']['spread']['loss_kept']:.1f} |" in text
     assert "5 tasks, 4 examples of the validation split per task" in text
     assert text.count("\n| ") == 9
     assert "− random" in text

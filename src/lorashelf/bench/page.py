@@ -54,6 +54,7 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
                 "seeds": len(cells),
                 "loss": _stated(mean_over_tasks(sample.losses)),
                 "loss_kept": _stated(mean_over_tasks(shares)),
+                "spread": _spread(sample, own, zero),
                 "worst": _stated(shares[worst]) if worst else None,
                 "worst_task": worst,
                 "against": _stated(_difference(sample, reference)) if reference else None,
@@ -73,6 +74,26 @@ def _difference(sample: Sample, reference: Sample) -> Vector | None:
     """Return the loss minus that of the reference, on the same resamples; mean over the tasks that both have."""
     shared = sorted(set(sample.tasks) & set(reference.tasks))
     return mean_over_tasks({task: sample.losses[task] - reference.losses[task] for task in shared})
+
+
+def _spread(sample: Sample, own: Sample | None, zero: Sample | None) -> dict[str, float | None]:
+    """Return the standard deviations of loss kept and of the score over seeds, n − 1 in the denominator."""
+    kept, scores = [], []
+    for losses, scored in sample.alone():
+        if own and zero:
+            kept.append(mean_over_tasks(shares_kept(losses, _first(own.losses), _first(zero.losses))))
+        scores.append(mean_over_tasks(scored))
+    return {name: _deviation(values) for name, values in (("loss_kept", kept), ("score", scores))}
+
+
+def _first(values: Mapping[str, Vector]) -> dict[str, Vector]:
+    """Return the values on all examples, without those on resamples."""
+    return {task: each[:1] for task, each in values.items()}
+
+
+def _deviation(values: Sequence[Vector | None]) -> float | None:
+    found = [float(each[0]) for each in values if each is not None]
+    return float(np.std(found, ddof=1)) if len(found) > 1 else None
 
 
 def _stated(values: Vector | None) -> tuple[float, float, float] | None:
@@ -132,9 +153,17 @@ def table(suite: Suite, results: Mapping[str, dict[str, Any]], found: Sequence[M
     lines = [_counts(results), "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in found:
         cells = [row["method"], row["merge"] or "–", row["options"] or "–", str(row["seeds"])]
-        cells += [_number(row["loss"], ".4f"), _number(row["loss_kept"], ".1f", 100), _number(row["worst"], ".1f", 100)]
+        cells += [
+            _number(row["loss"], ".4f"),
+            _number(row["loss_kept"], ".1f", 100) + over(row["spread"]["loss_kept"], 100),
+        ]
+        cells += [_number(row["worst"], ".1f", 100)]
         cells += [_number(row["against"], "+.3f")] if against else []
-        cells += [_number(row["score"], ".1f"), _number(row["S"], ".3f"), f"{100 * row['storage']:.1f}"]
+        cells += [
+            _number(row["score"], ".1f") + over(row["spread"]["score"]),
+            _number(row["S"], ".3f"),
+            f"{100 * row['storage']:.1f}",
+        ]
         cells += ["–" if row["evaluations"] is None else f"{row['evaluations']:.0f}", f"{row['minutes']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -148,8 +177,14 @@ def _counts(results: Mapping[str, dict[str, Any]]) -> str:
     split, model = first["conditions"]["split"], first["model"]["base"]
     return (
         f"{tasks} tasks, {span} examples of the {split} split per task, {model}. "
-        "Loss in nats per token, mean over tasks; 95 % intervals in brackets, over resampled examples."
+        "Loss in nats per token, mean over tasks; 95 % intervals in brackets, over resampled examples; "
+        "± the standard deviation over seeds."
     )
+
+
+def over(spread: float | None, factor: float = 1.0) -> str:
+    """Return the standard deviation over seeds as it follows a value."""
+    return "" if spread is None else f" ± {factor * spread:.1f}"
 
 
 def _number(stated: tuple[float, float, float] | None, form: str, factor: float = 1.0) -> str:

@@ -196,6 +196,14 @@ class Sample:
             if all("statistics" in result["tasks"][task] for result in self.results)
         }
 
+    def alone(self) -> Iterator[tuple[Mapping[str, Vector], Mapping[str, Vector]]]:
+        """Yield the losses and the scores of each result, on all examples only: (1,) per task."""
+        for result in self.results:
+            rows = {task: result["tasks"][task] for task in self.tasks}
+            once = {task: np.ones((1, len(row["nll"]))) for task, row in rows.items()}
+            losses = {task: _loss(row, once[task]) for task, row in rows.items()}
+            yield losses, {task: _score(rows[task], once[task]) for task in self.scores}
+
     def _mean(self, task: str, what: str) -> Vector:
         records = [result["tasks"][task] for result in self.results]
         counts = _counts(task, len(records[0]["nll"]))
