@@ -145,6 +145,7 @@ PARTS = {
         tables.bases,
         tables.published,
         tables.guide,
+        tables.shown,
     ],
     "coded.md": [tables.predicted],
     "../README.md": [tables.proof],

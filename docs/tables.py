@@ -531,7 +531,45 @@ def guide(text: str) -> str:
     return replaced(text, "guide", "end guide", "\n".join(lines))
 
 
+PICTURES = {
+    "frontier": ("frontier", "storage"),
+    "kmerge-slots": ("kmerge", "slots"),
+    "kmerge-after": ("kmerge", "after"),
+    "d2c-slots": ("d2c", "slots"),
+    "d2c-iterations": ("d2c", "iterations"),
+}
+"""File → the suite and the axis of a picture of what is kept."""
+ALONG = {"slots": "the number of slots", "after": "the number of arrivals", "iterations": "the proposals of the search"}
+
+
+def _drawable(name: str) -> bool:
+    """Whether the cells of a picture are measured at three places at least."""
+    name, x = PICTURES[name]
+    suite, found = _results(name)
+    return x == "storage" or len({cell.options.get(x) for cell in suite.cells if cell.id in found}) > 2
+
+
+def shown(text: str) -> str:
+    """docs/results.md with the pictures of the curves that are measured."""
+    for name, (suite, x) in PICTURES.items():
+        if x == "storage":
+            continue
+        alt = f"Loss kept against {ALONG[x]}, one line per method with 95 % intervals; hollow marks: the worst task. "
+        lines = [
+            "<picture>",
+            f'  <source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">',
+            f'  <img alt="{alt}The figures are in the table of {suite}.toml." src="{name}.svg">',
+            "</picture>",
+        ]
+        text = replaced(text, f"picture {name}", "end picture", "\n".join(lines if _drawable(name) else []))
+    return text
+
+
 def pictures() -> dict[Path, str]:
-    """File → the picture of quality against bytes, for a light and a dark page."""
-    files = (("frontier.svg", False), ("frontier-dark.svg", True))
-    return {HERE / name: drawn(*_frontier(), "svg", dark=dark).decode() for name, dark in files}
+    """File → the picture, for a light and a dark page."""
+    return {
+        HERE / f"{name}{'-dark' * dark}.svg": drawn(*_results(suite), "svg", x, dark=dark).decode()
+        for name, (suite, x) in PICTURES.items()
+        if _drawable(name)
+        for dark in (False, True)
+    }
