@@ -108,7 +108,7 @@ class Counting:
 
     def __init__(self, backend: HFBackend, stop_at: int | None = None) -> None:
         self.calls, self._stop_at = [], stop_at
-        for name in ("name", "weights", "dtype", "template", "prompt_id", "context", "id", "stream"):
+        for name in ("name", "weights", "dtype", "template", "prompt_id", "context", "id", "stream", "together"):
             setattr(self, name, getattr(backend, name))
         self._backend = backend
         self.fits, self.fitting = backend.fits, backend.fitting
@@ -483,14 +483,12 @@ def test_an_interrupted_run_goes_on_without_measuring_again(world: World, tmp_pa
 
 
 @pytest.mark.parametrize(("most", "calls"), [(128, 4), (4, 5)])
-def test_tasks_of_one_adapter_are_answered_together_and_as_alone(
-    world: World, monkeypatch: pytest.MonkeyPatch, most: int, calls: int
-) -> None:
+def test_tasks_of_one_adapter_are_answered_together_and_as_alone(world: World, most: int, calls: int) -> None:
     """Instructions and lengths of answers differ in one batch."""
-    monkeypatch.setattr("lorashelf.evaluation.measure._TOGETHER", most)
     shared = dict.fromkeys(METRICS, tiny_adapter(9, str(world.base)))
     tasks = world.tasks | {"b-en": replace(world.tasks["b-en"], max_new_tokens=3)}
     backend = Counting(world.backend)
+    backend.together = most
     together = evaluate(backend, shared, tasks)
     assert len(backend.calls) == calls  # three losses, and the answers of two tasks
     for name, task in tasks.items():

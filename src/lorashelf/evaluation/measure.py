@@ -18,8 +18,6 @@ from ..tasks.folders import ExampleSet, Task
 from .compare import Evaluation, Measured
 from .metrics import Metric, metric, scored
 
-_TOGETHER = 128  # answers that are generated together, at least, where an adapter serves several tasks
-
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -128,7 +126,7 @@ class Prepared:
     ) -> Evaluation:
         """Measure; see `evaluate`."""
         journal = ResultStore() if journal is None else journal
-        groups = _groups(self.ready)
+        groups = _groups(self.ready, backend.together if isinstance(backend, Answers) else 1)
 
         def lacking(units: Iterable[Unit]) -> list[Unit]:
             return [unit for unit in units if journal.get(unit.key(backend), unit.fits) is None]
@@ -218,8 +216,8 @@ def _identity(adapter: Adapter | None) -> Hashable:
     return None if adapter is None else (adapter.digest, adapter.base)
 
 
-def _groups(ready: Iterable[Ready]) -> dict[tuple[str, str], list[Unit]]:
-    """Return, by kind and task, the units that are measured together: answers with the same adapter, in one batch.
+def _groups(ready: Iterable[Ready], together: int) -> dict[tuple[str, str], list[Unit]]:
+    """Return, by kind and task, the units that are measured together: answers with the same adapter.
 
     They depend on the evaluation alone, not on what a journal holds: an answer in bf16 depends on its batch.
     """
@@ -227,7 +225,7 @@ def _groups(ready: Iterable[Ready]) -> dict[tuple[str, str], list[Unit]]:
     last: list[Unit] = []
     for unit in (unit for r in ready for unit in r.units()):
         if unit.what == "answers":
-            full = sum(len(other.examples.examples) for other in last) >= _TOGETHER
+            full = sum(len(other.examples.examples) for other in last) >= together
             last = [] if full or not last or _identity(last[0].adapter) != _identity(unit.adapter) else last
             last.append(unit)
         groups[unit.what, unit.task.name] = last if unit.what == "answers" else [unit]

@@ -209,6 +209,11 @@ class HFBackend(LanguageModel, Continues, Effects, GainGradients):
 
     # answers ------------------------------------------------------------------------------------------------------
 
+    @property
+    def together(self) -> int:
+        """A step over a few rows takes as long as the weights take to be read: 128 questions share it."""
+        return 128
+
     def answered(self, adapter: Adapter | None, questions: Sequence[Question]) -> list[str]:
         """Return the greedy answer to each question, up to the end of the turn or of the context.
 

@@ -98,6 +98,11 @@ class Question(NamedTuple):
 class Answers(Model, Protocol):
     """A model that answers texts by greedy decoding."""
 
+    @property
+    def together(self) -> int:
+        """The least number of questions that are asked at once, where more than one task has questions."""
+        return 1
+
     def answered(self, adapter: Adapter | None, questions: Sequence[Question]) -> list[str]:
         """Return the answer to each question, whatever their instructions."""
         ...
