@@ -254,6 +254,18 @@ def test_of_an_adapter_that_is_only_routed_no_original_is_needed(
     assert "keep the original adapters" not in run.stderr
 
 
+@pytest.mark.parametrize(("method", "grows"), [("linear", False), ("ties", False), ("dare_linear", True)])
+def test_a_merge_that_outgrows_its_members_is_reported(
+    tmp_path: Path, zoo: dict[str, Path], run: Command, method: str, grows: bool
+) -> None:
+    run("init", tmp_path / "s", "--slots", 1, "--policy", "kmerge", "--merge", method, "--restore-norm")
+    document = run("add", tmp_path / "s", *zoo.values())[1]
+    ratios = [d["norm_ratio"] for d in document["added"][1:]]
+    assert (ratios[-1] > 4) is grows
+    assert run.stderr.count("it grows with every fold of this merge method") == grows
+    assert "norm_ratio" not in document["added"][0]
+
+
 def test_plain_files_among_the_folders_are_passed_over(
     shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:

@@ -55,6 +55,8 @@ class Arrived(_Arrived, _Fitted, total=False):
     """true for an adapter whose ΔW is 0"""
     shared: Shared
     """after a fold: the modules in common with the slot"""
+    norm_ratio: float
+    """after a fold: the norm of the merge over the mean norm of its members, before norm restoration"""
     reason: str
     """why it was refused, or folded for lack of bytes"""
 

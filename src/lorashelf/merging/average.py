@@ -97,6 +97,12 @@ class Average:
         return Average(scaled(self.adapter, 1 / self.history.restored), replace(self.history, restored=1.0))
 
     @property
+    def norm_ratio(self) -> float:
+        """‖ΔW‖ over the mean norm of the adapters averaged in; 0 if all of these are untrained."""
+        mean = float(np.mean([source.norm for source in self.history.merged]))
+        return norm(self.adapter) / (mean or 1.0)
+
+    @property
     def noise(self) -> Noise | None:
         """The rounding noise; None means that of folding `merged` one by one in the adapter's dtype."""
         history = self.history
@@ -321,8 +327,7 @@ def _restored(average: Average, spec: MergeSpec) -> Average:
     """
     if not spec.restore_norm or len(average.history.merged) < 2:
         return average
-    size, wanted = norm(average.adapter), float(np.mean([m.norm for m in average.history.merged]))
-    factor = wanted / size if size else 0.0
+    factor = 1 / average.norm_ratio if average.norm_ratio else 0.0
     if not 0.0 < factor < math.inf:  # nothing to restore, or not possible
         return average
     return Average(scaled(average.adapter, factor), replace(average.history, restored=factor))

@@ -11,7 +11,7 @@ import numpy as np
 from ..faults import natural
 from ..formats.peft import encode
 from ..lora.adapter import Adapter
-from ..lora.algebra import norm, singular_values
+from ..lora.algebra import singular_values
 from ..lora.alignment import fitting
 from ..lora.arrays import Array64, Square
 from ..lora.similarity import similarity
@@ -74,11 +74,7 @@ def forecast(
         linked = partial(_linked, 1.0 - table, count)
         partition = blocks(effective, count, linked)
         held = [block([xs[i] for i in b], [records[i] for i in b], spec) for b in partition]
-        ratios = [
-            norm(c.adapter) / float(np.mean([m.norm for m in c.history.merged]) or 1.0)
-            for c in held
-            if len(c.history.merged) > 1
-        ]
+        ratios = [c.norm_ratio for c in held if len(c.history.merged) > 1]
         labels = [next(label for label, b in enumerate(partition) if i in b) for i in range(len(xs))]
         same = np.equal.outer(labels, labels)[np.triu_indices(len(xs), 1)]
         pairs = table[np.triu_indices(len(xs), 1)]

@@ -212,7 +212,8 @@ class Arrival:
         squared_norms(new.adapter)  # needed below
         plan = self._arrived(action, new)
         common = shared([*(self.held[i] for i in into), self.adapter])
-        return replace(plan, report={**plan.report, "shared": common})
+        ratio = new.norm_ratio / new.history.restored
+        return replace(plan, report={**plan.report, "shared": common, "norm_ratio": ratio})
 
     def _check_offered(self, action: Action) -> None:
         """Raise UsageError for an action that is not among the candidates."""
