@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -423,12 +423,17 @@ def _measured(name: str) -> dict[tuple[str, str, str], dict[str, Any]]:
     return {(row["method"], row["merge"], row["options"]): row for row in rows}
 
 
-LOSSES = ("d2c", "kmerge", "first_table", "frontier", "merges")
-SCORES = ("d2c_scores", "kmerge_scores")
+LOSSES = ("d2c", "first_table", "frontier", "merges")
+ARRIVING = ("kmerge", "kmerge++", "half", "oracle", "all")
+"""Policies of arrival; `random` is also one, and elsewhere draws blocks."""
 
 
-def _row(method: str, merge: str, options: str, suites: Sequence[str] = LOSSES) -> dict[str, Any] | None:
-    """The row of the first suite of forty tasks that has measured these cells."""
+def _row(method: str, merge: str, options: str, scores: bool = False) -> dict[str, Any] | None:
+    """The row of the first suite of forty tasks that has measured these cells, by losses or by scores."""
+    arriving = method in ARRIVING
+    suites = (*(("kmerge",) if arriving else ()), *LOSSES)
+    if scores:
+        suites = ("kmerge_scores",) if arriving else ("d2c_scores",)
     found = (_measured(name).get((method, merge, options)) for name in suites)
     return next((row for row in found if row), None)
 
@@ -451,7 +456,7 @@ def published(text: str) -> str:
         ]
         for name, figure, method, merge, options in figures:
             row, hand = _row(method, merge, options), None if options else _by_hand(text, method, merge)
-            answered = _row(method, merge, options, SCORES)
+            answered = _row(method, merge, options, scores=True)
             if row or answered:
                 cells = ["not run"] * 3
                 if answered and answered["S"]:
@@ -462,7 +467,7 @@ def published(text: str) -> str:
                     cells[2] = kept + page.over(row["spread"]["loss_kept"], 100)
                 cells += [str((answered or row or {})["seeds"])]
                 lines.append(f"| {name} | {figure} | {' | '.join(cells)} | committed results |")
-            if hand and not (row and answered):
+            if hand and not (row and (answered or hand[0] == "–")):
                 cells = ["not run" if cell == "–" else cell for cell in hand]
                 lines.append(f"| {name} | {figure} | {' | '.join(cells)} | see its table | measured by hand |")
             if not (row or answered or hand):
