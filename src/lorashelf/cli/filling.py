@@ -239,7 +239,7 @@ def _note_grown(report: Mapping[str, Any]) -> None:
     grown = [f"{slot} ({ratio:,.0f} times)" for slot, ratio in sorted(ratios.items()) if ratio > _GROWN]
     if grown:
         what = f"‖ΔW‖ is far above the mean of the merged adapters in slot {', '.join(grown)}"
-        note(f"{what}: it grows with every fold of this merge method, and answers get worse; under `linear` it does not")
+        note(f"{what}: it grows with every fold of this merge method, and answers get worse; under linear it does not")
 
 
 def _note_originals(report: Mapping[str, Any]) -> None:
