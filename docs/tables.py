@@ -420,7 +420,7 @@ PUBLISHED: dict[str, list[tuple[str, str, str, str, str]]] = {
 """Paper → its figures: the average score on Llama 3.2 3B / Qwen 2.5 1.5B / StableLM 2 1.6B, or S on Llama 3.2 1B."""
 GUIDED = "propose=guided init=guided budget=30"
 RESTORED = "restore_norm=True"
-BY_HAND = {"own": "own adapters", "base": "zero-shot"}
+BY_HAND = {"own": "own adapters"}
 
 
 @cache
@@ -446,11 +446,11 @@ def _row(method: str, merge: str, options: str, scores: bool = False) -> dict[st
 
 
 def _by_hand(text: str, method: str, merge: str) -> list[str] | None:
-    """The score, S and loss kept of a row of the table that was measured before results were stored."""
+    """The score and S of a row of the table that was measured before results were stored."""
     section = text.partition("\n## Forty tasks in five slots\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
-    wanted = [BY_HAND.get(method, method), merge or "–"]
-    return next(([row[6], row[7], row[4]] for row in rows if row[:2] == wanted and len(row) == 8), None)
+    named, under = BY_HAND.get(method, method), merge or "–"
+    return next((row[2:] for row in rows if len(row) == 4 and named in row[0].split(", ") and row[1] == under), None)
 
 
 def published(text: str) -> str:
@@ -474,9 +474,8 @@ def published(text: str) -> str:
                     cells[2] = kept + page.over(row["spread"]["loss_kept"], 100)
                 cells += [str((answered or row or {})["seeds"])]
                 lines.append(f"| {name} | {figure} | {' | '.join(cells)} | committed results |")
-            if hand and not (row and (answered or hand[0] == "–")):
-                cells = ["not run" if cell == "–" else cell for cell in hand]
-                lines.append(f"| {name} | {figure} | {' | '.join(cells)} | see its table | measured by hand |")
+            if hand and not answered:
+                lines.append(f"| {name} | {figure} | {' | '.join(hand)} | – | 1 | measured by hand |")
             if not (row or answered or hand):
                 lines.append(f"| {name} | {figure} | not run | not run | not run | – | – |")
         parts.append("\n".join(lines))
@@ -488,14 +487,15 @@ def guide(text: str) -> str:
 
     def kept(method: str, merge: str, options: str = "") -> str:
         row = _row(method, merge, options)
-        if row:
-            return _with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f") + " %"
-        hand = None if options else _by_hand(text, method, merge)
-        return f"{hand[2]} % (by hand)" if hand else "not run"
+        return _with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f") + " %" if row else "not run"
 
     def worst(method: str, merge: str = "linear", options: str = "") -> str:
         row = _row(method, merge, options)
         return f"{100 * row['worst'][0]:.1f} % ({row['worst_task']})" if row else "not run"
+
+    def calls(method: str, merge: str, options: str = "") -> str:
+        row = _row(method, merge, options)
+        return f"{row['evaluations']:.0f}" if row else "not run"
 
     rows = [
         (
@@ -507,8 +507,8 @@ def guide(text: str) -> str:
         (
             "K resident adapters, tasks arrive one by one",
             "K-Merge++ with `linear`: `init --slots K`",
-            f"{kept('kmerge++', 'linear')}, random blocks {kept('random', 'linear')}; with `ties` "
-            f"{kept('kmerge++', 'ties')}; the worst order {kept('kmerge++', 'linear', 'order=worst')}",
+            f"{kept('kmerge++', 'linear')}, random blocks {kept('random', 'linear')}; K-Merge with "
+            f"`ties` {kept('kmerge', 'ties')}; the worst order {kept('kmerge++', 'linear', 'order=worst')}",
         ),
         (
             "K resident adapters, all at hand, no examples",
@@ -519,8 +519,9 @@ def guide(text: str) -> str:
         (
             "K resident adapters, all at hand, 10 examples per task",
             "`cluster --method d2c --init guided --propose guided --budget 30` with `linear`, minutes of one core",
-            f"{kept('d2c', 'linear', GUIDED)} after 30 losses, its worst task {worst('d2c', options=GUIDED)}; plain "
-            f"D2C {kept('d2c', 'linear')} after 318, with `ties` {kept('d2c', 'ties')}",
+            f"{kept('d2c', 'linear', GUIDED)} after {calls('d2c', 'linear', GUIDED)} losses, its worst task "
+            f"{worst('d2c', options=GUIDED)}; plain D2C {kept('d2c', 'linear')} after {calls('d2c', 'linear')}, "
+            f"with `ties` {kept('d2c', 'ties')}",
         ),
         (
             "known problem types, at most K",
@@ -558,7 +559,8 @@ def _drawable(name: str) -> bool:
     """Whether the cells of a picture are measured at three places at least."""
     name, x = PICTURES[name]
     suite, found = _results(name)
-    return x == "storage" or len({cell.options.get(x) for cell in suite.cells if cell.id in found}) > 2
+    places = {cell.options.get(x) for cell in suite.cells if cell.id in found} - {None}
+    return x == "storage" or len(places) > 2
 
 
 def shown(text: str) -> str:
