@@ -231,7 +231,7 @@ def test_the_models_own_generation_settings_stay(folder: Path) -> None:
 
 
 def steps(model: HFBackend, queries: list[list[int]], count: int) -> list[list[int | None]]:
-    return list(model._steps(None, count, queries))
+    return list(model._steps(None, [(query, count) for query in queries]))
 
 
 def test_a_batch_ends_when_its_last_answer_does(

@@ -98,9 +98,9 @@ class Average:
 
     @property
     def norm_ratio(self) -> float:
-        """‖ΔW‖ over the mean norm of the adapters averaged in; 0 if all of these are untrained."""
+        """‖ΔW‖ over the mean norm of the adapters averaged in; 0 if these have none."""
         mean = float(np.mean([source.norm for source in self.history.merged]))
-        return norm(self.adapter) / (mean or 1.0)
+        return norm(self.adapter) / mean if mean else 0.0
 
     @property
     def noise(self) -> Noise | None:
