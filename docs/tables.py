@@ -556,11 +556,11 @@ ALONG = {"slots": "the number of slots", "after": "the number of arrivals", "ite
 
 
 def _drawable(name: str) -> bool:
-    """Whether the cells of a picture are measured at four places at least."""
+    """Whether the cells of a picture are measured at five places at least."""
     name, x = PICTURES[name]
     suite, found = _results(name)
     places = {cell.options.get(x) for cell in suite.cells if cell.id in found} - {None}
-    return x == "storage" or len(places) > 3
+    return x == "storage" or len(places) > 4
 
 
 def shown(text: str) -> str:
