@@ -27,7 +27,9 @@ from lorashelf.evaluation.files import COLUMNS, read_result, write_result
 from lorashelf.evaluation.measure import Unit, evaluate, metrics_of, prepare
 from lorashelf.evaluation.metrics import loss_kept, metric, normalised, scored
 from lorashelf.formats.peft import encode
+from lorashelf.models import decoding
 from lorashelf.models.base_model import EMBEDDED
+from lorashelf.models.decoding import next_logits
 from lorashelf.models.hf import HFBackend
 from lorashelf.models.protocol import Answers, Loss, Question
 from lorashelf.models.quadratic import QuadraticBackend
@@ -227,13 +229,23 @@ def test_another_adapter_gives_other_numbers(world: World) -> None:
         assert abs(own.tasks[name].loss - bare.tasks[name].loss) > 0.01
 
 
-def test_the_context_ends_an_answer(tmp_path: Path) -> None:
+def test_the_context_ends_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With learned positions, generating past the context would fail; with rotary ones it would be nonsense."""
     backend = HFBackend.open(str(tiny_base(tmp_path / "base", "gpt2", context=CONTEXT, chat=False)), dtype="f32")
     text = "x" * (CONTEXT - len("Do:\n\n\n") - 5)  # room for five tokens, one byte each
     short, long = backend.answers(None, "Do:", ["x", text], max_new_tokens=16)
     assert [short] == backend.answers(None, "Do:", ["x"], max_new_tokens=16)
     assert [long] == backend.answers(None, "Do:", [text], max_new_tokens=5)
+    widths: list[int] = []
+
+    def counted(model: Any, read: Any, *rest: Any) -> Any:
+        widths.append(len(read))
+        return next_logits(model, read, *rest)
+
+    monkeypatch.setattr(decoding, "next_logits", counted)
+    questions = [Question("Do:", "x", 16), Question("Do:", text, 5)]
+    assert backend.answered(None, questions) == [short, long]
+    assert set(widths) == {1}  # a row that has no room for the longest answer of a batch stays out of it
 
 
 def test_an_adapter_none_is_the_bare_base_and_slots_are_attached_once(world: World) -> None:

@@ -9,7 +9,6 @@ FOLDER/claims/ID            locked while a process measures the cell
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -43,7 +42,7 @@ def run(
     backend: Scores,
     folder: Path,
     watch: Watch = lambda _, steps: steps,
-    priority: float = math.inf,
+    priority: int | None = None,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Measure the remaining cells up to a priority; yields each cell with its result when done.
 
@@ -54,7 +53,7 @@ def run(
     dtype = wider([x.dtype for x in adapters.values()])  # sizes are compared at this dtype
     own_bytes = bytes_of(adapters.values(), dtype)
     with _journal(folder / MEASURED) as kept:
-        for cell in (cell for cell in suite.cells if cell.priority <= priority):
+        for cell in (cell for cell in suite.cells if priority is None or cell.priority <= priority):
             with _claimed(cell, suite, folder) as free:
                 done = read_results(suite, folder)
                 if not free or cell.id in done:

@@ -57,12 +57,11 @@ def run(
     if priority is not None and priority < numbers[0]:
         listed = ", ".join(map(str, numbers))
         raise UsageError(f"no cell has a priority up to {priority}", where=str(suite), cure=f"choose from {listed}")
-    most = numbers[-1] if priority is None else priority
     own, tasks = _inputs(opened, adapters, data)
     model = base.open_named(opened.base, Scores, device=device, dtype=opened.model_dtype, template=None)
     model.fits(own)
     done = []
-    for cell, result in measure(opened, own, tasks, model, output or opened.folder, _watch, most):
+    for cell, result in measure(opened, own, tasks, model, output or opened.folder, _watch, priority):
         note(f"{cell.label}: measured in {duration(result['seconds'])}")
         done.append(cell.id)
     document = {**standing(opened, output or opened.folder), "measured": done}

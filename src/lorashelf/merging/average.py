@@ -100,7 +100,7 @@ class Average:
     def norm_ratio(self) -> float:
         """‖ΔW‖ over the mean norm of the adapters averaged in; 0 if these have none."""
         mean = float(np.mean([source.norm for source in self.history.merged]))
-        return norm(self.adapter) / mean if mean else 0.0
+        return math.sqrt(sum(squared_norms(self.adapter).values())) / mean if mean else 0.0
 
     @property
     def noise(self) -> Noise | None:
@@ -327,7 +327,8 @@ def _restored(average: Average, spec: MergeSpec) -> Average:
     """
     if not spec.restore_norm or len(average.history.merged) < 2:
         return average
-    factor = 1 / average.norm_ratio if average.norm_ratio else 0.0
+    size, wanted = norm(average.adapter), float(np.mean([m.norm for m in average.history.merged]))
+    factor = wanted / size if size else 0.0
     if not 0.0 < factor < math.inf:  # nothing to restore, or not possible
         return average
     return Average(scaled(average.adapter, factor), replace(average.history, restored=factor))

@@ -222,11 +222,12 @@ class HFBackend(LanguageModel, Continues, Effects, GainGradients):
         self.adapters.check(adapter)
         queries = [self.text.query(instruction, text) for instruction, text, _ in questions]
         rooms = [self.text.room(query, asked.max_new_tokens) for query, asked in zip(queries, questions, strict=True)]
-        whole = [i for i, asked in enumerate(questions) if rooms[i] == asked.max_new_tokens > 0]
-        lengths = [len(queries[i]) + rooms[i] for i in whole]
+        longest = max((asked.max_new_tokens for asked in questions), default=0)  # a batch may go on for as long
+        whole = [i for i, query in enumerate(queries) if rooms[i] and self.text.room(query, longest) == longest]
+        lengths = [len(queries[i]) + longest for i in whole]
         positions = min(_ANSWERED * self.batch, _MOST_ANSWERED)
         together = [[whole[j] for j in batch] for batch in largest_batches(lengths, positions)]
-        alone = [[i] for i, asked in enumerate(questions) if 0 < rooms[i] < asked.max_new_tokens]
+        alone = [[i] for i in sorted({i for i, room in enumerate(rooms) if room} - set(whole))]
         answers = [""] * len(questions)
         for members in [*together, *alone]:
             rows = sparing(partial(self._written, adapter), [(queries[i], rooms[i]) for i in members], self.name)
