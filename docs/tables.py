@@ -466,8 +466,9 @@ def published(text: str) -> str:
             answered = _row(method, merge, options, scores=True)
             if row or answered:
                 cells = ["not run"] * 3
-                if answered and answered["S"]:
+                if answered:
                     cells[0] = _with_interval(answered["score"], ".1f") + page.over(answered["spread"]["score"])
+                if answered and answered["S"]:
                     cells[1] = _with_interval(answered["S"])
                 if row:
                     kept = _with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f")
