@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..tasks.folders import Example, ExampleSet
 from ..tasks.template import Template
 from .base_model import BaseModel, open_base
 from .batching import cheapest_batches, largest_batches, padded
-from .decoding import greedy
+from .decoding import greedy, grows_plainly
 from .effects import EffectSums
 from .hooks import AdapterPool, head_at
 from .loading import fingerprint, libraries
@@ -264,14 +264,21 @@ class HFBackend(LanguageModel, Continues, Effects, GainGradients):
     def _steps(self, adapter: Adapter | None, batch: Sequence[_Asked]) -> Iterator[list[int | None]]:
         queries, counts = zip(*batch, strict=True)
         on_base = partial(self.adapters.on_base, adapter)
-        return greedy(self.base.model, queries, counts, self.text.ended, self.text.pad, on_base)
+        positions = self.batch if len(queries) > 1 and self._joins_rows else None
+        return greedy(self.base.model, queries, counts, self.text.ended, self.text.pad, on_base, positions)
+
+    @cached_property
+    def _joins_rows(self) -> bool:
+        """Whether rows that were read apart can be continued together."""
+        return grows_plainly(self.base.model, partial(self.adapters.on_base, None))
 
     def decoding(self, most: int) -> Rows:
         """Return an empty batch of at most `most` rows, each with an adapter of its own; one row if the base keeps
         another state than keys and values, or has experts in linear layers.
         """
         self.adapters.hold(most)
-        return Rows(self.base.model, self.adapters, self.text.pad, most)
+        apart = self.adapters.separable and self._joins_rows
+        return Rows(self.base.model, self.adapters, self.text.pad, most if apart else 1)
 
     # representations ----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .batching import padded
-from .decoding import next_logits
+from .decoding import joined, next_logits
 from .hooks import AdapterPool, Placed
 from .loading import libraries
 from .memory import within_memory
@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 
 class Rows:
-    """Rows of one base; at most `most` side by side, one if the base cannot keep rows apart."""
+    """Rows of one base; at most `most` side by side: 1 for a base that cannot keep rows apart."""
 
     def __init__(self, model: Any, adapters: AdapterPool, pad: int, most: int) -> None:
         self._torch, _ = libraries()
-        self._model, self._adapters, self._pad = model, adapters, pad
-        self.most = most if adapters.separable and self._grows_plainly() else 1
+        self._model, self._adapters, self._pad, self.most = model, adapters, pad, most
         self.rows: list[Row] = []
         self._placed: list[Placed] = []
         self._cache: Any = None
@@ -91,34 +90,13 @@ class Rows:
         _, transformers = libraries()
         return transformers.DynamicCache() if self.most > 1 else None
 
-    def _grows_plainly(self) -> bool:
-        """Return whether the model keeps keys and values of (rows, heads, positions, size) and nothing else."""
-        torch, transformers = libraries()
-        cache = transformers.DynamicCache()
-        ids = torch.zeros((2, 3), dtype=torch.long, device=self._model.device)
-        try:
-            seen = next_logits(self._model, ids, torch.ones_like(ids), cache, lambda: self._adapters.on_rows([]))[1]
-        except Exception:  # a model with another kind of cache may raise anything
-            return False
-        layers = getattr(seen, "layers", [])
-        return bool(layers) and seen is cache and all(_is_plain(layer) for layer in layers)
-
     def _merge(self, rows: list[Row], placed: list[Placed], cache: Any, mask: torch.Tensor, ids: Sequence[int]) -> None:
         """Add rows to the batch, rows of one adapter side by side."""
         read = self._column(ids)
         if not self.rows:
             self.rows, self._placed, self._mask, self._read, self._cache = rows, placed, mask, read, cache
             return
-        length = max(mask.shape[1], self._mask.shape[1])
-        merged = self._new_cache()
-        for place, (old, new) in enumerate(zip(self._cache.layers, cache.layers, strict=True)):
-            keys, values = (
-                self._torch.cat([self._lengthened(getattr(each, side), length, 2) for each in (old, new)])
-                for side in ("keys", "values")
-            )
-            merged.update(keys, values, place)
-        self._cache = merged
-        self._mask = self._torch.cat([self._lengthened(each, length, 1) for each in (self._mask, mask)])
+        self._cache, self._mask = joined([self._cache, cache], [self._mask, mask])
         self._read = self._torch.cat([self._read, read])
         self.rows, self._placed = [*self.rows, *rows], [*self._placed, *placed]
         self._select(sorted(range(len(self.rows)), key=lambda i: id(self._placed[i])))
@@ -135,15 +113,6 @@ class Rows:
         self.rows = [self.rows[i] for i in indices]
         self._placed = [self._placed[i] for i in indices]
 
-    def _lengthened(self, values: torch.Tensor, length: int, dim: int) -> torch.Tensor:
-        """Return the values with zeros before them in a dimension."""
-        gap = length - values.shape[dim]
-        if not gap:
-            return values
-        shape = [*values.shape[:dim], gap, *values.shape[dim + 1 :]]
-        longer: torch.Tensor = self._torch.cat([values.new_zeros(shape), values], dim=dim)
-        return longer
-
     def _column(self, ids: Sequence[int]) -> torch.Tensor:
         column: torch.Tensor = self._torch.tensor(ids, device=self._model.device)[:, None]
         return column
@@ -152,8 +121,3 @@ class Rows:
 def _ids(tokens: Sequence[Token | ModelError]) -> list[int]:
     """Return the ids; 0 for a row that is about to leave."""
     return [token.id if isinstance(token, Token) else 0 for token in tokens]
-
-
-def _is_plain(layer: Any) -> bool:
-    keys = getattr(layer, "keys", None)
-    return type(layer).__name__ == "DynamicLayer" and keys is not None and tuple(keys.shape[::2][:2]) == (2, 3)
