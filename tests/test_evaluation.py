@@ -132,6 +132,14 @@ class Counting:
         raise AssertionError("an evaluation answers several tasks at once")
 
 
+class CountingOnce(Counting):
+    """A backend that takes losses and answers from one reading."""
+
+    def losses_and_answers(self, adapter: Any, asked: Any) -> Any:
+        self._count("both", ", ".join(examples.task for examples, _ in asked))
+        return self._backend.losses_and_answers(adapter, asked)
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.setattr("lorashelf.cli.base.PATIENCE", 600.0)  # slow machines would print what they wait for
@@ -521,6 +529,37 @@ def test_an_interruption_does_not_change_what_is_answered_together(world: World,
     assert rest.calls == whole.calls[1:]
 
 
+def test_losses_and_answers_of_one_adapter_are_measured_at_once(world: World, tmp_path: Path) -> None:
+    shared = dict.fromkeys(METRICS, tiny_adapter(9, str(world.base)))
+    apart, once = Counting(world.backend), CountingOnce(world.backend)
+    wanted = evaluate(apart, shared, world.tasks)
+    assert evaluate(once, shared, world.tasks).document() == wanted.document()
+    assert once.calls == [("both", "a-en, b-en"), ("loss", "c-xx")]
+    once.together = 1
+    once.calls.clear()
+    assert evaluate(once, shared, world.tasks).document() == wanted.document()
+    assert once.calls == [("both", "a-en"), ("both", "b-en"), ("loss", "c-xx")]
+    own = CountingOnce(world.backend)
+    evaluate(own, world.own, world.tasks)
+    assert own.calls == [("both", "a-en"), ("both", "b-en"), ("loss", "c-xx")]
+
+
+def test_losses_that_are_known_are_not_measured_with_the_answers(world: World) -> None:
+    shared = dict.fromkeys(METRICS, tiny_adapter(9, str(world.base)))
+    journal, backend = ResultStore(), CountingOnce(world.backend)
+    evaluate(backend, shared, world.tasks, loss_only=True, journal=journal)
+    assert [what for what, _ in backend.calls] == ["loss"] * 3
+    backend.calls.clear()
+    evaluate(backend, shared, world.tasks, journal=journal)
+    assert [what for what, _ in backend.calls] == ["answers"]
+    journal = ResultStore()
+    evaluate(backend, {"a-en": shared["a-en"]}, world.tasks, loss_only=True, journal=journal)
+    backend.calls.clear()
+    resumed = evaluate(backend, shared, world.tasks, journal=journal)
+    assert backend.calls == [("both", "a-en, b-en"), ("loss", "c-xx")]  # answers depend on what else is in their batch
+    assert resumed.document() == evaluate(world.backend, shared, world.tasks).document()
+
+
 def changed(world: World, what: str) -> tuple[Any, dict[str, Adapter], dict[str, Task]]:
     backend, adapters, tasks = Counting(world.backend), world.own, world.tasks
     if what == "adapter":
@@ -622,27 +661,26 @@ def test_ctrl_c_keeps_what_is_done(
     world: World, run: Command, common: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    plain = HFBackend.nll
+    plain = HFBackend.losses_and_answers
 
-    def interrupted(self: HFBackend, pairs: Any) -> Any:
-        calls.append(pairs)
-        if len(calls) == 3:
+    def interrupted(self: HFBackend, adapter: Any, asked: Any) -> Any:
+        calls.append(asked)
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        return plain(self, pairs)
+        return plain(self, adapter, asked)
 
-    monkeypatch.setattr(HFBackend, "nll", interrupted)
+    monkeypatch.setattr(HFBackend, "losses_and_answers", interrupted)
     words = [world.adapters, *common, "-o", tmp_path / "out"]
     code, document = run(*words)
     assert code == 130
     assert document["error"]["kind"] == "interrupted"
-    assert "4 results are kept" in run.stderr
+    assert "2 results are kept" in run.stderr
     assert not (tmp_path / "out" / "result.json").exists()
     code, document = run(*words)
     assert code == 0
-    assert len(calls) == 4
+    assert len(calls) == 3
     assert document == json.loads((tmp_path / "out" / "result.json").read_text())
     calls.clear()
-    calls.append(None)
     calls.append(None)
     assert run(world.adapters, *common)[0] == 130
     assert "with -o FOLDER" not in run.stderr  # nothing was done yet

@@ -624,6 +624,55 @@ def test_rows_that_have_ended_leave_the_batch_and_the_others_answer_as_alone(
     assert together == [written([query])[0] for query in queries]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("batch", [2048, 64])
+def test_a_query_is_read_once_for_its_loss_and_its_answer(
+    bases: dict[str, HFBackend], architecture: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = HFBackend(bases[architecture].base, batch=batch)
+    adapter = random_adapter(base, architecture)
+    texts = ["a", "a longer one " * 7, "bb", "another"]  # one beyond the window
+    long = ExampleSet("long", "Mend:", tuple(Example(text, text[:9][::-1]) for text in texts))
+    short = ExampleSet("short", "Say it briefly:", tuple(Example(text, "x") for text in texts[:2]))
+    asked = [(long, 12), (short, 3), (ExampleSet("one", "Do:", (Example("c", "d"),)), 1)]
+    wanted = [
+        (losses, base.answers(adapter, some.instruction, [e.input for e in some.examples], max_new_tokens=most))
+        for losses, (some, most) in zip(base.nll([(adapter, some) for some, _ in asked]), asked, strict=True)
+    ]
+    assert len({answer for _, answers in wanted for answer in answers}) > 3
+    steps: list[int] = []
+
+    def counted(model: Any, read: torch.Tensor, *rest: Any) -> Any:
+        steps.append(read.shape[1])
+        return next_logits(model, read, *rest)
+
+    monkeypatch.setattr(decoding, "next_logits", counted)
+    assert base.losses_and_answers(adapter, asked) == wanted
+    assert set(steps) - {3} == {1}  # 3: the text that shows what the cache is like
+
+
+def test_a_base_with_another_cache_reads_a_query_for_its_loss_and_for_its_answer(
+    bases: dict[str, HFBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = HFBackend(bases["llama"].base)
+    wanted = base.losses_and_answers(None, [(SET, 5)])
+    monkeypatch.setattr("lorashelf.models.decoding._is_plain", lambda _: False)
+    other = HFBackend(bases["llama"].base)
+    assert other.losses_and_answers(None, [(SET, 5)]) == wanted
+
+
+def test_where_memory_ends_while_queries_are_read_one_is_read_at_a_time(
+    bases: dict[str, HFBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases["llama"]
+    (losses, answers), read = base.losses_and_answers(None, [(SET, 5)])[0], Full(base._read, 1)
+    monkeypatch.setattr(base, "_read", read)
+    (found, texts) = base.losses_and_answers(None, [(SET, 5)])[0]
+    assert [x.nll for x in found] == pytest.approx([x.nll for x in losses], rel=1e-5)
+    assert texts == answers
+    assert max(read.calls) > 1
+
+
 def test_a_cache_of_the_models_own_keeps_its_rows() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     kinds = {"num_key_value_heads": 1, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import MissingExtra, TaskNameError, UnknownName, UsageError
 from ..lora.adapter import Adapter
-from ..models.protocol import Answers, Loss, Question, Scores, capable
+from ..models.protocol import Answers, Loss, Question, ReadsOnce, Scores, capable
 from ..names import task_name
 from ..result_store import ResultStore
 from ..shelf.settings import LARGEST
@@ -126,7 +126,8 @@ class Prepared:
     ) -> Evaluation:
         """Measure; see `evaluate`."""
         journal = ResultStore() if journal is None else journal
-        groups = _groups(self.ready, backend.together if isinstance(backend, Answers) else 1)
+        most = backend.together if isinstance(backend, Answers) else 1
+        groups = _groups(self.ready, most, both=isinstance(backend, ReadsOnce))
 
         def lacking(units: Iterable[Unit]) -> list[Unit]:
             return [unit for unit in units if journal.get(unit.key(backend), unit.fits) is None]
@@ -216,30 +217,39 @@ def _identity(adapter: Adapter | None) -> Hashable:
     return None if adapter is None else (adapter.digest, adapter.base)
 
 
-def _groups(ready: Iterable[Ready], together: int) -> dict[tuple[str, str], list[Unit]]:
-    """Return, by kind and task, the units that are measured together: answers with the same adapter.
+def _groups(ready: Iterable[Ready], together: int, *, both: bool) -> dict[tuple[str, str], list[Unit]]:
+    """Return, by kind and task, the units that are measured together: answers with the same adapter, with `both` also
+    the losses of these tasks.
 
     They depend on the evaluation alone, not on what a journal holds: an answer in bf16 depends on its batch.
     """
     groups: dict[tuple[str, str], list[Unit]] = {}
     last: list[Unit] = []
-    for unit in (unit for r in ready for unit in r.units()):
-        if unit.what == "answers":
-            full = sum(len(other.examples.examples) for other in last) >= together
-            last = [] if full or not last or _identity(last[0].adapter) != _identity(unit.adapter) else last
+    for r in ready:
+        loss, *answers = r.units()
+        groups[loss.what, r.task.name] = [loss]
+        if not answers:
+            continue
+        full = sum(len(unit.examples.examples) for unit in last if unit.what == "answers") >= together
+        last = [] if full or not last or _identity(last[0].adapter) != _identity(r.adapter) else last
+        for unit in [loss, *answers] if both else answers:
             last.append(unit)
-        groups[unit.what, unit.task.name] = last if unit.what == "answers" else [unit]
+            groups[unit.what, r.task.name] = last
     return groups
 
 
 def _results(backend: Scores, group: Sequence[Unit]) -> list[list[Any]]:
     """Measure [nll, tokens] or the answer of each example of units with the same adapter."""
-    adapter = group[0].adapter
-    if group[0].what == "loss":
+    adapter, kinds = group[0].adapter, {unit.what for unit in group}
+    if kinds == {"loss"}:
         return [[list(loss) for loss in losses] for losses in backend.nll([(adapter, u.examples) for u in group])]
-    questions = [unit.questions() for unit in group]
-    found = iter(capable(backend, Answers).answered(adapter, [question for some in questions for question in some]))
-    return [list(islice(found, len(some))) for some in questions]
+    if kinds == {"answers"}:
+        questions = [unit.questions() for unit in group]
+        found = iter(capable(backend, Answers).answered(adapter, [question for some in questions for question in some]))
+        return [list(islice(found, len(some))) for some in questions]
+    tasks = {unit.task.name: (unit.examples, unit.task.max_new_tokens) for unit in group}
+    both = dict(zip(tasks, capable(backend, ReadsOnce).losses_and_answers(adapter, [*tasks.values()]), strict=True))
+    return [[list(x) for x in both[u.task.name][0]] if u.what == "loss" else both[u.task.name][1] for u in group]
 
 
 def _measured(ready: Ready, results: Sequence[Any], seed: int) -> Measured:

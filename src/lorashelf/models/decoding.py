@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
@@ -18,6 +19,29 @@ if TYPE_CHECKING:
 
 Ended = Callable[[Sequence[int]], bool]
 Step = Callable[[], AbstractContextManager[None]]
+Layers = Sequence[tuple["torch.Tensor", "torch.Tensor"]]
+"""Keys and values of every layer: (rows, heads, positions, size) each."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """A text that a model has read, to be continued: its keys and values, in one row, and the next token's logits."""
+
+    layers: Layers
+    logits: torch.Tensor
+
+    def __len__(self) -> int:
+        return int(self.layers[0][0].shape[2])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reading:
+    """Texts that a model has read side by side: next logits (rows, vocabulary), cache, mask, and the rows' numbers."""
+
+    logits: torch.Tensor
+    cache: Any
+    mask: torch.Tensor
+    order: Sequence[int]
 
 
 def next_logits(model: Any, read: torch.Tensor, mask: torch.Tensor, cache: Any, step: Step) -> tuple[torch.Tensor, Any]:
@@ -53,18 +77,18 @@ def grows_plainly(model: Any, step: Step) -> bool:
     return bool(layers) and seen is cache and all(_is_plain(layer) for layer in layers)
 
 
-def joined(caches: Sequence[Any], masks: Sequence[torch.Tensor]) -> tuple[Any, torch.Tensor]:
+def layers_of(cache: Any) -> Layers:
+    """Return the keys and values of a plain cache."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def joined(parts: Sequence[Layers], masks: Sequence[torch.Tensor]) -> tuple[Any, torch.Tensor]:
     """Return the rows of plain caches in one, and their mask: shorter rows get padding on the left."""
-    if len(caches) == 1:
-        return caches[0], masks[0]
     torch, transformers = libraries()
     length = max(mask.shape[1] for mask in masks)
     cache = transformers.DynamicCache()
-    for place in range(len(caches[0].layers)):
-        keys, values = (
-            torch.cat([_lengthened(getattr(each.layers[place], side), length, 2) for each in caches])
-            for side in ("keys", "values")
-        )
+    for place, layer in enumerate(zip(*parts, strict=True)):
+        keys, values = (torch.cat([_lengthened(each, length, 2) for each in side]) for side in zip(*layer, strict=True))
         cache.update(keys, values, place)
     return cache, torch.cat([_lengthened(mask, length, 1) for mask in masks])
 
@@ -86,39 +110,31 @@ def _is_plain(layer: Any) -> bool:
 
 def greedy(
     model: Any,
-    queries: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]] | Sequence[Read],
     counts: Sequence[int],
     ended: Ended,
     pad: int,
     step: Step,
     positions: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yield the likeliest next token of every query; None where an answer has ended, or has as many tokens as `counts`.
+    """Yield the likeliest next token of every text; None where an answer has ended, or has as many tokens as `counts`.
 
-    `ended` takes the tokens generated for a query and returns whether the last one ends the answer. Queries are read
-    together, or in batches of similar length of at most `positions` (for models with plain caches only), and continued
-    together. Ended rows leave the batch if the cache is transformers' own: those of some models cannot drop them. Every
-    forward pass runs inside a block of `step`, which is left before the tokens are yielded. Raises ModelError where no
-    logit is finite.
+    `ended` takes the tokens generated for a text and returns whether the last one ends the answer. Texts are tokens,
+    read together or, for a model with a plain cache, in batches of similar length of at most `positions`; or they have
+    been read. All are continued together. Ended rows leave the batch if the cache is transformers' own: those of some
+    models cannot drop them. Every forward pass runs inside a block of `step`, which is left before the tokens are
+    yielded. Raises ModelError where no logit is finite.
     """
     torch, transformers = libraries()
-    parts = [list(range(len(queries)))]
-    if positions is not None:
-        parts = cheapest_batches([len(query) for query in queries], [1] * len(queries), positions, len(queries))
-    passes = []
-    for part in parts:
-        read, mask = padded([queries[i] for i in part], pad, model.device, left=True)
-        empty = None if positions is None else transformers.DynamicCache()
-        passes.append((mask, *next_logits(model, read, mask, empty, step)))
-    computed = [i for part in parts for i in part]
-    masks, found_logits, caches = zip(*passes, strict=True)
-    logits = torch.cat(found_logits)
-    cache, mask = joined(caches, masks)
-    rows: list[list[int]] = [[] for _ in queries]
+    read = [text for text in texts if isinstance(text, Read)]
+    tokens = [text for text in texts if not isinstance(text, Read)]
+    begun = _begun(read) if read else _read(model, tokens, pad, step, positions)
+    logits, cache, mask, computed = begun.logits, begun.cache, begun.mask, list(begun.order)
+    rows: list[list[int]] = [[] for _ in texts]
     unended = set(computed)
     while True:
         best, likeliest = logits.max(-1)
-        found: list[int | None] = [None] * len(queries)
+        found: list[int | None] = [None] * len(texts)
         for i, token, finite in zip(computed, likeliest.tolist(), torch.isfinite(best).tolist(), strict=True):
             if i in unended:
                 if not finite:
@@ -129,11 +145,38 @@ def greedy(
         unended = {i for i in unended if len(rows[i]) < counts[i] and not ended(rows[i])}
         if not unended:
             return
-        read = likeliest[:, None]
-        mask = torch.cat([mask, torch.ones_like(read)], dim=1)
+        last = likeliest[:, None]
+        mask = torch.cat([mask, torch.ones_like(last)], dim=1)
         if len(unended) < len(computed) and type(cache) is transformers.DynamicCache:
             stay = [place for place, i in enumerate(computed) if i in unended]
             chosen = torch.tensor(stay, device=model.device)
-            read, mask, computed = read[chosen], mask[chosen], [computed[place] for place in stay]
+            last, mask, computed = last[chosen], mask[chosen], [computed[place] for place in stay]
             cache.reorder_cache(chosen)
-        logits, cache = next_logits(model, read, mask, cache, step)
+        logits, cache = next_logits(model, last, mask, cache, step)
+
+
+def _read(model: Any, texts: Sequence[Sequence[int]], pad: int, step: Step, positions: int | None) -> _Reading:
+    """Read texts together, or in batches of at most so many positions."""
+    torch, transformers = libraries()
+    count = len(texts)
+    if positions is None:
+        tokens, mask = padded(texts, pad, model.device, left=True)
+        logits, cache = next_logits(model, tokens, mask, None, step)
+        return _Reading(logits, cache, mask, range(count))
+    parts = cheapest_batches([len(text) for text in texts], [1] * count, positions, count)
+    found, caches, masks = [], [], []
+    for part in parts:
+        tokens, mask = padded([texts[i] for i in part], pad, model.device, left=True)
+        logits, cache = next_logits(model, tokens, mask, transformers.DynamicCache(), step)
+        found.append(logits)
+        caches.append(layers_of(cache))
+        masks.append(mask)
+    return _Reading(torch.cat(found), *joined(caches, masks), [i for part in parts for i in part])
+
+
+def _begun(texts: Sequence[Read]) -> _Reading:
+    """Put texts that have been read side by side."""
+    torch, _ = libraries()
+    masks = [torch.ones((1, len(text)), dtype=torch.long, device=text.logits.device) for text in texts]
+    logits = torch.stack([text.logits for text in texts])
+    return _Reading(logits, *joined([text.layers for text in texts], masks), range(len(texts)))

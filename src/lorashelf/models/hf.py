@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,12 +16,12 @@ from ..tasks.folders import Example, ExampleSet
 from ..tasks.template import Template
 from .base_model import BaseModel, open_base
 from .batching import cheapest_batches, largest_batches, padded
-from .decoding import greedy, grows_plainly
+from .decoding import Read, greedy, grows_plainly, layers_of
 from .effects import EffectSums
 from .hooks import AdapterPool, head_at
 from .loading import fingerprint, libraries
 from .memory import sparing, within_memory
-from .protocol import Continues, Effects, GainGradients, LanguageModel, Loss, Pair, Question
+from .protocol import Continues, Effects, GainGradients, LanguageModel, Loss, Pair, Question, ReadsOnce
 from .rows import Rows
 from .tokens import Tokenisation, Tokens, faulty
 
@@ -33,11 +33,11 @@ _ANSWERED = 8  # a batch of answers has this many times `batch` positions: it ne
 _MOST_ANSWERED = 2**16  # and no more: the keys and values of all its positions are in memory
 DEPTH = 2 / 3  # of the layers: representations there separate tasks best (docs/results.md)
 HELD = 8  # adapters kept on the device
-_Asked = tuple[Sequence[int], int]
-"""The tokens of a query, and the most that its answer may have."""
+_Asked = tuple[Sequence[int] | Read, int]
+"""A query, its tokens or as it was read, and the most tokens that its answer may have."""
 
 
-class HFBackend(LanguageModel, Continues, Effects, GainGradients):
+class HFBackend(LanguageModel, ReadsOnce, Continues, Effects, GainGradients):
     """A base model that measures, answers and represents texts, with any adapter on it.
 
     `batch` is the most positions in one forward pass, `adapters` how many are kept on the base's device. Threads may
@@ -131,10 +131,13 @@ class HFBackend(LanguageModel, Continues, Effects, GainGradients):
             batch = [tokens[i] for i in members]
             sums = sparing(partial(self._forward, adapter), batch, self.name)
             for index, loss in zip(members, sums, strict=True):
-                if not math.isfinite(loss):
-                    raise faulty(examples, index, "has a loss that is not finite")
-                losses[index] = Loss(loss, len(tokens[index][1]))
+                losses[index] = self._loss(examples, index, loss, len(tokens[index][1]))
         return losses
+
+    def _loss(self, examples: ExampleSet, index: int, loss: float, tokens: int) -> Loss:
+        if not math.isfinite(loss):
+            raise faulty(examples, index, "has a loss that is not finite")
+        return Loss(loss, tokens)
 
     def batches(self, tokens: Sequence[Tokens]) -> list[list[int]]:
         """Return indices in batches of similar length whose logits at the answers stay below LOGIT_BYTES."""
@@ -152,15 +155,21 @@ class HFBackend(LanguageModel, Continues, Effects, GainGradients):
 
         The model's head computes these positions only. Outside inference mode the losses can be differentiated.
         """
-        torch, model = self._torch, self.base.model
+        row, labels, logits = self._labelled(batch, None)
+        return row, self._torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+    def _labelled(self, batch: Sequence[Tokens], cache: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return every answer token's example, id and logits; an empty cache, if there is one, gets what was read."""
+        model = self.base.model
         ids, mask = padded([query + answer for query, answer in batch], self.text.pad, model.device)
         real = int(mask.sum())
         self.positions["tokens"] += real
         self.positions["padding"] += mask.numel() - real
         row, column = _answered(batch, ids.device)
+        kept = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         with head_at(model, row, column - 1):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
-        return row, torch.nn.functional.cross_entropy(logits.float(), ids[row, column], reduction="none")
+            logits = model(input_ids=ids, attention_mask=mask, **kept).logits[0]
+        return row, ids[row, column], logits
 
     def sums(self, row: torch.Tensor, losses: torch.Tensor, count: int) -> list[float]:
         """Return token losses summed by example, in float64."""
@@ -221,19 +230,78 @@ class HFBackend(LanguageModel, Continues, Effects, GainGradients):
         """
         self.adapters.check(adapter)
         queries = [self.text.query(instruction, text) for instruction, text, _ in questions]
-        rooms = [self.text.room(query, asked.max_new_tokens) for query, asked in zip(queries, questions, strict=True)]
-        longest = max((asked.max_new_tokens for asked in questions), default=0)  # a batch may go on for as long
-        whole = [i for i, query in enumerate(queries) if rooms[i] and self.text.room(query, longest) == longest]
-        lengths = [len(queries[i]) + longest for i in whole]
-        positions = min(_ANSWERED * self.batch, _MOST_ANSWERED)
-        together = [[whole[j] for j in batch] for batch in largest_batches(lengths, positions)]
+        return self._texts(adapter, [(query, asked[2]) for query, asked in zip(queries, questions, strict=True)])
+
+    def _texts(self, adapter: Adapter | None, asked: Sequence[_Asked]) -> list[str]:
+        """Return the answers to queries, in batches of similar length."""
+        rooms = [self.text.room(query, most) for query, most in asked]
+        longest = max((most for _, most in asked), default=0)  # a batch may go on for as long
+        whole = [i for i, (query, _) in enumerate(asked) if rooms[i] and self.text.room(query, longest) == longest]
+        lengths = [len(asked[i][0]) + longest for i in whole]
+        together = [[whole[j] for j in batch] for batch in largest_batches(lengths, self._kept)]
         alone = [[i] for i in sorted({i for i, room in enumerate(rooms) if room} - set(whole))]
-        answers = [""] * len(questions)
+        answers = [""] * len(asked)
         for members in [*together, *alone]:
-            rows = sparing(partial(self._written, adapter), [(queries[i], rooms[i]) for i in members], self.name)
+            rows = sparing(partial(self._written, adapter), [(asked[i][0], rooms[i]) for i in members], self.name)
             for index, row in zip(members, rows, strict=True):
                 answers[index] = self.text.decoded(row)
         return answers
+
+    @property
+    def _kept(self) -> int:
+        """The most positions whose keys and values are in memory for answers."""
+        return min(_ANSWERED * self.batch, _MOST_ANSWERED)
+
+    def losses_and_answers(
+        self, adapter: Adapter | None, asked: Sequence[tuple[ExampleSet, int]]
+    ) -> list[tuple[list[Loss], list[str]]]:
+        """Return the losses of `nll`, and the answers of `answered` of at most so many tokens, per set of examples.
+
+        A query is read once: the answer continues from its keys and values in the forward pass of its loss. Raises as
+        `nll` and `answered`.
+        """
+        if not self._joins_rows:
+            return super().losses_and_answers(adapter, asked)
+        self.adapters.check(adapter)
+        found = [([Loss(math.nan, 0)] * len(some.examples), [""] * len(some.examples)) for some, _ in asked]
+        waiting: list[tuple[int, int, Read]] = []
+        held = 0
+
+        def answer() -> None:
+            texts = self._texts(adapter, [(read, asked[of][1]) for of, _, read in waiting])
+            for (of, index, _), text in zip(waiting, texts, strict=True):
+                found[of][1][index] = text
+            waiting.clear()
+
+        for of, (examples, most) in enumerate(asked):
+            tokens = self.text.measurable(examples)
+            for members in self.batches(tokens):
+                batch = [tokens[i] for i in members]
+                for index, (loss, read) in zip(
+                    members, sparing(partial(self._read, adapter), batch, self.name), strict=True
+                ):
+                    found[of][0][index] = self._loss(examples, index, loss, len(tokens[index][1]))
+                    waiting.append((of, index, read))
+                    held += len(read) + most
+                if held >= self._kept:
+                    answer()
+                    held = 0
+        answer()
+        return found
+
+    def _read(self, adapter: Adapter | None, batch: Sequence[Tokens]) -> list[tuple[float, Read]]:
+        """Return each example's loss and its query, to be continued."""
+        _, transformers = libraries()
+        cache = transformers.DynamicCache()
+        with self.adapters.on_base(adapter), self._torch.inference_mode():
+            row, labels, logits = self._labelled(batch, cache)
+            losses = self._torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+            layers, reads, first = layers_of(cache), [], 0
+            for i, (query, answer) in enumerate(batch):
+                own = slice(i, i + 1), slice(None), slice(len(query))
+                reads.append(Read([(keys[own], values[own]) for keys, values in layers], logits[first].clone()))
+                first += len(answer)
+        return list(zip(self.sums(row, losses, len(batch)), reads, strict=True))
 
     def stream(
         self, adapter: Adapter | None, instruction: str, text: str, *, max_new_tokens: int = 64
@@ -262,10 +330,10 @@ class HFBackend(LanguageModel, Continues, Effects, GainGradients):
         return rows
 
     def _steps(self, adapter: Adapter | None, batch: Sequence[_Asked]) -> Iterator[list[int | None]]:
-        queries, counts = zip(*batch, strict=True)
+        texts, counts = zip(*batch, strict=True)
         on_base = partial(self.adapters.on_base, adapter)
-        positions = self.batch if len(queries) > 1 and self._joins_rows else None
-        return greedy(self.base.model, queries, counts, self.text.ended, self.text.pad, on_base, positions)
+        positions = self.batch if len(texts) > 1 and self._joins_rows else None
+        return greedy(self.base.model, texts, counts, self.text.ended, self.text.pad, on_base, positions)
 
     @cached_property
     def _joins_rows(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from ..errors import ModelError, UsageError
@@ -118,6 +119,20 @@ class Answers(Model, Protocol):
     ) -> Iterator[str]:
         """Return an iterator over the answer, piece by piece; checks come before the first piece."""
         ...
+
+
+@runtime_checkable
+class ReadsOnce(Scores, Answers, Protocol):
+    """A model that reads the query of an example once for its loss and its answer."""
+
+    def losses_and_answers(
+        self, adapter: Adapter | None, asked: Sequence[tuple[ExampleSet, int]]
+    ) -> list[tuple[list[Loss], list[str]]]:
+        """Return, per set of examples, the losses of `nll` and the answers of `answered`, of at most so many tokens."""
+        losses = self.nll([(adapter, examples) for examples, _ in asked])
+        questions = [[Question(some.instruction, e.input, most) for e in some.examples] for some, most in asked]
+        answers = iter(self.answered(adapter, [question for some in questions for question in some]))
+        return [(mine, list(islice(answers, len(mine)))) for mine in losses]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

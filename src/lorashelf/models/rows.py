@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .batching import padded
-from .decoding import joined, next_logits
+from .decoding import joined, layers_of, next_logits
 from .hooks import AdapterPool, Placed
 from .loading import libraries
 from .memory import within_memory
@@ -96,7 +96,7 @@ class Rows:
         if not self.rows:
             self.rows, self._placed, self._mask, self._read, self._cache = rows, placed, mask, read, cache
             return
-        self._cache, self._mask = joined([self._cache, cache], [self._mask, mask])
+        self._cache, self._mask = joined([layers_of(self._cache), layers_of(cache)], [self._mask, mask])
         self._read = self._torch.cat([self._read, read])
         self.rows, self._placed = [*self.rows, *rows], [*self._placed, *placed]
         self._select(sorted(range(len(self.rows)), key=lambda i: id(self._placed[i])))

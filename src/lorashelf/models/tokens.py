@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 from ..errors import ModelError, TooLong
@@ -63,7 +63,7 @@ class Tokenisation:
         kept = tuple(e for e in examples.examples if sum(map(len, self.tokens(examples, e))) <= room)
         return ExampleSet(examples.task, examples.instruction, kept), len(examples.examples) - len(kept)
 
-    def room(self, query: Sequence[int], count: int) -> int:
+    def room(self, query: Sized, count: int) -> int:
         """Return how many of `count` tokens fit into the context after a query; 0 or less if none fits."""
         return count if self.context is None else min(count, self.context - len(query))
 
