@@ -265,7 +265,6 @@ class HFBackend(LanguageModel, ReadsOnce, Continues, Effects, GainGradients):
         self.adapters.check(adapter)
         found = [([Loss(math.nan, 0)] * len(some.examples), [""] * len(some.examples)) for some, _ in asked]
         waiting: list[tuple[int, int, Read]] = []
-        held = 0
 
         def answer() -> None:
             texts = self._texts(adapter, [(read, asked[of][1]) for of, _, read in waiting])
@@ -273,19 +272,16 @@ class HFBackend(LanguageModel, ReadsOnce, Continues, Effects, GainGradients):
                 found[of][1][index] = text
             waiting.clear()
 
-        for of, (examples, most) in enumerate(asked):
+        for of, (examples, _) in enumerate(asked):
             tokens = self.text.measurable(examples)
             for members in self.batches(tokens):
                 batch = [tokens[i] for i in members]
-                for index, (loss, read) in zip(
-                    members, sparing(partial(self._read, adapter), batch, self.name), strict=True
-                ):
+                reads = sparing(partial(self._read, adapter), batch, self.name)
+                for index, (loss, read) in zip(members, reads, strict=True):
                     found[of][0][index] = self._loss(examples, index, loss, len(tokens[index][1]))
                     waiting.append((of, index, read))
-                    held += len(read) + most
-                if held >= self._kept:
+                if sum(len(read) + asked[its][1] for its, _, read in waiting) >= self._kept:
                     answer()
-                    held = 0
         answer()
         return found
 
