@@ -144,6 +144,7 @@ PARTS = {
         tables.peers,
         tables.bases,
         tables.published,
+        tables.score_types,
         tables.guide,
         tables.shown,
     ],

@@ -420,7 +420,6 @@ PUBLISHED: dict[str, list[tuple[str, str, str, str, str]]] = {
 """Paper → its figures: the average score on Llama 3.2 3B / Qwen 2.5 1.5B / StableLM 2 1.6B, or S on Llama 3.2 1B."""
 GUIDED = "propose=guided init=guided budget=30"
 RESTORED = "restore_norm=True"
-BY_HAND = {"own": "own adapters"}
 
 
 @cache
@@ -445,42 +444,61 @@ def _row(method: str, merge: str, options: str, scores: bool = False) -> dict[st
     return next((row for row in found if row), None)
 
 
-def _by_hand(text: str, method: str, merge: str) -> list[str] | None:
-    """The score and S of a row of the table that was measured before results were stored."""
-    section = text.partition("\n## Forty tasks in five slots\n")[2].partition("\n## ")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
-    named, under = BY_HAND.get(method, method), merge or "–"
-    return next((row[2:] for row in rows if len(row) == 4 and named in row[0].split(", ") and row[1] == under), None)
-
-
 def published(text: str) -> str:
     """docs/results.md with the papers' figures beside those measured here."""
     parts = []
     for paper, figures in PUBLISHED.items():
         lines = [
-            f"| {paper} | published | score here | S here | loss kept % here | repetitions | source |",
-            "|---|---|---|---|---|---|---|",
+            f"| {paper} | published | score here | S here | loss kept % here | repetitions of scores / of losses |",
+            "|---|---|---|---|---|---|",
         ]
         for name, figure, method, merge, options in figures:
-            row, hand = _row(method, merge, options), None if options else _by_hand(text, method, merge)
-            answered = _row(method, merge, options, scores=True)
-            if row or answered:
-                cells = ["not run"] * 3
-                if answered:
-                    cells[0] = _with_interval(answered["score"], ".1f") + page.over(answered["spread"]["score"])
-                if answered and answered["S"]:
-                    cells[1] = _with_interval(answered["S"])
-                if row:
-                    kept = _with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f")
-                    cells[2] = kept + page.over(row["spread"]["loss_kept"], 100)
-                cells += [str((answered or row or {})["seeds"])]
-                lines.append(f"| {name} | {figure} | {' | '.join(cells)} | committed results |")
-            if hand and not answered:
-                lines.append(f"| {name} | {figure} | {' | '.join(hand)} | – | 1 | measured by hand |")
-            if not (row or answered or hand):
-                lines.append(f"| {name} | {figure} | not run | not run | not run | – | – |")
+            row, answered = _row(method, merge, options), _row(method, merge, options, scores=True)
+            cells = ["not run"] * 3
+            if answered:
+                cells[0] = _with_interval(answered["score"], ".1f") + page.over(answered["spread"]["score"])
+            if answered and answered["S"]:
+                cells[1] = _with_interval(answered["S"])
+            if row:
+                kept = _with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f")
+                cells[2] = kept + page.over(row["spread"]["loss_kept"], 100)
+            cells.append(" / ".join(str(each["seeds"]) if each else "–" for each in (answered, row)))
+            lines.append(f"| {name} | {figure} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return replaced(text, "published", "end published", "\n\n".join(parts))
+
+
+SCORED = ("d2c_scores", "kmerge_scores")
+
+
+def score_types(text: str) -> str:
+    """docs/results.md with the scores of the main tables by problem type."""
+    rows: dict[str, Sample] = {}
+    for name in SCORED:
+        suite, found = _results(name)
+        for (method, merge, options), cells in page.groups(suite, found).items():
+            slot = " slot" if method == "random" and cells[0].how == "arrive" else ""
+            label = " ".join(filter(None, [method + slot, "guided" if options == GUIDED else options]))
+            rows[f"{label} | {merge or '–'}"] = sampled([found[cell.id] for cell in cells])
+    if not rows:
+        return replaced(text, "score types", "end score types", "nothing has been measured yet")
+    types = sorted({task.rpartition("-")[0] for sample in rows.values() for task in sample.scores})
+    lines = [f"| method | merge | {' | '.join(types)} | all |", "|---" * (len(types) + 3) + "|"]
+    for label, sample in sorted(rows.items(), key=lambda row: -float(_mean_score(row[1])[0])):
+        values = [_with_interval(_point(_mean_score(sample, kind + "-")), ".1f") for kind in types]
+        lines.append(f"| {label} | {' | '.join(values)} | {_with_interval(_point(_mean_score(sample)), '.1f')} |")
+    return replaced(text, "score types", "end score types", "\n".join(lines))
+
+
+def _mean_score(sample: Sample, prefix: str = "") -> Vector:
+    """The mean score over the tasks of a type, on all examples and on every resample."""
+    found = mean_over_tasks({task: values for task, values in sample.scores.items() if task.startswith(prefix)})
+    assert found is not None
+    return found
+
+
+def _point(values: Vector) -> tuple[float, float, float]:
+    return (float(values[0]), *interval(values))
 
 
 def guide(text: str) -> str:

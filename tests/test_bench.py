@@ -865,6 +865,19 @@ def test_table_and_status_need_no_model(measured: tuple[Suite, Path]) -> None:
         assert json.loads(document)
 
 
+def test_scores_are_compared_with_the_references_on_the_same_examples() -> None:
+    suite = read_suite(ROOT / "suites" / "scores.toml")
+    results = read_results(suite, suite.path.with_suffix(".results"))
+    rows = {(row["method"], row["merge"], row["options"]): row for row in page.rows(suite, results)}
+    row, reference = rows["kmerge++", "linear", ""], rows["type", "linear", ""]
+    difference, low, high = row["score_against"]
+    assert difference == pytest.approx(row["score"][0] - reference["score"][0])
+    assert high - low < row["score"][2] - row["score"][1]  # what the examples share cancels
+    assert reference["score_against"] is None
+    assert f"{difference:+.1f} ({low:+.1f} … {high:+.1f})" in page.table(suite, results, [row])
+    assert page.table(suite, results, [reference]).count("− type") == 1  # without scores to compare, no column
+
+
 @pytest.mark.parametrize(("x", "y"), [("storage", "loss_kept"), ("slots", "loss"), ("storage", "score")])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_plot_is_drawn(measured: tuple[Suite, Path], tmp_path: Path, x: str, y: str, dark: bool) -> None:

@@ -57,8 +57,9 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
                 "spread": _spread(sample, own, zero),
                 "worst": _stated(shares[worst]) if worst else None,
                 "worst_task": worst,
-                "against": _stated(_difference(sample, reference)) if reference else None,
+                "against": _stated(_difference(sample.losses, reference.losses)) if reference else None,
                 "score": _stated(mean_over_tasks(sample.scores)),
+                "score_against": _stated(_difference(sample.scores, reference.scores)) if reference else None,
                 "S": _stated(normalised_score(sample.scores, own.scores)) if own else None,
                 "storage": _storage(sample),
                 "evaluations": _evaluations(sample),
@@ -70,10 +71,9 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
     return sorted(found, key=lambda row: (row["merge"], row["loss"][0]))
 
 
-def _difference(sample: Sample, reference: Sample) -> Vector | None:
-    """Return the loss minus that of the reference, on the same resamples; mean over the tasks that both have."""
-    shared = sorted(set(sample.tasks) & set(reference.tasks))
-    return mean_over_tasks({task: sample.losses[task] - reference.losses[task] for task in shared})
+def _difference(values: Mapping[str, Vector], reference: Mapping[str, Vector]) -> Vector | None:
+    """Return the values minus the reference's, on the same resamples; mean over the tasks that both have."""
+    return mean_over_tasks({task: values[task] - reference[task] for task in sorted(values.keys() & reference.keys())})
 
 
 def _spread(sample: Sample, own: Sample | None, zero: Sample | None) -> dict[str, float | None]:
@@ -149,7 +149,8 @@ def table(suite: Suite, results: Mapping[str, dict[str, Any]], found: Sequence[M
         "worst task %",
         *([against] if against else []),
     ]
-    heads += ["score", "S", "storage %", "model calls", "minutes"]
+    scored = against if any(row["score_against"] for row in found) else None
+    heads += ["score", *([scored] if scored else []), "S", "storage %", "model calls", "minutes"]
     lines = [_counts(results), "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in found:
         cells = [row["method"], row["merge"] or "–", row["options"] or "–", str(row["seeds"])]
@@ -161,6 +162,7 @@ def table(suite: Suite, results: Mapping[str, dict[str, Any]], found: Sequence[M
         cells += [_number(row["against"], "+.3f")] if against else []
         cells += [
             _number(row["score"], ".1f") + over(row["spread"]["score"]),
+            *([_number(row["score_against"], "+.1f")] if scored else []),
             _number(row["S"], ".3f"),
             f"{100 * row['storage']:.1f}",
         ]
