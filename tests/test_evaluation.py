@@ -544,6 +544,20 @@ def test_losses_and_answers_of_one_adapter_are_measured_at_once(world: World, tm
     assert own.calls == [("both", "a-en"), ("both", "b-en"), ("loss", "c-xx")]
 
 
+def test_what_is_measured_at_once_is_measured_with_its_last_part(world: World) -> None:
+    """Then the share of the parts that have passed is the share that is done, and the time left is right."""
+    backend, seen = CountingOnce(world.backend), []
+
+    def watch(units: Sequence[Unit]) -> Iterator[Unit]:
+        for unit in units:
+            yield unit
+            seen.append((*unit.place, len(backend.calls)))
+
+    evaluate(backend, dict.fromkeys(METRICS, tiny_adapter(9, str(world.base))), world.tasks, watch=watch)
+    places = [("loss", "a-en", 0), ("answers", "a-en", 0), ("loss", "b-en", 0), ("answers", "b-en", 1)]
+    assert seen == [*places, ("loss", "c-xx", 2)]
+
+
 def test_losses_that_are_known_are_not_measured_with_the_answers(world: World) -> None:
     shared = dict.fromkeys(METRICS, tiny_adapter(9, str(world.base)))
     journal, backend = ResultStore(), CountingOnce(world.backend)

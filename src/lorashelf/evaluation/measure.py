@@ -28,6 +28,11 @@ class Unit:
     adapter: Adapter | None
     examples: ExampleSet
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Its kind and task: no two units of an evaluation share both."""
+        return self.what, self.task.name
+
     def key(self, backend: Scores) -> dict[str, Any]:
         """Return all that the result depends on."""
         return {
@@ -133,9 +138,10 @@ class Prepared:
             return [unit for unit in units if journal.get(unit.key(backend), unit.fits) is None]
 
         missing = lacking(unit for r in self.ready for unit in r.units())
+        last = {id(groups[unit.place]): unit.place for unit in missing}
         for unit in missing if watch is None else watch(missing):
-            if lacking([unit]):
-                group = lacking(groups[unit.what, unit.task.name])
+            together = groups[unit.place]  # measured with its last unit: then the share that is done is right
+            if unit.place == last[id(together)] and (group := lacking(together)):
                 for member, result in zip(group, _results(backend, group), strict=True):
                     journal.put(member.key(backend), result)
         tasks, notes = {}, []
@@ -227,14 +233,14 @@ def _groups(ready: Iterable[Ready], together: int, *, both: bool) -> dict[tuple[
     last: list[Unit] = []
     for r in ready:
         loss, *answers = r.units()
-        groups[loss.what, r.task.name] = [loss]
+        groups[loss.place] = [loss]
         if not answers:
             continue
         full = sum(len(unit.examples.examples) for unit in last if unit.what == "answers") >= together
         last = [] if full or not last or _identity(last[0].adapter) != _identity(r.adapter) else last
         for unit in [loss, *answers] if both else answers:
             last.append(unit)
-            groups[unit.what, r.task.name] = last
+            groups[unit.place] = last
     return groups
 
 
