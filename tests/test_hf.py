@@ -656,7 +656,7 @@ def test_a_base_with_another_cache_reads_a_query_for_its_loss_and_for_its_answer
 ) -> None:
     base = HFBackend(bases["llama"].base)
     wanted = base.losses_and_answers(None, [(SET, 5)])
-    monkeypatch.setattr("lorashelf.models.decoding._is_plain", lambda _: False)
+    monkeypatch.setattr("lorashelf.models.hf.grows_plainly", lambda *_: False)
     other = HFBackend(bases["llama"].base)
     assert other.losses_and_answers(None, [(SET, 5)]) == wanted
 
@@ -671,6 +671,36 @@ def test_where_memory_ends_while_queries_are_read_one_is_read_at_a_time(
     assert [x.nll for x in found] == pytest.approx([x.nll for x in losses], rel=1e-5)
     assert texts == answers
     assert max(read.calls) > 1
+
+
+HYBRID = {"num_key_value_heads": 1, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}
+OWN_CACHE = {"num_key_value_heads": 1, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("falcon_h1", HYBRID | {"mamba_d_ssm": 32}), ("minimax", OWN_CACHE), ("mamba", {"state_size": 4})],
+)
+def test_rows_of_a_base_that_keeps_another_state_are_not_joined(kind: str, sizes: dict[str, Any]) -> None:
+    """Beside keys and values in every layer, in a cache of its own, and in place of keys and values."""
+    common = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=50, **common, **sizes)
+    assert not decoding.grows_plainly(AutoModelForCausalLM.from_config(config).eval(), nullcontext)
+
+
+def test_running_out_of_memory_does_not_count_as_another_cache(
+    bases: dict[str, HFBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = HFBackend(bases["llama"].base)
+
+    def scarce(**_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    with monkeypatch.context() as short:
+        short.setattr(base.base.model, "forward", scarce)
+        with pytest.raises(OutOfMemory):
+            base.decoding(8)
+    assert base.decoding(8).most == 8
 
 
 def test_a_cache_of_the_models_own_keeps_its_rows() -> None:

@@ -64,17 +64,18 @@ def next_logits(model: Any, read: torch.Tensor, mask: torch.Tensor, cache: Any, 
 
 def grows_plainly(model: Any, step: Step) -> bool:
     """Return whether a model keeps keys and values of (rows, heads, positions, size) and nothing else: rows of several
-    caches can then be joined.
+    caches can then be joined, in a cache that keeps all positions.
     """
     torch, transformers = libraries()
-    cache = transformers.DynamicCache()
     ids = torch.zeros((2, 3), dtype=torch.long, device=model.device)
     try:
-        seen = next_logits(model, ids, torch.ones_like(ids), cache, step)[1]
-    except Exception:  # a model with another kind of cache may raise anything
+        cache = next_logits(model, ids, torch.ones_like(ids), None, step)[1]
+    except ModelError:  # no keys and values
         return False
-    layers = getattr(seen, "layers", [])
-    return bool(layers) and seen is cache and all(_is_plain(layer) for layer in layers)
+    plain = transformers.cache_utils.DynamicLayer, transformers.cache_utils.DynamicSlidingWindowLayer
+    return type(cache) is transformers.DynamicCache and all(
+        type(layer) in plain and tuple(layer.keys.shape[::2][:2]) == (2, 3) for layer in cache.layers
+    )
 
 
 def layers_of(cache: Any) -> Layers:
@@ -101,11 +102,6 @@ def _lengthened(values: torch.Tensor, length: int, dim: int) -> torch.Tensor:
     longer = values.new_zeros([*values.shape[:dim], length, *values.shape[dim + 1 :]])
     longer.narrow(dim, length - size, size).copy_(values)
     return longer
-
-
-def _is_plain(layer: Any) -> bool:
-    keys = getattr(layer, "keys", None)
-    return type(layer).__name__ == "DynamicLayer" and keys is not None and tuple(keys.shape[::2][:2]) == (2, 3)
 
 
 def greedy(

@@ -155,11 +155,13 @@ class HFBackend(LanguageModel, ReadsOnce, Continues, Effects, GainGradients):
 
         The model's head computes these positions only. Outside inference mode the losses can be differentiated.
         """
-        row, labels, logits = self._labelled(batch, None)
-        return row, self._torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        row, losses, _ = self._read_through(batch)
+        return row, losses
 
-    def _labelled(self, batch: Sequence[Tokens], cache: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return every answer token's example, id and logits; an empty cache, if there is one, gets what was read."""
+    def _read_through(
+        self, batch: Sequence[Tokens], cache: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return `token_losses`, and the logits (answer tokens, vocabulary); keys and values go into an empty cache."""
         model = self.base.model
         ids, mask = padded([query + answer for query, answer in batch], self.text.pad, model.device)
         real = int(mask.sum())
@@ -169,7 +171,7 @@ class HFBackend(LanguageModel, ReadsOnce, Continues, Effects, GainGradients):
         kept = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         with head_at(model, row, column - 1):
             logits = model(input_ids=ids, attention_mask=mask, **kept).logits[0]
-        return row, ids[row, column], logits
+        return row, self._torch.nn.functional.cross_entropy(logits.float(), ids[row, column], reduction="none"), logits
 
     def sums(self, row: torch.Tensor, losses: torch.Tensor, count: int) -> list[float]:
         """Return token losses summed by example, in float64."""
@@ -290,8 +292,7 @@ class HFBackend(LanguageModel, ReadsOnce, Continues, Effects, GainGradients):
         _, transformers = libraries()
         cache = transformers.DynamicCache()
         with self.adapters.on_base(adapter), self._torch.inference_mode():
-            row, labels, logits = self._labelled(batch, cache)
-            losses = self._torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+            row, losses, logits = self._read_through(batch, cache)
             layers, reads, first = layers_of(cache), [], 0
             for i, (query, answer) in enumerate(batch):
                 own = slice(i, i + 1), slice(None), slice(len(query))
@@ -333,8 +334,9 @@ class HFBackend(LanguageModel, ReadsOnce, Continues, Effects, GainGradients):
 
     @cached_property
     def _joins_rows(self) -> bool:
-        """Whether rows that were read apart can be continued together."""
-        return grows_plainly(self.base.model, partial(self.adapters.on_base, None))
+        """Whether rows that were read apart can be continued together. Raises OutOfMemory."""
+        with within_memory("out of memory", self.name, "free memory, or give a smaller base"):
+            return grows_plainly(self.base.model, partial(self.adapters.on_base, None))
 
     def decoding(self, most: int) -> Rows:
         """Return an empty batch of at most `most` rows, each with an adapter of its own; one row if the base keeps

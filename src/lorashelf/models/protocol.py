@@ -227,6 +227,7 @@ C = TypeVar("C", bound=Model)
 _CAPABILITIES: Mapping[type, str] = {
     Scores: "measure losses",
     Answers: "answer texts",
+    ReadsOnce: "take a loss and an answer from one reading",
     Continues: "continue texts side by side",
     Embeds: "represent texts",
     Effects: "show the inputs of its modules",
