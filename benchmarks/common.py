@@ -175,6 +175,13 @@ def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     return results
 
 
+def timed(work: Callable[..., Any]) -> tuple[float, Any]:
+    """The wall seconds of the work, and what it returns."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
 def paired(theirs: Sequence[float], ours: Sequence[float]) -> float:
     """The median over rounds of theirs / ours."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import common
-from common import SCALE, paired, spread, times
+from common import SCALE, paired, spread, timed, times
 
 COUNT, LAYERS, SIZE = 8, 2, 2048
 ROUNDS = {"svd": 3, "ties": 15, "linear": 25}
@@ -47,11 +47,9 @@ def model(adapters: list[Any]) -> Any:
     return wrapped
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def settled(work: Callable[[], Any]) -> tuple[float, Any]:
     time.sleep(SETTLE)
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
+    return timed(work)
 
 
 def measured(method: str, adapters: list[Any], wrapped: Any, rounds: int) -> tuple[dict[str, list[float]], float]:
@@ -69,11 +67,11 @@ def measured(method: str, adapters: list[Any], wrapped: Any, rounds: int) -> tup
 
     seconds: dict[str, list[float]] = {"peft": [], "lorashelf": []}
     for _ in range(rounds):
-        seconds["peft"].append(timed(theirs)[0])
+        seconds["peft"].append(settled(theirs)[0])
         layers = [layer.q_proj for layer in wrapped.base_model.model.layers]
         expected = [layer.get_delta_weight("merged").detach().numpy() for layer in layers]
         wrapped.delete_adapter("merged")
-        taken, merged = timed(lambda: merge(adapters, weights, method=method, **params))
+        taken, merged = settled(lambda: merge(adapters, weights, method=method, **params))
         seconds["lorashelf"].append(taken)
     found = [factors.delta() for factors in merged.modules.values()]
     difference = max(float(np.linalg.norm(x - y) / np.linalg.norm(x)) for x, y in zip(expected, found, strict=True))

@@ -11,12 +11,11 @@ in a run of either side.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import common
-from common import megabytes, paired, seconds, spread, times
+from common import megabytes, paired, seconds, spread, timed, times
 
 ROOT = Path(__file__).parent.parent
 LAYERS, HIDDEN, KEYS, RANK = 30, 576, 192, 32
@@ -47,14 +46,14 @@ def main() -> int:
     for _ in range(rounds):
         mine = alone = 0.0
         for examples in sets:
-            alone += _timed(lambda examples=examples: [backend._forward(None, b) for b in batches[examples.task]])
-            mine += _timed(lambda examples=examples: backend.nll([(adapters[0], examples)]))
+            alone += timed(lambda examples=examples: [backend._forward(None, b) for b in batches[examples.task]])[0]
+            mine += timed(lambda examples=examples: backend.nll([(adapters[0], examples)]))[0]
         ours.append(mine)
         bare.append(alone)
     backend.positions.update(tokens=0, padding=0)
     backend.nll([(adapters[0], examples) for examples in sets])
     tokens, padding = backend.positions["tokens"], backend.positions["padding"]
-    swaps = [_timed(lambda i=i: _swap(AdapterPool(backend.base, 1), adapters[i % 2])) for i in range(20)]
+    swaps = [timed(lambda i=i: _swap(AdapterPool(backend.base, 1), adapters[i % 2]))[0] for i in range(20)]
     alone_peak = _peak(lambda: [backend._forward(None, b) for bs in batches.values() for b in bs])
     our_peak = _peak(lambda: backend.nll([(adapters[1], examples) for examples in sets]))
     common.table(
@@ -98,12 +97,6 @@ def _swap(pool: Any, adapter: Any) -> None:
     """Put an adapter on the base that was not there, and take it off again."""
     with pool.on_base(adapter):
         pass
-
-
-def _timed(work: Any) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def _peak(work: Any) -> float:

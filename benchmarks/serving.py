@@ -177,12 +177,6 @@ def _by_peft(
     return found
 
 
-def _timed(work: Any) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 # a server -------------------------------------------------------------------------------------------------------------
 
 
@@ -242,9 +236,11 @@ def _first_answer(folder: Path, threads: int) -> None:
         _ask(known, _body(TASKS[0], "a text", 1))
         for task in TASKS[1:]:
             adapter = read_adapter(ZOO / task)
-            found["add"].append(_timed(lambda a=adapter, t=task: shelf.commit(plan_add(shelf.snapshot(), a, t))))
+            found["add"].append(
+                common.timed(lambda a=adapter, t=task: shelf.commit(plan_add(shelf.snapshot(), a, t)))[0]
+            )
             for name, asked in (("first token of the new task", task), ("of a known one", TASKS[0])):
-                found[name].append(_timed(lambda t=asked: _ask(known, _body(t, "a text", 1))))
+                found[name].append(common.timed(lambda t=asked: _ask(known, _body(t, "a text", 1)))[0])
         known.close()
     rows = [[name, seconds(statistics.median(values)), seconds(max(values))] for name, values in found.items()]
     common.table(["a task that arrives while the server runs", "median", "most"], rows)
@@ -268,7 +264,7 @@ def _overhead(folder: Path, threads: int) -> list[tuple[str, float, str, float]]
         body = _body("task-0", "a text of some words", 8)
         for _ in range(200):
             _ask(connection, body)
-        taken = sorted(_timed(lambda: _ask(connection, body)) for _ in range(REQUESTS))
+        taken = sorted(common.timed(lambda: _ask(connection, body))[0] for _ in range(REQUESTS))
         connection.close()
     p50, p99 = 1e3 * taken[len(taken) // 2], 1e3 * taken[int(0.99 * len(taken))]
     print(f"server without a model, {REQUESTS} requests one after the other: median {p50:.2f} ms, p99 {p99:.2f} ms\n")

@@ -485,8 +485,8 @@ def score_types(text: str) -> str:
     types = sorted({task.rpartition("-")[0] for sample in rows.values() for task in sample.scores})
     lines = [f"| method | merge | {' | '.join(types)} | all |", "|---" * (len(types) + 3) + "|"]
     for label, sample in sorted(rows.items(), key=lambda row: -float(_mean_score(row[1])[0])):
-        values = [_with_interval(_point(_mean_score(sample, kind + "-")), ".1f") for kind in types]
-        lines.append(f"| {label} | {' | '.join(values)} | {_with_interval(_point(_mean_score(sample)), '.1f')} |")
+        values = [_stated(_mean_score(sample, kind + "-"), ".1f") for kind in types]
+        lines.append(f"| {label} | {' | '.join(values)} | {_stated(_mean_score(sample), '.1f')} |")
     return replaced(text, "score types", "end score types", "\n".join(lines))
 
 
@@ -495,10 +495,6 @@ def _mean_score(sample: Sample, prefix: str = "") -> Vector:
     found = mean_over_tasks({task: values for task, values in sample.scores.items() if task.startswith(prefix)})
     assert found is not None
     return found
-
-
-def _point(values: Vector) -> tuple[float, float, float]:
-    return (float(values[0]), *interval(values))
 
 
 def guide(text: str) -> str:

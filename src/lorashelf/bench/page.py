@@ -149,7 +149,7 @@ def table(suite: Suite, results: Mapping[str, dict[str, Any]], found: Sequence[M
         "worst task %",
         *([against] if against else []),
     ]
-    scored = against if any(row["score_against"] for row in found) else None
+    scored = f"score {against}" if any(row["score_against"] for row in found) else None
     heads += ["score", *([scored] if scored else []), "S", "storage %", "model calls", "minutes"]
     lines = [_counts(results), "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in found:

@@ -140,8 +140,8 @@ class Prepared:
         missing = lacking(unit for r in self.ready for unit in r.units())
         last = {id(groups[unit.place]): unit.place for unit in missing}
         for unit in missing if watch is None else watch(missing):
-            together = groups[unit.place]  # measured with its last unit: then the share that is done is right
-            if unit.place == last[id(together)] and (group := lacking(together)):
+            whole = groups[unit.place]  # measured with its last unit: then the share that is done is right
+            if unit.place == last[id(whole)] and (group := lacking(whole)):
                 for member, result in zip(group, _results(backend, group), strict=True):
                     journal.put(member.key(backend), result)
         tasks, notes = {}, []
