@@ -878,6 +878,16 @@ def test_scores_are_compared_with_the_references_on_the_same_examples() -> None:
     assert "score − type" not in page.table(suite, results, [reference])
 
 
+def test_a_row_is_compared_with_the_reference_whatever_the_reference_does_not_know() -> None:
+    suite = read_suite(ROOT / "suites" / "d2c.toml")
+    results = read_results(suite, suite.path.with_suffix(".results"))
+    rows = {(row["method"], row["merge"], row["options"]): row for row in page.rows(suite, results)}
+    guided = rows["d2c", "ties", "propose=guided init=guided budget=30"]
+    assert guided["against"][0] == pytest.approx(guided["loss"][0] - rows["random", "ties", ""]["loss"][0])
+    assert rows["d2c", "ties", "slots=40"]["against"] is None  # random blocks have slots, too, but never 40
+    assert rows["random", "ties", ""]["against"] is None
+
+
 @pytest.mark.parametrize(("x", "y"), [("storage", "loss_kept"), ("slots", "loss"), ("storage", "score")])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_plot_is_drawn(measured: tuple[Suite, Path], tmp_path: Path, x: str, y: str, dark: bool) -> None:

@@ -45,7 +45,7 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
         cells = grouped[method, merge, options]
         shares = shares_kept(sample.losses, own.losses, zero.losses) if own and zero else {}
         worst = min(shares, key=lambda task: shares[task][0], default=None)
-        reference = samples.get((suite.reference or "", merge, options)) if method != suite.reference else None
+        reference = samples.get(_reference(suite, grouped, cells[0]))
         found.append(
             {
                 "method": method,
@@ -69,6 +69,17 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
             }
         )
     return sorted(found, key=lambda row: (row["merge"], row["loss"][0]))
+
+
+def _reference(suite: Suite, grouped: Mapping[Group, Sequence[Cell]], cell: Cell) -> Group:
+    """Return the group that a cell is compared with: the reference's, with the cell's merge and with the cell's values
+    of those options that the reference has; ("", "", "") for the reference itself.
+    """
+    if cell.method == suite.reference:
+        return "", "", ""
+    known = {name for (method, *_), cells in grouped.items() if method == suite.reference for name in cells[0].options}
+    others = cell.particulars((*apart(cell), *(cell.options.keys() - known)))
+    return suite.reference or "", cell.options.get("merge", ""), " ".join(others)
 
 
 def _difference(values: Mapping[str, Vector], reference: Mapping[str, Vector]) -> Vector | None:
