@@ -145,6 +145,8 @@ PARTS = {
         tables.bases,
         tables.published,
         tables.score_types,
+        tables.similarities,
+        tables.purity,
         tables.guide,
         tables.shown,
     ],

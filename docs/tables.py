@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -477,9 +478,7 @@ def score_types(text: str) -> str:
     for name in SCORED:
         suite, found = _results(name)
         for (method, merge, options), cells in page.groups(suite, found).items():
-            slot = " slot" if method == "random" and cells[0].how == "arrive" else ""
-            label = " ".join(filter(None, [method + slot, "guided" if options == GUIDED else options]))
-            rows[f"{label} | {merge or '–'}"] = sampled([found[cell.id] for cell in cells])
+            rows[_label(method, merge, options, cells[0])] = sampled([found[cell.id] for cell in cells])
     if not rows:
         return replaced(text, "score types", "end score types", "nothing has been measured yet")
     types = sorted({task.rpartition("-")[0] for sample in rows.values() for task in sample.scores})
@@ -488,6 +487,35 @@ def score_types(text: str) -> str:
         values = [_stated(_mean_score(sample, kind + "-"), ".1f") for kind in types]
         lines.append(f"| {label} | {' | '.join(values)} | {_stated(_mean_score(sample), '.1f')} |")
     return replaced(text, "score types", "end score types", "\n".join(lines))
+
+
+def _label(method: str, merge: str, options: str, cell: Cell) -> str:
+    """The first two cells of a table's row: what assigns the tasks, and the merge."""
+    slot = " slot" if method == "random" and cell.how == "arrive" else ""
+    words = filter(None, [method + slot, "guided" if options == GUIDED else options])
+    return f"{' '.join(words)} | {merge or '–'}"
+
+
+def purity(text: str) -> str:
+    """docs/results.md with the share of tasks whose slot has their type of problem most often, in five slots."""
+    rows: dict[str, tuple[list[float], list[int], float]] = {}
+    for name in ("d2c", "kmerge"):
+        suite, found = _results(name)
+        for group, cells in page.groups(suite, found).items():
+            slots = [found[cell.id]["provenance"].get("blocks") for cell in cells]
+            if not all(slots) or cells[0].options.get("slots", 5) != 5:
+                continue
+            kinds = [[[task.rpartition("-")[0] for task in slot] for slot in each] for each in slots]
+            pure = [sum(max(map(slot.count, slot)) for slot in each) / sum(map(len, each)) for each in kinds]
+            largest = [max(map(len, each)) for each in kinds]
+            rows[_label(*group, cells[0])] = pure, largest, _measured(name)[group]["loss_kept"][0]
+    heads = ["method", "merge", "most common type", "each repetition", "tasks in the largest slot", "loss kept %"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for label, (pure, largest, kept) in sorted(rows.items(), key=lambda row: -sum(row[1][0]) / len(row[1][0])):
+        each = ", ".join(f"{value:.2f}" for value in pure) if len(pure) > 1 else "–"
+        sizes = f"{min(largest)} to {max(largest)}" if min(largest) < max(largest) else f"{largest[0]}"
+        lines.append(f"| {label} | {np.mean(pure):.2f} | {each} | {sizes} | {100 * kept:.1f} |")
+    return replaced(text, "purity", "end purity", "\n".join(lines))
 
 
 def _mean_score(sample: Sample, prefix: str = "") -> Vector:
@@ -557,6 +585,33 @@ def guide(text: str) -> str:
     lines = ["| what is given | what to use | evidence: loss kept |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return replaced(text, "guide", "end guide", "\n".join(lines))
+
+
+def similarities(text: str) -> str:
+    """docs/results.md with its table of how well each similarity separates types of problems and languages: from the
+    documents of `lorashelf compare DIR/* --metric METRIC --json`.
+    """
+    heads = ["metric", "all pairs", "same type", "same language", "neither"]
+    heads += ["type over neither", "language over neither", "nearest of the same type"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for metric in ("cosine", "l2", "l1", "linf"):
+        document = json.loads((HERE.parent / "suites" / "similarities" / f"{metric}.json").read_text())
+        matrix = np.array(document["matrix"])
+        kind, language = np.array([name.split("-") for name in document["names"]]).T
+        one, other = np.triu_indices(len(matrix), 1)
+        values = matrix[one, other]
+        type_too, language_too = kind[one] == kind[other], language[one] == language[other]
+        alike, spoken, neither = (values[mask] for mask in (type_too, language_too, ~type_too & ~language_too))
+        nearest = np.where(np.eye(len(matrix), dtype=bool), -np.inf, matrix).argmax(axis=1)
+        cells = [f"{np.median(each):.4f}" for each in (values, alike, spoken, neither)]
+        cells += [f"{_above(each, neither):.2f}" for each in (alike, spoken)]
+        lines.append(f"| {metric} | {' | '.join(cells)} | {np.sum(kind == kind[nearest])} of {len(matrix)} |")
+    return replaced(text, "similarities", "end similarities", "\n".join(lines))
+
+
+def _above(xs: Vector, ys: Vector) -> float:
+    """The probability that one of the xs is above one of the ys; ties count half."""
+    return float(np.mean(np.sign(xs[:, None] - ys) + 1) / 2)
 
 
 PICTURES = {

@@ -302,6 +302,26 @@ def test_the_command_prints_at_most_one_notice_beside_its_answer(tmp_path: Path)
     assert ran.stderr.splitlines() == ([notice] if missing else [])
 
 
+def test_the_given_order_can_be_kept(tmp_path: Path) -> None:
+    matrix, _ = planted(31, 4)
+    axes = parts(heatmap(named(31), matrix, "cosine", arrange=False))[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == named(31)
+    np.testing.assert_array_equal(axes.images[0].get_array().data, matrix)
+    assert lines(axes) == set()
+
+
+def test_a_dark_map_has_light_words_on_a_dark_rim(tmp_path: Path) -> None:
+    draw_heatmap(named(31), planted(31, 4)[0], "cosine", tmp_path / "map.png", dark=True)
+    (colour,) = np.unique(rim((tmp_path / "map.png").read_bytes()), axis=0)
+    assert colour == pytest.approx(np.array([0x0D, 0x11, 0x17]) / 255)
+
+
+@pytest.mark.parametrize("word", ["--keep-order", "--dark"])
+def test_an_option_of_the_map_without_a_map_is_refused(word: str, tmp_path: Path) -> None:
+    ran = compare(tmp_path, "nowhere", word)
+    assert (ran.returncode, "give --plot as well" in ran.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("plot", ["a.jpg", "a", "a.png.txt", ".svg"])
 def test_a_file_of_another_format_is_refused_before_an_adapter_is_read(plot: str, tmp_path: Path) -> None:
     ran = compare(tmp_path, "nowhere", "--plot", plot)

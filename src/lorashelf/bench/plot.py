@@ -8,7 +8,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtra, UsageError
-from ..report.formats import UNDATED
+from ..report.formats import DARK, UNDATED
 from .page import apart, groups, rows
 from .suite import Suite
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _SIZES = ("slots", "percent", "rank", "bits", "ratio", "k")
 """Options that distinguish the points of a line against storage."""
-_DARK = "#0d1117"  # the background of GitHub's dark pages
 _MARKS = "os^Dvp*Xh<>"
 _DASHES = ("-", "--", "-.", (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
 _AXES = {
@@ -51,7 +50,7 @@ def drawn(
     except ImportError as error:
         raise MissingExtra("a plot", "matplotlib", "report") from error
     backgrounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-    settings: Any = {"svg.hashsalt": "lorashelf", **(dict.fromkeys(backgrounds, _DARK) if dark else {})}
+    settings: Any = {"svg.hashsalt": "lorashelf", **(dict.fromkeys(backgrounds, DARK) if dark else {})}
     file = BytesIO()
     with style.context("dark_background" if dark else "default"), rc_context(settings):
         figure = Figure(figsize=(7.5, 4.5), layout="constrained")

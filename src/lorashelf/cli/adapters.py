@@ -49,18 +49,26 @@ def show_adapter(
 def compare(
     adapters: arg.Adapters,
     metric: Annotated[str, typer.Option("--metric", help="cosine, l1, l2, linf or svd_features.")] = "cosine",
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a clustered heat map (png, svg or pdf).")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a heat map (png, svg or pdf).")] = None,
+    keep_order: Annotated[
+        bool, typer.Option("--keep-order", help="With --plot: keep the given order, not similar ones side by side.")
+    ] = False,
+    dark: Annotated[bool, typer.Option("--dark", help="With --plot: draw on a dark background.")] = False,
     json: arg.Json = False,
 ) -> None:
     """Compare adapters pair by pair: how similar they are."""
     if plot is not None:
         heatmap_format(plot)
+    elif keep_order or dark:
+        raise UsageError("--keep-order and --dark are for a heat map", cure="give --plot as well")
     named = arg.read_named(adapters)
     matrix = similarity(list(named.values()), metric=metric)
     arg.note_few_shared("all of them", shared(list(named.values())), "has ΔW = 0 in the others")
-    if plot is not None and (missing := draw_heatmap(list(named), matrix, metric, plot)):
-        listed = " ".join(missing[:10]) + (" …" if len(missing) > 10 else "")
-        note(f"no installed font has {listed}: {plot} shows boxes in their place")
+    if plot is not None:
+        missing = draw_heatmap(list(named), matrix, metric, plot, arrange=not keep_order, dark=dark)
+        if missing:
+            listed = " ".join(missing[:10]) + (" …" if len(missing) > 10 else "")
+            note(f"no installed font has {listed}: {plot} shows boxes in their place")
     document: Compared = {"names": list(named), "metric": metric, "matrix": matrix.tolist()}
     show(document, json, _compared)
 

@@ -13,6 +13,8 @@ from ..errors import MissingExtra, UsageError
 UNDATED: Mapping[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 """Extension → the metadata with which matplotlib writes the same bytes every time."""
 FORMATS = tuple(UNDATED)
+DARK = "#0d1117"
+"""The background of GitHub's dark pages."""
 MATPLOTLIB: Mapping[str, str] = {"matplotlib": "matplotlib"}
 
 

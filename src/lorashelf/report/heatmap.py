@@ -22,8 +22,11 @@ def heatmap_format(path: Path) -> str:
     return format_of(path, "heat map", NEEDED)
 
 
-def draw_heatmap(names: Sequence[str], matrix: Square, metric: str, path: Path) -> list[str]:
-    """Draw an (n, n) similarity matrix with similar adapters side by side, as a png, svg or pdf file.
+def draw_heatmap(
+    names: Sequence[str], matrix: Square, metric: str, path: Path, *, arrange: bool = True, dark: bool = False
+) -> list[str]:
+    """Draw an (n, n) similarity matrix with similar adapters side by side, or in the given order unless `arrange`, as a
+    png, svg or pdf file.
 
     Returns the characters of the names that no installed font has: the file shows boxes instead. Raises
     UsageError for another extension, MissingExtra (`report`), DiskError.
@@ -32,7 +35,7 @@ def draw_heatmap(names: Sequence[str], matrix: Square, metric: str, path: Path) 
     with _quiet():
         from .figure import draw
 
-        drawn, missing = draw([label(name) for name in names], matrix, metric, ending)
+        drawn, missing = draw([label(name) for name in names], matrix, metric, ending, arrange=arrange, dark=dark)
     replace_file(path, drawn, path.parent)
     return missing
 
