@@ -807,6 +807,18 @@ def test_the_worst_task_is_named_with_its_own_interval(measured: tuple[Suite, Pa
     assert row["loss_kept"][0] == pytest.approx(np.mean(list(shares.values())), rel=1e-2)
 
 
+def test_the_worst_task_is_that_of_each_repetition() -> None:
+    """Each repetition loses another task: the mean of a task over repetitions hides both."""
+    own, zero, first, second = (
+        {"a": entry([a] * 3, [1] * 3), "b": entry([b] * 3, [1] * 3)} for a, b in ((1, 1), (2, 2), (2.5, 1), (1, 2.1))
+    )
+    shares, names = page._worst(sample(first, second), sample(own), sample(zero))
+    assert shares is not None
+    np.testing.assert_allclose(shares, (-0.5 - 0.1) / 2)
+    assert names == "a, b"
+    assert page._worst(sample(first), None, sample(zero)) == (None, None)
+
+
 def test_seeds_are_averaged_task_by_task() -> None:
     two = sample({"t": entry([2.0, 4.0], [1, 1])}, {"t": entry([4.0, 6.0], [1, 1])})
     mean = mean_over_tasks(two.losses)

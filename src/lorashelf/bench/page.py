@@ -44,7 +44,7 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
     for (method, merge, options), sample in samples.items():
         cells = grouped[method, merge, options]
         shares = shares_kept(sample.losses, own.losses, zero.losses) if own and zero else {}
-        worst = min(shares, key=lambda task: shares[task][0], default=None)
+        worst, worst_task = _worst(sample, own, zero)
         reference = samples.get(_reference(suite, grouped, cells[0]))
         found.append(
             {
@@ -55,8 +55,8 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
                 "loss": _stated(mean_over_tasks(sample.losses)),
                 "loss_kept": _stated(mean_over_tasks(shares)),
                 "spread": _spread(sample, own, zero),
-                "worst": _stated(shares[worst]) if worst else None,
-                "worst_task": worst,
+                "worst": _stated(worst),
+                "worst_task": worst_task,
                 "against": _stated(_difference(sample.losses, reference.losses)) if reference else None,
                 "score": _stated(mean_over_tasks(sample.scores)),
                 "score_against": _stated(_difference(sample.scores, reference.scores)) if reference else None,
@@ -69,6 +69,20 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
             }
         )
     return sorted(found, key=lambda row: (row["merge"], row["loss"][0]))
+
+
+def _worst(sample: Sample, own: Sample | None, zero: Sample | None) -> tuple[Vector | None, str | None]:
+    """Return the loss kept of each repetition's worst task, mean over the repetitions, and the names of these tasks.
+
+    Tasks averaged over repetitions before the worst one is taken would hide that of each.
+    """
+    found: list[tuple[str, Vector]] = []
+    for result in sample.results:
+        shares = shares_kept(Sample((result,)).losses, own.losses, zero.losses) if own and zero else {}
+        found += sorted(shares.items(), key=lambda item: item[1][0])[:1]
+    if not found:
+        return None, None
+    return np.asarray(np.mean([values for _, values in found], axis=0)), ", ".join(dict(found))
 
 
 def _reference(suite: Suite, grouped: Mapping[Group, Sequence[Cell]], cell: Cell) -> Group:
@@ -191,7 +205,7 @@ def _counts(results: Mapping[str, dict[str, Any]]) -> str:
     return (
         f"{tasks} tasks, {span} examples of the {split} split per task, {model}. "
         "Loss in nats per token, mean over tasks; 95 % intervals in brackets, over resampled examples; "
-        "± the standard deviation over seeds."
+        "± the standard deviation over seeds; the worst task is that of each seed, mean over seeds."
     )
 
 

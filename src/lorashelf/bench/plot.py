@@ -77,7 +77,12 @@ def _draw(axes: Axes, label: str, points: Points, worst: Points | None, number: 
     xs, stated = zip(*sorted(points), strict=True)
     values = [s[0] for s in stated]
     errors = [[s[0] - s[1] for s in stated], [s[2] - s[0] for s in stated]]
-    style: dict[str, Any] = {"marker": _MARKS[number % len(_MARKS)], "color": f"C{number}", "markersize": 5}
+    colours = [*(f"C{i}" for i in range(10)), axes.title.get_color()]
+    style: dict[str, Any] = {
+        "marker": _MARKS[number % len(_MARKS)],
+        "color": colours[number % len(colours)],
+        "markersize": 5,
+    }
     axes.errorbar(xs, values, yerr=errors, label=label, linestyle=line, linewidth=1.2, capsize=2, **style)
     if worst:
         places, lows = zip(*sorted((place, s[0]) for place, s in worst), strict=True)
