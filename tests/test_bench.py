@@ -23,7 +23,7 @@ import pytest
 from factory import make_adapter
 from lorashelf import Adapter, Factors, Shelf, merge, new_settings, plan_add, read_adapter
 from lorashelf.bench import page
-from lorashelf.bench.assignment import Inputs, arrival, assign, bytes_of
+from lorashelf.bench.assignment import Inputs, _longer, arrival, assign, bytes_of
 from lorashelf.bench.plot import _lines as points_of
 from lorashelf.bench.plot import drawn
 from lorashelf.bench.results import DRAWS, Sample, mean_over_tasks, path_of, read_results, shares_kept
@@ -621,6 +621,8 @@ merge = "ties"
     counted = {name: row["evaluations"] for name, row in rows.items()}
     losses = results[12]["provenance"]["search"]["losses"]
     assert sorted(counted.values(), key=str) == [losses["distinct"], None, None]
+    another = {**results[12], "cell": {**results[12]["cell"], "iterations": 8}}  # as one from another processor
+    assert _longer(suite.cells[1], {"8": another, "12": results[12]}) is results[12]
 
 
 def test_some_tasks_are_measured_while_adapters_are_assigned_to_all(world: Any, tmp_path: Path) -> None:

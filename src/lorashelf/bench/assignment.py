@@ -264,12 +264,14 @@ def _searched(cell: Cell, inputs: Inputs) -> Assignment:
 
 
 def _longer(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the result of a search that differs from the cell in more iterations only, with its moves, if there is
-    one.
+    """Return the result of the longest search that differs from the cell in more iterations only, with its moves, if
+    there is one: searches on different processors part where losses differ in their last digits, so all shorter ones
+    are read off from one.
     """
-    for result in results.values():
+
+    def same(result: Mapping[str, Any]) -> bool:
         other = {name: value for name, value in result["cell"].items() if name != "measure"}
-        same = {**other, "iterations": cell.options["iterations"]} == cell.document()
-        if same and other["iterations"] >= cell.options["iterations"] and "moves" in result["provenance"]:
-            return result
-    return None
+        alike = {**other, "iterations": cell.options["iterations"]} == cell.document()
+        return alike and other["iterations"] >= cell.options["iterations"] and "moves" in result["provenance"]
+
+    return max(filter(same, results.values()), key=lambda result: result["cell"]["iterations"], default=None)
