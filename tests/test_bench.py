@@ -623,6 +623,8 @@ merge = "ties"
     assert sorted(counted.values(), key=str) == [losses["distinct"], None, None]
     another = {**results[12], "cell": {**results[12]["cell"], "iterations": 8}}  # as one from another processor
     assert _longer(suite.cells[1], {"8": another, "12": results[12]}) is results[12]
+    eight = replace(suite.cells[1], options={**suite.cells[1].options, "iterations": 8})
+    assert _longer(eight, {"8": another, "12": results[12]}) is another
 
 
 def test_some_tasks_are_measured_while_adapters_are_assigned_to_all(world: Any, tmp_path: Path) -> None:

@@ -264,14 +264,19 @@ def _searched(cell: Cell, inputs: Inputs) -> Assignment:
 
 
 def _longer(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the result of the longest search that differs from the cell in more iterations only, with its moves, if
-    there is one: searches on different processors part where losses differ in their last digits, so all shorter ones
-    are read off from one.
+    """Return the result of the cell's search, else of the longest one that differs in more iterations only, with its
+    moves, if there is one: searches on different processors part where losses differ in their last digits, so all
+    shorter ones are read off from one.
     """
+    wanted = cell.options["iterations"]
 
-    def same(result: Mapping[str, Any]) -> bool:
+    def fits(result: Mapping[str, Any]) -> bool:
         other = {name: value for name, value in result["cell"].items() if name != "measure"}
-        alike = {**other, "iterations": cell.options["iterations"]} == cell.document()
-        return alike and other["iterations"] >= cell.options["iterations"] and "moves" in result["provenance"]
+        same = {**other, "iterations": wanted} == cell.document()
+        return same and other["iterations"] >= wanted and "moves" in result["provenance"]
 
-    return max(filter(same, results.values()), key=lambda result: result["cell"]["iterations"], default=None)
+    def length(result: Mapping[str, Any]) -> tuple[bool, int]:
+        iterations = result["cell"]["iterations"]
+        return iterations == wanted, iterations
+
+    return max(filter(fits, results.values()), key=length, default=None)

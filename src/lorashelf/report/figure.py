@@ -24,7 +24,7 @@ NUMBERED = 12  # up to this many adapters, cells show their values
 Inks = tuple[str, str, str]  # of words, of what matters less, of the diagonal
 ON_LIGHT: Inks = ("#222222", "#666666", "#c4c4c4")
 ON_DARK: Inks = ("#e6edf3", "#9198a1", "#555555")
-LINE = "#222222"  # on cells, whose colours are the same on both
+ON_CELLS = "#222222"  # lines and numbers: the colours of cells are the same on both
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 DPI, MOST_PIXELS = 150.0, 6_000.0
 
@@ -65,8 +65,8 @@ def heatmap(
     shown = matrix[np.ix_(order, order)]
     image = _cells(axes, shown, metric not in UNSIGNED, grey)
     for border in borders:
-        axes.axhline(border - 0.5, color=LINE, linewidth=0.8)
-        axes.axvline(border - 0.5, color=LINE, linewidth=0.8)
+        axes.axhline(border - 0.5, color=ON_CELLS, linewidth=0.8)
+        axes.axvline(border - 0.5, color=ON_CELLS, linewidth=0.8)
     title = f"Similarity of {n} adapters" if n > 1 else "One adapter"
     axes.set_title(title, loc="left", fontsize=11, color=ink, pad=22 if borders else 8)
     if borders:
@@ -92,7 +92,7 @@ def _cells(axes: Axes, matrix: Square, signed: bool, grey: str) -> AxesImage:
         digits = 2 if max(-low, high) >= 0.1 else 3
         for row, column in zip(*np.nonzero(~itself), strict=True):
             value = matrix[row, column]
-            ink = "white" if image.to_rgba(value)[:3] @ LUMINANCE < 0.4 else LINE
+            ink = "white" if image.to_rgba(value)[:3] @ LUMINANCE < 0.4 else ON_CELLS
             text = f"{value:.{digits}f}".replace("-", "−")
             axes.text(column, row, text, color=ink, fontsize=8, ha="center", va="center")
     return image
