@@ -236,9 +236,8 @@ def test_options_that_came_later_leave_the_names_of_older_results_as_they_are() 
     """The results that are committed are those of the suites' cells."""
     for name in ("small", "first_table", "frontier"):
         suite = read_suite(ROOT / "suites" / f"{name}.toml")
-        assert set(read_results(suite, suite.folder)) == {
-            path.stem.rpartition("-")[2] for path in suite.folder.glob("*.json")
-        }
+        names = {path.stem.rpartition("-")[2] for path in suite.folder.glob("*.json")}
+        assert names <= set(read_results(suite, suite.folder))  # and those of cells that it shares
 
 
 @pytest.mark.parametrize("name", ["d2c", "d2c_scores", "kmerge", "kmerge_scores", "next", "seeds"])
