@@ -237,10 +237,10 @@ def _arrived(cell: Cell, inputs: Inputs) -> Assignment:
 def _searched(cell: Cell, inputs: Inputs) -> Assignment:
     """Search by loss on examples of the train split; the losses measured so far are kept in the folder."""
     options = cell.options
-    if longer := _longer(cell, inputs.results):
-        found = longer["provenance"]
+    if known := _known_search(cell, inputs.results):
+        found = known["provenance"]
         blocks = replayed(found["start"], found["moves"], options["iterations"])
-        return _merged(cell, inputs, blocks, {"replayed": longer["cell"]["iterations"]})
+        return _merged(cell, inputs, blocks, {"replayed": known["cell"]["iterations"]})
     backend = inputs.backend
     sets, _ = drawn(
         inputs.tasks, inputs.adapters, backend.fitting, "train", options["examples_per_task"], options["seed"]
@@ -263,7 +263,7 @@ def _searched(cell: Cell, inputs: Inputs) -> Assignment:
     return _merged(cell, inputs, clustering.blocks, {"search": dict(clustering.report), **way})
 
 
-def _longer(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _known_search(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return the result of the cell's search, else of the longest one that differs in more iterations only, with its
     moves, if there is one: searches on different processors part where losses differ in their last digits, so all
     shorter ones are read off from one.
