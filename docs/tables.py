@@ -70,6 +70,8 @@ SUITES = (
     "gemma",
     "gemma_smollm2",
 )
+STATED_ARRIVALS = (None, 10, 20, 30)
+"""The numbers of arrivals whose rows a table has; the pictures have all."""
 
 
 @cache
@@ -85,7 +87,8 @@ def results(text: str) -> str:
         parts = []
         if found:
             count = f"{len(found)} of {len(suite.cells)} cells are measured. " if len(found) < len(suite.cells) else ""
-            parts.append(count + page.table(suite, found, page.rows(suite, found)))
+            rows = [row for row in page.rows(suite, found) if row["after"] in STATED_ARRIVALS]
+            parts.append(count + page.table(suite, found, rows))
         if left := page.unmeasured(suite, found):
             parts.append(left)
         text = replaced(text, f"suite {name}", "end suite", "\n\n".join(parts))
@@ -637,10 +640,11 @@ def shown(text: str) -> str:
         if x == "storage":
             continue
         alt = f"Loss kept against {ALONG[x]}, one line per method with 95 % intervals; hollow marks: the worst task. "
+        figures = "The figures after 10, 20 and 30 arrivals" if x == "after" else "The figures"
         lines = [
             "<picture>",
             f'  <source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">',
-            f'  <img alt="{alt}The figures are in the table of {suite}.toml." src="{name}.svg">',
+            f'  <img alt="{alt}{figures} are in the table of {suite}.toml." src="{name}.svg">',
             "</picture>",
         ]
         text = replaced(text, f"picture {name}", "end picture", "\n".join(lines if _drawable(name) else []))

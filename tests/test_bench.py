@@ -741,6 +741,8 @@ hours = 0.5
         "slots=2 seed=1 after=3",
     ]
     assert after["slots=2 after=1"]["loss_kept"][0] == pytest.approx(1.0)  # its own adapter
+    fewest_first = dict(sorted(results.items(), key=lambda item: len(item[1]["tasks"])))
+    assert page.table(suite, fewest_first, rows).startswith(f"{len(adapters)} tasks, ")  # not those of one arrival
     left = page.unmeasured(suite, results)
     assert "4 of 21 cells" in left
     assert "| 2 | 4 | 2.0 | kmerge opcm, kmerge knots_ties, kmerge dare_linear, kmerge dare_ties |" in left

@@ -66,6 +66,7 @@ def rows(suite: Suite, results: Mapping[str, dict[str, Any]]) -> list[dict[str, 
                 "minutes": float(np.mean([result["seconds"] for result in sample.results])) / 60,
                 "slots": cells[0].options.get("slots"),
                 "percent": cells[0].options.get("percent"),
+                "after": cells[0].options.get("after"),
             }
         )
     return sorted(found, key=lambda row: (row["merge"], row["loss"][0]))
@@ -197,7 +198,7 @@ def table(suite: Suite, results: Mapping[str, dict[str, Any]], found: Sequence[M
 
 
 def _counts(results: Mapping[str, dict[str, Any]]) -> str:
-    first = next(iter(results.values()))
+    first = max(results.values(), key=lambda result: len(result["tasks"]))  # after few arrivals there are fewer tasks
     counts = sorted({len(task["nll"]) for task in first["tasks"].values()})
     span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     tasks = len(first["tasks"])
