@@ -506,7 +506,7 @@ def purity(text: str) -> str:
         suite, found = _results(name)
         for group, cells in page.groups(suite, found).items():
             slots = [found[cell.id]["provenance"].get("blocks") for cell in cells]
-            if not all(slots) or cells[0].options.get("slots", 5) != 5:
+            if not all(slots) or cells[0].options.get("slots", 5) != 5 or "after" in cells[0].options:
                 continue
             kinds = [[[task.rpartition("-")[0] for task in slot] for slot in each] for each in slots]
             pure = [sum(max(map(slot.count, slot)) for slot in each) / sum(map(len, each)) for each in kinds]
