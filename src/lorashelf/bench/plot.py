@@ -21,6 +21,7 @@ _MARKS = "os^Dvp*Xh<>"
 _DASHES = ("-", "--", "-.", (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
 _AXES = {
     "storage": "bytes, % of all adapters",
+    "after": "arrivals",
     "loss": "loss, nats per token",
     "loss_kept": "loss kept (hollow: of the worst task)",
 }
