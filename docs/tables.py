@@ -640,7 +640,7 @@ def shown(text: str) -> str:
         if x == "storage":
             continue
         alt = f"Loss kept against {ALONG[x]}, one line per method with 95 % intervals; hollow marks: the worst task. "
-        figures = "The figures after 10, 20 and 30 arrivals" if x == "after" else "The figures"
+        figures = "Some of the figures" if x == "after" else "The figures"  # see STATED_ARRIVALS
         lines = [
             "<picture>",
             f'  <source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">',
