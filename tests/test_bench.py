@@ -967,6 +967,18 @@ def test_a_measured_task_without_adapter_is_named(tmp_path: Path, capsys: pytest
     assert "no adapter or no examples for gec-xx" in capsys.readouterr().err
 
 
+def test_all_missing_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = written(tmp_path, 'format = 1\n[[cells]]\nserve = "own"\n')
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "run", str(suite.path), "--adapters", "neither", "--data", "nor", "-o", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert "where: neither, nor" in printed
+    assert "--adapters DIR" in printed
+    assert "--data DIR" in printed
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_priority_that_no_cell_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "run", str(ROOT / "suites" / "small.toml"), "-o", str(tmp_path), "--priority", "0"])

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..atomic import replace_file
+from ..atomic import expanded, replace_file
 from ..bench import page
 from ..bench.plot import drawn
 from ..bench.results import read_results
@@ -111,8 +111,12 @@ def _inputs(suite: Suite, adapters: Path | None, data: Path | None) -> tuple[dic
     if folder is None or examples is None:
         what = f"the suite does not set {' and '.join(lacking)}"
         raise UsageError(what, cure=f"give {' and '.join(f'--{name} DIR' for name in lacking)}")
-    if not folder.is_dir():
-        raise UsageError("no such folder", where=str(folder), cure="give a folder of PEFT folders: --adapters DIR")
+    folder, examples = expanded(folder), expanded(examples)
+    folders = {"a folder of PEFT folders: --adapters DIR": folder, "a folder of task folders: --data DIR": examples}
+    missing = {cure: path for cure, path in folders.items() if not path.is_dir()}
+    if missing:
+        where = ", ".join(map(str, missing.values()))
+        raise UsageError("no such folder", where=where, cure=f"give {' and '.join(missing)}")
     tasks = read_tasks(examples)
     both = sorted(name for name in tasks if (folder / name / CONFIG_FILE).exists())
     wanted = suite.tasks or tuple(both)
