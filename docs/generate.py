@@ -143,6 +143,7 @@ PARTS = {
         tables.longer,
         tables.peers,
         tables.bases,
+        tables.seeds,
         tables.published,
         tables.score_types,
         tables.similarities,

@@ -67,6 +67,8 @@ SUITES = (
     "merges",
     "next",
     "types",
+    "seeds",
+    "seeds_one",
     "gemma",
     "gemma_smollm2",
 )
@@ -322,22 +324,34 @@ def longer(text: str) -> str:
 
 def bases(text: str) -> str:
     """docs/results.md with what the same cells keep on two bases, in the order of the first."""
-    first, second = _measured("gemma"), _measured("gemma_smollm2")
+    beside = _beside({"Gemma-3-270M": "gemma", "SmolLM2-135M": "gemma_smollm2"})
+    return replaced(text, "bases", "end bases", beside)
+
+
+def seeds(text: str) -> str:
+    """docs/results.md with what the same cells keep of adapters that start from own values and from the same values."""
+    starts = {"own values": "seeds", "the same values": "seeds_one"}
+    files = {name: HERE.parent / "suites" / "similarities" / f"{suite}.json" for name, suite in starts.items()}
+    if all(path.exists() for path in files.values()):
+        text = replaced(text, "seeds similarities", "end seeds similarities", _separation("first values", files))
+    return replaced(text, "seeds", "end seeds", _beside(starts))
+
+
+def _beside(suites: Mapping[str, str]) -> str:
+    """A table of the cells that two suites, by their titles, have in common, in the order of the first."""
+    first, second = (_measured(name) for name in suites.values())
     both = [key for key in first if key in second and "base" not in key]
     if not both:
-        return replaced(text, "bases", "end bases", "Nothing has been measured yet.")
-    lines = [
-        "| method | merge | options | bytes | Gemma-3-270M: loss kept % | worst task "
-        "| SmolLM2-135M: loss kept % | worst task |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        return "Nothing has been measured yet."
+    kept = " | ".join(f"{title}: loss kept % | worst task" for title in suites)
+    lines = [f"| method | merge | options | bytes | {kept} |", "|---|---|---|---|---|---|---|---|"]
     for key in sorted(both, key=lambda key: -first[key]["loss_kept"][0]):
         cells = [*(name or "–" for name in key), f"{100 * first[key]['storage']:.3g} %"]
         for row in (first[key], second[key]):
             worst = f"{row['worst_task']} {_with_interval(tuple(100 * x for x in row['worst']), '.1f')}"
             cells += [_with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f"), worst]
         lines.append(f"| {' | '.join(cells)} |")
-    return replaced(text, "bases", "end bases", "\n".join(lines))
+    return "\n".join(lines)
 
 
 def _own_bytes() -> int:
@@ -592,11 +606,18 @@ def similarities(text: str) -> str:
     """docs/results.md with its table of how well each similarity separates types of problems and languages: from the
     documents of `lorashelf compare DIR/* --metric METRIC --json`.
     """
-    heads = ["metric", "all pairs", "same type", "same language", "neither"]
+    metrics = ("cosine", "l2", "l1", "linf")
+    files = {metric: HERE.parent / "suites" / "similarities" / f"{metric}.json" for metric in metrics}
+    return replaced(text, "similarities", "end similarities", _separation("metric", files))
+
+
+def _separation(title: str, files: Mapping[str, Path]) -> str:
+    """A table of medians of similarities, and of how often pairs of one type or language are above pairs of neither."""
+    heads = [title, "all pairs", "same type", "same language", "neither"]
     heads += ["type over neither", "language over neither", "nearest of the same type"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for metric in ("cosine", "l2", "l1", "linf"):
-        document = json.loads((HERE.parent / "suites" / "similarities" / f"{metric}.json").read_text())
+    for name, path in files.items():
+        document = json.loads(path.read_text())
         matrix = np.array(document["matrix"])
         kind, language = np.array([name.split("-") for name in document["names"]]).T
         one, other = np.triu_indices(len(matrix), 1)
@@ -606,8 +627,8 @@ def similarities(text: str) -> str:
         nearest = np.where(np.eye(len(matrix), dtype=bool), -np.inf, matrix).argmax(axis=1)
         cells = [f"{np.median(each):.4f}" for each in (values, alike, spoken, neither)]
         cells += [f"{_above(each, neither):.2f}" for each in (alike, spoken)]
-        lines.append(f"| {metric} | {' | '.join(cells)} | {np.sum(kind == kind[nearest])} of {len(matrix)} |")
-    return replaced(text, "similarities", "end similarities", "\n".join(lines))
+        lines.append(f"| {name} | {' | '.join(cells)} | {np.sum(kind == kind[nearest])} of {len(matrix)} |")
+    return "\n".join(lines)
 
 
 def _above(xs: Vector, ys: Vector) -> float:

@@ -242,7 +242,7 @@ def test_options_that_came_later_leave_the_names_of_older_results_as_they_are() 
         }
 
 
-@pytest.mark.parametrize("name", ["d2c", "d2c_scores", "kmerge", "kmerge_scores", "next", "seeds"])
+@pytest.mark.parametrize("name", ["d2c", "d2c_scores", "kmerge", "kmerge_scores", "next", "seeds", "seeds_one"])
 def test_the_head_of_a_suite_states_the_hours_of_its_priorities(name: str) -> None:
     path = ROOT / "suites" / f"{name}.toml"
     hours: Counter[int] = Counter()
