@@ -14,7 +14,18 @@ import pytest
 
 from command import Command
 from factory import assert_same_delta, make_adapter, tree, write_peft
-from lorashelf import Plan, Shelf, cluster, merge, new_settings, plan_add, plan_cluster, read_adapter, write_adapter
+from lorashelf import (
+    Factors,
+    Plan,
+    Shelf,
+    cluster,
+    merge,
+    new_settings,
+    plan_add,
+    plan_cluster,
+    read_adapter,
+    write_adapter,
+)
 from lorashelf.cli import main
 from lorashelf.cli.app import MODULES
 from lorashelf.cli.output import Meter, cells
@@ -264,6 +275,37 @@ def test_a_merge_that_outgrows_its_members_is_reported(
     assert (ratios[-1] > 4) is grows
     assert run.stderr.count("it grows with every fold of this merge method") == grows
     assert "norm_ratio" not in document["added"][0]
+
+
+def one_start(folder: Path, count: int = 3) -> list[Path]:
+    """PEFT folders of adapters that share A."""
+    first = make_adapter(0)
+    for i in range(count):
+        own = make_adapter(i + 1)
+        factors = {p: Factors(first.modules[p].a, f.b, f.scale) for p, f in own.modules.items()}
+        write_peft(folder / f"a-{i}", own.with_factors(factors))
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize(("method", "adds"), [("linear", True), ("ties", False), ("svd", False)])
+@pytest.mark.parametrize("command", ["add", "merge", "cluster"])
+def test_adapters_of_one_start_that_a_merge_would_add_up_are_reported(
+    tmp_path: Path, run: Command, zoo: dict[str, Path], command: str, method: str, adds: bool
+) -> None:
+    for name, adapters, alike in (("same", one_start(tmp_path / "same"), True), ("own", list(zoo.values()), False)):
+        output = tmp_path / f"{command}-{name}"
+        if command == "add":
+            run("init", output, "--slots", 1, "--policy", "kmerge", "--merge", method)
+            document = run("add", output, *adapters)[1]
+            starts = [d["common_start"] for d in document["added"] if "common_start" in d]
+            assert len(starts) == (len(adapters) - 1) * adds
+            assert all((start > 0.9) is alike for start in starts)
+        elif command == "merge":
+            run("merge", *adapters, "-o", output, "--method", method)
+        else:
+            run("cluster", *adapters, "-o", output, "--slots", 1, "--method", "single", "--merge", method)
+        assert run.stderr.count("trained from the same A") == (adds and alike)
+        assert "it grows with every fold" not in run.stderr
 
 
 def test_plain_files_among_the_folders_are_passed_over(

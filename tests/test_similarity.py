@@ -15,7 +15,7 @@ from sklearn.decomposition import TruncatedSVD
 from factory import dense, make_adapter
 from lorashelf import METRICS, Adapter, Factors, Modules, merge, read_adapter, similarity, write_adapter
 from lorashelf.errors import UnknownName, UsageError
-from lorashelf.lora.similarity import principal_coordinates, raw_gram
+from lorashelf.lora.similarity import SAME_START, common_start, principal_coordinates, raw_gram
 
 SEEDS = st.integers(0, 2**32 - 1)
 METRIC = pytest.mark.parametrize("metric", sorted(METRICS))
@@ -286,3 +286,49 @@ def test_principal_coordinates_keep_every_inner_product_and_fall_in_variance() -
     np.testing.assert_allclose(points @ points.T, rows @ rows.T, atol=1e-9)
     assert np.all(np.diff(np.sum(points**2, axis=0)) <= 1e-9)
     np.testing.assert_allclose(principal_coordinates(np.ones((3, 3)))[:, 1:], 0.0, atol=1e-7)
+
+
+def from_one_start(count: int) -> list[Adapter]:
+    """Adapters whose A moved a little from the same values, of scales and B of their own."""
+    first, rng = make_adapter(0), np.random.default_rng(1)
+    found = []
+    for i in range(count):
+        own = make_adapter(i + 1, scale=1.0 + i)
+        moved = {
+            p: first.modules[p].a + 0.1 * rng.standard_normal(f.a.shape).astype("f4") for p, f in own.modules.items()
+        }
+        found.append(own.with_factors({p: Factors(moved[p], f.b, f.scale) for p, f in own.modules.items()}))
+    return found
+
+
+def cosine_of_a(x: Adapter, y: Adapter) -> float:
+    sides = [(x.modules[path].a, y.modules[path].a) for path in x.modules]
+    return float(np.mean([np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in sides]))
+
+
+def test_adapters_of_one_start_are_told_from_those_of_their_own() -> None:
+    same, own = from_one_start(5), [make_adapter(seed) for seed in range(5)]
+    for xs, alike in ((same, True), (own, False), ([*same[:1], *own[1:]], False)):
+        literal = [cosine_of_a(xs[i], xs[j]) for i in range(5) for j in range(i)]
+        assert common_start(xs) == pytest.approx(np.mean(literal), abs=1e-6)
+        assert (common_start(xs) > SAME_START) is alike
+
+
+def test_one_start_needs_two_adapters_with_a_module_of_the_same_shape() -> None:
+    x = make_adapter(0)
+    zero = x.with_factors({p: Factors(f.a * 0, f.b, f.scale) for p, f in x.modules.items()})
+    assert common_start([x]) == common_start([x, zero]) == common_start([x, make_adapter(0, rank=3)]) == 0.0
+    assert common_start([make_adapter(0, projections=("q_proj",)), make_adapter(0, projections=("v_proj",))]) == 0.0
+    assert common_start([x, regauged(x, 1)]) < SAME_START < common_start([x, scaled(x, 3.0)])
+
+
+def test_linear_adds_up_adapters_of_one_start_and_averages_of_the_delta_do_not() -> None:
+    first = make_adapter(0)
+    xs = [
+        first.with_factors({p: Factors(first.modules[p].a, f.b, f.scale) for p, f in make_adapter(i).modules.items()})
+        for i in range(4)
+    ]
+    for path in first.modules:
+        mean = np.mean([dense(x)[path] for x in xs], axis=0)
+        np.testing.assert_allclose(dense(merge(xs, method="linear"))[path], 4 * mean, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(dense(merge(xs, method="svd"))[path], mean, rtol=1e-4, atol=1e-4)

@@ -19,8 +19,8 @@ from ..formats.peft import write_adapter
 from ..lora.adapter import in_16_bits, parameters
 from ..lora.algebra import norm
 from ..lora.alignment import fitting, shared
-from ..lora.similarity import similarity
-from ..merging import merge_measured
+from ..lora.similarity import common_start, similarity
+from ..merging import METHODS, merge_measured
 from ..merging.average import one_base
 from ..placement.policies import median_similarity
 from ..report.formats import format_of
@@ -196,6 +196,8 @@ def merge_adapters(
     write_adapter(merged, output)
     in_common = shared(xs)
     arg.note_few_shared(str(output), in_common)
+    if METHODS[method].adds_one_start:
+        arg.note_common_start(str(output), common_start(xs), "merge by ties or svd")
     ratio = norm(merged) / (float(np.mean([norm(x) for x in xs])) or 1.0)
     document = {
         "output": str(output),

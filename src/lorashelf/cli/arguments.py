@@ -19,7 +19,7 @@ from ..formats.peft import read_adapter
 from ..lora.adapter import Adapter
 from ..lora.alignment import FEW
 from ..lora.kernels import squared_norms
-from ..lora.similarity import similarity
+from ..lora.similarity import SAME_START, similarity
 from ..models.engines import ENGINES
 from ..placement.policies import median_similarity
 from .output import note
@@ -261,6 +261,15 @@ def note_few_shared(
     if shared["modules"] < FEW * shared["of"]:
         count = f"{shared['modules']} of {shared['of']} modules in common"
         note(f"{name}: {count}; a module of one adapter alone {lacking}")
+
+
+def note_common_start(where: str, cosine: float, cure: str = "merge by ties or svd, or give --restore-norm") -> None:
+    """Warn if adapters of one A are merged by a method that adds these up; `cosine` is their `common_start`."""
+    if cosine > SAME_START:
+        what = (
+            f"{where}: trained from the same A (cosine {cosine:.2f}), so this method adds up ΔW instead of averaging it"
+        )
+        note(f"{what}, and answers get worse; {cure}")
 
 
 def note_untrained(adapters: Mapping[str, Adapter]) -> None:

@@ -15,6 +15,7 @@ from .. import atomic
 from ..errors import DiskError, ModelError, UsageError
 from ..locks import sole
 from ..lora.adapter import Adapter
+from ..lora.similarity import common_start
 from ..merging import METHODS
 from ..merging.spec import MergeSpec
 from ..placement.clustering import Clustering
@@ -186,6 +187,8 @@ def cluster(
         atomic.remove(kept)
     for slot, in_common in plan.report["shared"].items():
         arg.note_few_shared(f"slot {slot}", in_common)
+    if METHODS[blocks.method].adds_one_start:
+        arg.note_common_start(str(output), common_start(list(named.values())))
     show({**plan.report, "slots": routing.slot_documents(made), "head": made.head}, json, _clustered)
 
 

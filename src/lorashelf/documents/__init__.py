@@ -57,6 +57,8 @@ class Arrived(_Arrived, _Fitted, total=False):
     """after a fold: the modules in common with the slot"""
     norm_ratio: float
     """after a fold: the norm of the merge over the mean norm of its members, before norm restoration"""
+    common_start: float
+    """after a fold by `linear`: the cosine of the factors A of slot and adapter, near 1 if both started from one A"""
     reason: str
     """why it was refused, or folded for lack of bytes"""
 

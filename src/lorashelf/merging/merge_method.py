@@ -51,6 +51,11 @@ class MergeMethod:
     parameters: Mapping[str, Parameter]
     """The rule's keyword-only parameters, by name."""
 
+    @property
+    def adds_one_start(self) -> bool:
+        """Whether adapters of one A are added up, not averaged: A becomes √n A, times Σ B / √n, which is Σ ΔW."""
+        return self.mean_power == 0.5
+
     def checked(self, params: Mapping[str, Value]) -> dict[str, Value]:
         """Return the parameters with defaults filled in. Raises UsageError naming every unknown or unusable one."""
         return checked(self.name, self.parameters, params, "see docs/methods.md for the parameters of each method")

@@ -14,7 +14,8 @@ from ..lora.adapter import Adapter
 from ..lora.alignment import shared
 from ..lora.given import as_adapter
 from ..lora.kernels import squared_norms
-from ..lora.similarity import similarity
+from ..lora.similarity import common_start, similarity
+from ..merging import METHODS
 from ..merging.average import Average, Source, alone, fold, source
 from ..names import task_name
 from ..placement import policies
@@ -211,9 +212,11 @@ class Arrival:
         new = fold(sources, self.adapter, self.record, self.snapshot.settings.merge, action.weighting)
         squared_norms(new.adapter)  # needed below
         plan = self._arrived(action, new)
-        common = shared([*(self.held[i] for i in into), self.adapter])
-        ratio = new.norm_ratio / new.history.restored
-        return replace(plan, report={**plan.report, "shared": common, "norm_ratio": ratio})
+        both = [*(self.held[i] for i in into), self.adapter]
+        about: dict[str, Any] = {"shared": shared(both), "norm_ratio": new.norm_ratio / new.history.restored}
+        if METHODS[self.snapshot.settings.merge.method].adds_one_start:
+            about["common_start"] = common_start(both)
+        return replace(plan, report={**plan.report, **about})
 
     def _check_offered(self, action: Action) -> None:
         """Raise UsageError for an action that is not among the candidates."""
