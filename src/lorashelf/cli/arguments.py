@@ -263,7 +263,7 @@ def note_few_shared(
         note(f"{name}: {count}; a module of one adapter alone {lacking}")
 
 
-def note_common_start(where: str, cosine: float, cure: str = "merge by ties or svd, or give --restore-norm") -> None:
+def note_common_start(where: str, cosine: float, cure: str = "--merge svd averages it") -> None:
     """Warn if adapters of one A are merged by a method that adds these up; `cosine` is their `common_start`."""
     if cosine > SAME_START:
         what = (
