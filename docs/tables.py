@@ -545,8 +545,8 @@ def _mean_score(sample: Sample, prefix: str = "") -> Vector:
 def guide(text: str) -> str:
     """docs/results.md with the decision guide, whose figures are those of the tables below it."""
 
-    def kept(method: str, merge: str, options: str = "") -> str:
-        row = _row(method, merge, options)
+    def kept(method: str, merge: str, options: str = "", suite: str | None = None) -> str:
+        row = _measured(suite).get((method, merge, options)) if suite else _row(method, merge, options)
         return _with_interval(tuple(100 * x for x in row["loss_kept"]), ".1f") + " %" if row else "not run"
 
     def worst(method: str, merge: str = "linear", options: str = "") -> str:
@@ -569,6 +569,18 @@ def guide(text: str) -> str:
             "K-Merge++ with `linear`: `init --slots K`",
             f"{kept('kmerge++', 'linear')}, random blocks {kept('random', 'linear')}; K-Merge with "
             f"`ties` {kept('kmerge', 'ties')}; the worst order {kept('kmerge++', 'linear', 'order=worst')}",
+        ),
+        (
+            "the same, for about two tasks per slot",
+            "K-Merge with `linear`: `init --slots K --policy kmerge`",
+            f"nine tasks in five slots {kept('kmerge', 'linear', suite='types')}, "
+            f"K-Merge++ {kept('kmerge++', 'linear', suite='types')}",
+        ),
+        (
+            "the same, of adapters [trained from one A](#adapters-that-start-from-the-same-values)",
+            "`svd` in place of `linear`: `init --slots K --merge svd`",
+            f"ten tasks in five slots, K-Merge++ {kept('kmerge++', 'svd', suite='seeds_one')}, "
+            f"with `linear` {kept('kmerge++', 'linear', suite='seeds_one')}",
         ),
         (
             "K resident adapters, all at hand, no examples",
