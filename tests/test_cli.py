@@ -308,6 +308,16 @@ def test_adapters_of_one_start_that_a_merge_would_add_up_are_reported(
         assert "it grows with every fold" not in run.stderr
 
 
+def test_some_adapters_of_one_start_among_others_are_reported(
+    tmp_path: Path, zoo: dict[str, Path], run: Command
+) -> None:
+    mixed = [*one_start(tmp_path / "same"), *list(zoo.values())[:3]]
+    run("merge", *mixed, "-o", tmp_path / "m", "--method", "linear")
+    assert run.stderr.count("trained from the same A") == 1
+    run("cluster", *mixed, "-o", tmp_path / "c", "--slots", 6, "--method", "agglomerative", "--merge", "linear")
+    assert "trained from the same A" not in run.stderr
+
+
 def test_plain_files_among_the_folders_are_passed_over(
     shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:

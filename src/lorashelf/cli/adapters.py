@@ -197,7 +197,7 @@ def merge_adapters(
     in_common = shared(xs)
     arg.note_few_shared(str(output), in_common)
     if METHODS[method].adds_one_start:
-        arg.note_common_start(str(output), common_start(xs), "--method svd averages it")
+        arg.note_common_start(str(output), common_start(xs), len(xs), "--method svd averages it")
     ratio = norm(merged) / (float(np.mean([norm(x) for x in xs])) or 1.0)
     document = {
         "output": str(output),

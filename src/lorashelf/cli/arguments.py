@@ -263,13 +263,11 @@ def note_few_shared(
         note(f"{name}: {count}; a module of one adapter alone {lacking}")
 
 
-def note_common_start(where: str, cosine: float, cure: str = "--merge svd averages it") -> None:
-    """Warn if adapters of one A are merged by a method that adds these up; `cosine` is their `common_start`."""
-    if cosine > SAME_START:
-        what = (
-            f"{where}: trained from the same A (cosine {cosine:.2f}), so this method adds up ΔW instead of averaging it"
-        )
-        note(f"{what}, and answers get worse; {cure}")
+def note_common_start(where: str, cosine: float, count: int = 2, cure: str = "--merge svd averages it") -> None:
+    """Warn if a method that adds up adapters of one A merges `count` adapters; `cosine` is their `common_start`."""
+    if (count - 1) * cosine > SAME_START:
+        what = f"{where}: adapters trained from the same A (mean cosine {cosine:.2f})"
+        note(f"{what}: this method adds up their ΔW instead of averaging it, and answers get worse; {cure}")
 
 
 def note_untrained(adapters: Mapping[str, Adapter]) -> None:

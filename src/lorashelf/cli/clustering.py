@@ -188,7 +188,9 @@ def cluster(
     for slot, in_common in plan.report["shared"].items():
         arg.note_few_shared(f"slot {slot}", in_common)
     if METHODS[blocks.method].adds_one_start:
-        arg.note_common_start(str(output), common_start(list(named.values())))
+        for block in clustering.blocks:
+            start = common_start([named[task] for task in block])
+            arg.note_common_start(f"the slot of {block[0]}", start, len(block))
     show({**plan.report, "slots": routing.slot_documents(made), "head": made.head}, json, _clustered)
 
 
