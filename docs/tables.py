@@ -568,8 +568,8 @@ def guide(text: str) -> str:
             "K resident adapters, tasks arrive one by one",
             "K-Merge++ with `linear`: `init --slots K`",
             f"{kept('kmerge++', 'linear')}, random blocks {kept('random', 'linear')}; K-Merge with "
-            f"`ties` {kept('kmerge', 'ties')}; the worst order {kept('kmerge++', 'linear', 'order=worst')}; with the q0.75 of "
-            f"`lorashelf threshold` {kept('kmerge++', 'linear', 'threshold=0.0105', suite='next')}",
+            f"`ties` {kept('kmerge', 'ties')}; the worst order {kept('kmerge++', 'linear', 'order=worst')}; "
+            f"with the q0.75 of `lorashelf threshold` {kept('kmerge++', 'linear', 'threshold=0.0105', suite='next')}",
         ),
         (
             "the same, for about two tasks per slot",
