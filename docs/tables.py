@@ -329,12 +329,11 @@ def bases(text: str) -> str:
 
 
 def seeds(text: str) -> str:
-    """docs/results.md with what the same cells keep of adapters that start from own values and from the same values."""
-    starts = {"own values": "seeds", "the same values": "seeds_one"}
-    files = {name: HERE.parent / "suites" / "similarities" / f"{suite}.json" for name, suite in starts.items()}
-    if all(path.exists() for path in files.values()):
-        text = replaced(text, "seeds similarities", "end seeds similarities", _separation("first values", files))
-    return replaced(text, "seeds", "end seeds", _beside(starts))
+    """docs/results.md with what the same cells keep of adapters with separate and with shared initialisations."""
+    suites = {"separate": "seeds", "shared": "seeds_one"}
+    files = {title: HERE.parent / "suites" / "similarities" / f"{suite}.json" for title, suite in suites.items()}
+    text = replaced(text, "seeds similarities", "end seeds similarities", _separation("initialisation", files))
+    return replaced(text, "seeds", "end seeds", _beside(suites))
 
 
 def _beside(suites: Mapping[str, str]) -> str:
@@ -578,7 +577,7 @@ def guide(text: str) -> str:
             f"K-Merge++ {kept('kmerge++', 'linear', suite='types')}",
         ),
         (
-            "the same, of adapters [trained from one A](#adapters-that-start-from-the-same-values)",
+            "the same, of adapters [that share an initialisation](#adapters-that-share-an-initialisation)",
             "`svd` in place of `linear`: `init --slots K --merge svd`",
             f"ten tasks in five slots, K-Merge++ {kept('kmerge++', 'svd', suite='seeds_one')}, "
             f"with `linear` {kept('kmerge++', 'linear', suite='seeds_one')}",

@@ -44,6 +44,18 @@ def make_adapter(
     return Adapter(Modules(modules), BaseId(base), dtype, config)
 
 
+def sharing_init(count: int, moved: float = 0.0) -> list[Adapter]:
+    """Adapters of one initial A, moved by noise of this size; scales and B are their own."""
+    first, rng = make_adapter(0).modules, np.random.default_rng(1)
+    found = []
+    for i in range(count):
+        own = make_adapter(i + 1, scale=1.0 + i)
+        drifts = {p: moved * rng.standard_normal(f.a.shape).astype(np.float32) for p, f in own.modules.items()}
+        factors = {p: Factors(first[p].a + drifts[p], f.b, f.scale) for p, f in own.modules.items()}
+        found.append(own.with_factors(factors))
+    return found
+
+
 def peft_config(adapter: Adapter, **changes: Any) -> dict[str, Any]:
     """The adapter_config.json PEFT would write for an adapter of one rank and scale."""
     rank = adapter.rank

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from command import Command
-from factory import assert_same_delta, make_adapter, tree, write_peft
+from factory import assert_same_delta, make_adapter, sharing_init, tree, write_peft
 from lorashelf import (
-    Factors,
+    Adapter,
     Plan,
     Shelf,
     cluster,
@@ -277,45 +277,46 @@ def test_a_merge_that_outgrows_its_members_is_reported(
     assert "norm_ratio" not in document["added"][0]
 
 
-def one_start(folder: Path, count: int = 3) -> list[Path]:
-    """PEFT folders of adapters that share A."""
-    first = make_adapter(0)
-    for i in range(count):
-        own = make_adapter(i + 1)
-        factors = {p: Factors(first.modules[p].a, f.b, f.scale) for p, f in own.modules.items()}
-        write_peft(folder / f"a-{i}", own.with_factors(factors))
-    return sorted(folder.iterdir())
+def written(folder: Path, adapters: list[Adapter]) -> list[Path]:
+    """PEFT folders of adapters."""
+    return [write_peft(folder / f"a-{i}", adapter) for i, adapter in enumerate(adapters)]
 
 
 @pytest.mark.parametrize(("method", "adds"), [("linear", True), ("ties", False), ("svd", False)])
 @pytest.mark.parametrize("command", ["add", "merge", "cluster"])
-def test_adapters_of_one_start_that_a_merge_would_add_up_are_reported(
+def test_a_shared_initialisation_that_a_merge_adds_up_is_reported(
     tmp_path: Path, run: Command, zoo: dict[str, Path], command: str, method: str, adds: bool
 ) -> None:
-    for name, adapters, alike in (("same", one_start(tmp_path / "same"), True), ("own", list(zoo.values()), False)):
+    for name, adapters, alike in (
+        ("same", written(tmp_path / "same", sharing_init(3)), True),
+        ("own", list(zoo.values()), False),
+    ):
         output = tmp_path / f"{command}-{name}"
         if command == "add":
             run("init", output, "--slots", 1, "--policy", "kmerge", "--merge", method)
             document = run("add", output, *adapters)[1]
-            starts = [d["common_start"] for d in document["added"] if "common_start" in d]
+            starts = [d["init_similarity"] for d in document["added"] if "init_similarity" in d]
             assert len(starts) == (len(adapters) - 1) * adds
             assert all((start > 0.9) is alike for start in starts)
         elif command == "merge":
-            run("merge", *adapters, "-o", output, "--method", method)
+            document = run("merge", *adapters, "-o", output, "--method", method)[1]
+            assert ("init_similarity" in document) is adds
         else:
-            run("cluster", *adapters, "-o", output, "--slots", 1, "--method", "single", "--merge", method)
-        assert run.stderr.count("trained from the same A") == (adds and alike)
+            words = ["--slots", 1, "--method", "single", "--merge", method]
+            document = run("cluster", *adapters, "-o", output, *words)[1]
+            assert ("init_similarity" in document) is adds
+        assert run.stderr.count("share an initialisation") == (adds and alike)
         assert "it grows with every fold" not in run.stderr
 
 
-def test_some_adapters_of_one_start_among_others_are_reported(
+def test_some_adapters_that_share_an_initialisation_among_others_are_reported(
     tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:
-    mixed = [*one_start(tmp_path / "same"), *list(zoo.values())[:3]]
+    mixed = [*written(tmp_path / "same", sharing_init(3)), *list(zoo.values())[:3]]
     run("merge", *mixed, "-o", tmp_path / "m", "--method", "linear")
-    assert run.stderr.count("trained from the same A") == 1
+    assert run.stderr.count("share an initialisation") == 1
     run("cluster", *mixed, "-o", tmp_path / "c", "--slots", 6, "--method", "agglomerative", "--merge", "linear")
-    assert "trained from the same A" not in run.stderr
+    assert "share an initialisation" not in run.stderr
 
 
 def test_plain_files_among_the_folders_are_passed_over(

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import TruncatedSVD
 
-from factory import dense, make_adapter
+from factory import dense, make_adapter, sharing_init
 from lorashelf import METRICS, Adapter, Factors, Modules, merge, read_adapter, similarity, write_adapter
 from lorashelf.errors import UnknownName, UsageError
-from lorashelf.lora.similarity import SAME_START, common_start, principal_coordinates, raw_gram
+from lorashelf.lora.similarity import SHARED_INIT, init_similarity, principal_coordinates, raw_gram
 
 SEEDS = st.integers(0, 2**32 - 1)
 METRIC = pytest.mark.parametrize("metric", sorted(METRICS))
@@ -288,47 +288,46 @@ def test_principal_coordinates_keep_every_inner_product_and_fall_in_variance() -
     np.testing.assert_allclose(principal_coordinates(np.ones((3, 3)))[:, 1:], 0.0, atol=1e-7)
 
 
-def from_one_start(count: int) -> list[Adapter]:
-    """Adapters whose A moved a little from the same values, of scales and B of their own."""
-    first, rng = make_adapter(0), np.random.default_rng(1)
-    found = []
-    for i in range(count):
-        own = make_adapter(i + 1, scale=1.0 + i)
-        moved = {
-            p: first.modules[p].a + 0.1 * rng.standard_normal(f.a.shape).astype("f4") for p, f in own.modules.items()
-        }
-        found.append(own.with_factors({p: Factors(moved[p], f.b, f.scale) for p, f in own.modules.items()}))
-    return found
-
-
 def cosine_of_a(x: Adapter, y: Adapter) -> float:
     sides = [(x.modules[path].a, y.modules[path].a) for path in x.modules]
     return float(np.mean([np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in sides]))
 
 
-def test_adapters_of_one_start_are_told_from_those_of_their_own() -> None:
-    same, own = from_one_start(5), [make_adapter(seed) for seed in range(5)]
+def test_a_shared_initialisation_is_told_from_separate_ones() -> None:
+    same, own = sharing_init(5, moved=0.1), [make_adapter(seed) for seed in range(5)]
     for xs, alike in ((same, True), (own, False), ([*same[:1], *own[1:]], False)):
         literal = [cosine_of_a(xs[i], xs[j]) for i in range(5) for j in range(i)]
-        assert common_start(xs) == pytest.approx(np.mean(literal), abs=1e-6)
-        assert (common_start(xs) > SAME_START) is alike
+        assert init_similarity(xs) == pytest.approx(np.mean(literal), abs=1e-6)
+        assert (init_similarity(xs) > SHARED_INIT) is alike
 
 
-def test_one_start_needs_two_adapters_with_a_module_of_the_same_shape() -> None:
+def test_an_initialisation_is_compared_where_two_adapters_have_a_module_of_one_shape() -> None:
     x = make_adapter(0)
     zero = x.with_factors({p: Factors(f.a * 0, f.b, f.scale) for p, f in x.modules.items()})
-    assert common_start([x]) == common_start([x, zero]) == common_start([x, make_adapter(0, rank=3)]) == 0.0
-    assert common_start([make_adapter(0, projections=("q_proj",)), make_adapter(0, projections=("v_proj",))]) == 0.0
-    assert common_start([x, regauged(x, 1)]) < SAME_START < common_start([x, scaled(x, 3.0)])
+    assert init_similarity([x]) == init_similarity([x, zero]) == init_similarity([x, make_adapter(0, rank=3)]) == 0.0
+    assert init_similarity([make_adapter(0, projections=("q_proj",)), make_adapter(0, projections=("v_proj",))]) == 0.0
+    assert init_similarity([x, regauged(x, 1)]) < SHARED_INIT < init_similarity([x, scaled(x, 3.0)])
 
 
-def test_linear_adds_up_adapters_of_one_start_and_averages_of_the_delta_do_not() -> None:
-    first = make_adapter(0)
-    xs = [
-        first.with_factors({p: Factors(first.modules[p].a, f.b, f.scale) for p, f in make_adapter(i).modules.items()})
-        for i in range(4)
-    ]
-    for path in first.modules:
-        mean = np.mean([dense(x)[path] for x in xs], axis=0)
-        np.testing.assert_allclose(dense(merge(xs, method="linear"))[path], 4 * mean, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(dense(merge(xs, method="svd"))[path], mean, rtol=1e-4, atol=1e-4)
+def test_modules_are_sampled_evenly() -> None:
+    many = [make_adapter(seed, layers=40, projections=("q_proj",)) for seed in range(2)]
+    paths = list(many[0].modules)
+    shared = {p: Factors(many[0].modules[p].a, f.b, f.scale) for p, f in many[1].modules.items() if paths.index(p) % 2}
+    half = many[1].with_factors({**many[1].modules, **shared})
+    assert init_similarity([many[0], half]) == pytest.approx(
+        init_similarity(many), abs=1e-9
+    )  # every other of 40: even ones
+    assert init_similarity([many[0], many[1].with_factors({p: many[0].modules[p] for p in paths})]) == pytest.approx(
+        1.0
+    )
+
+
+def test_linear_adds_up_adapters_of_one_initial_a_and_svd_averages() -> None:
+    xs = sharing_init(4)
+    for path in xs[0].modules:
+        total = np.sum([dense(x)[path] for x in xs], axis=0)
+        roots = np.sqrt([x.modules[path].scale for x in xs])  # linear: √s on either side
+        summed = np.sum([root * x.modules[path].b for root, x in zip(roots, xs, strict=True)], axis=0)
+        expected = roots.mean() * summed @ xs[0].modules[path].a
+        np.testing.assert_allclose(dense(merge(xs, method="linear"))[path], expected, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(dense(merge(xs, method="svd"))[path], total / 4, rtol=1e-4, atol=1e-3)

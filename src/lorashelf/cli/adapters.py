@@ -19,7 +19,7 @@ from ..formats.peft import write_adapter
 from ..lora.adapter import in_16_bits, parameters
 from ..lora.algebra import norm
 from ..lora.alignment import fitting, shared
-from ..lora.similarity import common_start, similarity
+from ..lora.similarity import init_similarity, similarity
 from ..merging import METHODS, merge_measured
 from ..merging.average import one_base
 from ..placement.policies import median_similarity
@@ -196,8 +196,6 @@ def merge_adapters(
     write_adapter(merged, output)
     in_common = shared(xs)
     arg.note_few_shared(str(output), in_common)
-    if METHODS[method].adds_one_start:
-        arg.note_common_start(str(output), common_start(xs), len(xs), "--method svd averages it")
     ratio = norm(merged) / (float(np.mean([norm(x) for x in xs])) or 1.0)
     document = {
         "output": str(output),
@@ -208,6 +206,9 @@ def merge_adapters(
         "norm_ratio": ratio,
         "shared": in_common,
     }
+    if METHODS[method].sums_shared_init:
+        document["init_similarity"] = cosine = init_similarity(xs)
+        arg.note_shared_init(str(output), cosine, len(xs), "--method svd averages it")
     show(
         document,
         json,

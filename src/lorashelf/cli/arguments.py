@@ -19,7 +19,7 @@ from ..formats.peft import read_adapter
 from ..lora.adapter import Adapter
 from ..lora.alignment import FEW
 from ..lora.kernels import squared_norms
-from ..lora.similarity import SAME_START, similarity
+from ..lora.similarity import SHARED_INIT, similarity
 from ..models.engines import ENGINES
 from ..placement.policies import median_similarity
 from .output import note
@@ -263,10 +263,10 @@ def note_few_shared(
         note(f"{name}: {count}; a module of one adapter alone {lacking}")
 
 
-def note_common_start(where: str, cosine: float, count: int = 2, cure: str = "--merge svd averages it") -> None:
-    """Warn if a method that adds up adapters of one A merges `count` adapters; `cosine` is their `common_start`."""
-    if (count - 1) * cosine > SAME_START:
-        what = f"{where}: adapters trained from the same A (mean cosine {cosine:.2f})"
+def note_shared_init(where: str, cosine: float, count: int = 2, cure: str = "--merge svd averages it") -> None:
+    """Warn if adapters share an initialisation, by `init_similarity`, in a merge of `count` that then adds them up."""
+    if (count - 1) * cosine > SHARED_INIT:
+        what = f"{where}: adapters share an initialisation (mean cosine of A {cosine:.2f})"
         note(f"{what}: this method adds up their ΔW instead of averaging it, and answers get worse; {cure}")
 
 

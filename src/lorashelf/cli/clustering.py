@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,6 @@ from .. import atomic
 from ..errors import DiskError, ModelError, UsageError
 from ..locks import sole
 from ..lora.adapter import Adapter
-from ..lora.similarity import common_start
 from ..merging import METHODS
 from ..merging.spec import MergeSpec
 from ..placement.clustering import Clustering
@@ -187,10 +187,9 @@ def cluster(
         atomic.remove(kept)
     for slot, in_common in plan.report["shared"].items():
         arg.note_few_shared(f"slot {slot}", in_common)
-    if METHODS[blocks.method].adds_one_start:
-        for block in clustering.blocks:
-            start = common_start([named[task] for task in block])
-            arg.note_common_start(f"the slot of {block[0]}", start, len(block))
+    members = Counter(plan.report["partition"].values())
+    for slot, cosine in plan.report.get("init_similarity", {}).items():
+        arg.note_shared_init(f"slot {slot}", cosine, members[int(slot)])
     show({**plan.report, "slots": routing.slot_documents(made), "head": made.head}, json, _clustered)
 
 

@@ -13,7 +13,7 @@ import typer
 from ..errors import LorashelfError, Refused, TaskNameError, UsageError, numbered
 from ..lora.adapter import Adapter
 from ..lora.quality import MOST_QUALITY
-from ..lora.similarity import SAME_START
+from ..lora.similarity import SHARED_INIT
 from ..names import task_name
 from ..placement.policies import BYTES
 from ..report.decisions import decision_lines
@@ -232,27 +232,27 @@ def _complete(report: dict[str, Any], path: Path, dry_run: bool) -> None:
 def _noted(report: Mapping[str, Any]) -> None:
     _note_originals(report)
     _note_grown(report)
-    _note_common_start(report)
+    _note_shared_init(report)
 
 
 def _note_grown(report: Mapping[str, Any]) -> None:
     """Print, once per command, which slots hold a merge that has outgrown its members, with their last ratio."""
-    ratios = {d["slot"]: d["norm_ratio"] for d in report["added"] if "norm_ratio" in d and not _one_start(d)}
+    ratios = {d["slot"]: d["norm_ratio"] for d in report["added"] if "norm_ratio" in d and not _shares_init(d)}
     grown = [f"{slot} ({ratio:,.0f} times)" for slot, ratio in sorted(ratios.items()) if ratio > _GROWN]
     if grown:
         what = f"‖ΔW‖ is far above the mean of the merged adapters in slot {', '.join(grown)}"
         note(f"{what}: it grows with every fold of this merge method, and answers get worse; under linear it does not")
 
 
-def _note_common_start(report: Mapping[str, Any]) -> None:
-    """Print, once per command, which slots add up adapters that were trained from the same A."""
-    found = {d["slot"]: d["common_start"] for d in report["added"] if _one_start(d)}
+def _note_shared_init(report: Mapping[str, Any]) -> None:
+    """Print, once per command, which slots add up adapters that share an initialisation."""
+    found = {d["slot"]: d["init_similarity"] for d in report["added"] if _shares_init(d)}
     if found:
-        arg.note_common_start(f"slot {', '.join(map(str, sorted(found)))}", max(found.values()))
+        arg.note_shared_init(f"slot {', '.join(map(str, sorted(found)))}", max(found.values()))
 
 
-def _one_start(added: Mapping[str, Any]) -> bool:
-    return bool(added.get("common_start", 0.0) > SAME_START)
+def _shares_init(added: Mapping[str, Any]) -> bool:
+    return bool(added.get("init_similarity", 0.0) > SHARED_INIT)
 
 
 def _note_originals(report: Mapping[str, Any]) -> None:

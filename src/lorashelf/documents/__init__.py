@@ -57,8 +57,8 @@ class Arrived(_Arrived, _Fitted, total=False):
     """after a fold: the modules in common with the slot"""
     norm_ratio: float
     """after a fold: the norm of the merge over the mean norm of its members, before norm restoration"""
-    common_start: float
-    """after a fold by `linear`: the cosine of the factors A of slot and adapter, near 1 if both started from one A"""
+    init_similarity: float
+    """after a fold by `linear`: the cosine of the A of slot and adapter, near 1 if they share an initialisation"""
     reason: str
     """why it was refused, or folded for lack of bytes"""
 
@@ -211,6 +211,9 @@ class _Clustered(TypedDict):
 
 class Clustered(_Clustered, total=False):
     """The answer of `cluster`; a method by loss also reports its search."""
+
+    init_similarity: dict[str, float]
+    """of a merge by `linear`: slot → the mean cosine of the factors A of its adapters, 0 for one adapter"""
 
 
 class Compared(TypedDict):

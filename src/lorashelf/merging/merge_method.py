@@ -52,8 +52,8 @@ class MergeMethod:
     """The rule's keyword-only parameters, by name."""
 
     @property
-    def adds_one_start(self) -> bool:
-        """Whether adapters of one A are added up, not averaged: A becomes √n A, times Σ B / √n, which is Σ ΔW."""
+    def sums_shared_init(self) -> bool:
+        """Whether adapters with the same A are added up, not averaged: √n A times Σ B / √n is Σ ΔW."""
         return self.mean_power == 0.5
 
     def checked(self, params: Mapping[str, Value]) -> dict[str, Value]:

@@ -14,7 +14,7 @@ from ..lora.adapter import Adapter
 from ..lora.alignment import shared
 from ..lora.given import as_adapter
 from ..lora.kernels import squared_norms
-from ..lora.similarity import common_start, similarity
+from ..lora.similarity import init_similarity, similarity
 from ..merging import METHODS
 from ..merging.average import Average, Source, alone, fold, source
 from ..names import task_name
@@ -214,8 +214,8 @@ class Arrival:
         plan = self._arrived(action, new)
         both = [*(self.held[i] for i in into), self.adapter]
         about: dict[str, Any] = {"shared": shared(both), "norm_ratio": new.norm_ratio / new.history.restored}
-        if METHODS[self.snapshot.settings.merge.method].adds_one_start:
-            about["common_start"] = common_start(both)
+        if METHODS[self.snapshot.settings.merge.method].sums_shared_init:
+            about["init_similarity"] = init_similarity(both)
         return replace(plan, report={**plan.report, **about})
 
     def _check_offered(self, action: Action) -> None:

@@ -12,6 +12,8 @@ from ..errors import NotReversible, UsageError
 from ..lora.adapter import Adapter, BaseId
 from ..lora.alignment import shared
 from ..lora.given import as_adapter
+from ..lora.similarity import init_similarity
+from ..merging import METHODS
 from ..merging.average import Average, Source, alone, fold, one_base, source, without
 from ..merging.blocks import merge_block, named
 from ..merging.spec import MergeSpec
@@ -268,6 +270,9 @@ def plan_cluster(
         "merge": spec.method,
         "later_merge": settings.merge.method,
     }
+    if METHODS[spec.method].sums_shared_init:
+        similar = (init_similarity([named[task] for task in block]) for block in blocks)
+        report["init_similarity"] = {str(i): cosine for i, cosine in enumerate(similar)}
     plan = planned(snapshot, known, writes, cause, report)
     check_budget(snapshot, plan)
     if lacking := shortage_of_room(snapshot, plan):
