@@ -319,6 +319,13 @@ def test_some_adapters_that_share_an_initialisation_among_others_are_reported(
     assert "share an initialisation" not in run.stderr
 
 
+def test_slots_that_share_an_initialisation_are_one_notice(tmp_path: Path, run: Command) -> None:
+    adapters = written(tmp_path / "same", sharing_init(4))
+    run("cluster", *adapters, "-o", tmp_path / "c", "--slots", 2, "--method", "random", "--merge", "linear")
+    assert run.stderr.count("slot 0, slot 1: adapters share an initialisation") == 1
+    assert run.stderr.count("share an initialisation") == 1
+
+
 def test_plain_files_among_the_folders_are_passed_over(
     shelf: Path, tmp_path: Path, zoo: dict[str, Path], run: Command
 ) -> None:

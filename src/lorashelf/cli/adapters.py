@@ -208,7 +208,7 @@ def merge_adapters(
     }
     if METHODS[method].sums_shared_init:
         document["init_similarity"] = cosine = init_similarity(xs)
-        arg.note_shared_init(str(output), cosine, len(xs), "--method svd averages it")
+        arg.note_shared_init({str(output): (cosine, len(xs))}, "--method svd averages it")
     show(
         document,
         json,

@@ -263,10 +263,13 @@ def note_few_shared(
         note(f"{name}: {count}; a module of one adapter alone {lacking}")
 
 
-def note_shared_init(where: str, cosine: float, count: int = 2, cure: str = "--merge svd averages it") -> None:
-    """Warn if adapters share an initialisation, by `init_similarity`, in a merge of `count` that then adds them up."""
-    if (count - 1) * cosine > SHARED_INIT:
-        what = f"{where}: adapters share an initialisation (mean cosine of A {cosine:.2f})"
+def note_shared_init(merges: Mapping[str, tuple[float, int]], cure: str = "--merge svd averages it") -> None:
+    """Warn, once, of merges that add up adapters because these share an initialisation: name → their `init_similarity`
+    and number.
+    """
+    found = {name: cosine for name, (cosine, count) in merges.items() if (count - 1) * cosine > SHARED_INIT}
+    if found:
+        what = f"{', '.join(found)}: adapters share an initialisation (mean cosine of A {max(found.values()):.2f})"
         note(f"{what}: this method adds up their ΔW instead of averaging it, and answers get worse; {cure}")
 
 

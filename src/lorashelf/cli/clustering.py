@@ -188,8 +188,8 @@ def cluster(
     for slot, in_common in plan.report["shared"].items():
         arg.note_few_shared(f"slot {slot}", in_common)
     members = Counter(plan.report["partition"].values())
-    for slot, cosine in plan.report.get("init_similarity", {}).items():
-        arg.note_shared_init(f"slot {slot}", cosine, members[int(slot)])
+    cosines = plan.report.get("init_similarity", {})
+    arg.note_shared_init({f"slot {slot}": (cosine, members[int(slot)]) for slot, cosine in cosines.items()})
     show({**plan.report, "slots": routing.slot_documents(made), "head": made.head}, json, _clustered)
 
 

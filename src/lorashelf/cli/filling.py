@@ -232,7 +232,7 @@ def _complete(report: dict[str, Any], path: Path, dry_run: bool) -> None:
 def _noted(report: Mapping[str, Any]) -> None:
     _note_originals(report)
     _note_grown(report)
-    _note_shared_init(report)
+    arg.note_shared_init({f"slot {d['slot']}": (d["init_similarity"], 2) for d in report["added"] if _shares_init(d)})
 
 
 def _note_grown(report: Mapping[str, Any]) -> None:
@@ -242,13 +242,6 @@ def _note_grown(report: Mapping[str, Any]) -> None:
     if grown:
         what = f"‖ΔW‖ is far above the mean of the merged adapters in slot {', '.join(grown)}"
         note(f"{what}: it grows with every fold of this merge method, and answers get worse; under linear it does not")
-
-
-def _note_shared_init(report: Mapping[str, Any]) -> None:
-    """Print, once per command, which slots add up adapters that share an initialisation."""
-    found = {d["slot"]: d["init_similarity"] for d in report["added"] if _shares_init(d)}
-    if found:
-        arg.note_shared_init(f"slot {', '.join(map(str, sorted(found)))}", max(found.values()))
 
 
 def _shares_init(added: Mapping[str, Any]) -> bool:
